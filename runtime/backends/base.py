@@ -1,0 +1,59 @@
+"""The Backend protocol: what the runtime asks of anything that runs graphs.
+
+Arrays at this border are numpy; a KV cache is an opaque handle owned by the backend, so that a GPU backend keeps it
+on the device. All float inputs and outputs other than the cache are float32 whatever the graph's precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Array", "Backend", "Graph", "KvCache"]
+
+Array = NDArray[Any]
+
+
+class KvCache(Protocol):
+    """Static-capacity cache of one decoder, owned by one conversation."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the cache holds."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+
+
+class Graph(Protocol):
+    """One loaded graph."""
+
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
+        """Run once.
+
+        Args:
+            feeds: every input except the cache's ``past_*``, C-contiguous, dtypes as in the GraphSpec.
+            cache: for decoders: read and updated in place.
+
+        Returns:
+            every output except the cache's ``present_*``. Arrays belong to the caller.
+        """
+
+    def new_cache(self, capacity: int) -> KvCache:
+        """Allocate a cache for ``capacity`` tokens (decoders only; BackendError otherwise)."""
+
+
+class Backend(Protocol):
+    """Loads graphs of one bundle."""
+
+    name: str
+
+    def graph(self, name: str) -> Graph:
+        """The graph of that name, loaded on first use and kept."""
+
+    def close(self) -> None:
+        """Release every graph."""

@@ -1,0 +1,88 @@
+"""The exception tree of omniport.
+
+::
+
+    OmniportError
+    ├── UserError                 bad input or usage: exit code 2, printed without a traceback
+    │   ├── UsageError            flags or arguments that do not go together
+    │   ├── MediaError            audio, image or video that cannot be read or used
+    │   ├── PromptError           messages that cannot become a prompt
+    │   │   └── PromptTooLong     more tokens than the KV cache holds
+    │   ├── UnknownVoice          a voice the bundle does not have
+    │   ├── BundleError           a bundle that is missing, corrupt, newer than this release, or hostile
+    │   ├── CheckpointError       a folder or id that is not a usable Qwen2.5-Omni checkpoint
+    │   ├── ExportError           an export that cannot go on (disk full, missing extra, bad options)
+    │   └── BackendError          a backend that is not installed or cannot run this bundle
+    └── CheckFailed               a check ran and did not hold: exit code 1
+
+Every message says what happened, what was got, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckFailed",
+    "CheckpointError",
+    "ExportError",
+    "MediaError",
+    "OmniportError",
+    "PromptError",
+    "PromptTooLong",
+    "UnknownVoice",
+    "UsageError",
+    "UserError",
+]
+
+
+class OmniportError(Exception):
+    """Base of every error omniport raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(OmniportError):
+    """Bad input or usage; the command line exits with 2 and prints no traceback."""
+
+    exit_code = 2
+
+
+class UsageError(UserError):
+    """Flags or arguments that do not go together."""
+
+
+class MediaError(UserError):
+    """Audio, image or video that cannot be read or used."""
+
+
+class PromptError(UserError):
+    """Messages that cannot become a prompt."""
+
+
+class PromptTooLong(PromptError):
+    """The prompt needs more positions than the KV cache holds."""
+
+
+class UnknownVoice(UserError):
+    """The bundle has no voice of that name; the message lists the known ones."""
+
+
+class BundleError(UserError):
+    """A bundle that is missing, corrupt, newer than this release, or hostile."""
+
+
+class CheckpointError(UserError):
+    """A folder or id that is not a usable Qwen2.5-Omni checkpoint."""
+
+
+class ExportError(UserError):
+    """An export that cannot go on: disk full, missing extra, bad options."""
+
+
+class BackendError(UserError):
+    """A backend that is not installed or cannot run this bundle."""
+
+
+class CheckFailed(OmniportError):
+    """A check ran and did not hold."""

@@ -1,0 +1,74 @@
+"""GraphSpec: the contract between exported graphs and the runtime.
+
+The runtime owns these types; ``export`` fills them in. One spec per graph says the name, dtype and symbolic shape
+of every input and output, the range of every symbolic dimension, and which outputs alias which inputs (KV cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+__all__ = ["DTYPES", "GRAPH_NAMES", "SPEECH_GRAPHS", "TEXT_GRAPHS", "DimRange", "GraphSpec", "TensorSpec"]
+
+TEXT_GRAPHS = ("audio_encoder", "vision_encoder", "thinker")
+SPEECH_GRAPHS = ("talker", "dit", "bigvgan")
+GRAPH_NAMES = TEXT_GRAPHS + SPEECH_GRAPHS
+
+#: dtype names used in specs, with their size in bytes
+DTYPES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
+
+
+class DimRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Smallest, typical and largest value of one symbolic dimension."""
+
+    min: int
+    opt: int
+    max: int
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One graph input or output. ``shape`` mixes integers and symbolic dimension names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One ONNX graph.
+
+    Attributes:
+        file: path of the ONNX file, relative to the bundle.
+        data: paths of its external weight files, relative to the bundle.
+        precision: dtype of weights and of the matrix products.
+        dims: range of each symbolic dimension named in the tensor shapes.
+        aliases: output name -> input name, for outputs that share the input's buffer (KV cache).
+    """
+
+    name: str
+    file: str
+    data: tuple[str, ...]
+    precision: str
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: dict[str, DimRange]
+    aliases: dict[str, str] = {}
+
+    def input(self, name: str) -> TensorSpec:
+        """The input of that name (KeyError if there is none)."""
+        return next_named(self.inputs, name)
+
+    def output(self, name: str) -> TensorSpec:
+        """The output of that name (KeyError if there is none)."""
+        return next_named(self.outputs, name)
+
+
+def next_named(specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:
+    """The spec of that name; KeyError lists the known names."""
+    for spec in specs:
+        if spec.name == name:
+            return spec
+    raise KeyError(f"no tensor {name!r}; known: {', '.join(s.name for s in specs)}")
