@@ -32,11 +32,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 
 
-class _Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
-
-
-class Source(_Base, kw_only=True):
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where the bundle came from."""
 
     name: str
@@ -45,14 +41,14 @@ class Source(_Base, kw_only=True):
     """sha256 over config.json and every weight file's header and size."""
 
 
-class FileRecord(_Base, kw_only=True):
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Size in bytes and sha256 of one file of the bundle."""
 
     size: int
     sha256: str
 
 
-class AudioFrontend(_Base, kw_only=True):
+class AudioFrontend(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Log-mel front end (Whisper feature extraction) and audio encoder chunking."""
 
     sampling_rate: int = 16000
@@ -67,7 +63,7 @@ class AudioFrontend(_Base, kw_only=True):
     """longest clip the reference processor takes (chunk_length of preprocessor_config.json)"""
 
 
-class VisionFrontend(_Base, kw_only=True):
+class VisionFrontend(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Image and video preprocessing and window geometry."""
 
     patch_size: int = 14
@@ -85,7 +81,7 @@ class VisionFrontend(_Base, kw_only=True):
     video_max_frames: int = 768
 
 
-class SpecialTokens(_Base, kw_only=True):
+class SpecialTokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Ids of the control tokens in the thinker's vocabulary. No id is ever hard-coded."""
 
     endoftext: int
@@ -100,7 +96,7 @@ class SpecialTokens(_Base, kw_only=True):
     video: int
 
 
-class TextTokens(_Base, kw_only=True):
+class TextTokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Thinker-vocabulary ids that condition the talker."""
 
     bos: int
@@ -108,7 +104,7 @@ class TextTokens(_Base, kw_only=True):
     pad: int
 
 
-class CodecTokens(_Base, kw_only=True):
+class CodecTokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Ids in the talker's vocabulary."""
 
     pad: int
@@ -121,7 +117,7 @@ class CodecTokens(_Base, kw_only=True):
     """never sampled"""
 
 
-class DecoderGeometry(_Base, kw_only=True):
+class DecoderGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A decoder stack (thinker or talker)."""
 
     hidden_size: int
@@ -141,7 +137,7 @@ class DecoderGeometry(_Base, kw_only=True):
     embedding_dtype: str
 
 
-class KvSpec(_Base, kw_only=True):
+class KvSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """KV cache form: ``static`` (fixed capacity, updated in place)."""
 
     form: str
@@ -150,7 +146,7 @@ class KvSpec(_Base, kw_only=True):
     """capacity in tokens that export was asked for"""
 
 
-class DitGeometry(_Base, kw_only=True):
+class DitGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Flow-matching DiT."""
 
     mel_dim: int = 80
@@ -167,7 +163,7 @@ class DitGeometry(_Base, kw_only=True):
     codec_hz: float = 50.0
 
 
-class VocoderGeometry(_Base, kw_only=True):
+class VocoderGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """BigVGAN."""
 
     sample_rate: int = 24000
@@ -177,7 +173,7 @@ class VocoderGeometry(_Base, kw_only=True):
     """mel frames each side that a sample can depend on"""
 
 
-class SolverSpec(_Base, kw_only=True):
+class SolverSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The ODE schedule that the DiT graph's modulation table was folded for.
 
     ``grid`` holds the interval ends; ``table`` every time at which the velocity can be evaluated: the graph's ``step``
@@ -192,7 +188,7 @@ class SolverSpec(_Base, kw_only=True):
     sway: float
 
 
-class SamplingConfig(_Base, kw_only=True):
+class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the next token is picked.
 
     ``temperature=0`` (or ``top_k=1``) is greedy. ``top_k=0`` and ``top_p=1`` switch those filters off.
@@ -205,7 +201,7 @@ class SamplingConfig(_Base, kw_only=True):
     repetition_penalty: float = 1.0
 
 
-class ChatSpec(_Base, kw_only=True):
+class ChatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """ChatML texts."""
 
     system_prompt: str
@@ -214,7 +210,7 @@ class ChatSpec(_Base, kw_only=True):
     """thinker ids that end the reply"""
 
 
-class VoiceSpec(_Base, kw_only=True):
+class VoiceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One voice: its text-bos token and the file that holds its vectors.
 
     The .npz holds ``speaker`` float32 [192] (conditioning) and ``reference`` float32 [128] (ECAPA vector).
@@ -225,7 +221,7 @@ class VoiceSpec(_Base, kw_only=True):
     file: str
 
 
-class Manifest(_Base, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """bundle.json."""
 
     format: str = "omniport-bundle"
