@@ -1,0 +1,108 @@
+"""What the commands share: flags, consoles, progress bars, tables, checks for optional packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "JsonFlag",
+    "Progress",
+    "QuietFlag",
+    "log_console",
+    "print_json",
+    "print_table",
+    "progress_bar",
+    "require_extra",
+    "size_text",
+]
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no log lines on stderr.")]
+
+#: progress callback of the library: stage name, units done, units in all
+Progress = Callable[[str, int, int], None]
+
+#: table width where stdout is a pipe or a file: no row is folded for a terminal that is not there
+PIPE_WIDTH = 160
+
+
+def log_console(quiet: bool = False) -> Console:
+    """Console for progress and log lines: stderr, or nothing at all when ``quiet``."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on one line of stdout, flushed so that a reader at a pipe sees it at once."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on stdout. Columns whose cells are all numbers or sizes are the caller's business: everything is text."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        # Text, not str: names like [C,50,H] are data, not markup
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False).print(table)
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Progress]:
+    """A progress bar on stderr, one line per stage, driven by the library's ``progress(stage, done, total)``."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Bar(*columns, console=log_console(quiet), disable=quiet) as bar:
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Check that optional packages are installed, without importing them.
+
+    Raises:
+        ExportError: naming the pip extra that brings what is missing.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        from omniport.runtime.errors import ExportError
+
+        raise ExportError(
+            f"this command needs {', '.join(missing)}, not installed here: pip install 'omniport[{extra}]'"
+        )
+
+
+def size_text(size: int) -> str:
+    """Bytes as people read them: ``1.2 GB`` (powers of ten)."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")

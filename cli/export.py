@@ -1,0 +1,101 @@
+"""omniport export"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
+
+if TYPE_CHECKING:
+    from omniport.export.exporter import ExportReport
+
+__all__ = ["EXAMPLE", "EXPORT_MODULES", "NAME", "Precision", "command", "graph_list", "report_dict"]
+
+NAME = "export"
+EXAMPLE = "omniport export Qwen/Qwen2.5-Omni-3B bundle --precision fp16"
+
+#: what export imports; the extra ``export`` brings all of it
+EXPORT_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "ml_dtypes", "onnxruntime")
+
+
+class Precision(str, Enum):
+    """Dtype of weights and matrix products."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+def command(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder, Hugging Face id, or modelscope:ID of a Qwen2.5-Omni checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Bundle folder to write; a rerun skips graphs that did not change.")],
+    precision: Annotated[
+        Precision, typer.Option(help="Weights and matrix products; norms, softmax and the ODE state stay in FP32.")
+    ] = Precision.fp32,
+    graphs: Annotated[
+        str, typer.Option(metavar="A,B", help="Export these graphs only, for example thinker,talker.")
+    ] = "",
+    max_context: Annotated[int, typer.Option(min=64, help="KV cache capacity in tokens.")] = 8192,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Export a checkpoint to a bundle.
+
+    The bundle holds one ONNX file per model part, and beside them all that the runtime needs.
+    """
+    wanted = graph_list(graphs)
+    require_extra("export", *EXPORT_MODULES)
+    from omniport.export.exporter import export_checkpoint
+
+    with progress_bar(quiet or json) as progress:
+        report = export_checkpoint(
+            checkpoint, out, precision=precision.value, graphs=wanted, max_context=max_context, progress=progress
+        )
+    if json:
+        print_json(report_dict(report))
+        return
+    rows = (
+        (row.name, row.nodes, size_text(row.weight_bytes), "unchanged" if row.skipped else f"{row.seconds:.1f}")
+        for row in report.graphs
+    )
+    print_table(f"Exported to {report.path}", ("graph", "nodes", "weights", "seconds"), rows)
+    log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav")
+
+
+def graph_list(text: str) -> tuple[str, ...] | None:
+    """Graph names out of ``a,b``; None (all of them) when empty.
+
+    Raises:
+        UsageError: a name that is no graph.
+    """
+    from omniport.runtime.errors import UsageError
+    from omniport.runtime.graphs import GRAPH_NAMES
+
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in GRAPH_NAMES]
+    if unknown:
+        raise UsageError(f"--graphs: no graph named {', '.join(unknown)}; known: {', '.join(GRAPH_NAMES)}")
+    return names or None
+
+
+def report_dict(report: ExportReport) -> dict[str, Any]:
+    """The report as plain JSON values."""
+    return {
+        "path": str(report.path),
+        "graphs": [
+            {
+                "name": graph.name,
+                "nodes": graph.nodes,
+                "weight_bytes": graph.weight_bytes,
+                "seconds": round(graph.seconds, 3),
+                "skipped": graph.skipped,
+            }
+            for graph in report.graphs
+        ],
+    }

@@ -1,0 +1,117 @@
+"""omniport inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, size_text
+
+if TYPE_CHECKING:
+    from omniport.runtime.graphs import TensorSpec
+    from omniport.runtime.manifest import DecoderGeometry, Manifest
+
+__all__ = ["EXAMPLE", "NAME", "command", "kv_bytes_per_1k", "summary"]
+
+NAME = "inspect"
+EXAMPLE = "omniport inspect bundle --verify"
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with bundle.json.")] = False,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show what a bundle holds.
+
+    Geometry, graphs with their inputs and outputs, voices, sizes and the memory of the KV cache.
+    """
+    from omniport.runtime.bundle import Bundle
+
+    with progress_bar(quiet or json or not verify) as progress:
+        # the library counts bytes over all files: one bar, whatever file it is at
+        opened = Bundle.open(bundle, verify=verify, progress=lambda _, done, total: progress("verify", done, total))
+    manifest = opened.manifest
+    facts = summary(manifest, verified=verify)
+    if json:
+        print_json(facts)
+        return
+    print_table("Bundle", ("what", "value"), _overview(manifest, facts))
+    rows = (
+        (name, spec.precision, spec.opset, size_text(graph_bytes(manifest, name)), *_tensors(spec.inputs, spec.outputs))
+        for name, spec in manifest.graphs.items()
+    )
+    print_table("Graphs", ("graph", "precision", "opset", "size", "inputs", "outputs"), rows)
+    if verify:
+        log_console(quiet).print(f"{len(manifest.files)} files match their sha256")
+
+
+def summary(manifest: Manifest, verified: bool) -> dict[str, Any]:
+    """What ``--json`` prints: sizes and KV memory worked out, and the whole manifest as ``manifest``."""
+    import msgspec
+
+    decoders = {"thinker": manifest.thinker, "talker": manifest.talker}
+    return {
+        "source": manifest.source.name,
+        "precision": manifest.precision,
+        "verified": verified,
+        "bytes": sum(record.size for record in manifest.files.values()),
+        "graph_bytes": {name: graph_bytes(manifest, name) for name in manifest.graphs},
+        "kv_bytes_per_1k_tokens": {
+            name: kv_bytes_per_1k(geometry, manifest.kv.dtype) for name, geometry in decoders.items() if geometry
+        },
+        "voices": [voice.name for voice in manifest.voices],
+        "manifest": msgspec.to_builtins(manifest),
+    }
+
+
+def graph_bytes(manifest: Manifest, name: str) -> int:
+    """Bytes of one graph's ONNX file and external weights."""
+    spec = manifest.graphs[name]
+    return sum(manifest.files[path].size for path in (spec.file, *spec.data) if path in manifest.files)
+
+
+def kv_bytes_per_1k(geometry: DecoderGeometry, dtype: str) -> int:
+    """KV cache bytes of 1,000 tokens in one decoder: keys and values of every layer."""
+    from omniport.runtime.graphs import DTYPES
+
+    return 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * DTYPES[dtype] * 1000
+
+
+def _overview(manifest: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("source", manifest.source.name),
+        ("made by", manifest.created_by),
+        ("precision", manifest.precision),
+        ("size", size_text(facts["bytes"])),
+        ("context", f"{manifest.kv.max_context} tokens, {manifest.kv.form} KV cache in {manifest.kv.dtype}"),
+    ]
+    for name, geometry in (("thinker", manifest.thinker), ("talker", manifest.talker)):
+        if geometry is None:
+            continue
+        heads = f"{geometry.num_heads}/{geometry.num_kv_heads} heads of {geometry.head_dim}"
+        shape = f"{geometry.num_layers} layers, {geometry.hidden_size} wide, {heads}, vocabulary {geometry.vocab_size}"
+        rows.append((name, f"{shape}; KV {size_text(facts['kv_bytes_per_1k_tokens'][name])} per 1,000 tokens"))
+    if manifest.solver is not None and manifest.vocoder is not None:
+        rows.append(("solver", f"{manifest.solver.method}, {len(manifest.solver.grid)} time points"))
+        rows.append(("speech", f"{manifest.vocoder.sample_rate} Hz"))
+    rows.append(("voices", ", ".join(facts["voices"]) or "none: this bundle writes text and does not speak"))
+    return rows
+
+
+def _tensors(*sides: tuple[TensorSpec, ...]) -> list[str]:
+    """One cell per side, a line per tensor; the per-layer cache tensors share a line."""
+    cells = []
+    for specs in sides:
+        lines: dict[str, int] = {}
+        for spec in specs:
+            name = spec.name.rstrip("0123456789")
+            name = f"{name}*" if name.startswith(("past_", "present_")) else spec.name
+            shape = ",".join(str(dim) for dim in spec.shape)
+            line = f"{name} {spec.dtype} [{shape}]"
+            lines[line] = lines.get(line, 0) + 1
+        cells.append("\n".join(line if count == 1 else f"{line} x{count}" for line, count in lines.items()))
+    return cells

@@ -1,0 +1,88 @@
+"""Entry point: puts the commands together and turns errors into messages and exit codes.
+
+Exit codes: 0 ok, 1 a check failed, 2 bad input or usage, 101 a bug in omniport, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from . import doctor, export, inspect, make_checkpoint, voices
+from . import run as run_command
+
+__all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "app", "run"]
+
+EXIT_BUG = 101
+EXIT_INTERRUPTED = 130
+
+HELP = "Port Qwen2.5-Omni to ONNX and stream text and speech from it on small machines."
+
+# One plain style everywhere: the same help in a terminal, in a log and in docs/cli.md; tracebacks stay Python's own.
+app = typer.Typer(
+    name="omniport",
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: omniport doctor",
+)
+
+for _module in (make_checkpoint, export, inspect, voices, run_command, doctor):
+    app.command(_module.NAME, epilog=f"Example: {_module.EXAMPLE}")(_module.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"omniport {version('omniport')}")
+        raise typer.Exit
+
+
+@app.callback(help=HELP)
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        argv: arguments without the program name; the process's own by default.
+
+    Raises:
+        SystemExit: always, with one of the exit codes above.
+    """
+    try:
+        app(args=None if argv is None else list(argv), prog_name="omniport")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - the one place where every failure becomes an exit code
+        sys.exit(_report(error))
+    sys.exit(0)
+
+
+def _report(error: Exception) -> int:
+    # imported here: --help and --version need none of the runtime
+    from omniport.runtime.errors import OmniportError
+
+    if isinstance(error, OmniportError):
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    traceback.print_exception(error)
+    sys.stderr.write(
+        "\nThis is a bug in omniport. Please report it on the project's issue tracker with the traceback above, the "
+        "command you ran and the output of: omniport doctor\n"
+    )
+    return EXIT_BUG

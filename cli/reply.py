@@ -1,0 +1,163 @@
+"""Show one reply as it streams, and hold a conversation: what ``omniport run`` and the demo print."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import log_console, print_json
+from .wav import WavWriter
+
+if TYPE_CHECKING:
+    from omniport.runtime import OmniSession
+    from omniport.runtime.events import Done, Event, Stats
+    from omniport.runtime.manifest import Manifest, SamplingConfig
+    from rich.console import Console
+
+__all__ = ["Replier", "chat", "event_dict", "stats_line"]
+
+CHAT_HELP = "/audio FILE, /image FILE, /video FILE add to the next line; /clear starts over; /quit leaves"
+
+
+@dataclass(frozen=True)
+class Replier:
+    """Runs replies of one session with the command's options and prints their events."""
+
+    session: OmniSession
+    manifest: Manifest
+    voice: str | None = None
+    seed: int | None = None
+    greedy: bool = False
+    max_new_tokens: int | None = None
+    json: bool = False
+    quiet: bool = False
+
+    def reply(self, messages: list[dict[str, Any]], speak: Path | None) -> Done:
+        """Answer: text to stdout, speech to ``speak``, the measurements to stderr.
+
+        The WAV file is in place before the ``done`` event is printed, and nothing is left behind on failure.
+        """
+        from omniport.runtime.events import AudioChunk, Done, TextDelta
+
+        done: Done | None = None
+        with ExitStack() as stack:
+            wav: WavWriter | None = None
+            if speak is not None:
+                assert self.manifest.vocoder is not None, "checked by the command"
+                wav = stack.enter_context(WavWriter(speak, self.manifest.vocoder.sample_rate))
+            for event in self.session.reply(
+                messages,
+                speak=speak is not None,
+                voice=self.voice,
+                thinker=self._sampling(self.manifest.thinker_sampling, self.max_new_tokens),
+                talker=self._sampling(self.manifest.talker_sampling, None),
+                seed=self.seed,
+            ):
+                if isinstance(event, Done):
+                    done = event
+                    continue
+                if isinstance(event, AudioChunk) and wav is not None:
+                    wav.write(event.samples)
+                if self.json:
+                    print_json(event_dict(event))
+                elif isinstance(event, TextDelta):
+                    sys.stdout.write(event.text)
+                    sys.stdout.flush()
+        assert done is not None, "a reply ends with Done"
+        if self.json:
+            print_json(event_dict(done) | {"wav": None if speak is None else str(speak)})
+        else:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            log_console(self.quiet).print(stats_line(done.stats), style="dim")
+        return done
+
+    def _sampling(self, config: SamplingConfig | None, max_new_tokens: int | None) -> SamplingConfig | None:
+        import msgspec
+
+        if config is not None and self.greedy:
+            config = msgspec.structs.replace(config, temperature=0.0)
+        if config is not None and max_new_tokens is not None:
+            config = msgspec.structs.replace(config, max_new_tokens=max_new_tokens)
+        return config
+
+
+def event_dict(event: Event) -> dict[str, Any]:
+    """An event as JSON values. Audio is described, not included: the samples are in the WAV file."""
+    from omniport.runtime.events import AudioChunk, TextDelta
+
+    if isinstance(event, TextDelta):
+        return {"event": "text_delta", "text": event.text, "token_id": event.token_id}
+    if isinstance(event, AudioChunk):
+        samples = int(event.samples.size)
+        return {"event": "audio_chunk", "index": event.index, "samples": samples, "sample_rate": event.sample_rate}
+    return {"event": "done", **dataclasses.asdict(event)}
+
+
+def stats_line(stats: Stats) -> str:
+    """The measurements of a reply on one line."""
+    parts = [f"{stats.prompt_tokens} prompt tokens, {stats.text_tokens} text tokens"]
+    if stats.time_to_first_token is not None:
+        parts.append(f"TTFT {stats.time_to_first_token:.2f} s")
+    if stats.time_to_first_audio is not None:
+        parts.append(f"TTFA {stats.time_to_first_audio:.2f} s")
+    if stats.real_time_factor is not None:
+        parts.append(f"{stats.audio_seconds:.2f} s of speech, RTF {stats.real_time_factor:.2f}")
+    return " | ".join([*parts, f"{stats.total_time:.2f} s in all", stats.backend])
+
+
+def chat(replier: Replier, messages: list[dict[str, Any]], speak: Path | None, use_audio_in_video: bool) -> None:
+    """Hold a conversation: every line of stdin is a turn; the messages are kept.
+
+    A turn that fails on bad input is reported and dropped; the conversation goes on. With ``speak`` set to
+    ``reply.wav``, turn n is spoken into ``reply-n.wav``.
+    """
+    from omniport.runtime.errors import UserError
+
+    from .run import user_message
+
+    console = log_console(replier.quiet)
+    console.print(CHAT_HELP, style="dim", markup=False)
+    opening = list(messages)
+    media: dict[str, list[Path]] = {"audio": [], "image": [], "video": []}
+    turn = 0
+    while (line := _read_line(console)) not in (None, "/quit", "/exit"):
+        assert line is not None
+        if line == "/clear":
+            messages = list(opening)
+        elif line.startswith("/"):
+            _add_medium(line, media, console)
+        elif line or any(media.values()):
+            message = user_message(line, media["audio"], media["image"], media["video"], use_audio_in_video)
+            media = {kind: [] for kind in media}
+            try:
+                target = None if speak is None else speak.with_stem(f"{speak.stem}-{turn + 1}")
+                done = replier.reply([*messages, message], target)
+            except UserError as error:
+                console.print(f"error: {error}", style="red", markup=False)
+                continue
+            turn += 1
+            messages = [*messages, message, {"role": "assistant", "content": done.text}]
+
+
+def _read_line(console: Console) -> str | None:
+    try:
+        return console.input("[bold]you> [/bold]").strip()
+    except EOFError:
+        return None
+
+
+def _add_medium(line: str, media: dict[str, list[Path]], console: Console) -> None:
+    kind, _, name = line[1:].partition(" ")
+    path = Path(name.strip()).expanduser()
+    if kind not in media or not name.strip():
+        console.print(f"not understood: {line}. {CHAT_HELP}", markup=False)
+    elif not path.is_file():
+        console.print(f"no such file: {path}", style="red", markup=False)
+    else:
+        media[kind].append(path)
+        console.print(f"{kind} {path} goes with your next line (an empty line sends it alone)", markup=False)
