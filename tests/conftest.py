@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests. Checkpoints are made by the committed generator: no downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``tiny`` random-weight checkpoint (seed 0). Read only: tests that change files copy it first."""
+    from omniport.export.synthetic import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", size="tiny", seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_outlier_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``tiny_checkpoint``, with planted activation channels and key biases."""
+    from omniport.export.synthetic import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-outliers", size="tiny", seed=0, outliers=True)
