@@ -1,0 +1,128 @@
+"""The tokenizer of a bundle: one tokenizer.json, taken from the checkpoint or built from vocab.json and merges.txt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from omniport.runtime.errors import CheckpointError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from .checkpoint import Checkpoint
+
+__all__ = ["load_tokenizer", "tokenizer_from_vocab", "tokenizer_json"]
+
+#: Qwen2's split: contractions, words with one leading mark, single digits, punctuation runs, line ends, spaces
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def tokenizer_json(ckpt: Checkpoint) -> bytes:
+    """The checkpoint's tokenizer.json as stored, or one built from vocab.json, merges.txt and the added tokens.
+
+    Raises:
+        CheckpointError: neither is there, or what is there cannot be loaded.
+    """
+    path = ckpt.path / "tokenizer.json"
+    if path.exists():
+        data = path.read_bytes()
+        _load(data, str(path))
+        return data
+    vocab = ckpt.json("vocab.json")
+    merges = ckpt.path / "merges.txt"
+    if vocab is None or not merges.exists():
+        raise CheckpointError(
+            f"{ckpt.name} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt. Copy them from the "
+            "base model."
+        )
+    return tokenizer_from_vocab(vocab, _read_merges(ckpt), _added_tokens(ckpt))
+
+
+def load_tokenizer(ckpt: Checkpoint) -> Tokenizer:
+    """`tokenizer_json`, loaded."""
+    return _load(tokenizer_json(ckpt), f"the tokenizer of {ckpt.name}")
+
+
+def tokenizer_from_vocab(
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], special_tokens: Mapping[int, AddedToken | str]
+) -> bytes:
+    """A tokenizer.json of Qwen2's construction: NFC, Qwen2's split, byte-level BPE.
+
+    Args:
+        vocab: token, in the byte alphabet, -> id.
+        merges: pairs in order of priority.
+        special_tokens: id -> added token; a plain string is a special token that never spans spaces. Ids must follow
+            the vocabulary without a gap, or be those of vocabulary entries.
+
+    Raises:
+        CheckpointError: merges that the vocabulary cannot hold, or an id that cannot be kept.
+    """
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"vocab.json and merges.txt do not make a BPE tokenizer: {error}") from error
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    for token_id, token in sorted(special_tokens.items()):
+        added = AddedToken(token, special=True, normalized=False) if isinstance(token, str) else token
+        # One at a time: the library hands out the next free id, and special and plain tokens interleave.
+        tokenizer.add_special_tokens([added]) if added.special else tokenizer.add_tokens([added])
+        got = tokenizer.token_to_id(added.content)
+        if got != token_id:
+            raise CheckpointError(
+                f"added token {added.content!r} would get id {got}, expected {token_id}: ids of added tokens must "
+                "follow the vocabulary without a gap. Use a checkpoint that has tokenizer.json."
+            )
+    return tokenizer.to_str().encode("utf-8")
+
+
+def _load(data: bytes, where: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(data.decode("utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{where} cannot be loaded as a tokenizer ({error}). Download it again.") from error
+
+
+def _read_merges(ckpt: Checkpoint) -> list[tuple[str, str]]:
+    path = ckpt.path / "merges.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2:
+            raise CheckpointError(f"{path}, line {number}: {line!r} is not a pair of tokens. Download the file again.")
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+def _added_tokens(ckpt: Checkpoint) -> dict[int, AddedToken | str]:
+    """Added tokens by id: tokenizer_config.json's, else those of the older added_tokens.json."""
+    config = ckpt.json("tokenizer_config.json") or {}
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        try:
+            return {
+                int(token_id): AddedToken(info["content"], **{flag: bool(info.get(flag)) for flag in _TOKEN_FLAGS})
+                for token_id, info in decoder.items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"tokenizer_config.json of {ckpt.name}: added_tokens_decoder holds an entry that is not an added token "
+                f"({json.dumps(str(error))}). Download the file again."
+            ) from error
+    older = ckpt.json("added_tokens.json") or {}
+    return {token_id: token for token, token_id in older.items()}
