@@ -38,7 +38,8 @@ def command(
 ) -> None:
     """Make a checkpoint with random weights.
 
-    It has the exact Hugging Face layout of Qwen2.5-Omni and serves tests and benchmarks. Random weights speak noise: the checkpoint shows that everything runs, and how fast, not what the model can say.
+    It has the exact Hugging Face layout of Qwen2.5-Omni and serves tests and benchmarks. Random weights speak
+    noise: the checkpoint shows that everything runs, and how fast, not what the model can say.
     """
     require_extra("export", "torch", "safetensors", "tokenizers")
     from omniport.export.synthetic import make_checkpoint

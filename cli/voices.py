@@ -22,11 +22,15 @@ def command(
 ) -> None:
     """List the voices of a bundle, one a line.
 
-    The first is the default.
+    The default voice comes first.
     """
     from omniport.runtime.bundle import Bundle
 
-    voices = Bundle.open(bundle).manifest.voices
+    opened = Bundle.open(bundle)
+    voices = list(opened.manifest.voices)
+    if voices:
+        default = opened.find_voice(None).name
+        voices.sort(key=lambda voice: voice.name != default)
     if json:
         print_json(
             [
