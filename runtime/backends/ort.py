@@ -1,0 +1,311 @@
+"""ONNX Runtime on the CPU or a CUDA device, with the KV cache updated in place.
+
+A decoder's ``past_*`` input and ``present_*`` output are bound to the very same OrtValue, so TensorScatter writes the
+new rows where the cache lies. If ONNX Runtime cannot do that it copies the whole cache every step and logs the warning
+``in-place optimization not activated``; warnings therefore stay on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BackendError, BundleError, OmniportError
+from ..graphs import GraphSpec
+from .base import Array, KvCache
+from .onnx_scan import STANDARD_DOMAINS, scan_onnx
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+__all__ = ["OrtBackend", "OrtCache", "OrtGraph", "cuda_usable", "physical_cores"]
+
+_WARNING = 2
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OrtCache:
+    """KV cache of one decoder: a named OrtValue [1, Hkv, capacity, D] for each ``past_*`` input."""
+
+    def __init__(self, binding: Any, values: dict[str, Any], capacity: int, nbytes: int) -> None:
+        self.binding = binding
+        self.values = values
+        self._capacity = capacity
+        self._nbytes = nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the cache holds."""
+        return self._capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated (touched only as far as the cache fills, on the CPU)."""
+        return self._nbytes
+
+
+class OrtGraph:
+    """One InferenceSession behind the Graph protocol."""
+
+    def __init__(self, session: Any, spec: GraphSpec, device: str, module: Any) -> None:
+        self._session = session
+        self._ort = module
+        self._device = device
+        self.spec = spec
+        self._cached = {source: output for output, source in spec.aliases.items()}
+        self._inputs = {t.name: np.dtype(t.dtype) for t in spec.inputs if t.name not in self._cached}
+        self._outputs = [t.name for t in spec.outputs if t.name not in spec.aliases]
+
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
+        """Run once; see ``Graph.run``.
+
+        Raises:
+            BackendError: ONNX Runtime failed, or ran out of memory.
+            OmniportError: feeds that do not match the GraphSpec.
+        """
+        if isinstance(cache, OrtCache):
+            binding = cache.binding
+        elif cache is None and not self._cached:
+            binding = self._session.io_binding()
+        else:
+            raise OmniportError(f"graph {self.spec.name!r} got {type(cache).__name__} as its cache; use new_cache()")
+        if feeds.keys() != self._inputs.keys():
+            raise OmniportError(f"graph {self.spec.name!r} got {sorted(feeds)}; it takes {sorted(self._inputs)}")
+        held = []  # ONNX Runtime reads these buffers during the run
+        for name, dtype in self._inputs.items():
+            array = np.ascontiguousarray(feeds[name])
+            if array.dtype != dtype:
+                raise OmniportError(
+                    f"input {name!r} of graph {self.spec.name!r} is {array.dtype}; {dtype} was expected"
+                )
+            held.append(array)
+            binding.bind_cpu_input(name, array)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu")
+        with self._failing(f"run graph {self.spec.name!r}"):
+            self._session.run_with_iobinding(binding)
+        outputs = dict(zip(self._bound_outputs(cache), binding.get_outputs(), strict=True))
+        return {name: np.array(outputs[name].numpy(), np.float32) for name in self._outputs}
+
+    def new_cache(self, capacity: int) -> OrtCache:
+        """A cache for ``capacity`` tokens.
+
+        Raises:
+            BackendError: the graph is not a decoder, or there is not enough memory.
+        """
+        if not self._cached:
+            raise BackendError(f"graph {self.spec.name!r} keeps no KV cache: only thinker and talker do")
+        ort, nbytes = self._ort, 0
+        values: dict[str, Any] = {}
+        binding = self._session.io_binding()
+        for source, output in self._cached.items():
+            tensor = self.spec.input(source)
+            # [B, Hkv, M, D]: one conversation, so B = 1
+            heads, width = tensor.shape[1], tensor.shape[3]
+            if not isinstance(heads, int) or not isinstance(width, int):
+                raise BundleError(f"input {source!r} has shape {tensor.shape}; fixed heads and width were expected")
+            shape = [1, heads, capacity, width]
+            dtype = np.dtype(tensor.dtype)
+            with self._failing(f"allocate the KV cache of {self.spec.name!r} for {capacity} tokens"):
+                if self._device == "cpu":
+                    # Zero pages cost nothing until written; OrtValue uses this memory as it is.
+                    value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+                else:
+                    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._device, 0)
+                binding.bind_ortvalue_input(source, value)
+                binding.bind_ortvalue_output(output, value)
+            values[source] = value
+            nbytes += math.prod(shape) * dtype.itemsize
+        return OrtCache(binding, values, capacity, nbytes)
+
+    def _bound_outputs(self, cache: KvCache | None) -> list[str]:
+        """Output names in the order in which they were first bound."""
+        return ([] if cache is None else list(self._cached.values())) + self._outputs
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except _ort_errors(self._ort) as error:
+            raise BackendError(
+                f"ONNX Runtime could not {what}: {_first_line(error)}. If it is out of memory, shorten the prompt or "
+                "export with a smaller --max-context; 'omniport inspect --verify' checks the bundle"
+            ) from error
+
+
+class OrtBackend:
+    """ONNX Runtime for one bundle.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        threads: threads of one operator; the physical cores this process may use if None.
+
+    Raises:
+        BackendError: onnxruntime or its CUDA provider is missing, or the bundle's precision does not run there.
+    """
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+        self._ort = _import_ort()
+        self._bundle = bundle
+        self._device = device
+        self._threads = threads if threads is not None else physical_cores()
+        self._graphs: dict[str, OrtGraph] = {}
+        self._closed = False
+        self.name = f"ort-{device}"
+        if device == "cuda" and _PROVIDERS["cuda"] not in self._ort.get_available_providers():
+            raise BackendError(
+                "the installed onnxruntime has no CUDA provider: pip uninstall onnxruntime, then "
+                "pip install 'omniport[ort-gpu]'; or use backend 'ort-cpu'"
+            )
+        if device == "cpu":
+            for spec in bundle.manifest.graphs.values():
+                _refuse_bfloat16(spec)
+
+    def graph(self, name: str) -> OrtGraph:
+        """The graph of that name, loaded on first use and kept.
+
+        Raises:
+            BackendError: the bundle has no such graph, the backend is closed, or ONNX Runtime refuses the graph.
+            BundleError: the graph uses non-standard operators or data outside the bundle.
+        """
+        if self._closed:
+            raise BackendError(f"the {self.name} backend is closed; open the session again")
+        if name not in self._graphs:
+            self._graphs[name] = self._load(name)
+        return self._graphs[name]
+
+    def close(self) -> None:
+        """Release every graph."""
+        self._graphs.clear()
+        self._closed = True
+
+    def _load(self, name: str) -> OrtGraph:
+        known = self._bundle.manifest.graphs
+        if name not in known:
+            raise BackendError(
+                f"{self._bundle.root} has no graph {name!r}; it has {', '.join(known) or 'none'}. "
+                "Export it again without --graphs, or with this graph among them"
+            )
+        spec = known[name]
+        path = self._bundle.path(spec.file)
+        _check_graph_file(self._bundle, spec, path)
+        try:
+            session = self._ort.InferenceSession(
+                str(path),
+                self._options(),
+                providers=list(dict.fromkeys((_PROVIDERS[self._device], _PROVIDERS["cpu"]))),
+            )
+        except _ort_errors(self._ort) as error:
+            raise BackendError(
+                f"ONNX Runtime {self._ort.__version__} cannot load graph {name!r} ({path}): {_first_line(error)}. "
+                "Version 1.28 or newer is needed; check the bundle with 'omniport inspect --verify'"
+            ) from error
+        if _PROVIDERS[self._device] not in session.get_providers():
+            raise BackendError(
+                f"ONNX Runtime cannot use {_PROVIDERS[self._device]} here (driver or CUDA libraries missing): "
+                "run 'omniport doctor', or use backend 'ort-cpu'"
+            )
+        _check_signature(session, spec)
+        return OrtGraph(session, spec, self._device, self._ort)
+
+    def _options(self) -> Any:
+        options = self._ort.SessionOptions()
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = _WARNING
+        # Six graphs take turns: threads of one must not spin while another computes.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+
+def cuda_usable() -> bool:
+    """True if the installed onnxruntime has the CUDA provider and the driver sees a device."""
+    if _PROVIDERS["cuda"] not in _import_ort().get_available_providers():
+        return False
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may run on, at least 1: hyper-threads share the arithmetic units."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in usable:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:  # not Linux, or no topology: count every CPU
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+def _import_ort() -> Any:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendError(f"onnxruntime is not installed ({error}): pip install 'omniport[ort]'") from error
+
+
+def _ort_errors(module: Any) -> tuple[type[BaseException], ...]:
+    """What onnxruntime raises: its own classes derive from Exception, with no common base of their own."""
+    state = vars(module.capi.onnxruntime_pybind11_state).values()
+    own = [value for value in state if isinstance(value, type) and issubclass(value, Exception)]
+    return (*own, RuntimeError, ValueError, MemoryError)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _refuse_bfloat16(spec: GraphSpec) -> None:
+    tensors = {tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
+    if spec.precision == "bfloat16" or "bfloat16" in tensors:
+        raise BackendError(
+            f"graph {spec.name!r} is bfloat16, for which ONNX Runtime has no CPU kernels: export with --precision fp32 "
+            "(or fp16) for the CPU, or run this bundle on a GPU"
+        )
+
+
+def _check_graph_file(bundle: Bundle, spec: GraphSpec, path: Path) -> None:
+    """Standard operators only, and no weights but those that the manifest lists for this graph."""
+    summary = scan_onnx(path)
+    foreign = sorted(summary.domains - STANDARD_DOMAINS)
+    if foreign or summary.functions:
+        what = f"operators of {', '.join(foreign)}" if foreign else f"{summary.functions} local functions"
+        raise BundleError(f"{path} uses {what}; a bundle's graphs hold standard ONNX operators only. Export it again")
+    folder = PurePosixPath(spec.file).parent
+    for location in sorted(summary.external):
+        name = str(folder / location)
+        if name not in spec.data or ".." in PurePosixPath(name).parts:
+            raise BundleError(
+                f"{path} takes weights from {location!r}, which bundle.json does not list for graph {spec.name!r} "
+                f"(it lists {', '.join(spec.data) or 'none'}). Export the bundle again"
+            )
+        bundle.path(name)
+
+
+def _check_signature(session: Any, spec: GraphSpec) -> None:
+    """The file's inputs and outputs are those of the GraphSpec, by name."""
+    for kind, found, tensors in (
+        ("inputs", session.get_inputs(), spec.inputs),
+        ("outputs", session.get_outputs(), spec.outputs),
+    ):
+        names, expected = {value.name for value in found}, {tensor.name for tensor in tensors}
+        if names != expected:
+            raise BundleError(
+                f"graph {spec.name!r} has {kind} {sorted(names)}; bundle.json says {sorted(expected)}. Export it again"
+            )

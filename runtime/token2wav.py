@@ -1,0 +1,214 @@
+"""Codec tokens to sound: the flow-matching DiT gives a mel spectrogram, the vocoder gives samples.
+
+``whole`` solves all codes at once, as the reference does. ``stream`` solves windows: each new chunk with the codes the
+DiT's block attention looks back and ahead to, aligned to its blocks, over noise that belongs to absolute positions. Mel
+frames of the look-ahead serve as the vocoder's right context and are solved again, in full context, by the next window.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.base import Backend
+from .bundle import Bundle
+from .errors import BundleError, OmniportError, UsageError
+from .solver import solve
+from .timing import StageTimer
+
+__all__ = ["WINDOWS", "NoiseStream", "Token2Wav", "Window"]
+
+Window = Literal["stream", "whole"]
+WINDOWS: tuple[Window, ...] = get_args(Window)
+
+#: blocks of new codes in the first, second and every later window: a short first wait, then less overlap
+_CHUNK_BLOCKS = (1, 2, 4)
+_NOISE_BLOCK = 24
+
+
+class NoiseStream:
+    """The ODE's starting noise by absolute mel frame, the same however it is asked for.
+
+    Args:
+        noise: [T, mel_dim] to use as it is; drawn from ``rng`` if None.
+        rng: source of noise.
+        mel_dim: mel channels.
+
+    Raises:
+        UsageError: not a finite real array of that width.
+    """
+
+    def __init__(self, noise: NDArray[Any] | None, rng: np.random.Generator, mel_dim: int) -> None:
+        self._given = noise is not None
+        self._rng = rng
+        self._mel_dim = mel_dim
+        if noise is None:
+            self._noise = np.zeros((0, mel_dim), np.float32)
+            return
+        array = np.asarray(noise)
+        if array.ndim != 2 or array.shape[1] != mel_dim or array.dtype.kind != "f":
+            raise UsageError(
+                f"noise is {array.dtype} {list(array.shape)}; float32 [T, {mel_dim}] was expected, with T at "
+                "least 2 for every codec token"
+            )
+        if not np.isfinite(array).all():
+            raise UsageError("noise holds NaN or infinity; finite values were expected")
+        self._noise = np.ascontiguousarray(array, np.float32)
+
+    def frames(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Noise of mel frames ``start`` to ``stop``: float32 [stop - start, mel_dim].
+
+        Raises:
+            UsageError: a given array ends before ``stop``.
+        """
+        if stop > len(self._noise):
+            if self._given:
+                raise UsageError(
+                    f"noise has {len(self._noise)} mel frames; the speech needs at least {stop}. Give a longer "
+                    "array, or limit the talker's max_new_tokens"
+                )
+            # Fixed-size draws: the generator's stream does not depend on the windows.
+            draws = -(-(stop - len(self._noise)) // _NOISE_BLOCK)
+            blocks = [self._rng.standard_normal((_NOISE_BLOCK, self._mel_dim), dtype=np.float32) for _ in range(draws)]
+            self._noise = np.concatenate([self._noise, *blocks])
+        return self._noise[start:stop]
+
+
+class Token2Wav:
+    """Turns the codes of one utterance into samples as they come.
+
+    Every sample comes out exactly once and in order: ``repeats * hop`` samples a code.
+
+    Args:
+        speaker: float32 [192]. reference: float32 [128].
+        window: ``stream`` or ``whole``.
+
+    Raises:
+        BundleError: the bundle does not speak.
+        UsageError: an unknown window.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        bundle: Bundle,
+        speaker: NDArray[np.float32],
+        reference: NDArray[np.float32],
+        noise: NoiseStream,
+        window: Window,
+        timer: StageTimer,
+    ) -> None:
+        manifest = bundle.manifest
+        if manifest.dit is None or manifest.vocoder is None or manifest.solver is None:
+            raise BundleError(f"{bundle.root} has no DiT and vocoder: it was exported from a checkpoint without speech")
+        if window not in WINDOWS:
+            raise UsageError(f"window is {window!r}; one of {', '.join(WINDOWS)} was expected")
+        self._backend = backend
+        self._dit, self._vocoder, self._solver = manifest.dit, manifest.vocoder, manifest.solver
+        self._speaker, self._reference = speaker[None], reference[None]
+        self._noise = noise
+        self._streaming = window == "stream"
+        self._timer = timer
+        self._block = self._dit.block_size // self._dit.repeats
+        self._codes: list[int] = []
+        self._done = 0  # codes whose samples are out
+        self._windows = 0
+        # Final mel frames [n, 80] before the next chunk that its samples can depend on.
+        self._tail = np.zeros((0, self._dit.mel_dim), np.float32)
+
+    def push(self, code: int) -> list[NDArray[np.float32]]:
+        """Take one code; gives the sample arrays float32 [n] that it completes, often none.
+
+        Raises:
+            OmniportError: the code is no sound: outside the DiT's codebook.
+            UsageError: the given noise is too short.
+        """
+        # The codebook has one more row than num_embeds (DiTCodecEmbedding).
+        if not 0 <= code <= self._dit.num_embeds:
+            raise OmniportError(
+                f"the talker gave codec token {code}, which the DiT's codebook of {self._dit.num_embeds + 1} has no "
+                "sound for; the talker's weights do not belong to this DiT. Check the checkpoint and export it again"
+            )
+        self._codes.append(code)
+        ready = []
+        while self._streaming and len(self._codes) >= self._done + self._chunk + self._ahead:
+            ready.append(self._emit(self._done + self._chunk))
+        return ready
+
+    def finish(self) -> list[NDArray[np.float32]]:
+        """No more codes: gives the samples of all that are left."""
+        return [self._emit(len(self._codes))] if self._done < len(self._codes) else []
+
+    @property
+    def _chunk(self) -> int:
+        """Codes of the next window that are new."""
+        return self._block * _CHUNK_BLOCKS[min(self._windows, len(_CHUNK_BLOCKS) - 1)]
+
+    @property
+    def _ahead(self) -> int:
+        return self._block * self._dit.look_ahead_blocks
+
+    def _emit(self, stop: int) -> NDArray[np.float32]:
+        """Samples of codes ``self._done`` to ``stop``."""
+        start = self._done
+        first, last = 0, len(self._codes)
+        if self._streaming:
+            first = max(0, start - self._block * self._dit.look_back_blocks)
+            last = min(last, stop + self._ahead)
+        mel = self._solve(first, last)
+        repeats, context = self._dit.repeats, self._vocoder.context_frames
+        new = mel[(start - first) * repeats : (stop - first) * repeats]
+        right = mel[(stop - first) * repeats :][:context]
+        samples = self._synthesize(np.concatenate([self._tail, new, right]), len(self._tail), len(new))
+        self._tail = np.concatenate([self._tail, new])[-context:] if context else self._tail
+        self._done = stop
+        self._windows += 1
+        return samples
+
+    def _solve(self, first: int, last: int) -> NDArray[np.float32]:
+        """Mel frames [2 * (last - first), 80] of the codes from ``first`` to ``last``."""
+        with self._timer("load"):
+            graph = self._backend.graph("dit")
+        repeats = self._dit.repeats
+        feeds: dict[str, NDArray[Any]] = {
+            "codes": np.asarray([self._codes[first:last]], np.int64),
+            "speaker": self._speaker,
+            "reference": self._reference,
+        }
+
+        def velocity(step: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+            outputs = graph.run({**feeds, "x": x, "step": np.asarray([step], np.int64)})
+            return outputs["velocity"]
+
+        with self._timer("dit"):
+            mel: NDArray[np.float32] = solve(
+                self._solver, velocity, self._noise.frames(first * repeats, last * repeats)[None]
+            )[0]
+        _require_finite(mel, "the DiT's mel spectrogram")
+        return mel
+
+    def _synthesize(self, mel: NDArray[np.float32], skip: int, count: int) -> NDArray[np.float32]:
+        """Samples of ``count`` mel frames after the first ``skip``; ``mel`` [n, 80] holds the context around them."""
+        with self._timer("load"):
+            graph = self._backend.graph("bigvgan")
+        hop = self._vocoder.hop
+        with self._timer("bigvgan"):
+            wave = graph.run({"mel": np.ascontiguousarray(mel.T[None])})["wav"].reshape(-1)
+        if len(wave) != hop * len(mel):
+            raise OmniportError(
+                f"the vocoder gave {len(wave)} samples for {len(mel)} mel frames; {hop} a frame were expected. Export "
+                "the bundle again"
+            )
+        samples = wave[skip * hop : (skip + count) * hop].copy()
+        _require_finite(samples, "the vocoder's waveform")
+        return samples
+
+
+def _require_finite(array: NDArray[np.float32], what: str) -> None:
+    if not np.isfinite(array).all():
+        raise OmniportError(
+            f"{what} holds {int((~np.isfinite(array)).sum())} of {array.size} values that are not finite; an overflow "
+            "in FP16 is the usual cause: export with --precision fp32"
+        )
