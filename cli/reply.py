@@ -15,7 +15,7 @@ from .wav import WavWriter
 if TYPE_CHECKING:
     from omniport.runtime import OmniSession
     from omniport.runtime.events import Done, Event, Stats
-    from omniport.runtime.manifest import Manifest, SamplingConfig
+    from omniport.runtime.manifest import SamplingConfig
     from rich.console import Console
 
 __all__ = ["Replier", "chat", "event_dict", "stats_line"]
@@ -28,9 +28,8 @@ class Replier:
     """Runs replies of one session with the command's options and prints their events."""
 
     session: OmniSession
-    manifest: Manifest
     voice: str | None = None
-    seed: int | None = None
+    seed: int = 0
     greedy: bool = False
     max_new_tokens: int | None = None
     json: bool = False
@@ -43,20 +42,22 @@ class Replier:
         """
         from omniport.runtime.events import AudioChunk, Done, TextDelta
 
+        manifest = self.session.manifest
+        events = self.session.reply(  # refuses bad input here, before a file is begun
+            messages,
+            speak=speak is not None,
+            voice=self.voice,
+            thinker=self._sampling(manifest.thinker_sampling, self.max_new_tokens),
+            talker=self._sampling(manifest.talker_sampling, None),
+            seed=self.seed,
+        )
         done: Done | None = None
         with ExitStack() as stack:
             wav: WavWriter | None = None
             if speak is not None:
-                assert self.manifest.vocoder is not None, "checked by the command"
-                wav = stack.enter_context(WavWriter(speak, self.manifest.vocoder.sample_rate))
-            for event in self.session.reply(
-                messages,
-                speak=speak is not None,
-                voice=self.voice,
-                thinker=self._sampling(self.manifest.thinker_sampling, self.max_new_tokens),
-                talker=self._sampling(self.manifest.talker_sampling, None),
-                seed=self.seed,
-            ):
+                assert manifest.vocoder is not None, "reply() refuses to speak without"
+                wav = stack.enter_context(WavWriter(speak, manifest.vocoder.sample_rate))
+            for event in events:
                 if isinstance(event, Done):
                     done = event
                     continue

@@ -38,7 +38,7 @@ def command(
     ] = None,
     voice: Annotated[str | None, typer.Option(help="Voice of the spoken reply (see omniport voices).")] = None,
     speak: Annotated[Path | None, typer.Option(metavar="OUT.wav", help="Speak the reply into this WAV file.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Pick the likeliest token, in speech too.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens at most.")] = None,
     backend: Annotated[BackendName, typer.Option(help="What runs the graphs.")] = BackendName.auto,
@@ -61,27 +61,14 @@ def command(
         raise UsageError("--voice is the voice of speech, and there is none: add --speak OUT.wav or drop --voice")
 
     from omniport.runtime import OmniSession
-    from omniport.runtime.bundle import Bundle
 
     from .reply import Replier, chat
 
-    opened = Bundle.open(bundle)
-    if speak is not None:
-        if opened.manifest.vocoder is None:
-            raise UsageError(f"{bundle} holds no speech graphs, so it cannot --speak; export them or drop --speak")
-        opened.voice(voice)  # an unknown voice is refused before gigabytes are loaded
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     with OmniSession.open(bundle, backend=backend.value) as session:
-        replier = Replier(
-            session=session,
-            manifest=opened.manifest,
-            voice=voice,
-            seed=seed,
-            greedy=greedy,
-            max_new_tokens=max_new_tokens,
-            json=json,
-            quiet=quiet,
-        )
+        if speak is not None:
+            session.bundle.find_voice(voice)  # refused once and at the start, not at every turn of a conversation
+        replier = Replier(session, voice, seed, greedy, max_new_tokens, json=json, quiet=quiet)
         if message["content"]:
             replier.reply([*messages, message], speak)
         else:

@@ -1,9 +1,8 @@
 """optimum-cli export omniport: the sub-command that optimum finds in an installed omniport.
 
 The wheel ships this file as ``optimum/commands/register/register_omniport.py``. That folder is a PEP 420 namespace, so
-it holds no ``__init__.py``; optimum lists the ``.py`` files of its real directories and reads ``REGISTER_COMMANDS``. An
-editable install has no such directory, so optimum does not see the command there. Heavy imports stay out of this file:
-optimum loads it for every ``optimum-cli`` call.
+it holds no ``__init__.py``; optimum lists the ``.py`` files of its directories and reads ``REGISTER_COMMANDS``. Heavy
+imports stay out of this file: optimum loads it for every ``optimum-cli`` call.
 """
 
 from __future__ import annotations

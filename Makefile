@@ -1,0 +1,38 @@
+# make test: install into .venv, then linters, types and tests (what CI runs)
+# make demo: install, then export a random-weight model and let it answer a spoken question
+# make docs: write the pages that come from the code
+
+SYSTEM_PYTHON := $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: test lint demo docs clean
+.DEFAULT_GOAL := test
+
+$(PYTHON):
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+
+# Reinstalled when pyproject.toml changes. torch comes first, so that the build asked for is the one that stays.
+$(INSTALLED): pyproject.toml | $(PYTHON)
+	$(PYTHON) -m pip install --quiet torch==2.13.0
+	$(PYTHON) -m pip install --quiet -e '.[test]'
+	touch $@
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(PYTHON) -m pytest -q
+
+demo: $(INSTALLED)
+	$(PYTHON) scripts/demo.py
+
+docs: $(INSTALLED)
+	$(PYTHON) scripts/cli_docs.py
+
+clean:
+	rm -rf $(VENV) demo build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,114 @@
+"""Show the whole way on random weights: checkpoint, export, parity with PyTorch, a spoken reply to a spoken question.
+
+Usage: python scripts/demo.py [--out demo]
+
+Everything is made on the spot and nothing is downloaded. A second run keeps the checkpoint and the graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omniport.cli.common import log_console, print_table, progress_bar
+from omniport.cli.reply import Replier
+from sample_media import QUESTION, make_media
+
+if TYPE_CHECKING:
+    from omniport.runtime.events import Stats
+
+__all__ = ["main"]
+
+MAX_NEW_TOKENS = 48
+
+
+def prepare(out: Path) -> tuple[Path, Path]:
+    """Make the checkpoint (kept if there) and export it; returns (checkpoint, bundle)."""
+    from omniport.export.exporter import export_checkpoint
+    from omniport.export.synthetic import make_checkpoint
+
+    checkpoint, bundle = out / "checkpoint", out / "bundle"
+    with progress_bar(quiet=False) as progress:
+        if not checkpoint.exists():
+            make_checkpoint(checkpoint, "tiny", seed=0, progress=progress)
+        export_checkpoint(str(checkpoint), bundle, precision="fp32", max_context=2048, progress=progress)
+    return checkpoint, bundle
+
+
+def check(bundle: Path, checkpoint: Path) -> list[tuple[str, str, float, float]]:
+    """Relative RMS error of every graph against PyTorch: rows (graph, case, error, tolerance)."""
+    from omniport.export.parity import check_bundle
+
+    return [
+        (str(graph), str(case), float(error), float(limit))
+        for graph, case, error, limit in check_bundle(bundle, checkpoint)
+    ]
+
+
+def answer(bundle: Path, media: dict[str, Path], speech: Path) -> Stats:
+    """Ask the spoken question about the picture; text goes to the terminal, speech to ``speech``."""
+    from omniport.runtime import OmniSession
+    from omniport.runtime.bundle import Bundle
+
+    content = [{"type": "image", "image": media["image"]}, {"type": "audio", "audio": media["audio"]}]
+    with OmniSession.open(bundle) as session:
+        replier = Replier(
+            session=session, manifest=Bundle.open(bundle).manifest, seed=0, max_new_tokens=MAX_NEW_TOKENS, quiet=True
+        )
+        return replier.reply([{"role": "user", "content": content}], speech).stats
+
+
+def seconds(value: float | None) -> str:
+    """A duration for the table."""
+    return "-" if value is None else f"{value:.3f} s"
+
+
+def main() -> int:
+    """Run the demo; exit code 1 when a graph is not equal to PyTorch within its tolerance."""
+    parser = argparse.ArgumentParser(description="Export a random-weight model, check it, and let it answer.")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes")
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    log, start = log_console(), time.perf_counter()
+
+    log.print("1. a tiny checkpoint with random weights, exported to six ONNX graphs", style="bold")
+    checkpoint, bundle = prepare(out)
+    log.print("2. every graph against PyTorch", style="bold")
+    parity = check(bundle, checkpoint)
+    log.print("3. sample media", style="bold")
+    media = make_media(out / "media")
+    log.print(f'4. the spoken question "{QUESTION}" about {media["image"]}', style="bold")
+    log.print("The weights are random: the text is gibberish and the speech is noise. The path is the real one.")
+    speech = out / "reply.wav"
+    stats = answer(bundle, media, speech)
+
+    passed = all(error <= limit for _, _, error, limit in parity)
+    print_table(
+        "Reply",
+        ("what", "measured"),
+        [
+            ("speech", f"{speech}, {stats.audio_seconds:.2f} s (noise: the weights are random)"),
+            ("backend", stats.backend),
+            ("prompt, text, codec tokens", f"{stats.prompt_tokens}, {stats.text_tokens}, {stats.codec_tokens}"),
+            ("time to first token (TTFT)", seconds(stats.time_to_first_token)),
+            ("time to first audio (TTFA)", seconds(stats.time_to_first_audio)),
+            ("real-time factor (RTF)", "-" if stats.real_time_factor is None else f"{stats.real_time_factor:.3f}"),
+            ("whole demo", seconds(time.perf_counter() - start)),
+        ],
+    )
+    print_table(
+        "Parity with PyTorch (relative RMS error)",
+        ("graph", "case", "error", "tolerance", ""),
+        [
+            (graph, case, f"{error:.1e}", f"{limit:.0e}", "ok" if error <= limit else "FAILED")
+            for graph, case, error, limit in parity
+        ],
+    )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
