@@ -42,22 +42,17 @@ def check(bundle: Path, checkpoint: Path) -> list[tuple[str, str, float, float]]
     """Relative RMS error of every graph against PyTorch: rows (graph, case, error, tolerance)."""
     from omniport.export.parity import check_bundle
 
-    return [
-        (str(graph), str(case), float(error), float(limit))
-        for graph, case, error, limit in check_bundle(bundle, checkpoint)
-    ]
+    rows = check_bundle(bundle, checkpoint)
+    return [(str(graph), str(case), float(error), float(limit)) for graph, case, error, limit in rows]
 
 
 def answer(bundle: Path, media: dict[str, Path], speech: Path) -> Stats:
     """Ask the spoken question about the picture; text goes to the terminal, speech to ``speech``."""
     from omniport.runtime import OmniSession
-    from omniport.runtime.bundle import Bundle
 
     content = [{"type": "image", "image": media["image"]}, {"type": "audio", "audio": media["audio"]}]
     with OmniSession.open(bundle) as session:
-        replier = Replier(
-            session=session, manifest=Bundle.open(bundle).manifest, seed=0, max_new_tokens=MAX_NEW_TOKENS, quiet=True
-        )
+        replier = Replier(session, max_new_tokens=MAX_NEW_TOKENS, quiet=True)
         return replier.reply([{"role": "user", "content": content}], speech).stats
 
 
