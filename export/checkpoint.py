@@ -76,7 +76,7 @@ class Checkpoint:
         config = load_config(path)
         if progress is not None:
             progress(f"reading weight headers of {name}")
-        return cls(name, path, config, [SafetensorsFile.open(file) for file in _weight_files(path)])
+        return cls(name, path, config, _open_weights(path))
 
     @property
     def has_speech(self) -> bool:
@@ -184,13 +184,13 @@ def _index_tensors(files: Sequence[SafetensorsFile]) -> dict[str, tuple[Safetens
     return where
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _open_weights(path: Path) -> list[SafetensorsFile]:
     """The checkpoint's weight files. CheckpointError if there are none, some are missing, or they are pickles."""
     index = path / _INDEX
     if index.exists():
-        return _indexed_files(index)
+        return _open_indexed(index)
     if (path / _SINGLE).exists():
-        return [path / _SINGLE]
+        return [SafetensorsFile.open(path / _SINGLE)]
     shards = sorted(file.name for file in path.glob("*.safetensors"))
     if "adapter_model.safetensors" in shards:
         raise CheckpointError(
@@ -212,8 +212,8 @@ def _weight_files(path: Path) -> list[Path]:
     raise CheckpointError(f"{path} holds no weights: expected {_INDEX} and its shards, or {_SINGLE}.")
 
 
-def _indexed_files(index: Path) -> list[Path]:
-    """The shards that the index names, checked to be there and to lie beside it, sorted."""
+def _open_indexed(index: Path) -> list[SafetensorsFile]:
+    """The shards that the index names, checked to lie beside it and to hold what it says, in order of name."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map (tensor name -> shard). Download the file again.")
@@ -227,7 +227,14 @@ def _indexed_files(index: Path) -> list[Path]:
             f"{index.name} names {len(missing)} shard(s) that are not in {index.parent}: {', '.join(missing)}. "
             "Download the missing files."
         )
-    return [index.parent / name for name in sorted(names)]
+    files = {name: SafetensorsFile.open(index.parent / name) for name in sorted(names)}
+    lost = sorted(key for key, name in weight_map.items() if key not in files[name].entries)
+    if lost:
+        raise CheckpointError(
+            f"{index.name} places {lost[0]!r} ({len(lost)} tensor(s) in all) in {weight_map[lost[0]]}, which does not "
+            "hold it: index and shards belong to different checkpoints. Download them again."
+        )
+    return list(files.values())
 
 
 def _fingerprint(config: Path, files: Sequence[SafetensorsFile]) -> str:

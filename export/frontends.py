@@ -172,7 +172,9 @@ def chat_spec(ckpt: Checkpoint) -> ChatSpec:
         )
     text = ckpt.config.thinker_config.text_config
     stop = [tokens.im_end, tokens.endoftext]
-    for eos in ((ckpt.json("generation_config.json") or {}).get("eos_token_id"), text.eos_token_id):
+    stated = [(ckpt.json("generation_config.json") or {}).get("eos_token_id")]
+    stated += [getattr(config, "eos_token_id", None) for config in (ckpt.config.thinker_config, text)]
+    for eos in stated:
         stop += eos if isinstance(eos, list) else [] if eos is None else [eos]
     for token_id in stop:
         _in_vocabulary(ckpt, "eos_token_id", token_id, text.vocab_size)
