@@ -107,7 +107,10 @@ def _from_array(source: tuple[Any, ...]) -> tuple[Samples, float]:
     if not isinstance(rate, Real) or isinstance(rate, bool):
         raise MediaError(f"sample rate is a {type(rate).__name__}; expected a positive number of Hz")
     _check_rate(float(rate), "audio array")
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise MediaError(f"audio samples are no array: {error}; expected [n] or [n, channels]") from error
     if array.ndim not in (1, 2) or (array.ndim == 2 and min(array.shape) > MAX_CHANNELS):
         raise MediaError(
             f"audio array has shape {list(array.shape)}; expected [n], [n, channels] or [channels, n] "

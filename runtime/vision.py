@@ -1,9 +1,9 @@
 """Images and video frames in: decode, resize, patches, window index. numpy and Pillow; no torch.
 
-**Resize kernel**: Pillow's BICUBIC (Keys' cubic with a = -0.5, widened when shrinking, so antialiased; 8-bit result)
-for still images and for video frames. Still images: as transformers' Qwen2VLImageProcessorPil. Video: the reference
-(Qwen2VLVideoProcessor) resizes with torchvision's antialiased bicubic, the same kernel, whose 8-bit rounding may
-differ by one level.
+**Resize kernel**: Pillow's BICUBIC (Keys' cubic with a = -0.5, widened when shrinking, so antialiased; rounded and
+clipped to 8 bits after each of its two passes) for still images and for video frames. Still images: as transformers'
+Qwen2VLImageProcessorPil. Video: the reference (Qwen2VLVideoProcessor) resizes with torchvision's antialiased bicubic:
+the same kernel, but rounded once at the end, which differs by a few levels of 255 where hard edges overshoot.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def _build(frames: Pixels, size: tuple[int, int], frontend: VisionFrontend) -> V
 
 def _positions(rows: int, columns: int, merge: int) -> NDArray[np.int64]:
     """Row and column of each patch in merge-block order, int64 [rows * columns, 2]."""
-    grid = np.stack(np.indices((rows, columns), dtype=np.int64), axis=-1)
+    grid = np.indices((rows, columns), dtype=np.int64).transpose(1, 2, 0)
     blocks = grid.reshape(rows // merge, merge, columns // merge, merge, 2)
     return np.ascontiguousarray(blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2))
 
