@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,7 @@ from omniport.runtime.manifest import (
 )
 from omniport.runtime.prompt import Prompt, build_prompt
 from omniport.runtime.text import TextCodec
-from omniport.runtime.video import VideoClip
+from omniport.runtime.video import VideoClip, load_video
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniPreTrainedModelForConditionalGeneration as ReferenceModel,
@@ -179,14 +181,14 @@ class Film:
 
 @pytest.fixture(autouse=True)
 def _films(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_video(source: Film, frontend: VisionFrontend, with_audio: bool) -> VideoClip:
+    def load_film(source: Film, frontend: VisionFrontend, with_audio: bool) -> VideoClip:
         count = source.grids * frontend.temporal_patch_size
         frames = np.random.default_rng(0).integers(0, 255, (count, source.height, source.width, 3)).astype(np.uint8)
         heard = tone(source.sound)[0] if with_audio and source.sound is not None else None
         times = np.arange(count) * source.second_per_grid / frontend.temporal_patch_size
         return VideoClip(frames, times, source.second_per_grid, heard)
 
-    monkeypatch.setattr(module, "load_video", load_video)
+    monkeypatch.setattr(module, "load_video", load_film)
 
 
 def tone(seconds: float) -> tuple[NDArray[np.float32], int]:
@@ -440,6 +442,41 @@ def test_each_video_decides_about_its_sound(small: Setup) -> None:
     steps = prompt.position_ids[:, last] - prompt.position_ids[:, last[:1]]
     expected = build_prompt([user(quiet)], small.manifest, small.codec).position_ids[:, alone]
     np.testing.assert_array_equal(steps, expected - expected[:, :1])
+
+
+def film_file() -> bytes:
+    """Four seconds of moving noise and a tone, as mp4."""
+    out, rng = io.BytesIO(), np.random.default_rng(0)
+    with av.open(out, "w", format="mp4") as container:
+        pictures, sound = container.add_stream("mpeg4", rate=10), container.add_stream("aac", rate=16000, layout="mono")
+        pictures.width, pictures.height, pictures.pix_fmt = 112, 84, "yuv420p"
+        for _ in range(40):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (84, 112, 3)).astype(np.uint8), format="rgb24")
+            container.mux(pictures.encode(frame))
+        block = av.AudioFrame.from_ndarray(tone(4.0)[0][None], format="fltp", layout="mono")
+        block.sample_rate = 16000
+        container.mux(sound.encode(block))
+        container.mux(pictures.encode(None))
+        container.mux(sound.encode(None))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("use_audio", [True, False])
+def test_real_video_file(small: Setup, monkeypatch: pytest.MonkeyPatch, use_audio: bool) -> None:
+    monkeypatch.setattr(module, "load_video", load_video)
+    source = film_file()
+    clip = load_video(source, small.manifest.vision, with_audio=True)
+    assert clip.audio is not None
+    assert clip.audio.std() > 0.1
+    film = Film(len(clip.frames) // 2, 84, 112, clip.second_per_grid, len(clip.audio) / 16000)
+    assert (film.grids, film.second_per_grid) == (4, 1.0)
+    part = {"type": "video", "video": source, "use_audio": use_audio}
+    prompt = build_prompt([user(text("What do you "), part, text("hear?"))], small.manifest, small.codec)
+    expected = Reference(small).run([user(text("What do you "), video(film, use_audio), text("hear?"))])
+    np.testing.assert_array_equal(prompt.token_ids, expected.ids)
+    np.testing.assert_array_equal(prompt.position_ids, expected.positions)
+    assert prompt.next_position == expected.next_position
+    spans_fit(prompt, small)
 
 
 def test_rounding_does_not_part_tokens_from_their_positions(small: Setup) -> None:
