@@ -49,7 +49,7 @@ SIZES: Mapping[str, _Size] = {
         real_ids=False,
         vocab_size=1024,
         shard_bytes=4 << 20,
-        wave_gain=1.0,
+        wave_gain=0.09,
         text={
             "hidden_size": 128,
             "intermediate_size": 320,
@@ -57,6 +57,8 @@ SIZES: Mapping[str, _Size] = {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "mrope_section": [4, 6, 6],
+            # not the real 1e6, with which heads this narrow would hardly turn with an image's width
+            "rope_theta": 10000.0,
         },
         audio={"d_model": 96, "encoder_attention_heads": 4, "encoder_ffn_dim": 192, "encoder_layers": 2},
         vision={
@@ -74,6 +76,7 @@ SIZES: Mapping[str, _Size] = {
             "num_key_value_heads": 2,
             "head_dim": 32,
             "mrope_section": [8, 8, 0],
+            "rope_theta": 10000.0,
         },
         dit={
             "hidden_size": 128,
@@ -102,6 +105,7 @@ SIZES: Mapping[str, _Size] = {
             "num_attention_heads": 16,
             "num_key_value_heads": 2,
             "mrope_section": [16, 24, 24],
+            "rope_theta": 1000000.0,
         },
         audio={"d_model": 1280, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "encoder_layers": 4},
         vision={
@@ -119,6 +123,7 @@ SIZES: Mapping[str, _Size] = {
             "num_key_value_heads": 2,
             "head_dim": 64,
             "mrope_section": [16, 16, 0],
+            "rope_theta": 1000000.0,
         },
         dit={
             "hidden_size": 1024,
@@ -233,8 +238,8 @@ def _scaling(size: _Size, tokenizer: SyntheticTokenizer, seed: int, outliers: bo
         )
     dit_inputs = 80 + 128 + 192 + size.dit["emb_dim"]
     return Scaling(
-        # Replies are made of trained text; the end token wins a step in about fifty.
-        text_rows={(tokenizer.trained, end): 0.05, (end, end + 1): 1.4, (end + 1, size.vocab_size): 0.05},
+        # Replies are made of trained text; the end token wins about one step in a hundred.
+        text_rows={(tokenizer.trained, end): 0.05, (end, end + 1): 1.25, (end + 1, size.vocab_size): 0.05},
         # Codes stay inside the codebook, and the end code wins a step in about a hundred.
         codec_rows={
             (_CODEBOOK, _CODEC["end"]): 0.05,
@@ -338,7 +343,6 @@ def _decoder_keys(geometry: Mapping[str, Any]) -> dict[str, Any]:
         "max_window_layers": geometry["num_hidden_layers"],
         "rms_norm_eps": 1e-06,
         "rope_scaling": {"mrope_section": geometry["mrope_section"], "rope_type": "default", "type": "default"},
-        "rope_theta": 1000000.0,
         "sliding_window": 32768,
         "use_cache": True,
         "use_sliding_window": False,

@@ -94,9 +94,9 @@ _GAINS: tuple[tuple[str, float], ...] = (
     # flow matching: modulations of std 0.3, mel of std about 1.5 around -5
     (r"\.code2wav_dit_model\..*\.(attn_norm|norm_out)\.linear\.weight$", 0.5),
     (r"\.code2wav_dit_model\..*\.attn\.to_(q|k|v)\.weight$", 1.4),
-    (r"\.code2wav_dit_model\.proj_out\.weight$", 0.8),
-    (r"\.spk_encoder\.blocks\.0\.conv\.weight$", 0.4),
+    (r"\.code2wav_dit_model\.proj_out\.weight$", 0.7),
     (r"\.spk_encoder\..*\.conv\.weight$", 1.4),
+    (r"\.spk_encoder\.fc\.weight$", 0.7),
     # vocoder
     (r"\.code2wav_bigvgan_model\.conv_pre\.weight$", 2.5),
     (r"\.code2wav_bigvgan_model\.resblocks\..*\.convs1\..*\.weight$", 1.0),
@@ -115,7 +115,8 @@ def _fan_in(key: str, shape: Sequence[int]) -> int:
 def plan_tensor(key: str, shape: Sequence[int], scaling: Scaling) -> Plan:
     """The recipe of a tensor, by its checkpoint key."""
     plan = _base_plan(key, shape, scaling)
-    outliers = scaling.outliers.get(key.split(".", 1)[0])
+    is_decoder = key.startswith(("thinker.model.", "talker."))
+    outliers = scaling.outliers.get(key.split(".", 1)[0]) if is_decoder else None
     return plan if outliers is None else _with_outliers(key, plan, outliers)
 
 
@@ -140,7 +141,8 @@ def _base_plan(key: str, shape: Sequence[int], scaling: Scaling) -> Plan:
     if key == "talker.codec_head.weight":
         return replace(plan, rows=scaling.codec_rows)
     # Snake adds a positive mean to every channel; kernels that ignore constants keep it from building up.
-    return replace(plan, centre="bigvgan_model.resblocks" in key)
+    # The speaker encoder's first layer likewise ignores the level that all log mels share.
+    return replace(plan, centre="bigvgan_model.resblocks" in key or "spk_encoder.blocks.0" in key)
 
 
 def _with_outliers(key: str, plan: Plan, outliers: Outliers) -> Plan:
