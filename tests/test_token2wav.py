@@ -1,0 +1,194 @@
+"""Windows against the whole utterance, on graphs that see no further than real ones are promised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import CODES, make_bundle
+from numpy.typing import NDArray
+from omniport.runtime.backends.fake import FakeBackend, FakeBigVgan, FakeDit
+from omniport.runtime.bundle import Bundle
+from omniport.runtime.errors import OmniportError, UsageError
+from omniport.runtime.timing import StageTimer
+from omniport.runtime.token2wav import NoiseStream, Token2Wav, Window
+
+LENGTHS = [0, 1, 11, 12, 13, 23, 24, 25, 35, 36, 37, 48, 60, 61, 100, 200]
+SAMPLES_PER_CODE = 480
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(make_bundle(tmp_path_factory.mktemp("t2w") / "bundle"))
+
+
+class Run:
+    """One utterance through Token2Wav."""
+
+    def __init__(
+        self, bundle: Bundle, codes: list[int], window: Window, noise: Any = None, seed: int = 0, **graphs: Any
+    ) -> None:
+        self.backend = FakeBackend(bundle.manifest, graphs)
+        _, speaker, reference = bundle.voice()
+        stream = NoiseStream(noise, np.random.default_rng(seed), 80)
+        self.timer = StageTimer()
+        made = Token2Wav(self.backend, bundle, speaker, reference, stream, window, self.timer)
+        self.pushed = [made.push(code) for code in codes]
+        self.finished = made.finish()
+        assert made.finish() == []
+        self.chunks = [chunk for chunks in [*self.pushed, self.finished] for chunk in chunks]
+
+    @property
+    def samples(self) -> NDArray[np.float32]:
+        return np.concatenate([np.zeros(0, np.float32), *self.chunks])
+
+    def dit_windows(self) -> list[int]:
+        """Codes of each DiT window."""
+        graph = self.backend.graphs["dit"]
+        assert isinstance(graph, FakeDit)
+        return [call["codes"].shape[1] for call in graph.calls[::36]]
+
+
+def codes_of(count: int, seed: int = 1) -> list[int]:
+    return np.random.default_rng(seed).integers(0, CODES + 1, count).tolist()
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+def test_streamed_equals_whole_for_every_length(bundle: Bundle, count: int) -> None:
+    codes = codes_of(count)
+    whole, stream = Run(bundle, codes, "whole"), Run(bundle, codes, "stream")
+    assert len(whole.samples) == len(stream.samples) == count * SAMPLES_PER_CODE
+    np.testing.assert_array_equal(stream.samples, whole.samples)
+    if count:
+        assert 0.05 < np.sqrt(np.mean(whole.samples**2)) < 1
+        # No repeat can hide: no two neighbouring mel frames sound alike.
+        frames = whole.samples.reshape(-1, 240)
+        assert (np.abs(np.diff(frames, axis=0)).max(axis=1) > 1e-6).all()
+        assert all(chunk.dtype == np.float32 and chunk.size for chunk in stream.chunks)
+
+
+def test_whole_runs_once_at_the_end(bundle: Bundle) -> None:
+    run = Run(bundle, codes_of(100), "whole")
+    assert not any(run.pushed)
+    assert [len(chunk) for chunk in run.finished] == [100 * SAMPLES_PER_CODE]
+    assert run.dit_windows() == [100]
+
+
+def test_sound_leaves_as_soon_as_the_look_ahead_is_there(bundle: Bundle) -> None:
+    run = Run(bundle, codes_of(200), "stream")
+    ready = {i + 1: [len(c) // SAMPLES_PER_CODE for c in chunks] for i, chunks in enumerate(run.pushed) if chunks}
+    # codes needed -> new codes: 12 + 12 ahead, then 24, then 48
+    assert ready == {24: [12], 48: [24], 96: [48], 144: [48], 192: [48]}
+    assert [len(c) // SAMPLES_PER_CODE for c in run.finished] == [20]
+    # left context of 24 codes (12 at first), right of 12, none at the end
+    assert run.dit_windows() == [24, 12 + 24 + 12, 24 + 48 + 12, 24 + 48 + 12, 24 + 48 + 12, 24 + 20]
+
+
+def test_windows_start_on_blocks_and_carry_their_own_noise(bundle: Bundle) -> None:
+    noise = np.random.default_rng(7).standard_normal((400, 80)).astype(np.float32)
+    codes = codes_of(200)
+    run = Run(bundle, codes, "stream", noise=noise)
+    graph = run.backend.graphs["dit"]
+    assert isinstance(graph, FakeDit)
+    starts = [0, 0, 12, 60, 108, 156]
+    for call, start in zip(graph.calls[::36], starts, strict=True):
+        window = call["codes"][0].tolist()
+        assert start % 12 == 0
+        assert window == codes[start : start + len(window)]
+        np.testing.assert_array_equal(call["x"][0], noise[2 * start : 2 * (start + len(window))])
+    assert [int(call["step"][0]) for call in graph.calls[:9]] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_vocoder_context_is_used_to_the_last_frame(bundle: Bundle) -> None:
+    # One frame more on either side than is kept, and the seams show: the equality above is no accident.
+    codes = codes_of(100)
+    for left, right in ((35, 24), (34, 25)):
+        graphs = [FakeBigVgan(80, 240, left=left, right=right) for _ in range(2)]
+        whole = Run(bundle, codes, "whole", bigvgan=graphs[0]).samples
+        stream = Run(bundle, codes, "stream", bigvgan=graphs[1]).samples
+        assert len(stream) == len(whole)
+        assert np.abs(stream - whole).max() > 1e-5
+
+
+def test_noise_decides_the_sound_and_the_seed_decides_the_noise(bundle: Bundle) -> None:
+    codes = codes_of(30)
+    first, again, other = (Run(bundle, codes, "stream", seed=seed).samples for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    drawn = NoiseStream(None, np.random.default_rng(3), 80).frames(0, 60)
+    np.testing.assert_array_equal(Run(bundle, codes, "whole", noise=drawn).samples, first)
+
+
+def test_noise_is_the_same_however_it_is_asked_for() -> None:
+    once = NoiseStream(None, np.random.default_rng(5), 80).frames(0, 500)
+    pieces = NoiseStream(None, np.random.default_rng(5), 80)
+    asked = [(0, 7), (3, 40), (30, 41), (100, 500), (0, 500)]
+    for start, stop in asked:
+        np.testing.assert_array_equal(pieces.frames(start, stop), once[start:stop])
+    assert abs(float(once.mean())) < 0.02
+    assert abs(float(once.std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("window", ["stream", "whole"])
+def test_noise_that_ends_too_soon(bundle: Bundle, window: Window) -> None:
+    noise = np.random.default_rng(0).standard_normal((59, 80)).astype(np.float32)
+    with pytest.raises(UsageError, match=r"noise has 59 mel frames; the speech needs at least (60|4[89])"):
+        Run(bundle, codes_of(30), window, noise=noise)
+    assert len(Run(bundle, codes_of(29), window, noise=noise).samples) == 29 * SAMPLES_PER_CODE
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        np.zeros((60, 79), np.float32),
+        np.zeros((1, 60, 80), np.float32),
+        np.zeros(80, np.float32),
+        np.zeros((60, 80), np.int64),
+        np.full((60, 80), np.nan, np.float32),
+        "noise",
+        [[1.0, 2.0]],
+    ],
+    ids=["width", "batch", "vector", "integers", "nan", "string", "list"],
+)
+def test_wrong_noise_is_refused(noise: Any) -> None:
+    with pytest.raises(UsageError, match="noise"):
+        NoiseStream(noise, np.random.default_rng(0), 80)
+
+
+@pytest.mark.parametrize("code", [-1, CODES + 1, 8292])
+def test_codes_without_sound_are_refused(bundle: Bundle, code: int) -> None:
+    with pytest.raises(OmniportError, match=f"codec token {code}"):
+        Run(bundle, [1, 2, code], "stream")
+
+
+def test_unknown_window(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"'half'.*stream, whole"):
+        Run(bundle, [1], "half")  # type: ignore[arg-type]
+
+
+class Broken(FakeDit):
+    """A DiT that overflows."""
+
+    def compute(self, feeds: Any, cache: Any) -> dict[str, NDArray[np.float32]]:
+        return {"velocity": np.full_like(feeds["x"], np.nan)}
+
+
+class Short(FakeBigVgan):
+    """A vocoder that loses a sample."""
+
+    def compute(self, feeds: Any, cache: Any) -> dict[str, NDArray[np.float32]]:
+        return {"wav": super().compute(feeds, cache)["wav"][:, :-1]}
+
+
+def test_broken_graphs_are_named(bundle: Bundle) -> None:
+    with pytest.raises(OmniportError, match=r"mel spectrogram holds .* not finite"):
+        Run(bundle, [1], "whole", dit=Broken(80, 2, CODES + 1))
+    with pytest.raises(OmniportError, match="479 samples for 2 mel frames"):
+        Run(bundle, [1], "whole", bigvgan=Short(80, 240))
+
+
+def test_time_is_counted(bundle: Bundle) -> None:
+    busy = Run(bundle, codes_of(30), "stream").timer.busy
+    assert busy["dit"] > 0
+    assert busy["bigvgan"] > 0
