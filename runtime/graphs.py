@@ -43,8 +43,10 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         file: path of the ONNX file, relative to the bundle.
         data: paths of its external weight files, relative to the bundle.
         precision: dtype of weights and of the matrix products.
-        dims: range of each symbolic dimension named in the tensor shapes.
+        dims: range of each symbolic dimension named in the tensor shapes. A shape may also say ``"<k>*<name>"``: k
+            times that dimension.
         aliases: output name -> input name, for outputs that share the input's buffer (KV cache).
+        inputs_key: sha256 over everything the graph was made from; a rerun of export skips graphs whose key is the same.
     """
 
     name: str
@@ -56,6 +58,7 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: tuple[TensorSpec, ...]
     dims: dict[str, DimRange]
     aliases: dict[str, str] = {}
+    inputs_key: str = ""
 
     def input(self, name: str) -> TensorSpec:
         """The input of that name (KeyError if there is none)."""

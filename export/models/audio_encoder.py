@@ -1,0 +1,117 @@
+"""Audio encoder: log-mel chunks of two seconds to one embedding per 40 ms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import attention
+from ..weights import ExportModule, Linear
+from .layers import LayerNorm, merge_heads, split_heads
+
+__all__ = ["AudioEncoder", "AudioEncoderConfig"]
+
+
+@dataclass(frozen=True)
+class AudioEncoderConfig:
+    """Sizes of the audio encoder."""
+
+    n_mels: int
+    width: int
+    num_layers: int
+    num_heads: int
+    ffn: int
+    output_size: int
+    chunk_frames: int
+
+
+class _Conv(ExportModule):
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in, 3))
+        self.bias = nn.Parameter(torch.empty(n_out))
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(F.conv1d(x, self.weight, self.bias, stride=self.stride, padding=1))
+
+
+class _SelfAttention(ExportModule):
+    """Bidirectional attention inside one chunk. Whisper's k projection has no bias."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width, bias=False)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(merge_heads(attention(q, k, v, mask, self.scale)))
+
+
+class _EncoderLayer(ExportModule):
+    def __init__(self, config: AudioEncoderConfig) -> None:
+        super().__init__()
+        self.self_attn_layer_norm = LayerNorm(config.width)
+        self.self_attn = _SelfAttention(config.width, config.num_heads)
+        self.final_layer_norm = LayerNorm(config.width)
+        self.fc1 = Linear(config.width, config.ffn)
+        self.fc2 = Linear(config.ffn, config.width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+def _sinusoids(length: int, width: int) -> Tensor:
+    """Whisper's position table [length, width]."""
+    step = np.log(10000) / (width // 2 - 1)
+    inverse = torch.exp(-step * torch.arange(width // 2, device="cpu").float())
+    angle = torch.arange(length, device="cpu")[:, None] * inverse[None, :]
+    return torch.cat((angle.sin(), angle.cos()), dim=1)
+
+
+class AudioEncoder(ExportModule):
+    """Whisper-style encoder over a batch of chunks (transformers: Qwen2_5OmniAudioEncoder).
+
+    Attention never crosses a chunk, so a clip is a batch of chunks and one chunk at a time gives the same result.
+    """
+
+    prefix = "thinker.audio_tower."
+
+    def __init__(self, config: AudioEncoderConfig) -> None:
+        super().__init__()
+        self.conv1 = _Conv(config.n_mels, config.width, stride=1)
+        self.conv2 = _Conv(config.width, config.width, stride=2)
+        self.constant("positions", _sinusoids(config.chunk_frames // 2, config.width), follow=True)
+        self.layers = nn.ModuleList([_EncoderLayer(config) for _ in range(config.num_layers)])
+        self.ln_post = LayerNorm(config.width)
+        self.proj = Linear(config.width, config.output_size)
+
+    def forward(self, mel: Tensor, frames: Tensor) -> Tensor:
+        """mel: float32 [C, n_mels, 200], frames: int64 [C] valid mel frames -> float32 [C, 50, output_size].
+
+        Rows past the clip's end hold no meaning; the caller keeps the valid ones.
+        """
+        # Padding must be zero before each convolution, or its neighbours would see it.
+        frame = torch.arange(mel.shape[2], device=mel.device)
+        valid = (frame[None, :] < frames[:, None]).unsqueeze(1).to(self.proj.weight.dtype)  # [C, 1, 200]
+        x = self.conv1(mel.to(valid.dtype) * valid) * valid
+        x = self.conv2(x).transpose(1, 2) + self.positions  # [C, 100, E]
+        # ceil(frames / 2) positions are real; slot 0 is always attended so that an empty chunk stays finite.
+        slot = torch.arange(x.shape[1], device=mel.device)
+        mask = ((2 * slot[None, :] < frames[:, None]) | (slot[None, :] == 0))[:, None, None, :]
+        mask = mask.expand(-1, 1, x.shape[1], -1)
+        for layer in self.layers:
+            x = layer(x, mask)
+        x = x.unflatten(1, (-1, 2))
+        x = (x[:, :, 0] + x[:, :, 1]) / 2
+        return self.proj(self.ln_post(x)).float()

@@ -1,0 +1,173 @@
+"""BigVGAN: mel frames to sound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..ops import anti_aliased_snake
+from ..weights import Compute, ExportModule, WeightReader
+
+__all__ = ["BigVgan", "BigVganConfig"]
+
+TAPS = 12
+MIN_DB = -115.0
+REFERENCE_DB = 20.0
+
+
+@dataclass(frozen=True)
+class BigVganConfig:
+    """Sizes of the vocoder."""
+
+    mel_dim: int
+    channels: int
+    upsample_rates: tuple[int, ...]
+    upsample_kernel_sizes: tuple[int, ...]
+    resblock_kernel_sizes: tuple[int, ...]
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...]
+
+
+def kaiser_sinc(taps: int = TAPS, ratio: int = 2) -> Tensor:
+    """Low-pass filter [taps] of the anti-aliased activation: Kaiser-windowed sinc, cutoff 0.5/ratio, unit sum.
+
+    Window parameter after Kaiser's formulas for the attenuation of a transition of 0.6/ratio (Oppenheim & Schafer).
+    """
+    cutoff, transition = 0.5 / ratio, 4 * 0.6 / ratio
+    attenuation = 2.285 * (taps // 2 - 1) * math.pi * transition + 7.95
+    if attenuation > 50:
+        beta = 0.1102 * (attenuation - 8.7)
+    else:
+        beta = 0.5842 * (attenuation - 21) ** 0.4 + 0.07886 * (attenuation - 21) if attenuation >= 21 else 0.0
+    window = torch.kaiser_window(taps, periodic=False, beta=beta, dtype=torch.float32, device="cpu")
+    time = torch.arange(-(taps // 2), taps // 2, device="cpu") + 0.5
+    taps_ = 2 * cutoff * window * torch.sinc(2 * cutoff * time)
+    return taps_ / taps_.sum()
+
+
+def _polyphase(channels: int) -> tuple[Tensor, Tensor]:
+    """The 2x interpolation and decimation filters with the two phases as channels.
+
+    Up [2C, 1, 7]: output phase p at t from inputs t-3..t+3; down [C, 2, 7]: output t from both phases at t-3..t+3.
+    """
+    taps = kaiser_sinc()
+    up, down = torch.zeros(2, 7, device="cpu"), torch.zeros(2, 7, device="cpu")
+    for r in range(6):
+        up[0, r] = 2 * taps[11 - 2 * r]
+        up[1, r + 1] = 2 * taps[10 - 2 * r]
+        down[0, r + 1] = taps[2 * r + 1]
+        down[1, r] = taps[2 * r]
+    return up[:, None].repeat(channels, 1, 1), down[None].repeat(channels, 1, 1)
+
+
+def _snake(reader: WeightReader, *, key: str, reciprocal: bool) -> NDArray[Any]:
+    """exp(alpha), or 1 / (exp(beta) + 1e-9), once per phase: [2C, 1]."""
+    value = np.exp(reader.read(key).astype(np.float32))
+    value = 1.0 / (value + np.float32(1e-9)) if reciprocal else value
+    return np.repeat(value, 2)[:, None]
+
+
+class _Activation(ExportModule):
+    """Anti-aliased snake: 2x up, x + sin^2(a x) / b, 2x down (see `omniport.export.ops.anti_aliased_snake`)."""
+
+    def __init__(self, channels: int, key: str) -> None:
+        super().__init__()
+        up, down = _polyphase(channels)
+        self.constant("up", up, follow=True)
+        self.constant("down", down, follow=True)
+        for name, part, reciprocal in (("alpha", "alpha", False), ("inverse_beta", "beta", True)):
+            full = f"{key}.act.{part}"
+            rule = Compute((full,), partial(_snake, key=full, reciprocal=reciprocal))
+            self.computed(name, (2 * channels, 1), rule, follow=True)
+
+    def forward(self, x: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+        return anti_aliased_snake(x, self.up, self.down, self.alpha, self.inverse_beta, *pairs)
+
+
+class _Conv(ExportModule):
+    def __init__(self, n_in: int, n_out: int, kernel: int, dilation: int = 1, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in, kernel))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.dilation, self.padding = dilation, (kernel - 1) * dilation // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight, self.bias, padding=self.padding, dilation=self.dilation)
+
+
+class _Upsample(ExportModule):
+    def __init__(self, n_in: int, n_out: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out, kernel))
+        self.bias = nn.Parameter(torch.empty(n_out))
+        self.stride, self.padding = stride, (kernel - stride) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose1d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+
+
+class _ResidualBlock(ExportModule):
+    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...], key: str) -> None:
+        super().__init__()
+        self.convs1 = nn.ModuleList([_Conv(channels, channels, kernel, dilation) for dilation in dilations])
+        self.convs2 = nn.ModuleList([_Conv(channels, channels, kernel) for _ in dilations])
+        self.activations = nn.ModuleList(
+            [_Activation(channels, f"{key}.activations.{i}") for i in range(2 * len(dilations))]
+        )
+
+    def forward(self, x: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+        for i, (dilated, plain) in enumerate(zip(self.convs1, self.convs2, strict=True)):
+            y = dilated(self.activations[2 * i](x, pairs))
+            x = x + plain(self.activations[2 * i + 1](y, pairs))
+        return x
+
+
+class BigVgan(ExportModule):
+    """Vocoder (transformers: Qwen2_5OmniToken2WavBigVGANModel)."""
+
+    prefix = "token2wav.code2wav_bigvgan_model."
+
+    def __init__(self, config: BigVganConfig) -> None:
+        super().__init__()
+        self.conv_pre = _Conv(config.mel_dim, config.channels, 7)
+        widths = [config.channels >> i for i in range(len(config.upsample_rates) + 1)]
+        self.ups = nn.ModuleList(
+            nn.ModuleList([_Upsample(widths[i], widths[i + 1], kernel, rate)])
+            for i, (rate, kernel) in enumerate(
+                zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)
+            )
+        )
+        kinds = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True))
+        self.kinds = len(kinds)
+        self.resblocks = nn.ModuleList(
+            _ResidualBlock(width, kernel, dilations, f"{self.prefix}resblocks.{i * self.kinds + j}")
+            for i, width in enumerate(widths[1:])
+            for j, (kernel, dilations) in enumerate(kinds)
+        )
+        self.activation_post = _Activation(widths[-1], f"{self.prefix}activation_post")
+        self.conv_post = _Conv(widths[-1], 1, 7, bias=False)
+        for i, width in enumerate(widths[1:]):
+            even = 2 * torch.arange(width, device="cpu").repeat_interleave(2)
+            self.constant(f"even_{i}", even)
+            self.constant(f"odd_{i}", even + 1)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """mel: float32 [B, 80, T] natural-log amplitudes -> float32 [B, hop*T] samples in -1..1."""
+        # exp, 20 log10, -20 dB and the 115 dB range of the reference are one affine map, clipped.
+        decibel = mel * (20 / math.log(10)) - REFERENCE_DB
+        x = torch.clamp(2 * (decibel - MIN_DB) / -MIN_DB - 1, -1, 1).to(self.conv_post.weight.dtype)
+        x = self.conv_pre(x)
+        for i, up in enumerate(self.ups):
+            x = up[0](x)
+            pairs = (getattr(self, f"even_{i}"), getattr(self, f"odd_{i}"))
+            branches = [self.resblocks[i * self.kinds + j](x, pairs) for j in range(self.kinds)]
+            x = sum(branches[1:], branches[0]) / self.kinds
+        x = self.conv_post(self.activation_post(x, pairs))
+        return torch.clamp(x.float(), -1, 1).squeeze(1)

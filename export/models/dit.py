@@ -1,0 +1,241 @@
+"""Flow-matching DiT: codec tokens, a voice and a noisy mel to the velocity of the mel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..ops import attention, rotary_embedding
+from ..weights import Compute, ExportModule, Linear, Rule, WeightReader
+from .layers import merge_heads, split_heads
+
+__all__ = ["Dit", "DitConfig"]
+
+EPS = 1e-6  # the reference fixes the layer norms' epsilon
+TIME_FREQUENCIES = 256
+
+
+@dataclass(frozen=True)
+class DitConfig:
+    """Sizes of the DiT, and what is folded into its graph."""
+
+    mel_dim: int
+    width: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ff_mult: int
+    block_size: int
+    look_ahead_layers: tuple[int, ...]
+    look_backward_layers: tuple[int, ...]
+    repeats: int
+    num_embeds: int
+    code_width: int
+    speaker_dim: int
+    reference_dim: int
+    rope_theta: float
+    times: tuple[float, ...]
+    """time points at which the graph can be evaluated (SolverSpec.table)"""
+    guidance_scale: float
+
+
+def _read(reader: WeightReader, key: str) -> Tensor:
+    return torch.from_numpy(reader.read(key).astype(np.float32))
+
+
+def _linear(reader: WeightReader, prefix: str, x: Tensor) -> Tensor:
+    return F.linear(x, _read(reader, prefix + ".weight"), _read(reader, prefix + ".bias"))
+
+
+def _time_embedding(reader: WeightReader, prefix: str, times: Sequence[float]) -> Tensor:
+    """silu of the time embedding [steps, width] (transformers: DiTTimestepEmbedding)."""
+    half = TIME_FREQUENCIES // 2
+    frequency = torch.exp(torch.arange(half).float() * -(math.log(10000) / (half - 1)))
+    angle = 1000 * torch.tensor(times, dtype=torch.float32)[:, None] * frequency[None, :]
+    x = torch.cat((angle.sin(), angle.cos()), dim=-1)
+    x = _linear(reader, f"{prefix}time_embed.time_mlp.0", x)
+    return F.silu(_linear(reader, f"{prefix}time_embed.time_mlp.2", F.silu(x)))
+
+
+def _layer_table(reader: WeightReader, *, prefix: str, layer: int, times: Sequence[float]) -> NDArray[Any]:
+    """[steps, 6, width]: shift, 1+scale and gate of attention, then of the MLP (chunk order of AdaLayerNormZero)."""
+    table = _linear(reader, f"{prefix}transformer_blocks.{layer}.attn_norm.linear", _time_embedding(reader, prefix, times))
+    table = table.unflatten(-1, (6, -1)).contiguous()
+    table[:, 1] += 1
+    table[:, 4] += 1
+    return table.numpy()
+
+
+def _final_table(reader: WeightReader, *, prefix: str, times: Sequence[float]) -> NDArray[Any]:
+    """[steps, 2, width]: 1+scale, shift (chunk order of AdaLayerNormZero_Final)."""
+    table = _linear(reader, f"{prefix}norm_out.linear", _time_embedding(reader, prefix, times))
+    table = table.unflatten(-1, (2, -1)).contiguous()
+    table[:, 0] += 1
+    return table.numpy()
+
+
+def _null_reference(reader: WeightReader) -> NDArray[Any]:
+    from ..speakers import null_reference
+
+    return null_reference(reader)[None]
+
+
+class _BlockAttention(ExportModule):
+    """Attention among blocks of mel frames: each block sees itself, some layers one block back or ahead.
+
+    Equal to the reference's dense attention under a block mask, at a cost linear in the number of blocks.
+    """
+
+    def __init__(self, config: DitConfig, back: bool, ahead: bool) -> None:
+        super().__init__()
+        inner = config.num_heads * config.head_dim
+        self.heads, self.head_dim, self.block = config.num_heads, config.head_dim, config.block_size
+        self.scale = config.head_dim**-0.5
+        self.back, self.ahead = back, ahead
+        self.to_q = Linear(config.width, inner)
+        self.to_k = Linear(config.width, inner)
+        self.to_v = Linear(config.width, inner)
+        self.to_out = nn.ModuleList([Linear(inner, config.width)])
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
+        # x: [B, T, E] with T a multiple of the block; valid: bool [T]
+        batch, frames = x.shape[0], x.shape[1]
+        q, k, v = self._rotate(self.to_q(x), rope), self._rotate(self.to_k(x), rope), self.to_v(x)
+        k, v = self._neighbours(k), self._neighbours(v)  # [B, N, L, H*D]
+        mask = self._neighbours(valid[None, :, None]).squeeze(-1)  # [1, N, L]; padding blocks are False
+        mask = mask[:, :, None, None, :].expand(batch, -1, -1, self.block, -1).flatten(0, 1)  # [B*N, 1, block, L]
+        q = q.unflatten(1, (-1, self.block))
+        q, k, v = (split_heads(t.flatten(0, 1), self.heads) for t in (q, k, v))  # [B*N, H, block or L, D]
+        y = merge_heads(attention(q, k, v, mask, self.scale))
+        return self.to_out[0](y.reshape(batch, frames, -1))
+
+    def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        # The released weights were trained with rotation on the first head only.
+        first = rotary_embedding(x[:, None, :, : self.head_dim], *rope, interleaved=True)
+        return torch.cat((first.squeeze(1), x[..., self.head_dim :]), dim=-1)
+
+    def _neighbours(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [B, N, L, ...]: each block with the neighbours this layer sees, zeros past the ends."""
+        blocks = x.unflatten(1, (-1, self.block))
+        nothing = torch.zeros_like(blocks[:, :1])
+        parts = [blocks]
+        if self.back:
+            parts.insert(0, torch.cat((nothing, blocks[:, :-1]), dim=1))
+        if self.ahead:
+            parts.append(torch.cat((blocks[:, 1:], nothing), dim=1))
+        return torch.cat(parts, dim=2) if len(parts) > 1 else blocks
+
+
+class _Feedforward(ExportModule):
+    def __init__(self, width: int, mult: int) -> None:
+        super().__init__()
+        # Index 3 is where the checkpoint keeps the second projection (1 is GELU, 2 a dropout).
+        self.ff = nn.ModuleDict({"0": Linear(width, width * mult), "3": Linear(width * mult, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff["3"](F.gelu(self.ff["0"](x), approximate="tanh"))
+
+
+class _Block(ExportModule):
+    def __init__(self, config: DitConfig, layer: int, prefix: str) -> None:
+        super().__init__()
+        self.attn = _BlockAttention(
+            config, back=layer in config.look_backward_layers, ahead=layer in config.look_ahead_layers
+        )
+        self.ff = _Feedforward(config.width, config.ff_mult)
+        self.width = config.width
+        keys = _table_keys(prefix, f"transformer_blocks.{layer}.attn_norm.linear")
+        rule = Compute(keys, partial(_layer_table, prefix=prefix, layer=layer, times=config.times))
+        self.computed("modulation", (len(config.times), 6, config.width), rule)
+
+    def forward(self, x: Tensor, step: Tensor, rope: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
+        table = self.modulation.index_select(0, step)[0].to(x.dtype)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.unbind(0)
+        x = x + gate * self.attn(F.layer_norm(x, (self.width,), scale, shift, EPS), rope, valid)
+        return x + mlp_gate * self.ff(F.layer_norm(x, (self.width,), mlp_scale, mlp_shift, EPS))
+
+
+def _table_keys(prefix: str, linear: str) -> tuple[str, ...]:
+    names = ("time_embed.time_mlp.0", "time_embed.time_mlp.2", linear)
+    return tuple(f"{prefix}{name}.{part}" for name in names for part in ("weight", "bias"))
+
+
+class _Named(ExportModule):
+    """A container that gives its children the checkpoint's path."""
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+class _CodecEmbedding(ExportModule):
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+
+
+class Dit(ExportModule):
+    """Velocity at one time point, classifier-free guidance included (transformers: Qwen2_5OmniToken2WavDiTModel).
+
+    Constants leave the loop: the voice's ECAPA vector is an input computed once per voice, and time embedding and
+    AdaLN modulations are tables indexed by ``step``, so their projections are not in the graph at all.
+    """
+
+    prefix = "token2wav.code2wav_dit_model."
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.config = config
+        inputs = config.mel_dim + config.reference_dim + config.code_width + config.speaker_dim
+        self.text_embed = _Named(codec_embed=_CodecEmbedding(config.num_embeds + 1, config.code_width))
+        self.input_embed = _Named(proj=Linear(inputs, config.width))
+        self.transformer_blocks = nn.ModuleList([_Block(config, i, self.prefix) for i in range(config.num_layers)])
+        self.proj_out = Linear(config.width, config.mel_dim)
+        final: Rule = Compute(
+            _table_keys(self.prefix, "norm_out.linear"), partial(_final_table, prefix=self.prefix, times=config.times)
+        )
+        self.computed("final_modulation", (len(config.times), 2, config.width), final)
+        self.computed("null_reference", (1, config.reference_dim), Compute((), _null_reference))
+        half = torch.arange(0, config.head_dim, 2, dtype=torch.float, device="cpu") / config.head_dim
+        self.constant("inv_freq", 1.0 / (config.rope_theta**half))
+
+    def forward(self, x: Tensor, codes: Tensor, speaker: Tensor, reference: Tensor, step: Tensor) -> Tensor:
+        """x: float32 [B, T, 80], codes: int64 [B, T/2], speaker: float32 [B, 192], reference: float32 [B, 128],
+        step: int64 [1] -> velocity float32 [B, T, 80]."""
+        config, frames = self.config, x.shape[1]
+        dtype = self.proj_out.weight.dtype
+        # Pad to whole blocks: by a constant, then cut, because a pad that depends on T modulo the block cannot be traced.
+        blocks = (frames + config.block_size - 1) // config.block_size
+        h = F.pad(self._embed(x, codes, speaker, reference).to(dtype), (0, 0, 0, config.block_size - 1))
+        h = self.input_embed.proj(h[:, : blocks * config.block_size])
+        frame = torch.arange(h.shape[1], device=x.device)
+        angle = (frame.float().unsqueeze(-1) * self.inv_freq).unsqueeze(0).expand(h.shape[0], -1, -1)
+        rope = (angle.cos().to(dtype), angle.sin().to(dtype))
+        valid = frame < frames
+        for block in self.transformer_blocks:
+            h = block(h, step, rope, valid)
+        scale, shift = self.final_modulation.index_select(0, step)[0].to(dtype).unbind(0)
+        h = self.proj_out(F.layer_norm(h, (config.width,), scale, shift, EPS))[:, :frames].float()
+        guided, null = h[: x.shape[0]], h[x.shape[0] :]
+        return guided + (guided - null) * config.guidance_scale
+
+    def _embed(self, x: Tensor, codes: Tensor, speaker: Tensor, reference: Tensor) -> Tensor:
+        """Concatenated inputs [2B, T, mel+reference+code+speaker]: first half with the voice, second half without."""
+        batch, frames = x.shape[0], x.shape[1]
+        table = self.text_embed.codec_embed.weight
+        both = torch.cat((codes, torch.zeros_like(codes)), dim=0)
+        code = F.embedding(both, table).float()  # [2B, T/2, E]
+        code = code.unsqueeze(2).expand(-1, -1, self.config.repeats, -1).flatten(1, 2)
+        voice = torch.cat((speaker, torch.zeros_like(speaker)), dim=0).unsqueeze(1).expand(-1, frames, -1)
+        timbre = torch.cat((reference, self.null_reference.expand(batch, -1)), dim=0).unsqueeze(1).expand(-1, frames, -1)
+        return torch.cat((torch.cat((x, x), dim=0), timbre, code, voice), dim=-1)

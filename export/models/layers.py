@@ -1,0 +1,170 @@
+"""Layers that several model parts share.
+
+Shapes: B batch, S new tokens, L live cache length, M cache capacity, H heads, D head width, E width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import attention, rms_norm, rotary_embedding, tensor_scatter
+from ..weights import ExportModule, Linear
+
+__all__ = ["Decoder", "DecoderConfig", "GatedMlp", "LayerNorm", "RmsNorm", "merge_heads", "split_heads"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder stack (thinker or talker)."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    rms_norm_eps: float
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, H*D] -> [B, H, S, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, S, D] -> [B, S, H*D]."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+class RmsNorm(ExportModule):
+    """Root-mean-square norm with float32 statistics."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(ExportModule):
+    """Layer norm with weight and bias."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class GatedMlp(ExportModule):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, inner: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, inner, bias)
+        self.up_proj = Linear(width, inner, bias)
+        self.down_proj = Linear(inner, width, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _CachedAttention(ExportModule):
+    """Grouped-query self-attention over a static cache. q, k, v have biases, the output has none (Qwen2)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.scale = config.head_dim**-0.5
+        self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim)
+        self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, write_index: Tensor, past: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # q: [B, H, S, D]; k, v: [B, Hkv, S, D]
+        q = rotary_embedding(split_heads(self.q_proj(x), self.heads), *rope)
+        k = rotary_embedding(split_heads(self.k_proj(x), self.kv_heads), *rope)
+        v = split_heads(self.v_proj(x), self.kv_heads)
+        key = tensor_scatter(past[0], k, write_index)
+        value = tensor_scatter(past[1], v, write_index)
+        # Attention must not see the cache's unused slots: the live length is the mask's last dimension.
+        live = mask.shape[-1]
+        y = attention(q, key[:, :, :live], value[:, :, :live], mask, self.scale)
+        return self.o_proj(merge_heads(y)), key, value
+
+
+class _DecoderLayer(ExportModule):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = _CachedAttention(config)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, write_index: Tensor, past: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, key, value = self.self_attn(self.input_layernorm(x), rope, mask, write_index, past)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), key, value
+
+
+class _MultimodalRope(ExportModule):
+    """cos and sin of TMRoPE: frequency i turns with the time, height or width position that its section names."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        half = torch.arange(0, config.head_dim, 2, dtype=torch.float, device="cpu") / config.head_dim
+        axis = [i % 3 for i, n in enumerate(config.mrope_section) for _ in range(n)]
+        self.constant("inv_freq", 1.0 / (config.rope_theta**half))
+        self.constant("axis", torch.tensor(axis, dtype=torch.int64, device="cpu"))
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # position_ids: [3, B, S] -> angle: [B, S, D/2]
+        position = position_ids.float().index_select(0, self.axis)
+        angle = position.permute(1, 2, 0) * self.inv_freq
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+class Decoder(ExportModule):
+    """Qwen2 decoder stack with TMRoPE over static caches (transformers: Qwen2_5OmniThinkerTextModel, TalkerModel)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_DecoderLayer(config) for _ in range(config.num_layers)])
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = _MultimodalRope(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        kv_positions: Tensor,
+        write_index: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x: [B, S, E], past: key and value of every layer [B, Hkv, M, D] -> hidden
+        after the final norm [B, S, E], and the caches with the new tokens written."""
+        rope = self.rope(position_ids, x.dtype)
+        row = write_index[:, None] + torch.arange(x.shape[1], device=x.device)
+        mask = (kv_positions[None, None, :] <= row[:, :, None]).unsqueeze(1)  # [B, 1, S, L]
+        present: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            x, key, value = layer(x, rope, mask, write_index, (past[2 * i], past[2 * i + 1]))
+            present += [key, value]
+        return self.norm(x), present

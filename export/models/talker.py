@@ -1,0 +1,35 @@
+"""Talker: the language model that turns the thinker's states into codec tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..weights import ExportModule, Linear
+from .layers import Decoder, DecoderConfig
+
+__all__ = ["Talker"]
+
+
+class Talker(ExportModule):
+    """Projection, decoder and codec head (transformers: Qwen2_5OmniTalkerForConditionalGeneration)."""
+
+    prefix = "talker."
+
+    def __init__(self, config: DecoderConfig, embedding_size: int) -> None:
+        super().__init__()
+        self.thinker_to_talker_proj = Linear(embedding_size, config.hidden_size)
+        self.model = Decoder(config)
+        self.codec_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        kv_positions: Tensor,
+        write_index: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """inputs_embeds: float32 [B, S, thinker width] -> logits float32 [B, codec vocabulary], caches."""
+        x = self.thinker_to_talker_proj(inputs_embeds.to(self.codec_head.weight.dtype))
+        hidden, present = self.model(x, position_ids, kv_positions, write_index, past)
+        return self.codec_head(hidden[:, -1]).float(), *present

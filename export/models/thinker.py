@@ -1,0 +1,41 @@
+"""Thinker: the language model that hears, sees and writes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..weights import ExportModule, Linear, Transpose
+from .layers import Decoder, DecoderConfig
+
+__all__ = ["Thinker"]
+
+
+class Thinker(ExportModule):
+    """Decoder and head over embeddings (transformers: Qwen2_5OmniThinkerForConditionalGeneration, language part).
+
+    The token-embedding table is not part of the graph: the runtime looks rows up in a mapped file.
+    """
+
+    prefix = "thinker."
+
+    def __init__(self, config: DecoderConfig, tied: bool) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if tied:
+            self.lm_head.rules["weight"] = Transpose("@model.embed_tokens.weight")
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        kv_positions: Tensor,
+        write_index: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """inputs_embeds: float32 [B, S, E] -> logits float32 [B, V] of the last token, hidden float32 [B, S, E], caches."""
+        x = inputs_embeds.to(self.lm_head.weight.dtype)
+        hidden, present = self.model(x, position_ids, kv_positions, write_index, past)
+        logits = self.lm_head(hidden[:, -1])
+        return logits.float(), hidden.to(torch.float32), *present

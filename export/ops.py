@@ -1,0 +1,168 @@
+"""Operators that ONNX has and torch lacks: torch custom ops that run eagerly and export as one native node each.
+
+They are registered as ``omniport::*`` so that a module can be compared with its reference before any graph exists, and
+so that tracing on the meta device keeps its tensors there; :func:`translations` tells ``torch.onnx.export`` which node
+each becomes. Shapes: B batch, S new tokens, L live cache length, M cache capacity, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["anti_aliased_snake", "attention", "rms_norm", "rotary_embedding", "tensor_scatter", "translations"]
+
+
+@torch.library.custom_op("omniport::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+@torch.library.custom_op("omniport::rotary_embedding", mutates_args=())
+def _rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+@torch.library.custom_op("omniport::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+@torch.library.custom_op("omniport::tensor_scatter", mutates_args=())
+def _tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+    out = cache.clone()
+    for row, start in enumerate(write_index.tolist()):
+        out[row, :, start : start + update.shape[2]] = update[row]
+    return out
+
+
+@torch.library.custom_op("omniport::anti_aliased_snake", mutates_args=())
+def _anti_aliased_snake(
+    x: Tensor, up: Tensor, down: Tensor, alpha: Tensor, inverse_beta: Tensor, even: Tensor, odd: Tensor
+) -> Tensor:
+    channels = x.shape[1]
+    u = F.conv1d(F.pad(x, (3, 3), mode="replicate"), up, groups=channels)
+    u = u + inverse_beta * torch.sin(u * alpha).square()
+    first, last = u[:, :, :1].index_select(1, even), u[:, :, -1:].index_select(1, odd)
+    return F.conv1d(torch.cat((first, first, first, u, last, last, last), dim=2), down, groups=channels)
+
+
+def _like_first(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+for _op in (_attention, _rotary_embedding, _rms_norm, _tensor_scatter, _anti_aliased_snake):
+    _op.register_fake(_like_first)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Scaled dot-product attention with grouped query heads; softmax in float32 (ONNX Attention-24).
+
+    Args:
+        q: [B, Hq, S, D]. k, v: [B, Hkv, L, D], Hq a multiple of Hkv.
+        mask: bool, broadcastable to [B, Hq, S, L], True where attention is allowed.
+
+    Returns:
+        [B, Hq, S, D].
+    """
+    return _attention(q, k, v, mask, scale)
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding (ONNX RotaryEmbedding-23).
+
+    Args:
+        x: [B, H, S, D]. cos, sin: [B, S, D/2], the dtype of x.
+        interleaved: pairs are (0, 1), (2, 3), ...; otherwise (0, D/2), (1, D/2+1), ....
+    """
+    return _rotary_embedding(x, cos, sin, interleaved)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis, statistics in float32 (ONNX RMSNormalization-23)."""
+    return _rms_norm(x, weight, eps)
+
+
+def tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+    """Write new keys or values into a static-capacity cache (ONNX TensorScatter-24, linear mode, axis -2).
+
+    Args:
+        cache: [B, H, M, D]. update: [B, H, S, D]. write_index: int64 [B], first slot written per row.
+
+    Returns:
+        the updated cache [B, H, M, D]; a runtime may alias it with the input's buffer.
+    """
+    return _tensor_scatter(cache, update, write_index)
+
+
+def anti_aliased_snake(
+    x: Tensor, up: Tensor, down: Tensor, alpha: Tensor, inverse_beta: Tensor, even: Tensor, odd: Tensor
+) -> Tensor:
+    """2x up, u + inverse_beta * sin^2(alpha * u), 2x down, with the two phases of the upsampled signal as channels.
+
+    Polyphase form: no interleaving, so both resampling steps are grouped convolutions. One op while tracing, because
+    a vocoder holds more than a hundred of them.
+
+    Args:
+        x: [B, C, T]. up: [2C, 1, 7]. down: [C, 2, 7]. alpha, inverse_beta: [2C, 1].
+        even, odd: int64 [2C], for each phase channel the channel of its pair's even and odd phase: past the ends the
+            upsampled signal repeats its first sample, an even one, and its last, an odd one.
+
+    Returns:
+        [B, C, T].
+    """
+    return _anti_aliased_snake(x, up, down, alpha, inverse_beta, even, odd)
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The table that turns the custom ops into ONNX nodes, for ``torch.onnx.export(custom_translation_table=...)``."""
+    from onnxscript.values import Opset
+
+    op: Any = Opset("", 24)
+
+    def attention_node(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
+        return op.Attention(q, k, v, mask, scale=scale, softmax_precision=1)[0]
+
+    def rotary_node(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
+        return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved))
+
+    def rms_norm_node(x: Any, weight: Any, eps: float) -> Any:
+        return op.RMSNormalization(x, weight, axis=-1, epsilon=eps, stash_type=1)
+
+    def scatter_node(cache: Any, update: Any, write_index: Any) -> Any:
+        return op.TensorScatter(cache, update, write_index, axis=-2, mode="linear")
+
+    def snake_node(x: Any, up: Any, down: Any, alpha: Any, inverse_beta: Any, even: Any, odd: Any) -> Any:
+        channels = x.shape[1]
+        zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+        minus_one, end = op.Constant(value_ints=[-1]), op.Constant(value_ints=[2**62])
+        axis = op.Constant(value_ints=[2])
+        padded = op.Pad(x, op.Constant(value_ints=[3, 3]), None, axis, mode="edge")
+        u = op.Conv(padded, up, group=channels)
+        s = op.Sin(op.Mul(u, alpha))
+        u = op.Add(u, op.Mul(inverse_beta, op.Mul(s, s)))
+        first = op.Gather(op.Slice(u, zero, one, axis), even, axis=1)
+        last = op.Gather(op.Slice(u, minus_one, end, axis), odd, axis=1)
+        return op.Conv(op.Concat(first, first, first, u, last, last, last, axis=2), down, group=channels)
+
+    ops = torch.ops.omniport
+    return {
+        ops.anti_aliased_snake.default: snake_node,
+        ops.attention.default: attention_node,
+        ops.rotary_embedding.default: rotary_node,
+        ops.rms_norm.default: rms_norm_node,
+        ops.tensor_scatter.default: scatter_node,
+    }

@@ -1,0 +1,189 @@
+"""Where every exported tensor comes from.
+
+Modules are built on the meta device; a ``Rule`` per parameter says which checkpoint tensor fills it and how. Rules
+are carried out one tensor at a time, in row blocks, so that memory stays far below the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+__all__ = [
+    "Compute",
+    "Constant",
+    "Copy",
+    "ExportModule",
+    "Linear",
+    "Rule",
+    "Transpose",
+    "WeightReader",
+    "blocks",
+    "evaluate",
+    "materialise",
+]
+
+Array = NDArray[Any]
+#: source bytes handled at once while converting or transposing
+BLOCK_BYTES = 32 << 20
+
+
+class WeightReader(Protocol):
+    """What rules need of a checkpoint (``export.checkpoint.Checkpoint`` is one)."""
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The stored tensor as it is."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """The stored [out, ...] tensor, flattened to [out, in], as [in, out]: what MatMul wants."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Computed from stored tensors (small ones: they are held whole)."""
+
+    keys: tuple[str, ...]
+    fn: Callable[[WeightReader], Array]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Known without any stored tensor."""
+
+    value: Array
+
+
+Rule = Copy | Transpose | Compute | Constant
+
+
+class ExportModule(nn.Module):
+    """Base of the modules that are exported.
+
+    A subclass sets ``rules[name]`` for parameters whose checkpoint name or layout differs from its own, and registers
+    constants with :meth:`constant`. Names default to the module path, which is the checkpoint's wherever possible.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rules: dict[str, Rule] = {}
+        self.following: set[str] = set()
+
+    def constant(self, name: str, value: Array | torch.Tensor, follow: bool = False) -> None:
+        """Register a buffer with a known value (kept aside while the module lives on the meta device).
+
+        ``follow``: the buffer takes the precision of the weights; otherwise it keeps its own dtype.
+        """
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        self.computed(name, array.shape, Constant(array), follow, torch.from_numpy(array).dtype)
+
+    def computed(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rule: Rule,
+        follow: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Register a buffer whose value ``rule`` gives."""
+        self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        self.rules[name] = rule
+        if follow:
+            self.following.add(name)
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Give every parameter, and the buffers that follow, this dtype (meta tensors: no data moves)."""
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+            if isinstance(module, ExportModule):
+                for name in module.following:
+                    module._buffers[name] = cast(torch.Tensor, module._buffers[name]).to(dtype)
+
+    def named_rules(self, prefix: str) -> Iterator[tuple[str, Rule]]:
+        """(tensor name, rule) of every parameter and buffer; ``prefix`` is where the module sits in the checkpoint."""
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+        for path, module in self.named_modules():
+            for own in (*module._parameters, *module._buffers):
+                name = f"{path}.{own}" if path else own
+                if name not in tensors:
+                    continue
+                rule = module.rules.get(own) if isinstance(module, ExportModule) else None
+                if rule is not None:
+                    yield name, _prefixed(rule, prefix)
+                elif own == "weight" and isinstance(module, Linear):
+                    yield name, Transpose(prefix + name)
+                else:
+                    yield name, Copy(prefix + name)
+
+
+def _prefixed(rule: Rule, prefix: str) -> Rule:
+    """Rules of modules name keys relative to the graph's root, written with a leading ``@``."""
+    if isinstance(rule, Copy | Transpose) and rule.key.startswith("@"):
+        return type(rule)(prefix + rule.key[1:])
+    return rule
+
+
+class Linear(ExportModule):
+    """y = x @ weight + bias with the weight stored [in, out], so that the graph holds a bare MatMul."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of a tensor, each about BLOCK_BYTES."""
+    if not shape:
+        yield 0, 1
+        return
+    row = max(1, int(np.prod(shape[1:], dtype=np.int64)) * itemsize)
+    step = max(1, BLOCK_BYTES // row)
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def evaluate(rule: Rule, reader: WeightReader) -> Array:
+    """The whole tensor a rule describes (tests and small tensors; export streams instead)."""
+    if isinstance(rule, Constant):
+        return rule.value
+    if isinstance(rule, Compute):
+        return rule.fn(reader)
+    value = reader.read(rule.key)
+    return value.reshape(value.shape[0], -1).T if isinstance(rule, Transpose) else value
+
+
+def materialise(module: ExportModule, reader: WeightReader, prefix: str) -> ExportModule:
+    """Move a meta module to the CPU and fill it, for eager comparison with the reference."""
+    module.to_empty(device="cpu")
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    with torch.no_grad():
+        for name, rule in module.named_rules(prefix):
+            value = np.ascontiguousarray(evaluate(rule, reader))
+            if value.dtype.name == "bfloat16":
+                value = value.astype(np.float32)
+            tensors[name].copy_(torch.from_numpy(value).reshape(tensors[name].shape))
+    return module.eval()
