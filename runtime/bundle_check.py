@@ -98,7 +98,7 @@ def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def _positive(part: msgspec.Struct) -> Iterator[str]:
     """Every number of a geometry is more than zero (pixel means may be anything, look-around may be none)."""
-    free = {"image_mean", "look_back_blocks", "look_ahead_blocks", "context_frames"}
+    free = {"image_mean", "mrope_section", "look_back_blocks", "look_ahead_blocks", "context_frames"}
     for field, value in msgspec.structs.asdict(part).items():
         values = value if isinstance(value, tuple) else (value,)
         for number in values:
