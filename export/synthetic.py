@@ -433,7 +433,7 @@ def _write_speakers(path: Path, size: _Size, seed: int) -> None:
         draw = generator(seed, f"speaker:{name}")
         mel = draw.standard_normal((frames + 8, 80))
         smooth = np.stack([np.convolve(column, np.ones(9) / 3.0, mode="valid") for column in mel.T], axis=1)
-        mel = smooth * 1.5 + np.linspace(*tilt, 80)
+        mel = smooth * 0.9 + np.linspace(*tilt, 80)
         voices[name] = {
             "bos_token": size.vocab_size - _TTS_FROM_END[name],
             "cond": torch.from_numpy(draw.standard_normal((1, 192)).astype(np.float32)),
