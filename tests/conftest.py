@@ -21,3 +21,13 @@ def tiny_outlier_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from omniport.export.synthetic import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-outliers", size="tiny", seed=0, outliers=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_checkpoint`` exported in float32. Read only: tests that change files copy it first."""
+    from omniport.export.exporter import export_checkpoint
+
+    out = tmp_path_factory.mktemp("bundle") / "tiny"
+    export_checkpoint(tiny_checkpoint, out, max_context=4096)
+    return out
