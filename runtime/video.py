@@ -90,6 +90,8 @@ def _scan(source: Path | bytes, label: str) -> tuple[float, float]:
     with stream(source) as opened, open_av(opened) as container:
         video = _video_stream(container, label)
         context = video.codec_context
+        if context is None:
+            raise MediaError(f"{label} is in a codec that FFmpeg does not know here; convert it to H.264 in mp4")
         if context.width * context.height > MAX_PIXELS:
             raise MediaError(
                 f"{label} is too large: {context.width}x{context.height} pixels a frame, at most {MAX_PIXELS}"

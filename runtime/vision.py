@@ -33,7 +33,17 @@ MAX_ASPECT = 200
 #: decoders that may see a file: no format that runs another program (EPS) or only writes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 #: what Pillow's decoders raise on damaged files
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError, ArithmeticError)
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +101,7 @@ def load_image(source: ImageSource) -> Pixels:
     known = [name for name in FORMATS if name in image_module.OPEN]
     try:
         with stream(checked) as opened, warnings.catch_warnings():
-            warnings.simplefilter("ignore", image_module.DecompressionBombWarning)  # our own check follows
+            warnings.simplefilter("ignore")  # notes on metadata, and on size: our own check follows
             with image_module.open(opened, formats=known) as image:
                 _check_pixels(image.width, image.height, label)
                 return _decode(image, label)

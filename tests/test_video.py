@@ -264,6 +264,13 @@ def test_unreadable_files(tmp_path: Path, content: bytes) -> None:
             load_video(source, FRONTEND, with_audio=True)
 
 
+def test_unknown_codec(tmp_path: Path) -> None:
+    content = write(tmp_path / "clip.mkv", *steady(1.0)).read_bytes()
+    assert content.count(b"V_MPEG4/ISO/ASP") == 1
+    with pytest.raises(MediaError, match="codec that FFmpeg does not know"):
+        load_video(content.replace(b"V_MPEG4/ISO/ASP", b"V_NOBODY/KNOWS/"), FRONTEND, with_audio=False)
+
+
 def test_truncated_file(tmp_path: Path) -> None:
     content = write(tmp_path / "clip.mp4", *steady(2.0)).read_bytes()
     with pytest.raises(MediaError, match="cannot be decoded"):
