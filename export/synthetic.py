@@ -97,7 +97,7 @@ SIZES: Mapping[str, _Size] = {
         real_ids=True,
         vocab_size=151936,
         shard_bytes=1 << 30,
-        wave_gain=1.0,
+        wave_gain=0.08,
         text={
             "hidden_size": 2048,
             "intermediate_size": 11008,
@@ -156,7 +156,7 @@ def make_checkpoint(
 
     Args:
         out: folder to make; it must not exist, or be empty.
-        size: ``tiny`` (under 10 M parameters) or ``small`` (the 3B's widths, about 1.3 B parameters, 2.6 GB).
+        size: ``tiny`` (under 10 M parameters) or ``small`` (the 3B's widths, 1.4 B parameters, 2.8 GB).
         seed: same seed, same bytes.
         outliers: plant large activation channels and key biases in thinker and talker, as trained Qwen2.5 has them.
         progress: called with (tensor name, bytes done, bytes in all).

@@ -61,8 +61,8 @@ class Plan:
 
     std: float
     mean: float = 0.0
-    centre: bool = False
-    """take the mean over everything but the first axis out (no response to a constant)"""
+    centre: int = 0
+    """take the mean out of every so many consecutive elements of a row (no response to a constant); 0: do not"""
     rows: Mapping[tuple[int, int], float] = field(default_factory=dict)
     columns: Mapping[int, float] = field(default_factory=dict)
     values: Mapping[int, float] = field(default_factory=dict)
@@ -133,16 +133,18 @@ def _base_plan(key: str, shape: Sequence[int], scaling: Scaling) -> Plan:
         is_norm = re.search(r"(norm\d?|layer_norm|layernorm|ln_q|ln_post)\.weight$", key) is not None
         return Plan(std=0.1, mean=1.0 if is_norm else 0.0)
     if key.endswith("conv_post.weight"):
-        return Plan(std=scaling.wave_gain / math.sqrt(_fan_in(key, shape)), centre=True)
+        # each kernel by itself: no offset reaches the waveform
+        return Plan(std=scaling.wave_gain / math.sqrt(_fan_in(key, shape)), centre=shape[-1])
     gain = next((gain for pattern, gain in _GAINS if re.search(pattern, key)), 1.0)
     plan = Plan(std=gain / math.sqrt(_fan_in(key, shape)))
     if key == "thinker.lm_head.weight":
         return replace(plan, rows=scaling.text_rows)
     if key == "talker.codec_head.weight":
         return replace(plan, rows=scaling.codec_rows)
-    # Snake adds a positive mean to every channel; kernels that ignore constants keep it from building up.
-    # The speaker encoder's first layer likewise ignores the level that all log mels share.
-    return replace(plan, centre="bigvgan_model.resblocks" in key or "spk_encoder.blocks.0" in key)
+    # Snake adds a positive mean to every channel; kernels that ignore constants keep it from building up. The speaker
+    # encoder's first layer likewise ignores the level that all log mels share.
+    ignores_constants = "bigvgan_model.resblocks" in key or "spk_encoder.blocks.0" in key
+    return replace(plan, centre=math.prod(shape[1:]) if ignores_constants else 0)
 
 
 def _with_outliers(key: str, plan: Plan, outliers: Outliers) -> Plan:
@@ -172,8 +174,9 @@ def tensor_blocks(key: str, shape: Sequence[int], plan: Plan, seed: int) -> Iter
     for start in range(0, shape[0], step):
         stop = min(shape[0], start + step)
         block = draw.standard_normal((stop - start, width), dtype=np.float32)
-        if plan.centre and width > 1:
-            block -= block.mean(axis=1, keepdims=True)
+        if plan.centre:
+            groups = block.reshape(len(block), -1, plan.centre)
+            groups -= groups.mean(axis=2, keepdims=True)
         block *= np.float32(plan.std)
         block += np.float32(plan.mean)
         if plan.ramp is not None:

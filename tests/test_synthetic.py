@@ -228,7 +228,7 @@ def test_same_seed_same_bytes_and_another_seed_differs(tiny_checkpoint: Path, tm
 
 
 def test_blocks_do_not_depend_on_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(std=0.5, centre=True, rows={(3, 20): 0.1}, columns={2: 9.0}, values={5: 7.0}, ramp=(0.0, 1.0))
+    plan = Plan(std=0.5, centre=5, rows={(3, 20): 0.1}, columns={2: 9.0}, values={5: 7.0}, ramp=(0.0, 1.0))
     whole = np.concatenate(list(tensor_blocks("key", (33, 5), plan, seed=3)))
     monkeypatch.setattr(synthetic_weights, "_BLOCK_ELEMENTS", 20)
     parts = list(tensor_blocks("key", (33, 5), plan, seed=3))
