@@ -86,6 +86,7 @@ class AudioEncoder(ExportModule):
     """
 
     prefix = "thinker.audio_tower."
+    positions: Tensor
 
     def __init__(self, config: AudioEncoderConfig) -> None:
         super().__init__()

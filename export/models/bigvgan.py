@@ -77,6 +77,11 @@ def _snake(reader: WeightReader, *, key: str, reciprocal: bool) -> NDArray[Any]:
 class _Activation(ExportModule):
     """Anti-aliased snake: 2x up, x + sin^2(a x) / b, 2x down (see `omniport.export.ops.anti_aliased_snake`)."""
 
+    up: Tensor
+    down: Tensor
+    alpha: Tensor
+    inverse_beta: Tensor
+
     def __init__(self, channels: int, key: str) -> None:
         super().__init__()
         up, down = _polyphase(channels)
@@ -139,10 +144,8 @@ class BigVgan(ExportModule):
         self.conv_pre = _Conv(config.mel_dim, config.channels, 7)
         widths = [config.channels >> i for i in range(len(config.upsample_rates) + 1)]
         self.ups = nn.ModuleList(
-            nn.ModuleList([_Upsample(widths[i], widths[i + 1], kernel, rate)])
-            for i, (rate, kernel) in enumerate(
-                zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)
-            )
+            nn.Sequential(_Upsample(widths[i], widths[i + 1], kernel, rate))
+            for i, (rate, kernel) in enumerate(zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True))
         )
         kinds = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True))
         self.kinds = len(kinds)
@@ -165,7 +168,7 @@ class BigVgan(ExportModule):
         x = torch.clamp(2 * (decibel - MIN_DB) / -MIN_DB - 1, -1, 1).to(self.conv_post.weight.dtype)
         x = self.conv_pre(x)
         for i, up in enumerate(self.ups):
-            x = up[0](x)
+            x = up(x)
             pairs = (getattr(self, f"even_{i}"), getattr(self, f"odd_{i}"))
             branches = [self.resblocks[i * self.kinds + j](x, pairs) for j in range(self.kinds)]
             x = sum(branches[1:], branches[0]) / self.kinds

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -68,11 +68,13 @@ def _time_embedding(reader: WeightReader, prefix: str, times: Sequence[float]) -
 
 def _layer_table(reader: WeightReader, *, prefix: str, layer: int, times: Sequence[float]) -> NDArray[Any]:
     """[steps, 6, width]: shift, 1+scale and gate of attention, then of the MLP (chunk order of AdaLayerNormZero)."""
-    table = _linear(reader, f"{prefix}transformer_blocks.{layer}.attn_norm.linear", _time_embedding(reader, prefix, times))
+    table = _linear(
+        reader, f"{prefix}transformer_blocks.{layer}.attn_norm.linear", _time_embedding(reader, prefix, times)
+    )
     table = table.unflatten(-1, (6, -1)).contiguous()
     table[:, 1] += 1
     table[:, 4] += 1
-    return table.numpy()
+    return np.asarray(table)
 
 
 def _final_table(reader: WeightReader, *, prefix: str, times: Sequence[float]) -> NDArray[Any]:
@@ -80,13 +82,14 @@ def _final_table(reader: WeightReader, *, prefix: str, times: Sequence[float]) -
     table = _linear(reader, f"{prefix}norm_out.linear", _time_embedding(reader, prefix, times))
     table = table.unflatten(-1, (2, -1)).contiguous()
     table[:, 0] += 1
-    return table.numpy()
+    return np.asarray(table)
 
 
 def _null_reference(reader: WeightReader) -> NDArray[Any]:
+    from ..checkpoint import Checkpoint
     from ..speakers import null_reference
 
-    return null_reference(reader)[None]
+    return null_reference(cast(Checkpoint, reader))[None]
 
 
 class _BlockAttention(ExportModule):
@@ -146,6 +149,8 @@ class _Feedforward(ExportModule):
 
 
 class _Block(ExportModule):
+    modulation: Tensor
+
     def __init__(self, config: DitConfig, layer: int, prefix: str) -> None:
         super().__init__()
         self.attn = _BlockAttention(
@@ -169,19 +174,34 @@ def _table_keys(prefix: str, linear: str) -> tuple[str, ...]:
     return tuple(f"{prefix}{name}.{part}" for name in names for part in ("weight", "bias"))
 
 
-class _Named(ExportModule):
-    """A container that gives its children the checkpoint's path."""
-
-    def __init__(self, **children: nn.Module) -> None:
-        super().__init__()
-        for name, child in children.items():
-            self.add_module(name, child)
-
-
-class _CodecEmbedding(ExportModule):
+class _Table(ExportModule):
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, width))
+
+
+class _CodecEmbedding(ExportModule):
+    """Codec tokens to vectors, each repeated for the mel frames it covers."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.codec_embed = _Table(config.num_embeds + 1, config.code_width)
+        self.repeats = config.repeats
+
+    def forward(self, codes: Tensor) -> Tensor:
+        # [B, T/2] -> [B, T, E]
+        code = F.embedding(codes, self.codec_embed.weight).float()
+        return code.unsqueeze(2).expand(-1, -1, self.repeats, -1).flatten(1, 2)
+
+
+class _InputEmbedding(ExportModule):
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        inputs = config.mel_dim + config.reference_dim + config.code_width + config.speaker_dim
+        self.proj = Linear(inputs, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
 
 
 class Dit(ExportModule):
@@ -192,13 +212,15 @@ class Dit(ExportModule):
     """
 
     prefix = "token2wav.code2wav_dit_model."
+    final_modulation: Tensor
+    null_reference: Tensor
+    inv_freq: Tensor
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
         self.config = config
-        inputs = config.mel_dim + config.reference_dim + config.code_width + config.speaker_dim
-        self.text_embed = _Named(codec_embed=_CodecEmbedding(config.num_embeds + 1, config.code_width))
-        self.input_embed = _Named(proj=Linear(inputs, config.width))
+        self.text_embed = _CodecEmbedding(config)
+        self.input_embed = _InputEmbedding(config)
         self.transformer_blocks = nn.ModuleList([_Block(config, i, self.prefix) for i in range(config.num_layers)])
         self.proj_out = Linear(config.width, config.mel_dim)
         final: Rule = Compute(
@@ -214,10 +236,10 @@ class Dit(ExportModule):
         step: int64 [1] -> velocity float32 [B, T, 80]."""
         config, frames = self.config, x.shape[1]
         dtype = self.proj_out.weight.dtype
-        # Pad to whole blocks: by a constant, then cut, because a pad that depends on T modulo the block cannot be traced.
+        # Whole blocks: pad by a constant, then cut; a pad that depends on T modulo the block cannot be traced.
         blocks = (frames + config.block_size - 1) // config.block_size
         h = F.pad(self._embed(x, codes, speaker, reference).to(dtype), (0, 0, 0, config.block_size - 1))
-        h = self.input_embed.proj(h[:, : blocks * config.block_size])
+        h = self.input_embed(h[:, : blocks * config.block_size])
         frame = torch.arange(h.shape[1], device=x.device)
         angle = (frame.float().unsqueeze(-1) * self.inv_freq).unsqueeze(0).expand(h.shape[0], -1, -1)
         rope = (angle.cos().to(dtype), angle.sin().to(dtype))
@@ -232,10 +254,8 @@ class Dit(ExportModule):
     def _embed(self, x: Tensor, codes: Tensor, speaker: Tensor, reference: Tensor) -> Tensor:
         """Concatenated inputs [2B, T, mel+reference+code+speaker]: first half with the voice, second half without."""
         batch, frames = x.shape[0], x.shape[1]
-        table = self.text_embed.codec_embed.weight
-        both = torch.cat((codes, torch.zeros_like(codes)), dim=0)
-        code = F.embedding(both, table).float()  # [2B, T/2, E]
-        code = code.unsqueeze(2).expand(-1, -1, self.config.repeats, -1).flatten(1, 2)
+        code = self.text_embed(torch.cat((codes, torch.zeros_like(codes)), dim=0))
         voice = torch.cat((speaker, torch.zeros_like(speaker)), dim=0).unsqueeze(1).expand(-1, frames, -1)
-        timbre = torch.cat((reference, self.null_reference.expand(batch, -1)), dim=0).unsqueeze(1).expand(-1, frames, -1)
+        timbre = torch.cat((reference, self.null_reference.expand(batch, -1)), dim=0)
+        timbre = timbre.unsqueeze(1).expand(-1, frames, -1)
         return torch.cat((torch.cat((x, x), dim=0), timbre, code, voice), dim=-1)

@@ -127,6 +127,9 @@ class _DecoderLayer(ExportModule):
 class _MultimodalRope(ExportModule):
     """cos and sin of TMRoPE: frequency i turns with the time, height or width position that its section names."""
 
+    inv_freq: Tensor
+    axis: Tensor
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         half = torch.arange(0, config.head_dim, 2, dtype=torch.float, device="cpu") / config.head_dim

@@ -34,7 +34,7 @@ class Thinker(ExportModule):
         write_index: Tensor,
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """inputs_embeds: float32 [B, S, E] -> logits float32 [B, V] of the last token, hidden float32 [B, S, E], caches."""
+        """inputs_embeds: float32 [B, S, E] -> float32 logits [B, V] of the last token, hidden [B, S, E]; caches."""
         x = inputs_embeds.to(self.lm_head.weight.dtype)
         hidden, present = self.model(x, position_ids, kv_positions, write_index, past)
         logits = self.lm_head(hidden[:, -1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import attention, rotary_embedding
@@ -101,6 +100,7 @@ class VisionEncoder(ExportModule):
     """
 
     prefix = "thinker.visual."
+    inv_freq: Tensor
 
     def __init__(self, config: VisionEncoderConfig) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class VisionEncoder(ExportModule):
         frames, count = patches.shape[0], patches.shape[1]
         windows, window = window_valid.shape[0], self.window
         slots = torch.clamp(window_index, max=count - 1)
-        x = self.patch_embed(patches.index_select(1, slots).to(self.merger.mlp[0].weight.dtype))  # [T, P, E]
+        x = self.patch_embed(patches.index_select(1, slots).to(self.patch_embed.proj.weight.dtype))  # [T, P, E]
 
         # Row frequencies, then column frequencies: [P, D/2]
         angle = (grid_hw.index_select(0, slots).float().unsqueeze(-1) * self.inv_freq).flatten(1)
