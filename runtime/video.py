@@ -121,7 +121,8 @@ def _sample_times(duration: float, frontend: VisionFrontend) -> tuple[NDArray[np
     depth = frontend.temporal_patch_size
     step = 1.0 / frontend.video_fps
     most = max(depth, frontend.video_max_frames // depth * depth)
-    count = max(1, math.ceil(duration / step - 1e-6))  # time bases are rounded: 2.0000001 s is 2 s
+    # Containers round times: a clip of 2.001 s has no fifth instant at 2 s.
+    count = max(1, math.ceil(duration / step - 0.01))
     if count > most:
         count, step = most, duration / most
     return np.arange(count, dtype=np.float64) * np.float64(step), step

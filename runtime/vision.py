@@ -258,14 +258,15 @@ def _build(frames: Pixels, size: tuple[int, int], frontend: VisionFrontend) -> V
     patches = np.empty((steps, rows * columns, 3 * depth * patch * patch), np.float32)
     # One temporal patch at a time: a long clip is never held in float twice.
     for step in range(steps):
-        target = patches[step]
         wanted = [min(i, frames.shape[0] - 1) for i in range(step * depth, (step + 1) * depth)]
         resized = {i: _resize(frames[i], size[0], size[1]) for i in set(wanted)}
         pixels = np.stack([resized[i] for i in wanted])
-        values = pixels * scale + shift
         # [depth, block row, row in block, y, block column, column in block, x, channel]
-        blocks = values.reshape(depth, rows // merge, merge, patch, columns // merge, merge, patch, 3)
-        target[:] = blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(target.shape)
+        blocks = pixels.reshape(depth, rows // merge, merge, patch, columns // merge, merge, patch, 3)
+        ordered = blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(rows * columns, 3, -1)  # while a pixel is one byte
+        target = patches[step].reshape(ordered.shape)
+        np.multiply(ordered, scale[:, None], out=target)
+        target += shift[:, None]
     index, valid = window_layout(rows, columns, merge, frontend.window_size // patch)
     return VisionInput(patches, (steps, rows, columns), _positions(rows, columns, merge), index, valid)
 

@@ -143,6 +143,15 @@ def test_odd_durations(tmp_path: Path, seconds: float, expected: int) -> None:
     np.testing.assert_allclose(clip.times, np.arange(even) / 2)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_rounded_times_add_no_frame(tmp_path: Path, suffix: str) -> None:
+    """30 frames a second in milliseconds, reordered by B-frames: the container's end is a millisecond off."""
+    path = write(tmp_path / f"clip{suffix}", *steady(4.0, fps=30), codec="libx264")
+    clip = load_video(path, FRONTEND, with_audio=False)
+    assert [number(frame) for frame in clip.frames] == [0, 15, 30, 45, 60, 75, 90, 105]
+    np.testing.assert_allclose(clip.times, np.arange(8) / 2)
+
+
 def test_slow_video_repeats_frames(tmp_path: Path) -> None:
     clip = load_video(write(tmp_path / "slow.mkv", [0.0, 1.0, 2.0], 1.0), FRONTEND, with_audio=False)
     assert [number(frame) for frame in clip.frames] == [0, 0, 1, 1, 2, 2]
