@@ -67,18 +67,24 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress]:
-    """A progress bar on stderr, one line per stage, driven by the library's ``progress(stage, done, total)``."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+    """Show the library's ``progress(stage, done, total)`` on stderr.
+
+    A terminal gets one bar, whatever the units; a log file gets one line per stage.
+    """
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    tasks: dict[str, TaskID] = {}
-    with Bar(*columns, console=log_console(quiet), disable=quiet) as bar:
+    console = log_console(quiet)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    current: list[str] = []
+    with Bar(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None)
 
         def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
+            if not console.is_terminal and [stage] != current:
+                console.print(stage, markup=False)
+            current[:] = [stage]
+            bar.update(task, description=stage, completed=done, total=total)
 
         yield update
 

@@ -61,7 +61,9 @@ def command(
         print_json(report_dict(report))
         return
     rows = (
-        (row.name, row.nodes, size_text(row.weight_bytes), "unchanged" if row.skipped else f"{row.seconds:.1f}")
+        (row.name, "-", size_text(row.weight_bytes), "unchanged")
+        if row.skipped
+        else (row.name, row.nodes, size_text(row.weight_bytes), f"{row.seconds:.1f}")
         for row in report.graphs
     )
     print_table(f"Exported to {report.path}", ("graph", "nodes", "weights", "seconds"), rows)
@@ -88,6 +90,7 @@ def report_dict(report: ExportReport) -> dict[str, Any]:
     """The report as plain JSON values."""
     return {
         "path": str(report.path),
+        "seconds": round(report.seconds, 3),
         "graphs": [
             {
                 "name": graph.name,

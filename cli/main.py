@@ -1,10 +1,11 @@
 """Entry point: puts the commands together and turns errors into messages and exit codes.
 
-Exit codes: 0 ok, 1 a check failed, 2 bad input or usage, 101 a bug in omniport, 130 interrupted.
+Exit codes: 0 ok, 1 a check failed, 2 bad input or usage, 101 a bug in omniport, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ import typer
 from . import doctor, export, inspect, make_checkpoint, voices
 from . import run as run_command
 
-__all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "app", "run"]
+__all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_TERMINATED", "app", "run"]
 
 EXIT_BUG = 101
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 HELP = "Port Qwen2.5-Omni to ONNX and stream text and speech from it on small machines."
 
@@ -64,12 +66,16 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     Raises:
         SystemExit: always, with one of the exit codes above.
     """
+    # a polite kill unwinds the stack like Ctrl-C does, so that half-written files are removed
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     try:
         app(args=None if argv is None else list(argv), prog_name="omniport")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the one place where every failure becomes an exit code
         sys.exit(_report(error))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     sys.exit(0)
 
 

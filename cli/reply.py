@@ -32,6 +32,7 @@ class Replier:
     seed: int = 0
     greedy: bool = False
     max_new_tokens: int | None = None
+    max_speech: float | None = None
     json: bool = False
     quiet: bool = False
 
@@ -48,7 +49,7 @@ class Replier:
             speak=speak is not None,
             voice=self.voice,
             thinker=self._sampling(manifest.thinker_sampling, self.max_new_tokens),
-            talker=self._sampling(manifest.talker_sampling, None),
+            talker=self._sampling(manifest.talker_sampling, self._max_codes()),
             seed=self.seed,
         )
         done: Done | None = None
@@ -76,6 +77,10 @@ class Replier:
             sys.stdout.flush()
             log_console(self.quiet).print(stats_line(done.stats), style="dim")
         return done
+
+    def _max_codes(self) -> int | None:
+        dit = self.session.manifest.dit
+        return None if self.max_speech is None or dit is None else max(1, round(self.max_speech * dit.codec_hz))
 
     def _sampling(self, config: SamplingConfig | None, max_new_tokens: int | None) -> SamplingConfig | None:
         import msgspec

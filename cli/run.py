@@ -41,6 +41,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Pick the likeliest token, in speech too.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens at most.")] = None,
+    max_speech: Annotated[float | None, typer.Option(min=0.1, help="Seconds of speech at most.")] = None,
     backend: Annotated[BackendName, typer.Option(help="What runs the graphs.")] = BackendName.auto,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -68,7 +69,7 @@ def command(
     with OmniSession.open(bundle, backend=backend.value) as session:
         if speak is not None:
             session.bundle.find_voice(voice)  # refused once and at the start, not at every turn of a conversation
-        replier = Replier(session, voice, seed, greedy, max_new_tokens, json=json, quiet=quiet)
+        replier = Replier(session, voice, seed, greedy, max_new_tokens, max_speech, json=json, quiet=quiet)
         if message["content"]:
             replier.reply([*messages, message], speak)
         else:

@@ -94,7 +94,7 @@ def _kind_text(kind: Any) -> str:
         kind = inner[0]
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "|".join(str(member.value) for member in kind)
-    return {int: "N", str: "TEXT", Path: "FILE"}[kind]
+    return {int: "N", float: "SECONDS", str: "TEXT", Path: "FILE"}[kind]
 
 
 def main() -> int:

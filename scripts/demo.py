@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 MAX_NEW_TOKENS = 48
+#: random weights rarely end a reply by themselves
+MAX_SPEECH_SECONDS = 6.0
 
 
 def prepare(out: Path) -> tuple[Path, Path]:
@@ -52,7 +54,7 @@ def answer(bundle: Path, media: dict[str, Path], speech: Path) -> Stats:
 
     content = [{"type": "image", "image": media["image"]}, {"type": "audio", "audio": media["audio"]}]
     with OmniSession.open(bundle) as session:
-        replier = Replier(session, max_new_tokens=MAX_NEW_TOKENS, quiet=True)
+        replier = Replier(session, max_new_tokens=MAX_NEW_TOKENS, max_speech=MAX_SPEECH_SECONDS, quiet=True)
         return replier.reply([{"role": "user", "content": content}], speech).stats
 
 
