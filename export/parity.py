@@ -242,7 +242,7 @@ def vision_case(name: str, vision: VisionInput) -> Case:
     """One image or one video."""
 
     def ours(graph: Graph) -> Array:
-        feeds = {
+        feeds: dict[str, Array] = {
             "patches": vision.patches,
             "grid_hw": vision.grid_hw,
             "window_index": vision.window_index,
