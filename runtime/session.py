@@ -243,6 +243,7 @@ class _Reply:
         self._rows = _Rows()
         self._codes: Iterator[int] | None = None  # None before the talker starts and after it has ended
         self._chunks = 0
+        self._samples = 0
 
     def events(self) -> Iterator[Event]:
         """Run to the end, yielding events."""
@@ -314,7 +315,8 @@ class _Reply:
         assert vocoder is not None
         if self._stats.time_to_first_audio is None:
             self._stats.time_to_first_audio = self._elapsed()
-        self._stats.audio_seconds += len(samples) / vocoder.sample_rate
+        self._samples += len(samples)
+        self._stats.audio_seconds = self._samples / vocoder.sample_rate
         self._chunks += 1
         return AudioChunk(samples, vocoder.sample_rate, self._chunks - 1)
 
