@@ -7,6 +7,7 @@ ids. ``small`` is for benchmarks: the 3B's layer widths and vocabulary with 4 la
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -219,9 +220,16 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     import torch
     from transformers import AutoConfig, Qwen2_5OmniForConditionalGeneration
 
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = Qwen2_5OmniForConditionalGeneration(config)
+    # It warns that thinker ids lie outside the talker's vocabulary; so they do in the published configs.
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = Qwen2_5OmniForConditionalGeneration(config)
+    finally:
+        logger.setLevel(level)
     return {hub_key(key): tuple(value.shape) for key, value in model.state_dict().items()}
 
 

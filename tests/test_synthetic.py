@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging as std_logging
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,9 +28,9 @@ PROMPTS = ("What do you see in this picture?", "Tell me about boats and trains."
 @pytest.fixture(scope="module", autouse=True)
 def quiet_transformers() -> Iterator[None]:
     """transformers warns that thinker ids lie outside the talker's vocabulary, as they do in the real config."""
-    logger = std_logging.getLogger("transformers")
+    logger = logging.getLogger("transformers")
     level = logger.level
-    logger.setLevel(std_logging.ERROR)
+    logger.setLevel(logging.ERROR)
     yield
     logger.setLevel(level)
 
