@@ -64,7 +64,9 @@ class Prompt:
     Attributes:
         token_ids: int64 [S].
         position_ids: int64 [3, S]: time, height, width.
-        next_position: position, in all three components, of the first generated token; the k-th has this plus k.
+        next_position: position, in all three components, of the first generated token; the k-th has this plus k. The
+            reply continues the prompt's last segment, as it does when it becomes part of the next prompt: that is not
+            one past the highest position where a medium reaches past the text behind it.
         media: in the order in which the messages name them; a video comes before its own sound.
     """
 
@@ -167,7 +169,7 @@ class _Layout:
                 f"bundle's KV cache holds {capacity}. Shorten it, or export with a larger --max-context"
             )
         positions = np.concatenate(self._positions, axis=1)
-        return Prompt(np.concatenate(self._ids), positions, int(positions.max()) + 1, self._media)
+        return Prompt(np.concatenate(self._ids), positions, self._cursor, self._media)
 
     def _flush(self) -> None:
         text = "".join(self._text)

@@ -304,16 +304,17 @@ class Reference:
     def run(self, messages: list[dict[str, Any]]) -> Expected:
         ids = self.setup.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
         rope: Any = ReferenceRope(self.setup.manifest.tokens)
-        positions, delta = rope.get_rope_index(
-            input_ids=torch.tensor([ids]),
+        replied = [*ids, self.setup.manifest.tokens.im_end]  # with the reply's first token
+        positions, _ = rope.get_rope_index(
+            input_ids=torch.tensor([replied]),
             image_grid_thw=torch.tensor(self.images) if self.images else None,
             video_grid_thw=torch.tensor(self.videos) if self.videos else None,
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            attention_mask=torch.ones(1, len(replied), dtype=torch.long),
             use_audio_in_video=self.with_sound,
             audio_seqlens=torch.tensor(self.audios) if self.audios else None,
             second_per_grids=torch.tensor(self.seconds) if self.seconds else None,
         )
-        return Expected(ids, positions[:, 0].numpy(), int(delta) + len(ids))
+        return Expected(ids, positions[:, 0, :-1].numpy(), int(positions[0, 0, -1]))
 
 
 def user(*parts: Any) -> dict[str, Any]:
@@ -424,7 +425,7 @@ def test_cases_reach_the_odd_corners(small: Setup) -> None:
     """The comparison covers positions that go back, and prompts whose last position is not the highest."""
     tall = build_prompt(CASES["sound, tall"](), small.manifest, small.codec)
     assert np.any(np.diff(tall.position_ids[1]) < 0)
-    assert tall.position_ids[:, -1].max() + 1 < tall.next_position
+    assert tall.next_position == tall.position_ids[:, -1].max() + 1 < tall.position_ids.max()
     bos = int(np.flatnonzero(tall.token_ids == small.manifest.tokens.vision_bos)[0])
     assert tall.token_ids[bos + 1] == small.manifest.tokens.audio_bos
     assert np.all(tall.position_ids[:, bos] == tall.position_ids[:, bos + 1])
