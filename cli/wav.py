@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import wave
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from omniport.runtime.errors import UsageError
 
 __all__ = ["WavWriter"]
 
@@ -33,30 +35,26 @@ class WavWriter:
         self.sample_rate = sample_rate
         self.samples = 0
         self._part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        self._wave: wave.Wave_write | None = None
+        self._file: BinaryIO | None = None
 
     def __enter__(self) -> WavWriter:
         if self.path.is_dir():
             raise self._error("it is a folder")
         try:
-            # the wave module opens a path and leaks it when the header fails: an open file is ours to close
             self._file = open(self._part, "wb")
+            self._file.write(_header(self.sample_rate, 0))  # the true one comes at the end
         except OSError as error:
             raise self._error(error.strerror or str(error)) from error
-        self._wave = wave.open(self._file, "wb")
-        self._wave.setnchannels(1)
-        self._wave.setsampwidth(2)
-        self._wave.setframerate(self.sample_rate)
         return self
 
     def write(self, samples: NDArray[np.float32]) -> None:
         """Append float32 [n] samples; values beyond -1..1 are clipped."""
         import numpy as np
 
-        assert self._wave is not None, "write() outside the with block"
+        assert self._file is not None, "write() outside the with block"
         pcm = np.round(np.clip(samples, -1.0, 1.0) * 32767.0).astype("<i2")
         try:
-            self._wave.writeframesraw(pcm.tobytes())
+            self._file.write(pcm.tobytes())
         except OSError as error:
             raise self._error(error.strerror or str(error)) from error
         self.samples += int(pcm.size)
@@ -71,19 +69,31 @@ class WavWriter:
                 raise self._error(failure.strerror or str(failure)) from failure
 
     def _finish(self, keep: bool) -> None:
-        assert self._wave is not None
+        assert self._file is not None
         try:
-            if keep and self.samples == 0:
-                self._wave.writeframesraw(b"")  # the header is written with the first frames
-            self._wave.close()
-            self._file.close()
+            with self._file as file:
+                if keep:
+                    file.seek(0)
+                    file.write(_header(self.sample_rate, self.samples))
             if keep:
                 self._part.replace(self.path)
         finally:
-            self._file.close()
             self._part.unlink(missing_ok=True)
 
-    def _error(self, reason: str) -> Exception:
+    def _error(self, reason: str) -> UsageError:
         from omniport.runtime.errors import UsageError
 
         return UsageError(f"cannot write {self.path}: {reason}; give a file name in an existing, writable folder")
+
+
+def _header(sample_rate: int, samples: int) -> bytes:
+    """The bytes before the samples. Made in memory: the wave module retries a failed write when it is collected."""
+    memory = io.BytesIO()
+    with wave.open(memory, "wb") as made:
+        made.setnchannels(1)
+        made.setsampwidth(2)
+        made.setframerate(sample_rate)
+        made.setnframes(samples)
+        made.writeframesraw(b"")
+        header = memory.getvalue()  # closing would set the length to what was written here: nothing
+    return header
