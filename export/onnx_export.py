@@ -1,14 +1,13 @@
-"""Trace one graph on the meta device and stream its weights to disk.
+"""Stream a traced graph's weights to disk.
 
-Nothing but names and shapes is in memory while tracing; afterwards each weight is read, converted and written in row
-blocks, so that peak memory depends neither on the model's size nor on its number of layers.
+Each weight is read, converted and written in row blocks, so that peak memory depends neither on the model's size nor on
+its number of layers.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,62 +18,18 @@ import onnx
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from omniport.runtime.graphs import TensorSpec
-from torch.export import Dim
+from omniport.runtime.errors import CheckpointError
 
-from .graph_defs import GraphDefinition
-from .ops import translations
-from .passes import finish
 from .weights import Copy, Rule, Transpose, WeightReader, blocks, evaluate
 
-__all__ = ["OPSET", "trace", "write_model"]
+__all__ = ["write_model"]
 
-OPSET = 24
 #: initializers of at least this many bytes go to the data file
 EXTERNAL_BYTES = 1024
 #: file offsets of weights, so that runtimes can map them
 ALIGNMENT = 4096
 
 Array = NDArray[Any]
-
-
-def trace(definition: GraphDefinition, reader: WeightReader) -> tuple[ir.Model, dict[str, Rule]]:
-    """Trace a graph; its initializers are lazy: nothing is read until it is written.
-
-    Returns:
-        the model, and the rule of each initializer that still comes from the checkpoint.
-    """
-    module = definition.module()
-    sizes = _example_sizes(definition)
-    examples = [_example(spec, sizes) for spec in definition.inputs]
-    dims = {name: Dim(name) for name in sizes}
-    shapes = [_dynamic(spec, dims) for spec in definition.inputs]
-    if definition.past:
-        n = len(examples) - definition.past
-        args, dynamic = (*examples[:n], examples[n:]), (*shapes[:n], shapes[n:])
-    else:
-        args, dynamic = tuple(examples), tuple(shapes)
-    with warnings.catch_warnings(), _quiet("torch.onnx"):
-        # Names of shared dimensions and pytree internals: nothing the user can act on.
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module,
-            args,
-            dynamic_shapes=dynamic,
-            dynamo=True,
-            opset_version=OPSET,
-            optimize=False,
-            verbose=False,
-            custom_translation_table=translations(),
-        )
-    assert program is not None
-    model = program.model
-    rules = dict(module.named_rules(module.prefix))  # type: ignore[arg-type]
-    for name, value in model.graph.initializers.items():
-        if name in rules:
-            value.const_value = _lazy(name, rules[name], value, reader)
-    finish(model, definition.inputs, definition.outputs)
-    return model, {name: rules[name] for name in model.graph.initializers if name in rules}
 
 
 def write_model(
@@ -98,7 +53,7 @@ def write_model(
         for name, value in model.graph.initializers.items():
             assert value.dtype is not None
             assert value.shape is not None
-            shape = tuple(int(d) for d in value.shape)
+            shape = value.shape.numpy()
             nbytes = int(np.prod(shape, dtype=np.int64) * value.dtype.itemsize)
             if nbytes < EXTERNAL_BYTES:
                 value.const_value = ir.tensor(_small(value, rules.get(name), reader, shape), name=name)
@@ -131,6 +86,7 @@ def _stream(
     dtype = _torch_dtype(value.dtype)
     if not isinstance(rule, Copy | Transpose):
         array = _convert(_whole(value, rule, reader), dtype)
+        _refuse_not_finite(_tensor(array), value.name, dtype)
         _pwrite(fd, array, offset)
         advance(array.nbytes)
         return
@@ -138,20 +94,33 @@ def _stream(
     itemsize = dtype.itemsize
     row = int(np.prod(source[1:], dtype=np.int64))
     for start, stop in blocks(source, itemsize):
-        block = _tensor(reader.read(rule.key, start, stop))
+        block = _tensor(reader.read(rule.key, start, stop)).to(dtype)
+        _refuse_not_finite(block, rule.key, dtype)
         if isinstance(rule, Copy):
-            array = _numpy(block.to(dtype).contiguous())
+            array = _numpy(block.contiguous())
             _pwrite(fd, array, offset + start * row * itemsize)
         else:
             # [out, in] rows become columns of [in, out]: one contiguous run per input feature.
-            array = _numpy(block.reshape(stop - start, row).to(dtype).t().contiguous())
+            array = _numpy(block.reshape(stop - start, row).t().contiguous())
             for i in range(row):
                 _pwrite(fd, array[i], offset + (i * source[0] + start) * itemsize)
         advance(array.nbytes)
 
 
+def _refuse_not_finite(block: torch.Tensor, name: str | None, dtype: torch.dtype) -> None:
+    # The largest magnitude is NaN or infinite if any value is, and needs no mask as large as the block.
+    if not dtype.is_floating_point or block.numel() == 0:
+        return
+    low, high = (float(v) for v in torch.aminmax(block))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CheckpointError(
+            f"weight {name!r} holds values that are not finite in {str(dtype).removeprefix('torch.')}. If it is finite "
+            "in the checkpoint, export with --precision fp32 or bf16; otherwise download the checkpoint again."
+        )
+
+
 def _pwrite(fd: int, array: Array, offset: int) -> None:
-    view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
@@ -194,62 +163,3 @@ def _small(value: ir.Value, rule: Rule | None, reader: WeightReader, shape: tupl
     if rule is not None:
         array = _convert(array, _torch_dtype(value.dtype))
     return array.reshape(shape)
-
-
-def _lazy(name: str, rule: Rule, value: ir.Value, reader: WeightReader) -> ir.TensorProtocol:
-    """A tensor that is read when somebody asks: constant folding asks for the small ones only."""
-    assert value.dtype is not None
-    assert value.shape is not None
-    dtype, shape = value.dtype, value.shape
-
-    def read() -> ir.TensorProtocol:
-        array = _convert(evaluate(rule, reader), _torch_dtype(dtype))
-        return ir.tensor(array.reshape([int(d) for d in shape]), dtype=dtype, name=name)
-
-    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
-
-
-def _split(dim: int | str) -> tuple[int, str | None]:
-    """``"4*units"`` -> (4, "units"); ``"live"`` -> (1, "live"); 80 -> (80, None)."""
-    if isinstance(dim, int):
-        return dim, None
-    factor, star, name = dim.partition("*")
-    return (int(factor), name) if star else (1, dim)
-
-
-def _example_sizes(definition: GraphDefinition) -> dict[str, int]:
-    """A size for each symbolic input dimension: distinct and never 0 or 1, which tracing would specialise on."""
-    names: dict[str, int] = {}
-    for spec in definition.inputs:
-        for dim in spec.shape:
-            name = _split(dim)[1]
-            if name is not None and name not in names:
-                names[name] = 3 + 2 * len(names)
-    return names
-
-
-def _example(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
-    shape = [factor * sizes[name] if name else factor for factor, name in map(_split, spec.shape)]
-    return torch.empty(shape, dtype=getattr(torch, spec.dtype), device="meta")
-
-
-def _dynamic(spec: TensorSpec, dims: Mapping[str, Any]) -> dict[int, Any]:
-    result = {}
-    for axis, (factor, name) in enumerate(map(_split, spec.shape)):
-        if name is not None:
-            result[axis] = factor * dims[name] if factor > 1 else dims[name]
-    return result
-
-
-class _quiet:
-    """Silence a logger's warnings for a while."""
-
-    def __init__(self, name: str) -> None:
-        self.logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.setLevel(self.level)

@@ -1,0 +1,128 @@
+"""The parts of a bundle that are not graphs: manifest, token embeddings, voices."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omniport.runtime.manifest import (
+    DecoderGeometry,
+    DitGeometry,
+    KvSpec,
+    Manifest,
+    SolverSpec,
+    Source,
+    VocoderGeometry,
+    VoiceSpec,
+)
+
+from . import frontends
+from .checkpoint import Checkpoint
+from .graph_defs import decoder_config
+from .speakers import Speaker
+from .weights import blocks
+from .weights_check import embedding_keys
+
+__all__ = ["base_manifest", "voice_specs", "write_embedding"]
+
+
+def base_manifest(
+    ckpt: Checkpoint, precision: str, max_context: int, solver: SolverSpec, voices: tuple[VoiceSpec, ...]
+) -> Manifest:
+    """All of the manifest but ``graphs``, ``files`` and the KV cache's dtype, which the graphs decide.
+
+    Raises:
+        CheckpointError: a tokenizer, processor or generation file that is missing or contradicts config.json.
+    """
+    config = ckpt.config
+    thinker_sampling, talker_sampling = frontends.sampling_defaults(ckpt)
+    speech: dict[str, Any] = {}
+    if ckpt.has_speech:
+        speech = {
+            "talker": _decoder_geometry(ckpt, config.talker_config, "talker", config.talker_config.embedding_size),
+            "talker_sampling": talker_sampling,
+            "text_tokens": frontends.text_tokens(ckpt),
+            "codec": frontends.codec_tokens(ckpt),
+            "dit": _dit_geometry(config.token2wav_config.dit_config),
+            "vocoder": VocoderGeometry(hop=int(np.prod(config.token2wav_config.bigvgan_config.upsample_rates))),
+            "solver": solver,
+            "voices": voices,
+        }
+    text = config.thinker_config.text_config
+    return Manifest(
+        created_by=f"omniport {importlib.metadata.version('omniport')}",
+        source=Source(name=ckpt.name, fingerprint=ckpt.fingerprint),
+        precision=precision,
+        audio=frontends.audio_frontend(ckpt),
+        vision=frontends.vision_frontend(ckpt),
+        tokens=frontends.special_tokens(ckpt),
+        chat=frontends.chat_spec(ckpt),
+        position_id_per_seconds=config.thinker_config.position_id_per_seconds,
+        seconds_per_chunk=float(config.thinker_config.seconds_per_chunk),
+        thinker=_decoder_geometry(ckpt, text, "thinker", text.hidden_size),
+        thinker_sampling=thinker_sampling,
+        kv=KvSpec(form="static", dtype="float32", max_context=max_context),
+        graphs={},
+        files={},
+        **speech,
+    )
+
+
+def voice_specs(speakers: Mapping[str, Speaker]) -> tuple[VoiceSpec, ...]:
+    """Where each voice goes in the bundle."""
+    specs = []
+    for i, (name, speaker) in enumerate(speakers.items()):
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        file = f"voices/{i}-{slug}.npz" if slug else f"voices/{i}.npz"
+        specs.append(VoiceSpec(name=name, bos_token=speaker.bos_token, file=file))
+    return tuple(specs)
+
+
+def write_embedding(ckpt: Checkpoint, part: str, path: Path, advance: Callable[[int], None]) -> None:
+    """Write a token-embedding table as .npy in its stored dtype (bfloat16 as uint16): nothing is lost or widened."""
+    key = embedding_keys(ckpt)[part]
+    shape, dtype = ckpt.shape(key), ckpt.dtype(key)
+    stored = np.dtype("<u2") if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<")
+    header = {"descr": np.lib.format.dtype_to_descr(stored), "fortran_order": False, "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start, stop in blocks(shape, stored.itemsize):
+            block = np.ascontiguousarray(ckpt.read(key, start, stop))
+            file.write(block.reshape(-1).view(np.uint8).data)
+            advance(block.nbytes)
+
+
+def _decoder_geometry(ckpt: Checkpoint, config: Any, part: str, embedding_size: int) -> DecoderGeometry:
+    sizes = decoder_config(config)
+    return DecoderGeometry(
+        hidden_size=sizes.hidden_size,
+        embedding_size=embedding_size,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        intermediate_size=sizes.intermediate_size,
+        vocab_size=sizes.vocab_size,
+        rope_theta=sizes.rope_theta,
+        mrope_section=sizes.mrope_section,
+        rms_norm_eps=sizes.rms_norm_eps,
+        embedding_file=f"embeddings/{part}.npy",
+        embedding_dtype=ckpt.dtype(embedding_keys(ckpt)[part]),
+    )
+
+
+def _dit_geometry(config: Any) -> DitGeometry:
+    return DitGeometry(
+        mel_dim=config.mel_dim,
+        repeats=config.repeats,
+        block_size=config.block_size,
+        look_back_blocks=max(1, len(config.look_backward_layers)),
+        look_ahead_blocks=max(1, len(config.look_ahead_layers)),
+        num_embeds=config.num_embeds,
+        speaker_dim=config.enc_emb_dim,
+        reference_dim=config.enc_dim,
+    )

@@ -1,0 +1,112 @@
+"""What of an older bundle can be taken over: a key over everything a graph is made from, and whole files.
+
+A key covers the checkpoint (its fingerprint, and size and time of every shard, as ``make`` would), the graph's borders
+and precision, the source code that traces and writes it, and the versions of the libraries underneath. A file is whole
+when its sha256 is the one that bundle.json lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from omniport.runtime.bundle import MANIFEST_FILE, read_manifest
+from omniport.runtime.errors import BundleError, ExportError
+from omniport.runtime.graphs import GraphSpec
+from omniport.runtime.manifest import FileRecord, Manifest, SolverSpec
+
+from .checkpoint import Checkpoint
+from .graph_defs import GraphDefinition
+
+__all__ = ["CODE", "file_record", "graph_key", "graph_whole", "previous_manifest", "source_key", "unlisted"]
+
+_SHARED = ("graph_defs.py", "onnx_export.py", "ops.py", "passes.py", "weights.py", "models/layers.py")
+#: graph -> source files, relative to this package, that its content depends on
+CODE: dict[str, tuple[str, ...]] = {
+    "audio_encoder": (*_SHARED, "models/audio_encoder.py"),
+    "vision_encoder": (*_SHARED, "models/vision_encoder.py"),
+    "thinker": (*_SHARED, "models/thinker.py"),
+    "talker": (*_SHARED, "models/talker.py"),
+    "dit": (*_SHARED, "models/dit.py", "models/speaker.py", "speakers.py"),
+    "bigvgan": (*_SHARED, "models/bigvgan.py"),
+}
+_LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir")
+
+
+def source_key(ckpt: Checkpoint) -> str:
+    """sha256 over a checkpoint's state on disk. Weights are not read: their time of change stands for them."""
+    shards = [(path.name, path.stat()) for path in sorted(ckpt.path.glob("*.safetensors"))]
+    return _sha256_of([ckpt.fingerprint, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in shards]])
+
+
+def graph_key(definition: GraphDefinition, solver: SolverSpec, source: str) -> str:
+    """sha256 over everything that a graph is made from; ``source`` as `source_key` gives it."""
+    folder = Path(__file__).parent
+    return _sha256_of(
+        [
+            definition.name,
+            definition.precision,
+            msgspec.to_builtins((definition.inputs, definition.outputs, definition.dims, definition.aliases)),
+            msgspec.to_builtins(solver) if definition.name == "dit" else None,
+            source,
+            [(name, _sha256_file(folder / name)) for name in CODE[definition.name]],
+            [importlib.metadata.version(name) for name in _LIBRARIES],
+        ]
+    )
+
+
+def previous_manifest(out: Path) -> Manifest | None:
+    """The manifest of the bundle that ``out`` holds, None if there is nothing at all.
+
+    Raises:
+        ExportError: something else is there. It is not for an export to remove.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / MANIFEST_FILE).exists():
+        raise ExportError(f"{out} exists and holds no bundle. Choose another folder, or remove it first.")
+    try:
+        return read_manifest(out)
+    except BundleError as error:
+        raise ExportError(
+            f"{out} holds a bundle that this release cannot read ({error}). Remove the folder, or choose another one."
+        ) from error
+
+
+def graph_whole(out: Path, manifest: Manifest, spec: GraphSpec) -> bool:
+    """Whether every file of a graph is what the manifest lists, byte for byte."""
+    for file in (spec.file, *spec.data):
+        path, record = out / file, manifest.files.get(file)
+        if record is None or not path.is_file() or path.stat().st_size != record.size:
+            return False
+        if _sha256_file(path) != record.sha256.lower():
+            return False
+    return True
+
+
+def unlisted(out: Path, manifest: Manifest) -> list[str]:
+    """Files in a bundle's folder that the bundle does not list: somebody else's, to be left there."""
+    found = (path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if not path.is_dir())
+    return [name for name in found if name != MANIFEST_FILE and name not in manifest.files]
+
+
+def file_record(path: Path, advance: Callable[[int], None] | None = None) -> FileRecord:
+    """Size and sha256 of a file; ``advance`` is called with the bytes read, block by block."""
+    return FileRecord(size=path.stat().st_size, sha256=_sha256_file(path, advance))
+
+
+def _sha256_of(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value)).hexdigest()
+
+
+def _sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            if advance is not None:
+                advance(len(block))
+    return digest.hexdigest()

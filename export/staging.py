@@ -1,0 +1,131 @@
+"""Write a folder aside and put it in place when it is complete.
+
+Next to ``NAME`` a folder ``.NAME.partial-XXXX`` holds ``new``, what is being written, and for a moment ``old``, what it
+replaces. Its owner holds a lock on it, which the kernel releases however the process ends: one that nobody holds was
+left by a process that was killed, and the next export removes it (after putting ``old`` back, should the kill have come
+between the two renames).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omniport.runtime.errors import ExportError
+
+__all__ = ["check_space", "staging", "take_over"]
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A folder that takes the place of ``out`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        ExportError: the disk is full, or the folder cannot be written. What was at ``out`` before is untouched.
+    """
+    target = Path(os.path.realpath(out))  # a link stays a link: what it points to is replaced
+    missing = [folder for folder in target.parents if not folder.exists()]
+    room: Path | None = None
+    lock: int | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        room = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        lock = _lock(room)
+        fresh = room / "new"
+        fresh.mkdir()
+        yield fresh
+        if target.exists():
+            target.rename(room / "old")
+        fresh.rename(target)
+    except OSError as error:
+        raise _explain(error, target) from error
+    finally:
+        if room is not None:
+            _remove(room, target)
+        if lock is not None:
+            os.close(lock)
+        if not target.exists():
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def take_over(source: Path, target: Path) -> None:
+    """Hard-link a file into the new folder, or copy it where links are not possible."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def check_space(out: Path, needed: int) -> None:
+    """ExportError if the disk that ``out`` will be on has less than ``needed`` bytes free."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ExportError(
+            f"{parent} has {free / 1e6:,.0f} MB free and the bundle needs {needed / 1e6:,.0f} MB. Free some space or "
+            "choose another folder."
+        )
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed exports to ``target`` left behind."""
+    for name in glob.glob(f".{glob.escape(target.name)}.partial-*", root_dir=target.parent):
+        room = target.parent / name
+        lock = _lock(room)
+        if lock is not None:
+            _remove(room, target)
+            os.close(lock)
+
+
+def _remove(room: Path, target: Path) -> None:
+    old = room / "old"
+    if old.exists() and not target.exists():
+        with contextlib.suppress(OSError):
+            old.rename(target)
+    if not old.exists() or target.exists():
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open descriptor that holds the folder's lock; None if another process holds it or nobody can say."""
+    try:
+        fcntl: Any = importlib.import_module("fcntl")  # not on Windows, where nothing is swept
+    except ImportError:
+        return None
+    descriptor = -1
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor >= 0:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _explain(error: OSError, target: Path) -> ExportError:
+    if error.errno in _DISK_ERRORS:
+        return ExportError(
+            f"the disk is full: {error.strerror} while writing {target}. Nothing was left behind. Free some space or "
+            "choose another folder."
+        )
+    return ExportError(
+        f"cannot write {target}: {error}. Nothing was left behind. Give a folder that can be written to."
+    )
