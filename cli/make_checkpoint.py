@@ -45,7 +45,11 @@ def command(
     from omniport.export.synthetic import make_checkpoint
 
     with progress_bar(quiet or json) as progress:
-        path = make_checkpoint(out, size.value, seed=seed, outliers=outliers, progress=progress)
+
+        def advance(_: str, done: int, total: int) -> None:  # the library names every tensor
+            progress("writing weights", done, total)
+
+        path = make_checkpoint(out, size.value, seed=seed, outliers=outliers, progress=advance)
     files = [file for file in path.rglob("*") if file.is_file()]
     total = sum(file.stat().st_size for file in files)
     if json:

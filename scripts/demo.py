@@ -35,7 +35,7 @@ def prepare(out: Path) -> tuple[Path, Path]:
     checkpoint, bundle = out / "checkpoint", out / "bundle"
     with progress_bar(quiet=False) as progress:
         if not checkpoint.exists():
-            make_checkpoint(checkpoint, "tiny", seed=0, progress=progress)
+            make_checkpoint(checkpoint, "tiny", seed=0)
         export_checkpoint(str(checkpoint), bundle, precision="fp32", max_context=2048, progress=progress)
     return checkpoint, bundle
 
