@@ -39,12 +39,14 @@ class GraphDefinition:
 
     Attributes:
         build: makes the module; called with the meta device as default.
+        geometry: every size and constant of the architecture, as text.
         inputs: as in the GraphSpec. A symbolic dimension may be ``"<k>*<name>"``: k times another one.
         past: trailing inputs that the module takes as one list (KV cache).
     """
 
     name: str
     precision: str
+    geometry: str
     build: Callable[[], ExportModule]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -125,6 +127,7 @@ def _audio_encoder(c: Any) -> _Named:
     return "audio_encoder", lambda precision: GraphDefinition(
         name="audio_encoder",
         precision=precision,
+        geometry=repr(sizes),
         build=lambda: AudioEncoder(sizes),
         inputs=(_f32("mel", "chunks", sizes.n_mels, frames), _i64("frames", "chunks")),
         outputs=(_f32("embeds", "chunks", frames // 4, sizes.output_size),),
@@ -150,6 +153,7 @@ def _vision_encoder(c: Any) -> _Named:
     return "vision_encoder", lambda precision: GraphDefinition(
         name="vision_encoder",
         precision=precision,
+        geometry=repr(sizes),
         build=lambda: VisionEncoder(sizes),
         inputs=(
             _f32("patches", "frames", f"{unit}*units", sizes.patch_values),
@@ -195,6 +199,7 @@ def _decoder(
     return GraphDefinition(
         name=name,
         precision=precision,
+        geometry=repr((sizes, width)),
         build=build,
         inputs=inputs + past,
         outputs=outputs + present,
@@ -252,6 +257,7 @@ def _dit(c: Any, solver: SolverSpec) -> _Named:
     return "dit", lambda precision: GraphDefinition(
         name="dit",
         precision=precision,
+        geometry=repr(sizes),
         build=lambda: Dit(sizes),
         inputs=(
             _f32("x", "batch", frames, sizes.mel_dim),
@@ -280,6 +286,7 @@ def _bigvgan(c: Any) -> _Named:
     return "bigvgan", lambda precision: GraphDefinition(
         name="bigvgan",
         precision=precision,
+        geometry=repr(sizes),
         build=lambda: BigVgan(sizes),
         inputs=(_f32("mel", "batch", sizes.mel_dim, "frames"),),
         outputs=(_f32("wav", "batch", f"{hop}*frames"),),
@@ -293,4 +300,3 @@ def _f32(name: str, *shape: int | str) -> TensorSpec:
 
 def _i64(name: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name, "int64", shape)
-

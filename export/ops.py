@@ -60,6 +60,73 @@ def _anti_aliased_snake(
     return F.conv1d(torch.cat((first, first, first, u, last, last, last), dim=2), down, groups=channels)
 
 
+@torch.library.custom_op("omniport::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.matmul(x, weight)
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+@torch.library.custom_op("omniport::split_heads", mutates_args=())
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+
+
+@_split_heads.register_fake
+def _(x: Tensor, heads: int) -> Tensor:
+    return x.new_empty((x.shape[0], heads, x.shape[1], x.shape[2] // heads))
+
+
+@torch.library.custom_op("omniport::merge_heads", mutates_args=())
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(-2).contiguous()
+
+
+@_merge_heads.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2], x.shape[1] * x.shape[3]))
+
+
+@torch.library.custom_op("omniport::split_blocks", mutates_args=())
+def _split_blocks(x: Tensor, block: int, back: bool, ahead: bool) -> Tensor:
+    blocks = x.unflatten(1, (-1, block))
+    nothing = torch.zeros_like(blocks[:, :1])
+    parts = [blocks]
+    if back:
+        parts.insert(0, torch.cat((nothing, blocks[:, :-1]), dim=1))
+    if ahead:
+        parts.append(torch.cat((blocks[:, 1:], nothing), dim=1))
+    return torch.cat(parts, dim=2).flatten(0, 1)
+
+
+@_split_blocks.register_fake
+def _(x: Tensor, block: int, back: bool, ahead: bool) -> Tensor:
+    return x.new_empty((x.shape[0] * (x.shape[1] // block), block * (1 + back + ahead), x.shape[2]))
+
+
+@torch.library.custom_op("omniport::reshape_like", mutates_args=())
+def _reshape_like(x: Tensor, like: Tensor) -> Tensor:
+    return x.reshape(like.shape).clone()
+
+
+@_reshape_like.register_fake
+def _(x: Tensor, like: Tensor) -> Tensor:
+    return x.new_empty(like.shape)
+
+
+@torch.library.custom_op("omniport::pad_to_blocks", mutates_args=())
+def _pad_to_blocks(x: Tensor, block: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, -x.shape[1] % block)).clone()
+
+
+@_pad_to_blocks.register_fake
+def _(x: Tensor, block: int) -> Tensor:
+    return x.new_empty((x.shape[0], (x.shape[1] + block - 1) // block * block, x.shape[2]))
+
+
 def _like_first(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
@@ -127,6 +194,44 @@ def anti_aliased_snake(
     return _anti_aliased_snake(x, up, down, alpha, inverse_beta, even, odd)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] @ weight [in, out] -> [..., out]: one MatMul."""
+    return _linear(x, weight)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, H*D] -> [B, H, S, D]."""
+    return _split_heads(x, heads)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, S, D] -> [B, S, H*D]."""
+    return _merge_heads(x)
+
+
+def split_blocks(x: Tensor, block: int, back: bool = False, ahead: bool = False) -> Tensor:
+    """Blocks of a sequence as a batch, each with its neighbours, zeros past the ends.
+
+    Args:
+        x: [B, T, E], T a multiple of ``block``.
+        back, ahead: put the block before it in front, the block after it behind.
+
+    Returns:
+        [B*T/block, block*(1 + back + ahead), E].
+    """
+    return _split_blocks(x, block, back, ahead)
+
+
+def reshape_like(x: Tensor, like: Tensor) -> Tensor:
+    """x in the shape of ``like``."""
+    return _reshape_like(x, like)
+
+
+def pad_to_blocks(x: Tensor, block: int) -> Tensor:
+    """[B, T, E] -> [B, T', E]: zeros appended until T' is a multiple of ``block``."""
+    return _pad_to_blocks(x, block)
+
+
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The table that turns the custom ops into ONNX nodes, for ``torch.onnx.export(custom_translation_table=...)``."""
     from onnxscript.values import Opset
@@ -145,6 +250,43 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def scatter_node(cache: Any, update: Any, write_index: Any) -> Any:
         return op.TensorScatter(cache, update, write_index, axis=-2, mode="linear")
 
+    def linear_node(x: Any, weight: Any) -> Any:
+        return op.MatMul(x, weight)
+
+    def split_heads_node(x: Any, heads: int) -> Any:
+        shape = op.Constant(value_ints=[0, 0, heads, int(x.shape[2]) // heads])
+        return op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1, 3])
+
+    def merge_heads_node(x: Any) -> Any:
+        shape = op.Constant(value_ints=[0, 0, int(x.shape[1]) * int(x.shape[3])])
+        return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), shape)
+
+    def split_blocks_node(x: Any, block: int, back: bool, ahead: bool) -> Any:
+        width = int(x.shape[2])
+        flat = op.Constant(value_ints=[-1, block * (1 + back + ahead), width])
+        if not back and not ahead:
+            return op.Reshape(x, flat)
+        axis = op.Constant(value_ints=[1])
+        blocks = op.Reshape(x, op.Constant(value_ints=[0, -1, block, width]))
+        parts = [blocks]
+        if back:
+            padded = op.Pad(blocks, op.Constant(value_ints=[1, 0]), None, axis)
+            parts.insert(0, op.Slice(padded, op.Constant(value_ints=[0]), op.Constant(value_ints=[-1]), axis))
+        if ahead:
+            padded = op.Pad(blocks, op.Constant(value_ints=[0, 1]), None, axis)
+            parts.append(op.Slice(padded, op.Constant(value_ints=[1]), op.Constant(value_ints=[2**62]), axis))
+        return op.Reshape(op.Concat(*parts, axis=2), flat)
+
+    def reshape_like_node(x: Any, like: Any) -> Any:
+        return op.Reshape(x, op.Shape(like))
+
+    def pad_to_blocks_node(x: Any, block: int) -> Any:
+        length = op.Shape(x, start=1, end=2)
+        # ONNX Mod has the sign of the divisor, so this is how much is missing.
+        missing = op.Mod(op.Neg(length), op.Constant(value_ints=[block]))
+        pads = op.Concat(op.Constant(value_ints=[0]), missing, axis=0)
+        return op.Pad(x, pads, None, op.Constant(value_ints=[1]))
+
     def snake_node(x: Any, up: Any, down: Any, alpha: Any, inverse_beta: Any, even: Any, odd: Any) -> Any:
         channels = x.shape[1]
         zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
@@ -162,6 +304,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         ops.anti_aliased_snake.default: snake_node,
         ops.attention.default: attention_node,
+        ops.linear.default: linear_node,
+        ops.merge_heads.default: merge_heads_node,
+        ops.pad_to_blocks.default: pad_to_blocks_node,
+        ops.reshape_like.default: reshape_like_node,
+        ops.split_blocks.default: split_blocks_node,
+        ops.split_heads.default: split_heads_node,
         ops.rotary_embedding.default: rotary_node,
         ops.rms_norm.default: rms_norm_node,
         ops.tensor_scatter.default: scatter_node,

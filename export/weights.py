@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .ops import linear
+
 __all__ = [
     "Compute",
     "Constant",
@@ -151,7 +153,7 @@ class Linear(ExportModule):
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.matmul(x, self.weight)
+        y = linear(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 

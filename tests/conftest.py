@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+#: traced graphs are cached for one test run only, so that every run traces with the code under test
+_CACHE = tempfile.mkdtemp(prefix="omniport-cache-")
+os.environ["OMNIPORT_CACHE"] = _CACHE
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import attention
+from ..ops import attention, merge_heads, split_heads
 from ..weights import ExportModule, Linear
-from .layers import LayerNorm, merge_heads, split_heads
+from .layers import LayerNorm
 
 __all__ = ["AudioEncoder", "AudioEncoderConfig"]
 

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..ops import attention, rotary_embedding
+from ..ops import attention, merge_heads, pad_to_blocks, reshape_like, rotary_embedding, split_blocks, split_heads
 from ..weights import Compute, ExportModule, Linear, Rule, WeightReader
-from .layers import merge_heads, split_heads
 
 __all__ = ["Dit", "DitConfig"]
 
@@ -110,32 +109,18 @@ class _BlockAttention(ExportModule):
         self.to_out = nn.ModuleList([Linear(inner, config.width)])
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
-        # x: [B, T, E] with T a multiple of the block; valid: bool [T]
-        batch, frames = x.shape[0], x.shape[1]
+        # x: [B, T, E] with T a multiple of the block; valid: [B, T, 1], 1 for real frames
         q, k, v = self._rotate(self.to_q(x), rope), self._rotate(self.to_k(x), rope), self.to_v(x)
-        k, v = self._neighbours(k), self._neighbours(v)  # [B, N, L, H*D]
-        mask = self._neighbours(valid[None, :, None]).squeeze(-1)  # [1, N, L]; padding blocks are False
-        mask = mask[:, :, None, None, :].expand(batch, -1, -1, self.block, -1).flatten(0, 1)  # [B*N, 1, block, L]
-        q = q.unflatten(1, (-1, self.block))
-        q, k, v = (split_heads(t.flatten(0, 1), self.heads) for t in (q, k, v))  # [B*N, H, block or L, D]
-        y = merge_heads(attention(q, k, v, mask, self.scale))
-        return self.to_out[0](y.reshape(batch, frames, -1))
+        flat, q = v, split_heads(split_blocks(q, self.block), self.heads)  # [B*N, H, block, D]
+        k, v, seen = (split_blocks(t, self.block, self.back, self.ahead) for t in (k, v, valid))  # [B*N, L, ...]
+        k, v = split_heads(k, self.heads), split_heads(v, self.heads)
+        mask = (seen > 0).transpose(1, 2).unsqueeze(1).expand(-1, 1, self.block, -1)  # [B*N, 1, block, L]
+        return self.to_out[0](reshape_like(merge_heads(attention(q, k, v, mask, self.scale)), flat))
 
     def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         # The released weights were trained with rotation on the first head only.
         first = rotary_embedding(x[:, None, :, : self.head_dim], *rope, interleaved=True)
         return torch.cat((first.squeeze(1), x[..., self.head_dim :]), dim=-1)
-
-    def _neighbours(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [B, N, L, ...]: each block with the neighbours this layer sees, zeros past the ends."""
-        blocks = x.unflatten(1, (-1, self.block))
-        nothing = torch.zeros_like(blocks[:, :1])
-        parts = [blocks]
-        if self.back:
-            parts.insert(0, torch.cat((nothing, blocks[:, :-1]), dim=1))
-        if self.ahead:
-            parts.append(torch.cat((blocks[:, 1:], nothing), dim=1))
-        return torch.cat(parts, dim=2) if len(parts) > 1 else blocks
 
 
 class _Feedforward(ExportModule):
@@ -236,14 +221,11 @@ class Dit(ExportModule):
         step: int64 [1] -> velocity float32 [B, T, 80]."""
         config, frames = self.config, x.shape[1]
         dtype = self.proj_out.weight.dtype
-        # Whole blocks: pad by a constant, then cut; a pad that depends on T modulo the block cannot be traced.
-        blocks = (frames + config.block_size - 1) // config.block_size
-        h = F.pad(self._embed(x, codes, speaker, reference).to(dtype), (0, 0, 0, config.block_size - 1))
-        h = self.input_embed(h[:, : blocks * config.block_size])
+        h = pad_to_blocks(self.input_embed(self._embed(x, codes, speaker, reference).to(dtype)), config.block_size)
         frame = torch.arange(h.shape[1], device=x.device)
         angle = (frame.float().unsqueeze(-1) * self.inv_freq).unsqueeze(0).expand(h.shape[0], -1, -1)
         rope = (angle.cos().to(dtype), angle.sin().to(dtype))
-        valid = frame < frames
+        valid = (frame < frames).to(dtype)[None, :, None].expand(h.shape[0], -1, -1)
         for block in self.transformer_blocks:
             h = block(h, step, rope, valid)
         scale, shift = self.final_modulation.index_select(0, step)[0].to(dtype).unbind(0)

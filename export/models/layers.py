@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import attention, rms_norm, rotary_embedding, tensor_scatter
+from ..ops import attention, merge_heads, rms_norm, rotary_embedding, split_heads, tensor_scatter
 from ..weights import ExportModule, Linear
 
-__all__ = ["Decoder", "DecoderConfig", "GatedMlp", "LayerNorm", "RmsNorm", "merge_heads", "split_heads"]
+__all__ = ["Decoder", "DecoderConfig", "GatedMlp", "LayerNorm", "RmsNorm"]
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,6 @@ class DecoderConfig:
     rope_theta: float
     mrope_section: tuple[int, ...]
     rms_norm_eps: float
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, S, H*D] -> [B, H, S, D]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, S, D] -> [B, S, H*D]."""
-    return x.transpose(1, 2).flatten(-2)
 
 
 class RmsNorm(ExportModule):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ops import attention, rotary_embedding
+from ..ops import attention, merge_heads, rotary_embedding, split_heads
 from ..weights import ExportModule, Linear
-from .layers import GatedMlp, RmsNorm, merge_heads, split_heads
+from .layers import GatedMlp, RmsNorm
 
 __all__ = ["VisionEncoder", "VisionEncoderConfig"]
 
