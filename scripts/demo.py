@@ -18,6 +18,7 @@ from omniport.cli.reply import Replier
 from sample_media import QUESTION, make_media
 
 if TYPE_CHECKING:
+    from omniport.export.parity import ParityRow
     from omniport.runtime.events import Stats
 
 __all__ = ["main"]
@@ -40,12 +41,12 @@ def prepare(out: Path) -> tuple[Path, Path]:
     return checkpoint, bundle
 
 
-def check(bundle: Path, checkpoint: Path) -> list[tuple[str, str, float, float]]:
-    """Relative RMS error of every graph against PyTorch: rows (graph, case, error, tolerance)."""
+def check(bundle: Path, checkpoint: Path) -> list[ParityRow]:
+    """Every graph against its PyTorch module."""
     from omniport.export.parity import check_bundle
 
-    rows = check_bundle(bundle, checkpoint)
-    return [(str(graph), str(case), float(error), float(limit)) for graph, case, error, limit in rows]
+    with progress_bar(quiet=False) as progress:
+        return check_bundle(bundle, checkpoint, progress=progress)
 
 
 def answer(bundle: Path, media: dict[str, Path], speech: Path) -> Stats:
@@ -82,7 +83,6 @@ def main() -> int:
     speech = out / "reply.wav"
     stats = answer(bundle, media, speech)
 
-    passed = all(error <= limit for _, _, error, limit in parity)
     print_table(
         "Reply",
         ("what", "measured"),
@@ -100,11 +100,11 @@ def main() -> int:
         "Parity with PyTorch (relative RMS error)",
         ("graph", "case", "error", "tolerance", ""),
         [
-            (graph, case, f"{error:.1e}", f"{limit:.0e}", "ok" if error <= limit else "FAILED")
-            for graph, case, error, limit in parity
+            (row.graph, row.case, f"{row.rel_rms:.1e}", f"{row.tolerance:.0e}", "ok" if row.ok else "FAILED")
+            for row in parity
         ],
     )
-    return 0 if passed else 1
+    return 0 if all(row.ok for row in parity) else 1
 
 
 if __name__ == "__main__":

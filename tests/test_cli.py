@@ -526,8 +526,19 @@ def test_wheel_adds_the_optimum_sub_command(tmp_path: Path) -> None:
     assert not [name for name in listed if name.startswith("optimum/") and name.endswith("__init__.py")]
     assert {name.split("/")[0] for name in listed if ".dist-info" not in name} == {"omniport", "optimum"}
 
+    # without the finder of an editable install, which would register the command a second time
+    script = (
+        "import sys\n"
+        "sys.path[:] = [path for path in sys.path if '__editable__' not in path]\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+        "import omniport.cli.main as ours\n"
+        f"assert ours.__file__.startswith({str(tmp_path)!r}), ours.__file__\n"
+        "from optimum.commands.optimum_cli import main\n"
+        "main()"
+    )
+
     def optimum(*arguments: object) -> subprocess.CompletedProcess[str]:
-        call = [sys.executable, "-m", "optimum.commands.optimum_cli", *map(str, arguments)]
+        call = [sys.executable, "-c", script, *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
         return subprocess.run(call, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
 
