@@ -6,7 +6,7 @@ Each pass states what it needs and what it leaves; `finish` runs them in order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 from omniport.runtime.errors import ExportError
@@ -29,6 +29,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 def finish(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     """Fold constants, give the borders their contracted names and shapes, name nodes after modules, in place."""
     # Not onnxscript's optimize(): its rewrite rules read weights. Folding looks at small tensors only.
+    own = set(model.graph.initializers)
     InlinePass()(model)
     fold_constants(model, input_size_limit=FOLD_BYTES, output_size_limit=FOLD_BYTES)
     IdentityEliminationPass()(model)
@@ -36,7 +37,7 @@ def finish(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
     TrimOutputsPass()(model)
     RemoveUnusedNodesPass()(model)
     BorderPass(inputs, outputs)(model)
-    NamingPass()(model)
+    NamingPass(own)(model)
     check_standard_ops(model)
     model.producer_name = "omniport"
     model.graph.doc_string = None
@@ -85,8 +86,12 @@ class BorderPass(InPlacePass):
 class NamingPass(InPlacePass):
     """Name each node, and each value it makes, ``module.path/OpType``; a counter keeps them unique.
 
-    Tracing leaves the module path in the metadata, which is then dropped: it would be a third of the file.
+    Tracing leaves the module path in the metadata, which is then dropped: it would be a third of the file. Initializers
+    that folding made, all but those named in ``own``, are named after the first input they feed.
     """
+
+    def __init__(self, own: Collection[str]) -> None:
+        self.own = own
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
@@ -104,6 +109,11 @@ class NamingPass(InPlacePass):
                 out.metadata_props.clear()
             node.metadata_props.clear()
             node.doc_string = None
+        for name, value in list(graph.initializers.items()):
+            if name not in self.own and (uses := value.uses()):
+                # uses() is a set: the lowest (name, index) makes the choice repeatable
+                user, index = min((str(use.node.name), use.idx) for use in uses)
+                value.name = f"{user}.input{index}"
         return PassResult(model, True)
 
 

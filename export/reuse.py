@@ -23,7 +23,7 @@ from .graph_defs import GraphDefinition
 
 __all__ = ["CODE", "file_record", "graph_key", "graph_whole", "previous_manifest", "source_key", "unlisted"]
 
-_SHARED = ("graph_defs.py", "onnx_export.py", "ops.py", "passes.py", "weights.py", "models/layers.py")
+_SHARED = ("graph_defs.py", "onnx_export.py", "ops.py", "passes.py", "trace.py", "weights.py", "models/layers.py")
 #: graph -> source files, relative to this package, that its content depends on
 CODE: dict[str, tuple[str, ...]] = {
     "audio_encoder": (*_SHARED, "models/audio_encoder.py"),
@@ -49,6 +49,7 @@ def graph_key(definition: GraphDefinition, solver: SolverSpec, source: str) -> s
         [
             definition.name,
             definition.precision,
+            definition.geometry,
             msgspec.to_builtins((definition.inputs, definition.outputs, definition.dims, definition.aliases)),
             msgspec.to_builtins(solver) if definition.name == "dit" else None,
             source,
