@@ -127,7 +127,9 @@ def _pwrite(fd: int, array: Array, offset: int) -> None:
 
 
 def _tensor(array: Array) -> torch.Tensor:
-    """numpy (bfloat16 included) to torch without a copy."""
+    """numpy (bfloat16 included) to torch; only a read-only array (constants of a cached graph) is copied."""
+    if not array.flags.writeable:
+        array = array.copy()
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -136,7 +136,7 @@ for _op in (_attention, _rotary_embedding, _rms_norm, _tensor_scatter, _anti_ali
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Scaled dot-product attention with grouped query heads; softmax in float32 (ONNX Attention-24).
+    """Scaled dot-product attention with grouped query heads (ONNX Attention-24).
 
     Args:
         q: [B, Hq, S, D]. k, v: [B, Hkv, L, D], Hq a multiple of Hkv.
@@ -239,7 +239,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     op: Any = Opset("", 24)
 
     def attention_node(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
-        return op.Attention(q, k, v, mask, scale=scale, softmax_precision=1)[0]
+        return op.Attention(q, k, v, mask, scale=scale)[0]
 
     def rotary_node(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
         return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved))
