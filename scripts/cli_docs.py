@@ -37,6 +37,7 @@ Results go to stdout, progress and log lines to stderr. `--json` prints JSON for
 | 2 | bad input or usage: one line says what to do, no traceback |
 | 101 | a bug in omniport: the traceback is kept, and a line says how to report it |
 | 130 | interrupted with Ctrl-C |
+| 143 | terminated; as with Ctrl-C, half-written files are removed |
 """
 
 
