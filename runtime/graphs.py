@@ -46,7 +46,7 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dims: range of each symbolic dimension named in the tensor shapes. A shape may also say ``"<k>*<name>"``: k
             times that dimension.
         aliases: output name -> input name, for outputs that share the input's buffer (KV cache).
-        inputs_key: sha256 over everything the graph was made from; a rerun of export skips graphs whose key is the same.
+        inputs_key: sha256 over everything the graph was made from; a rerun of export skips graphs with an equal key.
     """
 
     name: str

@@ -1,0 +1,1 @@
+"""``omniport validate``: prove every graph, and the whole conversation, against PyTorch."""

@@ -1,0 +1,44 @@
+"""What every group of checks is handed: the opened bundle and checkpoint, the backend, the reference, the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+from omniport.runtime.backends.base import Backend
+from omniport.runtime.bundle import Bundle
+
+from ..checkpoint import Checkpoint
+from .reference import Reference
+
+__all__ = ["Context"]
+
+
+@dataclass
+class Context:
+    """One validation run.
+
+    Attributes:
+        suite: ``quick`` or ``full``.
+        graphs: names of the graphs to check (those that the bundle holds, less what ``--graphs`` left out).
+        precision: graph -> dtype of its weights.
+        artifacts: name -> array kept for the report (waveforms float32 [n], mels float32 [80, T], ...).
+        progress: called with a line that says what is being checked, before it is.
+    """
+
+    bundle: Bundle
+    checkpoint: Checkpoint
+    backend: Backend
+    reference: Reference
+    suite: str
+    graphs: tuple[str, ...]
+    precision: dict[str, str]
+    progress: Callable[[str], None]
+    artifacts: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def full(self) -> bool:
+        """Whether the long suite was asked for."""
+        return self.suite == "full"

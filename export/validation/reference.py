@@ -1,0 +1,111 @@
+"""The reference: transformers' modules, one part in memory at a time, with results kept on disk.
+
+A result is keyed by the checkpoint's fingerprint, the part, the case and the library versions, so that a second
+backend or precision does not pay for it again. It is stored as .npz under the cache folder (see
+`omniport.export.trace.cache_folder`); with the cache switched off every result is computed anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..parity import load_reference
+from ..trace import cache_folder
+
+__all__ = ["Reference", "array_key"]
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def array_key(*arrays: NDArray[Any]) -> str:
+    """Short hash of array contents, for case names that must change with their input."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Reference:
+    """Results of the reference's parts. At most one part is loaded; loading another releases it first."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._name = ""
+        self._module: nn.Module | None = None
+        versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+        self._salt = [checkpoint.fingerprint, *versions]
+
+    def part(self, graph: str) -> nn.Module:
+        """The transformers module behind a graph (see `omniport.export.parity.load_reference`)."""
+        if self._name != graph or self._module is None:
+            self.release()
+            self._module, self._name = load_reference(self.checkpoint, graph), graph
+        return self._module
+
+    def release(self) -> None:
+        """Drop the part that is loaded."""
+        self._module, self._name = None, ""
+        gc.collect()
+
+    def result(self, graph: str, case: str, run: Callable[[nn.Module], Mapping[str, torch.Tensor]]) -> Arrays:
+        """Named float32 or int64 arrays that ``run`` computes with the part, from the cache if they are there.
+
+        Args:
+            graph: the part.
+            case: everything the result depends on besides the weights (inputs: by `array_key`).
+        """
+        path = self._path(graph, case)
+        if path is not None and (kept := _load(path)) is not None:
+            return kept
+        with torch.no_grad():
+            computed = {name: _numpy(tensor) for name, tensor in run(self.part(graph)).items()}
+        if path is not None:
+            _store(path, computed)
+        return computed
+
+    def _path(self, graph: str, case: str) -> Path | None:
+        folder = cache_folder()
+        if folder is None:
+            return None
+        key = hashlib.sha256(msgspec.json.encode([*self._salt, graph, case])).hexdigest()
+        return folder / "reference" / f"{graph}-{key[:40]}.npz"
+
+
+def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor.long()).contiguous().numpy().copy()
+
+
+def _load(path: Path) -> Arrays | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _store(path: Path, arrays: Arrays) -> None:
+    """Write aside and rename; a cache that cannot be written costs time, not the run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(file.name, path)
+    except OSError:
+        return

@@ -1,0 +1,57 @@
+"""What a validation run produces: checks, and a report that holds them (docs/validate.md describes the JSON)."""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["FAIL", "NOT_RUN", "PASS", "REPORT_SCHEMA_VERSION", "Check", "ValidationReport"]
+
+REPORT_SCHEMA_VERSION = 1
+
+PASS, FAIL, NOT_RUN = "pass", "fail", "not_run"
+
+
+class Check(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One comparison with the reference.
+
+    Attributes:
+        stage: what is at fault when it fails: a graph's name, ``preprocess``, ``positions``, ``conditioning``,
+            ``solver``, ``end_to_end`` or ``speech``.
+        name: what is compared and on what input; unique within the stage.
+        status: ``pass``, ``fail`` or ``not_run``.
+        figures: measured values.
+        limits: for the figures that decide, the value that is still allowed; ``reasons`` says why.
+        reasons: figure -> why its limit is what it is.
+        message: for a failure, what differs and where first; for ``not_run``, why.
+        artifacts: role -> name of an array kept for the report's plots and players.
+    """
+
+    stage: str
+    name: str
+    status: str
+    figures: dict[str, float | int | bool | str | None] = {}
+    limits: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    message: str = ""
+    artifacts: dict[str, str] = {}
+
+
+class ValidationReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A whole run. ``ok`` is True when no check failed and at least one ran."""
+
+    schema_version: int = REPORT_SCHEMA_VERSION
+    ok: bool
+    bundle: str
+    checkpoint: str
+    fingerprint: str
+    backend: str
+    precision: str
+    emulated: list[str] = []
+    """graphs that ran as an emulation copy (BF16 on a CPU)"""
+    suite: str
+    checks: list[Check]
+    environment: dict[str, str]
+    hashes: dict[str, str]
+    """sha256 of every graph file"""
+    seconds: float
+    peak_memory_bytes: int
