@@ -138,14 +138,18 @@ def _store(model: ir.Model, path: Path) -> None:
             value.const_value = ir.ExternalTensor(
                 "weights-come-later", 0, 0, value.dtype, shape=_static(value), name=name
             )
+    part: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            part = Path(file.name)
             file.write(ir.to_proto(model).SerializeToString())
-        os.replace(file.name, path)
+        os.replace(part, path)
     except OSError as error:
         logging.getLogger("omniport").info("traced graph not cached in %s: %s", path.parent, error)
     finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
         for name, value in model.graph.initializers.items():
             value.const_value = held[name]
 

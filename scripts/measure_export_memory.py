@@ -1,15 +1,18 @@
 """Measure the peak memory of an export above the import of torch, and print it as JSON.
 
     python scripts/measure_export_memory.py CHECKPOINT [--graphs thinker,talker] [--precision fp16] [--out FOLDER]
+    python scripts/measure_export_memory.py --size small --layers 4,8
 
-The export runs in a process of its own. Memory is the resident set as Linux counts it (VmRSS, and its high-water mark
-VmHWM, which, unlike ru_maxrss, does not remember the process that started this one). The bundle is thrown away unless
-``--out`` is given.
+The second form makes random checkpoints that differ in the number of layers of every stack, and measures each. An
+export runs in a process of its own. Memory is the resident set as Linux counts it: VmRSS, and its high-water mark
+VmHWM, which, unlike ru_maxrss, does not remember the process that started this one. The bundle is thrown away unless
+``--out`` is given, and cached traces are not used, because they would hide what tracing needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -18,21 +21,42 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
-__all__ = ["main", "measure"]
+if TYPE_CHECKING:
+    from omniport.export.synthetic_config import Size
+
+__all__ = ["deepen", "main", "make_deep", "measure"]
 
 
-def measure(
-    checkpoint: str, out: Path | None = None, graphs: str = "", precision: str = "fp32", trace_cache: bool = False
-) -> dict[str, Any]:
+def deepen(size: Size, layers: int) -> Size:
+    """The same geometry with this many layers in every stack."""
+    return dataclasses.replace(
+        size,
+        text={**size.text, "num_hidden_layers": layers},
+        audio={**size.audio, "encoder_layers": layers},
+        vision={**size.vision, "depth": layers},
+        talker={**size.talker, "num_hidden_layers": layers},
+        dit={**size.dit, "num_hidden_layers": layers},
+    )
+
+
+def make_deep(out: Path, size: Size) -> Path:
+    """Make a random checkpoint of a geometry that has no name."""
+    from omniport.export import synthetic
+
+    with mock.patch.object(synthetic, "SIZES", {"custom": size}):
+        return synthetic.make_checkpoint(out, size="custom")
+
+
+def measure(checkpoint: str, out: Path | None = None, graphs: str = "", precision: str = "fp32") -> dict[str, Any]:
     """Export in a fresh process.
 
     Args:
         checkpoint: folder or id.
         out: where to put the bundle; a temporary folder if None.
         graphs: comma-separated names; all if empty.
-        trace_cache: let graphs come from the cache of traced graphs, which hides what tracing needs.
 
     Returns:
         bytes: ``torch`` and ``imports``, resident after importing torch, and all that export imports; ``peak``;
@@ -40,7 +64,7 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         arguments = [checkpoint, str(out or Path(scratch) / "bundle"), graphs, precision]
-        environment = dict(os.environ) if trace_cache else dict(os.environ) | {"OMNIPORT_CACHE": ""}
+        environment = dict(os.environ) | {"OMNIPORT_CACHE": ""}
         command = [sys.executable, __file__, "--child", *arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     result: dict[str, Any] = json.loads(done.stdout)
@@ -100,13 +124,27 @@ def main() -> None:
         print(json.dumps(_child(*sys.argv[2:])))
         return
     parser = argparse.ArgumentParser(description="Measure the peak memory of an export.")
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--size", default="small", help="geometry of the checkpoints that --layers makes")
+    parser.add_argument("--layers", default="", help="comma-separated layer counts")
     parser.add_argument("--out", type=Path, default=None, help="keep the bundle here")
     parser.add_argument("--graphs", default="", help="comma-separated names; all by default")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--trace-cache", action="store_true", help="allow cached traces")
-    arguments = vars(parser.parse_args())
-    print(json.dumps(measure(**arguments), indent=2))
+    options = parser.parse_args()
+    if bool(options.checkpoint) == bool(options.layers):
+        parser.error("give a checkpoint, or --layers")
+    if options.checkpoint:
+        print(json.dumps(measure(options.checkpoint, options.out, options.graphs, options.precision), indent=2))
+        return
+    from omniport.export.synthetic import SIZES
+
+    results = []
+    for layers in map(int, options.layers.split(",")):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = make_deep(Path(scratch) / "checkpoint", deepen(SIZES[options.size], layers))
+            found = measure(str(folder), None, options.graphs, options.precision)
+            results.append({"size": options.size, "layers": layers, **found})
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":
