@@ -1,0 +1,290 @@
+"""The report as one HTML page: no script, no network, readable on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import plots
+from .report import at_least, figure_text, stage_rows
+from .types import FAIL, NOT_RUN, Check, ValidationReport
+
+__all__ = ["ERROR_FIGURE", "render"]
+
+#: the figure that "error by case" and "error by layer" draw
+ERROR_FIGURE = "rel_rms"
+_SOUNDS = ("reference", "whole", "streamed")
+_RATE = 24000
+_WORDS = {"pass": "holds", "fail": "fails", "not_run": "not run"}
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #1a202c; background: #fff; max-width: 62rem;
+  margin: 1.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 1.8rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
+table { border-collapse: collapse; width: 100%; font-size: .86rem; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e2e8f0; }
+th { border-bottom: 2px solid #a0aec0; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td { overflow-wrap: anywhere; }
+td.name, td.status, th { overflow-wrap: normal; white-space: nowrap; }
+code, pre { font: .82rem/1.4 "DejaVu Sans Mono", monospace; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; border: 1px solid #e2e8f0; padding: .5rem; }
+.verdict { font-weight: 600; padding: .4rem .7rem; border-left: .4rem solid; margin: .8rem 0; }
+.pass { color: #22543d; } .fail { color: #9b2c2c; font-weight: 600; } .not_run { color: #744210; }
+.verdict.pass { border-color: #38a169; background: #f0fff4; }
+.verdict.fail { border-color: #e53e3e; background: #fff5f5; }
+img { width: 100%; height: auto; } figure { margin: .4rem 0 1rem; }
+.players { display: flex; gap: .5rem; } .players div { flex: 1; font-size: .8rem; }
+audio { width: 100%; height: 2.2rem; }
+.quiet { color: #4a5568; font-size: .86rem; }
+@page { size: A4; margin: 14mm; }
+@media print {
+  body { font-size: 9.5pt; margin: 0; max-width: none; padding: 0; }
+  audio, .players { display: none; }
+  figure, .block { break-inside: avoid; } h2, h3 { break-after: avoid; } tr { break-inside: avoid; }
+  thead { display: table-header-group; }
+}
+"""
+
+
+def render(report: ValidationReport, artifacts: Mapping[str, NDArray[Any]]) -> str:
+    """The page.
+
+    Args:
+        artifacts: arrays by the names that ``Check.artifacts`` holds. Roles ``reference``, ``whole`` and ``streamed``
+            are waveforms float32 [n] at 24 kHz.
+    """
+    sections = [
+        _head(report),
+        _summary(report),
+        _failures(report),
+        _by_layer(report),
+        _by_case(report),
+        _sounds(report, artifacts),
+        _alignments(report),
+        _all_checks(report),
+        _limits(report),
+        _surroundings(report),
+    ]
+    title = f"Validation of {escape(report.bundle)}"
+    body = "\n".join(section for section in sections if section)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n'
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _head(report: ValidationReport) -> str:
+    ran = sum(check.status != NOT_RUN for check in report.checks)
+    failed = sum(check.status == FAIL for check in report.checks)
+    if failed:
+        verdict, kind = f"{failed} of {ran} checks fail: this bundle does not match its checkpoint.", "fail"
+    elif not ran:
+        verdict, kind = "Nothing ran: this report proves nothing.", "fail"
+    else:
+        verdict, kind = f"All {ran} checks hold.", "pass"
+    left = len(report.checks) - ran
+    if left and ran:
+        verdict += f" {left} did not run, see below."
+    emulated = f" Emulated: {escape(', '.join(report.emulated))}." if report.emulated else ""
+    return (
+        f"<h1>{escape(report.bundle)}</h1>\n<p>Compared with {escape(report.checkpoint)} in transformers, float32. "
+        f"Backend <b>{escape(report.backend)}</b>, precision <b>{escape(report.precision)}</b>, suite "
+        f"{escape(report.suite)}; {report.seconds:.0f} s, peak memory {report.peak_memory_bytes / 1e9:.2f} GB."
+        f"{emulated}</p>\n"
+        f'<p class="verdict {kind}">{verdict}</p>'
+    )
+
+
+def _summary(report: ValidationReport) -> str:
+    rows = []
+    for row in stage_rows(report):
+        worst = row.worst
+        rows.append(
+            (
+                _cell(row.stage + (" (emulated)" if row.emulated else ""), "name"),
+                _status(row.status),
+                _cell(row.checks, "number"),
+                _cell(row.failed or "", "number"),
+                _cell(row.not_run or "", "number"),
+                _cell(worst.text if worst else "", "name"),
+                _cell(worst.check if worst else ""),
+            )
+        )
+    head = ("graph or stage", "", "#checks", "#failed", "#not run", "closest to its limit", "in")
+    return "<h2>Summary</h2>\n" + _table(head, rows)
+
+
+def _failures(report: ValidationReport) -> str:
+    parts = []
+    for status, title in ((FAIL, "What fails"), (NOT_RUN, "What did not run")):
+        checks = [check for check in report.checks if check.status == status]
+        if checks:
+            rows = [(_cell(c.stage, "name"), _cell(c.name), _cell(c.message or _beyond(c))) for c in checks]
+            parts.append(f"<h2>{title}</h2>\n" + _table(("stage", "check", "why"), rows))
+    return "\n".join(parts)
+
+
+def _beyond(check: Check) -> str:
+    pairs = (_figure_line(check, figure) for figure in check.limits)
+    return "; ".join(pairs)
+
+
+def _figure_line(check: Check, figure: str) -> str:
+    sign = "≥" if at_least(figure) else "≤"
+    return f"{figure} {figure_text(check.figures.get(figure))} (allowed {sign} {figure_text(check.limits[figure])})"
+
+
+def _by_layer(report: ValidationReport) -> str:
+    parts = []
+    for stage, checks in _grouped(check for check in report.checks if "layer" in check.figures).items():
+        points = [int(check.figures["layer"] or 0) for check in checks]
+        bounds = [check.limits.get(ERROR_FIGURE, np.nan) for check in checks]
+        picture = plots.layers(stage, points, [_error(check) for check in checks], bounds, _axis())
+        parts.append(f"<h3>{escape(stage)}</h3>\n{_image(picture, f'error by layer of {stage}')}")
+    return "<h2>Error by layer</h2>\n" + "\n".join(parts) if parts else ""
+
+
+def _by_case(report: ValidationReport) -> str:
+    parts = []
+    measured = (c for c in report.checks if ERROR_FIGURE in c.limits and "layer" not in c.figures)
+    for stage, checks in _grouped(measured).items():
+        names = [check.name for check in checks]
+        bounds = [check.limits[ERROR_FIGURE] for check in checks]
+        picture = plots.bars(_short(names), [_error(check) for check in checks], bounds, _axis())
+        alternative = f"error by case of {stage}"
+        parts.append(f'<div class="block"><h3>{escape(stage)}</h3>\n{_image(picture, alternative)}</div>')
+    note = '<p class="quiet">Relative root mean square of the difference; the grey mark is the limit.</p>\n'
+    return "<h2>Error by case</h2>\n" + note + "\n".join(parts) if parts else ""
+
+
+def _sounds(report: ValidationReport, artifacts: Mapping[str, NDArray[Any]]) -> str:
+    """Spectrograms side by side and players, a row for each check that kept sound."""
+    parts = []
+    for check in report.checks:
+        found = ((role, artifacts.get(check.artifacts.get(role, ""))) for role in _SOUNDS)
+        named = [(role, np.asarray(a, np.float32)) for role, a in found if a is not None and a.ndim == 1 and a.size]
+        complete = len(named) == len(_SOUNDS) or (check.status == FAIL and len(named) > 1)
+        if not complete:
+            continue
+        players = "".join(
+            f'<div>{role}<br><audio controls src="{plots.sound_uri(samples, _RATE)}"></audio></div>'
+            for role, samples in named
+        )
+        picture = _image(plots.spectrograms(named, _RATE), f"spectrograms of {check.name}")
+        parts.append(
+            f'<div class="block"><h3>{escape(check.name)} {_mark(check.status)}</h3>\n{picture}\n'
+            f'<div class="players">{players}</div></div>'
+        )
+    return "<h2>Speech</h2>\n" + "\n".join(parts) if parts else ""
+
+
+def _alignments(report: ValidationReport) -> str:
+    """Reference and bundle token by token around the first difference, as end_to_end's checks tell it."""
+    parts = []
+    for check in report.checks:
+        lines = [f"{key}: {value}" for key, value in check.figures.items() if isinstance(value, str) and "token" in key]
+        if check.stage in ("end_to_end", "conditioning") and lines:
+            parts.append(
+                f'<div class="block"><h3>{escape(check.name)} {_mark(check.status)}</h3>'
+                f"<pre>{escape(chr(10).join(lines))}</pre></div>"
+            )
+    return "<h2>Tokens of the replies</h2>\n" + "\n".join(parts) if parts else ""
+
+
+def _all_checks(report: ValidationReport) -> str:
+    rows = []
+    for check in report.checks:
+        figures = "; ".join(
+            _figure_line(check, key) if key in check.limits else f"{key} {figure_text(value)}"
+            for key, value in check.figures.items()
+            if not (isinstance(value, str) and len(value) > 40)
+        )
+        rows.append((_cell(check.stage, "name"), _cell(check.name), _status(check.status), _cell(figures)))
+    return "<h2>Every check</h2>\n" + _table(("stage", "check", "", "figures"), rows)
+
+
+def _limits(report: ValidationReport) -> str:
+    known: dict[tuple[str, str, float], set[str]] = {}
+    for check in report.checks:
+        for figure, bound in check.limits.items():
+            known.setdefault((figure, check.reasons.get(figure, ""), bound), set()).add(check.stage)
+    rows = [
+        (
+            _cell(figure, "name"),
+            _cell(f"{'≥' if at_least(figure) else '≤'} {figure_text(bound)}", "name"),
+            _cell(", ".join(sorted(stages))),
+            _cell(reason),
+        )
+        for (figure, reason, bound), stages in sorted(known.items())
+    ]
+    return "<h2>Limits and why</h2>\n" + _table(("figure", "limit", "stages", "reason"), rows) if rows else ""
+
+
+def _surroundings(report: ValidationReport) -> str:
+    rows: list[tuple[str, ...]] = [(_cell(name, "name"), _cell(value)) for name, value in report.environment.items()]
+    rows.append((_cell("checkpoint", "name"), _code(report.fingerprint)))
+    hashes = [(_cell(name, "name"), _code(value)) for name, value in report.hashes.items()]
+    return (
+        "<h2>Environment</h2>\n"
+        + _table(("what", "value"), rows)
+        + "\n<h2>Files</h2>\n"
+        + _table(("file", "sha256"), hashes)
+    )
+
+
+def _grouped(checks: Iterable[Check]) -> dict[str, list[Check]]:
+    found: dict[str, list[Check]] = {}
+    for check in checks:
+        found.setdefault(check.stage, []).append(check)
+    return found
+
+
+def _error(check: Check) -> float:
+    value = check.figures.get(ERROR_FIGURE)
+    return float(value) if isinstance(value, int | float) else float("inf")
+
+
+def _axis() -> str:
+    return "relative RMS error"
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names that fit beside a bar."""
+    return [name if len(name) <= 48 else f"{name[:30]}...{name[-15:]}" for name in names]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def cells() -> Iterator[str]:
+        for text in head:
+            yield f'<th class="number">{escape(text[1:])}</th>' if text.startswith("#") else f"<th>{escape(text)}</th>"
+
+    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{''.join(cells())}</tr></thead><tbody>\n{body}\n</tbody></table>"
+
+
+def _cell(value: object, kind: str = "") -> str:
+    text = escape(str(value))
+    return f'<td class="{kind}">{text}</td>' if kind else f"<td>{text}</td>"
+
+
+def _code(value: str) -> str:
+    return f"<td><code>{escape(value)}</code></td>"
+
+
+def _status(status: str) -> str:
+    return f'<td class="status {status}">{_WORDS.get(status, escape(status))}</td>'
+
+
+def _mark(status: str) -> str:
+    return f'<span class="{status}">{_WORDS.get(status, escape(status))}</span>'
+
+
+def _image(uri: str, alternative: str) -> str:
+    return f'<figure><img src="{uri}" alt="{escape(alternative)}"></figure>'

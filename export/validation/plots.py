@@ -1,0 +1,152 @@
+"""Pictures and sounds of a report as data URIs: the page needs no other file and no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import wave
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omniport.runtime.errors import ExportError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["bars", "layers", "sound_uri", "spectrograms"]
+
+_OK, _BAD, _LIMIT = "#2b6cb0", "#c53030", "#718096"
+_FLOOR_DB = 80.0  # dynamic range shown
+
+
+def bars(labels: Sequence[str], values: Sequence[float], limits: Sequence[float], axis: str) -> str:
+    """Error by case: a bar each on a logarithmic axis, its limit as a mark. SVG.
+
+    Values that are not finite fill the axis.
+    """
+    finite = [value for value in (*values, *limits) if np.isfinite(value) and value > 0]
+    low, high = (min(finite) / 3, max(finite) * 3) if finite else (1e-9, 1.0)
+    figure = _figure(7.2, 0.5 + 0.22 * len(labels))
+    axes = figure.add_subplot()
+    rows = np.arange(len(labels))
+    shown = [min(max(value, low), high) if np.isfinite(value) else high for value in values]
+    colours = [_OK if value <= bound else _BAD for value, bound in zip(values, limits, strict=True)]
+    axes.barh(rows, [v - low for v in shown], left=low, color=colours, height=0.6)
+    axes.plot(limits, rows, "|", color=_LIMIT, markersize=9, markeredgewidth=2)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.set_yticks(rows, labels)
+    axes.invert_yaxis()
+    _plain(axes, axis, "")
+    return _svg(figure)
+
+
+def layers(name: str, points: Sequence[int], values: Sequence[float], limits: Sequence[float], axis: str) -> str:
+    """Error after every layer on a logarithmic axis, with the limit as a dashed line. SVG."""
+    figure = _figure(7.2, 2.4)
+    axes = figure.add_subplot()
+    finite = [value if np.isfinite(value) and value > 0 else np.nan for value in values]
+    axes.plot(points, finite, "o-", color=_OK, markersize=4, linewidth=1.2, label="error")
+    axes.plot(points, limits, "--", color=_LIMIT, linewidth=1.2, label="limit")
+    beyond = [(p, v) for p, v, bound in zip(points, values, limits, strict=True) if not v <= bound]
+    if beyond:
+        top = max([v for v in (*values, *limits) if np.isfinite(v)], default=1.0)
+        axes.plot(
+            [p for p, _ in beyond],
+            [v if np.isfinite(v) else top for _, v in beyond],
+            "o",
+            color=_BAD,
+            markersize=5,
+            label="beyond the limit",
+        )
+    axes.set_yscale("log")
+    axes.legend(fontsize=8, frameon=False, loc="best")
+    _plain(axes, f"layer of {name}", axis)
+    return _svg(figure)
+
+
+def spectrograms(named: Sequence[tuple[str, NDArray[np.float32]]], rate: int) -> str:
+    """Spectrograms of waveforms float32 [n] side by side, in dB below the loudest of all. PNG.
+
+    Args:
+        named: title and samples of each; values that are not finite are shown as silence.
+        rate: samples a second.
+    """
+    size, hop = 512, 128
+    pictures = [
+        (title, _spectrogram(np.nan_to_num(samples, posinf=0, neginf=0), size, hop)) for title, samples in named
+    ]
+    top = max((float(picture.max()) for _, picture in pictures if picture.size), default=0.0)
+    figure = _figure(7.2, 2.1)
+    grid = figure.subplots(1, len(pictures), sharey=True, squeeze=False)[0]
+    for axes, (title, picture) in zip(grid, pictures, strict=True):
+        extent = (0.0, picture.shape[1] * hop / rate, 0.0, rate / 2000)
+        axes.imshow(picture, origin="lower", aspect="auto", extent=extent, vmin=top - _FLOOR_DB, vmax=top, cmap="magma")
+        axes.set_title(title, fontsize=9)
+        _plain(axes, "seconds", "kHz" if axes is grid[0] else "")
+    return _png(figure)
+
+
+def sound_uri(samples: NDArray[np.float32], rate: int) -> str:
+    """A 16-bit WAV of waveform float32 [n] in -1..1."""
+    clipped = np.clip(np.nan_to_num(samples, posinf=1, neginf=-1), -1, 1)
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((clipped * 32767).round().astype("<i2").tobytes())
+    return _uri("audio/wav", buffer.getvalue())
+
+
+def _spectrogram(samples: NDArray[np.float32], size: int, hop: int) -> NDArray[np.float64]:
+    """Power in dB [size / 2 + 1, frames] under a Hann window."""
+    padded = np.pad(samples, (size // 2, size // 2 + hop))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop] * np.hanning(size)
+    power = np.abs(np.fft.rfft(frames, axis=-1)) ** 2
+    decibels: NDArray[np.float64] = 10 * np.log10(power.T + 1e-12)
+    return decibels
+
+
+def _figure(width: float, height: float) -> Figure:
+    # no pyplot: figures made this way are freed when they go, and no display is looked for
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ExportError("the HTML report needs matplotlib, not installed here: pip install 'omniport[export]'") from (
+            error
+        )
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plain(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
+    axes.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _svg(figure: Figure) -> str:
+    return _saved(figure, "svg", "image/svg+xml", metadata={"Date": None})
+
+
+def _png(figure: Figure) -> str:
+    return _saved(figure, "png", "image/png", dpi=150)
+
+
+def _saved(figure: Figure, kind: str, mime: str, **options: Any) -> str:
+    import matplotlib
+
+    buffer = io.BytesIO()
+    # a fixed salt: the same report gives the same bytes
+    with matplotlib.rc_context({"svg.hashsalt": "omniport", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format=kind, **options)
+    return _uri(mime, buffer.getvalue())
+
+
+def _uri(mime: str, content: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
