@@ -25,6 +25,28 @@ _HALF = "every activation is rounded to 11 bits once per operation"
 _BRAIN = "every activation is rounded to 8 bits once per operation"
 _WEIGHTS = "INT8 or INT4 weights: the quantization report states the loss, this bound catches broken graphs"
 
+_SPEECH = "measured on random weights with tenfold room or more: real ones are deeper and couple frames more strongly"
+_PHASE = "coarse weights move the phase of the sound, so samples may differ: the mel distances judge"
+_WINDOWS = (
+    "a window's look-ahead is solved before its own look-ahead is known; measured 4e-3 (waveform) and 5e-5 (mel) on "
+    "random weights, and 0.16 and 1.3e-2 without context; real weights couple blocks more strongly"
+)
+_CONTEXT = "windows with context must come far closer to the whole than windows solved alone; measured over 100 times"
+_BORDER = "a sample or a 20 ms frame at the very threshold may fall on its other side"
+
+
+def _graded(
+    figure: str, values: tuple[float, float, float, float, float], reason: str, coarse: str = "", at_least: bool = False
+) -> dict[tuple[str, str], Limit]:
+    """Rows of one figure for float32, float16, bfloat16, int8 and int4; ``coarse``: the reason for the last two."""
+    precisions = ("float32", "float16", "bfloat16", "int8", "int4")
+    reasons = (reason,) * 3 + (coarse or reason,) * 2
+    return {
+        (figure, precision): Limit(value, why, at_least)
+        for precision, value, why in zip(precisions, values, reasons, strict=True)
+    }
+
+
 #: (what, dtype of the weights) -> limit. ``what`` is a figure of a group of checks.
 LIMITS: Mapping[tuple[str, str], Limit] = {
     ("graph.rel_rms", "float32"): Limit(1e-4, _ORDER),
@@ -32,11 +54,34 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("graph.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
     ("graph.rel_rms", "int8"): Limit(0.35, _WEIGHTS),
     ("graph.rel_rms", "int4"): Limit(0.5, _WEIGHTS),
+    ("decode.rel_rms", "float32"): Limit(1e-4, _ORDER),
+    ("decode.rel_rms", "float16"): Limit(2e-2, _HALF),
+    ("decode.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
+    ("decode.rel_rms", "int8"): Limit(0.35, _WEIGHTS),
+    ("decode.rel_rms", "int4"): Limit(0.5, _WEIGHTS),
     ("logits.kl", "float32"): Limit(1e-6, _ORDER),
     ("logits.kl", "float16"): Limit(1e-2, _HALF),
     ("logits.kl", "bfloat16"): Limit(0.1, _BRAIN),
     ("logits.kl", "int8"): Limit(1.0, _WEIGHTS),
     ("logits.kl", "int4"): Limit(2.0, _WEIGHTS),
+    **_graded("speech.mel.rel_rms", (5e-4, 3e-2, 0.15, 0.5, 0.7), _SPEECH, _WEIGHTS),
+    **_graded("speech.wave.rel_rms", (1e-3, 5e-2, 0.25, 1.5, 1.5), _SPEECH, _PHASE),
+    **_graded("speech.wave.mel_l1", (1e-3, 5e-2, 0.2, 0.5, 0.7), _SPEECH, _WEIGHTS),
+    **_graded("speech.wave.mcd_db", (1e-2, 0.2, 0.8, 3.0, 4.0), _SPEECH, _WEIGHTS),
+    **_graded("speech.wave.loudness_error_db", (0.01, 0.2, 0.5, 2.0, 3.0), _SPEECH, _WEIGHTS),
+    **_graded("speech.wave.clipped_excess", (5e-3, 5e-3, 5e-3, 1e-2, 1e-2), _BORDER),
+    **_graded("speech.wave.silent_excess", (0.02, 0.1, 0.1, 0.2, 0.2), _BORDER),
+    **_graded("speech.streamed.rel_rms", (0.1, 0.1, 0.35, 0.35, 0.35), _WINDOWS),
+    **_graded("speech.streamed.mel_rel_rms", (5e-3, 1e-2, 0.1, 0.1, 0.1), _WINDOWS),
+    **_graded("speech.streamed.mel_l1", (0.05, 0.05, 0.2, 0.2, 0.2), _WINDOWS),
+    **_graded("speech.streamed.mcd_db", (0.2, 0.2, 0.8, 0.8, 0.8), _WINDOWS),
+    **_graded("speech.streamed.loudness_error_db", (0.1, 0.1, 0.3, 0.3, 0.3), _WINDOWS),
+    **_graded("speech.streamed.clipped_excess", (5e-3, 5e-3, 5e-3, 1e-2, 1e-2), _BORDER),
+    **_graded("speech.streamed.silent_excess", (0.1, 0.1, 0.1, 0.2, 0.2), _BORDER),
+    **_graded("speech.streamed.seam_jump", (0.5, 0.5, 1.0, 1.0, 1.0), _WINDOWS),
+    **_graded("speech.streamed.seam_error", (0.25, 0.25, 0.5, 0.5, 0.5), _WINDOWS),
+    **_graded("speech.streamed.seam_mel_l1", (0.25, 0.25, 0.5, 0.5, 0.5), _WINDOWS),
+    **_graded("speech.streamed.context_gain", (5.0, 3.0, 1.5, 1.5, 1.5), _CONTEXT, at_least=True),
 }
 
 
