@@ -23,7 +23,16 @@ from .graph_defs import GraphDefinition
 
 __all__ = ["CODE", "file_record", "graph_key", "graph_whole", "previous_manifest", "source_key", "unlisted"]
 
-_SHARED = ("graph_defs.py", "onnx_export.py", "ops.py", "passes.py", "trace.py", "weights.py", "models/layers.py")
+_SHARED = (
+    "graph_defs.py",
+    "onnx_export.py",
+    "op_nodes.py",
+    "ops.py",
+    "passes.py",
+    "trace.py",
+    "weights.py",
+    "models/layers.py",
+)
 #: graph -> source files, relative to this package, that its content depends on
 CODE: dict[str, tuple[str, ...]] = {
     "audio_encoder": (*_SHARED, "models/audio_encoder.py"),

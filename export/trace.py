@@ -26,7 +26,7 @@ from omniport.runtime.graphs import TensorSpec
 from torch.export import Dim
 
 from .graph_defs import GraphDefinition
-from .ops import translations
+from .op_nodes import translations
 from .passes import FOLD_BYTES, finish
 from .weights import Constant, Rule
 
@@ -34,7 +34,7 @@ __all__ = ["OPSET", "cache_folder", "trace"]
 
 OPSET = 24
 
-_CODE = ("ops.py", "passes.py", "trace.py", "weights.py", "graph_defs.py", "models")
+_CODE = ("op_nodes.py", "ops.py", "passes.py", "trace.py", "weights.py", "graph_defs.py", "models")
 
 
 def trace(definition: GraphDefinition) -> tuple[ir.Model, dict[str, Rule]]:
