@@ -34,8 +34,11 @@ __all__ = [
     "audio_case",
     "bigvgan_case",
     "check_bundle",
+    "decoder_cases",
     "dit_case",
     "load_reference",
+    "reference_hidden",
+    "reference_logits",
     "standard_cases",
     "talker_case",
     "thinker_cases",
@@ -59,12 +62,14 @@ class Case:
     Attributes:
         ours: runs the graph -> array.
         reference: runs the transformers module -> array of the same shape.
+        inputs: everything that the reference's result depends on besides the weights.
     """
 
     graph: str
     name: str
     ours: Callable[[Graph], Array]
     reference: Callable[[nn.Module], torch.Tensor]
+    inputs: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,7 @@ def audio_case(name: str, samples: NDArray[np.float32], manifest: Manifest) -> C
         output = module(input_features=torch.from_numpy(mel), feature_lens=torch.tensor([total]))
         return torch.as_tensor(output.last_hidden_state)
 
-    return Case("audio_encoder", name, ours, reference)
+    return Case("audio_encoder", name, ours, reference, (mel,))
 
 
 def vision_case(name: str, vision: VisionInput) -> Case:
@@ -254,7 +259,7 @@ def vision_case(name: str, vision: VisionInput) -> Case:
         patches = torch.from_numpy(vision.patches).flatten(0, 1)
         return torch.as_tensor(module(patches, grid_thw=torch.tensor([vision.grid_thw])).pooler_output)
 
-    return Case("vision_encoder", name, ours, reference)
+    return Case("vision_encoder", name, ours, reference, (vision.patches, np.array(vision.grid_thw)))
 
 
 def _decoder_feeds(embeds: Array, positions: Array) -> dict[str, Array]:
@@ -280,36 +285,56 @@ def _embeddings(part: str, length: int, ckpt: Checkpoint, rng: np.random.Generat
 
 
 def thinker_cases(length: int, ckpt: Checkpoint, rng: np.random.Generator) -> Iterator[Case]:
-    """Prefill: hidden states of every token, and the last token's logits."""
+    """Prefill of random tokens: hidden states of every token, and the last token's logits."""
     embeds, positions = _embeddings("thinker", length, ckpt, rng), _positions(length, rng)
-
-    def run(graph: Graph) -> dict[str, Array]:
-        return graph.run(_decoder_feeds(embeds, positions), graph.new_cache(length + 7))
-
-    def hidden(module: nn.Module) -> torch.Tensor:
-        output = module(inputs_embeds=torch.from_numpy(embeds), position_ids=torch.from_numpy(positions))
-        return torch.as_tensor(output.last_hidden_state)
-
-    def logits(module: nn.Module) -> torch.Tensor:
-        return torch.as_tensor(module.get_submodule("lm_head")(hidden(module)[:, -1]))
-
-    yield Case("thinker", f"{length} tokens, hidden", lambda graph: run(graph)["hidden"], hidden)
-    yield Case("thinker", f"{length} tokens, logits", lambda graph: run(graph)["logits"], logits)
+    yield from decoder_cases("thinker", f"{length} tokens", embeds, positions, length + 7)
 
 
 def talker_case(length: int, ckpt: Checkpoint, rng: np.random.Generator) -> Case:
-    """Prefill: the last token's logits."""
+    """Prefill of random tokens: the last token's logits."""
     embeds, positions = _embeddings("talker", length, ckpt, rng), _positions(length, rng)
+    (case,) = decoder_cases("talker", f"{length} tokens", embeds, positions, length + 7)
+    return case
 
-    def ours(graph: Graph) -> Array:
-        return graph.run(_decoder_feeds(embeds, positions), graph.new_cache(length + 7))["logits"]
 
-    def reference(module: nn.Module) -> torch.Tensor:
-        x = module.get_submodule("thinker_to_talker_proj")(torch.from_numpy(embeds))
-        x = module.get_submodule("model")(inputs_embeds=x, position_ids=torch.from_numpy(positions)).last_hidden_state
-        return torch.as_tensor(module.get_submodule("codec_head")(x[:, -1]))
+def decoder_cases(
+    graph: str, name: str, embeds: NDArray[np.float32], positions: NDArray[np.int64], capacity: int
+) -> Iterator[Case]:
+    """Prefill of given embeddings, in one piece: the thinker's hidden states, and the last token's logits.
 
-    return Case("talker", f"{length} tokens, logits", ours, reference)
+    Args:
+        graph: ``thinker`` or ``talker``.
+        embeds: [1, S, E]. positions: int64 [3, 1, S]. capacity: of the KV cache, in tokens.
+    """
+
+    def ours(output: str) -> Callable[[Graph], Array]:
+        return lambda g: g.run(_decoder_feeds(embeds, positions), g.new_cache(capacity))[output]
+
+    def hidden(module: nn.Module) -> torch.Tensor:
+        return reference_hidden(module, graph, embeds, positions)
+
+    def logits(module: nn.Module) -> torch.Tensor:
+        return reference_logits(module, graph, hidden(module)[:, -1])
+
+    if graph == "thinker":
+        yield Case(graph, f"{name}, hidden", ours("hidden"), hidden, (embeds, positions))
+    yield Case(graph, f"{name}, logits", ours("logits"), logits, (embeds, positions))
+
+
+def reference_hidden(
+    module: nn.Module, graph: str, embeds: NDArray[np.float32], positions: NDArray[np.int64]
+) -> torch.Tensor:
+    """States after the final norm [1, S, H] of a decoder's reference; arguments as for `decoder_cases`."""
+    x = torch.from_numpy(embeds)
+    if graph == "talker":
+        module, x = module.get_submodule("model"), module.get_submodule("thinker_to_talker_proj")(x)
+    output = module(inputs_embeds=x, position_ids=torch.from_numpy(positions))
+    return torch.as_tensor(output.last_hidden_state)
+
+
+def reference_logits(module: nn.Module, graph: str, hidden: torch.Tensor) -> torch.Tensor:
+    """[..., H] -> [..., V]."""
+    return torch.as_tensor(module.get_submodule("lm_head" if graph == "thinker" else "codec_head")(hidden))
 
 
 def dit_case(
@@ -345,7 +370,8 @@ def dit_case(
         guided, null = output.chunk(2, dim=0)
         return torch.as_tensor(guided + (guided - null) * solver.guidance_scale)
 
-    return Case("dit", name, ours, reference)
+    settings = np.array([solver.table[step], solver.guidance_scale])
+    return Case("dit", name, ours, reference, (x, codes, speaker.ref_mel, speaker.cond, settings))
 
 
 def bigvgan_case(name: str, mel: NDArray[np.float32]) -> Case:
@@ -355,6 +381,7 @@ def bigvgan_case(name: str, mel: NDArray[np.float32]) -> Case:
         name,
         lambda graph: graph.run({"mel": mel})["wav"],
         lambda module: torch.as_tensor(module(torch.from_numpy(mel))).reshape(1, -1),
+        (mel,),
     )
 
 
