@@ -25,7 +25,8 @@ Wave = NDArray[np.float32]
 
 #: codes of a reply: one, and both sides of the borders of one, three and five blocks of 12
 FULL_LENGTHS = (1, 11, 12, 13, 35, 36, 37, 60, 61)
-QUICK_LENGTHS = (1, 13, 37)
+#: 61 has a window that starts after the first frame
+QUICK_LENGTHS = (1, 13, 61)
 #: lengths whose sound and mel are kept for the report
 _KEPT = (37, 61)
 

@@ -175,7 +175,7 @@ def _streamed_check(context: Context, case: SpeechCase, whole: SpeechRun, stage:
             verdict.hold(figure, f"speech.streamed.{figure}")
         verdict.figures["mel_rel_rms"] = mel_error(mel, whole)
         verdict.hold("mel_rel_rms", "speech.streamed.mel_rel_rms")
-        if alone and len(streamed.chunks) > 1:
+        if alone and len(streamed.chunks) > 1 and not verdict.faults:
             blind = speak(context, case, "stream", without_context(context))
             error = mel_error(streamed_mel(context, blind), whole)
             gain = error / max(float(verdict.figures["mel_rel_rms"] or 0), 1e-12)

@@ -46,9 +46,8 @@ class Verdict:
         self.limits[figure], self.reasons[figure] = allowed.value, allowed.reason
         # not <=, so that NaN fails
         if not (value >= allowed.value if allowed.at_least else value <= allowed.value):
-            self.fault(
-                f"{figure} is {value:.3g}; at {'least' if allowed.at_least else 'most'} {allowed.value:g} passes"
-            )
+            bound = "least" if allowed.at_least else "most"
+            self.fault(f"{figure} is {value:.3g}; at {bound} {allowed.value:g} was expected")
 
     def take_samples(self, run: SpeechRun, expected: int) -> Wave | None:
         """The samples that came out, if they can be compared: none missing, none twice."""
