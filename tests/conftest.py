@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# The models here are tiny: a second thread only waits for the first, and fights with other processes for the core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 #: traced graphs are cached for one test run only, so that every run traces with the code under test
 _CACHE = tempfile.mkdtemp(prefix="omniport-cache-")
 os.environ["OMNIPORT_CACHE"] = _CACHE
