@@ -222,7 +222,7 @@ def seam_figures(streamed: Wave, whole: Wave, seams: Iterable[int]) -> dict[str,
         error = max(error, float(np.sqrt(np.mean((a[near] - b[near]) ** 2))) / local)
         around = max(0, at - _N_FFT // 4), at + _N_FFT // 4
         mel = max(mel, mel_l1(log_mel_power(a, *around), log_mel_power(b, *around)))
-    return {"seams": count, "seam_jump": jump, "seam_error": error, "seam_mel_l1": mel}
+    return {"seams": count, "seam_jump": float(jump), "seam_error": error, "seam_mel_l1": mel}
 
 
 def _filters(sample_rate: int) -> NDArray[np.float64]:
