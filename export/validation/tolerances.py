@@ -36,6 +36,15 @@ _WINDOWS = (
 _CONTEXT = "windows with context must come far closer to the whole than windows solved alone; measured over 100 times"
 _BORDER = "a sample or a 20 ms frame at the very threshold may fall on its other side"
 
+_HOST = "host code in float32 or better on both sides: only the order of summation differs"
+_ROWS = "the reference's own results pass through: one addition of two rows is all that is computed"
+_FLOW = "the same float32 operations in the same order; only fused multiplications may round otherwise"
+_CHOICE = (
+    "standard deviations of the reference's logits: a choice may differ only where the reference itself is this "
+    "close to undecided"
+)
+_EQUAL = "float32 replies must be equal"
+
 
 def _graded(
     figure: str, values: tuple[float, float, float, float, float], reason: str, coarse: str = "", at_least: bool = False
@@ -67,6 +76,11 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("layer.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
     ("layer.rel_rms", "int8"): Limit(0.35, _WEIGHTS),
     ("layer.rel_rms", "int4"): Limit(0.5, _WEIGHTS),
+    ("preprocess.rel_rms", "float32"): Limit(1e-5, _HOST),
+    ("conditioning.rel_rms", "float32"): Limit(1e-6, _ROWS),
+    ("solver.rel_rms", "float32"): Limit(1e-5, _FLOW),
+    **_graded("choice.gap", (0.0, 0.1, 0.4, 1.5, 2.5), _CHOICE),
+    ("choice.gap", "float32"): Limit(0.0, _EQUAL),
     **_graded("speech.mel.rel_rms", (5e-4, 3e-2, 0.15, 0.5, 0.7), _SPEECH, _WEIGHTS),
     **_graded("speech.wave.rel_rms", (1e-3, 5e-2, 0.25, 1.5, 1.5), _SPEECH, _PHASE),
     **_graded("speech.wave.mel_l1", (1e-3, 5e-2, 0.2, 0.5, 0.7), _SPEECH, _WEIGHTS),
