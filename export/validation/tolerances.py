@@ -31,7 +31,7 @@ _SPEECH = "measured on random weights with tenfold room or more: real ones are d
 _PHASE = "coarse weights move the phase of the sound, so samples may differ: the mel distances judge"
 _WINDOWS = (
     "a window's look-ahead is solved before its own look-ahead is known; measured 4e-3 (waveform) and 5e-5 (mel) on "
-    "random weights, and 0.16 and 1.3e-2 without context; real weights couple blocks more strongly"
+    "random weights, and 0.16 and 1.6e-2 without context; real weights couple blocks more strongly"
 )
 _CONTEXT = "windows with context must come far closer to the whole than windows solved alone; measured over 100 times"
 _BORDER = "a sample or a 20 ms frame at the very threshold may fall on its other side"
