@@ -52,7 +52,8 @@ def command(
         ),
     ] = "",
     data: Annotated[
-        Path | None, typer.Option(metavar="JSONL", help="Own conversations to reply to, one JSON list a line.")
+        Path | None,
+        typer.Option(metavar="JSONL", help='Own conversations to reply to: one object with "messages" a line.'),
     ] = None,
     trace: Annotated[
         Traced | None, typer.Option(help="Compare this decoder's hidden states layer by layer as well.")

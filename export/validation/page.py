@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -18,7 +19,10 @@ __all__ = ["ERROR_FIGURE", "render"]
 #: the figure that "error by case" and "error by layer" draw
 ERROR_FIGURE = "rel_rms"
 _SOUNDS = ("reference", "whole", "streamed")
+_REPLY = "reply"  # the spoken reply that a recogniser heard
 _RATE = 24000
+_TEXTS = ("text", "heard")
+_LAYER = re.compile(r"layer (\d+),")
 _WORDS = {"pass": "holds", "fail": "fails", "not_run": "not run"}
 
 _STYLE = """
@@ -57,7 +61,7 @@ def render(report: ValidationReport, artifacts: Mapping[str, NDArray[Any]]) -> s
 
     Args:
         artifacts: arrays by the names that ``Check.artifacts`` holds. Roles ``reference``, ``whole`` and ``streamed``
-            are waveforms float32 [n] at 24 kHz.
+            are waveforms float32 [n] at 24 kHz, and so is ``reply``.
     """
     sections = [
         _head(report),
@@ -143,8 +147,8 @@ def _figure_line(check: Check, figure: str) -> str:
 
 def _by_layer(report: ValidationReport) -> str:
     parts = []
-    for stage, checks in _grouped(check for check in report.checks if "layer" in check.figures).items():
-        points = [int(check.figures["layer"] or 0) for check in checks]
+    for stage, checks in _grouped(check for check in report.checks if _layer(check) is not None).items():
+        points = [_layer(check) or 0 for check in checks]
         bounds = [check.limits.get(ERROR_FIGURE, np.nan) for check in checks]
         picture = plots.layers(stage, points, [_error(check) for check in checks], bounds, _axis())
         parts.append(f"<h3>{escape(stage)}</h3>\n{_image(picture, f'error by layer of {stage}')}")
@@ -153,7 +157,7 @@ def _by_layer(report: ValidationReport) -> str:
 
 def _by_case(report: ValidationReport) -> str:
     parts = []
-    measured = (c for c in report.checks if ERROR_FIGURE in c.limits and "layer" not in c.figures)
+    measured = (c for c in report.checks if ERROR_FIGURE in c.limits and _layer(c) is None)
     for stage, checks in _grouped(measured).items():
         names = [check.name for check in checks]
         bounds = [check.limits[ERROR_FIGURE] for check in checks]
@@ -168,19 +172,20 @@ def _sounds(report: ValidationReport, artifacts: Mapping[str, NDArray[Any]]) -> 
     """Spectrograms side by side and players, a row for each check that kept sound."""
     parts = []
     for check in report.checks:
-        found = ((role, artifacts.get(check.artifacts.get(role, ""))) for role in _SOUNDS)
+        found = ((role, artifacts.get(check.artifacts.get(role, ""))) for role in (*_SOUNDS, _REPLY))
         named = [(role, np.asarray(a, np.float32)) for role, a in found if a is not None and a.ndim == 1 and a.size]
-        complete = len(named) == len(_SOUNDS) or (check.status == FAIL and len(named) > 1)
-        if not complete:
+        roles = {role for role, _ in named}
+        if not roles >= set(_SOUNDS) and _REPLY not in roles and not (check.status == FAIL and len(named) > 1):
             continue
         players = "".join(
             f'<div>{role}<br><audio controls src="{plots.sound_uri(samples, _RATE)}"></audio></div>'
             for role, samples in named
         )
         picture = _image(plots.spectrograms(named, _RATE), f"spectrograms of {check.name}")
+        words = "".join(f"<p>{key}: {escape(str(check.figures[key]))}</p>" for key in _TEXTS if key in check.figures)
         parts.append(
             f'<div class="block"><h3>{escape(check.name)} {_mark(check.status)}</h3>\n{picture}\n'
-            f'<div class="players">{players}</div></div>'
+            f'<div class="players">{players}</div>{words}</div>'
         )
     return "<h2>Speech</h2>\n" + "\n".join(parts) if parts else ""
 
@@ -244,6 +249,12 @@ def _grouped(checks: Iterable[Check]) -> dict[str, list[Check]]:
     for check in checks:
         found.setdefault(check.stage, []).append(check)
     return found
+
+
+def _layer(check: Check) -> int | None:
+    """Which layer's hidden state a check of the layer trace compares."""
+    match = _LAYER.match(check.name)
+    return None if match is None else int(match[1])
 
 
 def _error(check: Check) -> float:

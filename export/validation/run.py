@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends import BACKENDS, open_backend
 from omniport.runtime.backends.base import Backend
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import BackendError, BundleError, UsageError, UserError
 from omniport.runtime.graphs import GRAPH_NAMES
+from omniport.runtime.text import TextCodec
 
 from ..checkpoint import Checkpoint
 from .context import Context
@@ -85,18 +87,18 @@ def validate(
         backend: one of ``omniport.runtime.backends.BACKENDS``. One that cannot run here gives ``not_run`` checks.
         suite: ``quick`` or ``full``.
         graphs: check these of `GROUP_NAMES` only; everything by default.
-        data: JSON lines, one conversation each, to add to the end-to-end checks.
+        data: JSON lines, each an object with ``messages``, to add to the end-to-end checks.
         trace: ``thinker`` or ``talker``: also compare its hidden states layer by layer.
-        asr: shell command that prints the words it hears in the WAV file whose path it is given last.
+        asr: command that prints the words it hears in the WAV file whose path it is given last.
         progress: called before each case.
 
     Returns:
         the report, and the arrays that its checks name.
 
     Raises:
-        UsageError: wrong options, or a bundle that was exported from another checkpoint.
+        UsageError: wrong options, unusable ``data``, or a bundle that was exported from another checkpoint.
         BundleError, CheckpointError: bundle or checkpoint cannot be used.
-        PromptError, MediaError: ``data`` cannot be read.
+
     """
     started = time.perf_counter()
     _require_options(backend, suite, graphs, trace)
@@ -104,6 +106,7 @@ def validate(
     opened = Bundle.open(bundle, verify=True, progress=lambda name, _d, _t: report_progress(f"verify {name}", 0, 1))
     ckpt = Checkpoint.open(checkpoint)
     _require_same_source(opened, bundle, ckpt, checkpoint)
+    _require_inputs(opened, data, asr)
     job = _Job(opened, ckpt, backend, suite, report_progress)
     job.run(_groups(graphs, data, trace, asr))
     manifest = opened.manifest
@@ -173,6 +176,8 @@ class _Job:
         checks: list[Check] = []
         try:
             for check in group.run(context):
+                check.figures = {key: _plain(value) for key, value in check.figures.items()}
+                check.limits = {key: float(value) for key, value in check.limits.items()}
                 checks.append(check)
         except Exception as error:
             # BackendError and BundleError tell what a graph did, the other user errors what was asked for
@@ -197,8 +202,9 @@ class _Job:
         if brain and name == "ort-cpu":
             from .emulate import EmulatedBackend
 
-            self.emulated |= brain
-            return EmulatedBackend(self.bundle)
+            emulated = EmulatedBackend(self.bundle)
+            self.emulated |= set(emulated.emulated)
+            return emulated
         return open_backend(name, self.bundle)
 
     def _release(self) -> None:
@@ -243,6 +249,11 @@ def _groups(
     return groups
 
 
+def _plain(value: Any) -> Any:
+    """A Python number for a numpy one, which JSON does not take."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _not_run(group: _Group, reason: str) -> Check:
     return Check(stage=group.stage, name=_title(group), status=NOT_RUN, message=reason)
 
@@ -282,6 +293,20 @@ def _require_same_source(
             f"{bundle} was exported from {source.name} with fingerprint {source.fingerprint[:12]}, and {checkpoint} "
             f"has {ckpt.fingerprint[:12]}. Give the checkpoint it was exported from, or export again"
         )
+
+
+def _require_inputs(opened: Bundle, data: str | os.PathLike[str] | None, asr: str | None) -> None:
+    """Read what is read only after minutes of work, so that a mistake there is found at once."""
+    if data is not None:
+        from .conversations import read_conversations
+
+        manifest = opened.manifest
+        codec = TextCodec.from_file(opened.path(manifest.tokenizer_file), manifest.tokens)
+        read_conversations(Path(data), manifest, codec)
+    if asr is not None:
+        from .speech_asr import parse_command
+
+        parse_command(asr)
 
 
 def _environment() -> dict[str, str]:
