@@ -102,11 +102,11 @@ class EmulateHalfPass(InPlacePass):
                 f"graph output {value.name!r} is {self.dtype.name}; KV caches alone may be, others are FLOAT"
             )
         uses = list(value.uses())
-        down = ir.node("Cast", [value], {"to": self.dtype}, name=f"{node.name}/round")
-        up = ir.node("Cast", [down.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{node.name}/widen")
+        down = ir.node("Cast", [value], {"to": self.dtype}, name=f"{value.name}/round")
+        up = ir.node("Cast", [down.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{value.name}/narrow")
         for cast, dtype in ((down, self.dtype), (up, ir.DataType.FLOAT)):
             made = cast.outputs[0]
-            made.name, made.dtype, made.shape = f"{cast.name}:{value.index()}", dtype, value.shape
+            made.name, made.dtype, made.shape = f"{cast.name}d", dtype, value.shape
         for user, index in uses:
             user.replace_input_with(index, up.outputs[0])
         graph.insert_after(node, [down, up])
