@@ -157,7 +157,7 @@ def film(folder: Path, seconds: float, heard: float | None = None, size: tuple[i
             block.sample_rate, block.pts, block.time_base = RATE, 0, Fraction(1, RATE)
             out.mux(sound.encode(block))
             out.mux(sound.encode())
-    inside = None if samples is None else samples.astype(np.float32) / 32768
+    inside = None if samples is None else samples.astype(np.float32) / np.float32(32768)
     shown = np.stack(frames[:: round(fps / _FPS)])
     return Medium("video", path, Film(shown, 2 / _FPS, inside), heard=inside is not None)
 

@@ -28,7 +28,7 @@ from .conversations import Conversation, read_conversations, standard_conversati
 from .forced_checks import coarsest, decisions_check, ids_check, speech_parts, talker_check, thinker_checks
 from .graph_checks import array_check
 from .preprocess_checks import equal_check, prompt_checks
-from .reference_inputs import Processor
+from .reference_inputs import open_processor
 from .replay import RecordingBackend, ReplayBackend, consumed
 from .solver_checks import known_flow_check, trajectory_checks
 from .staged import Floats, ReplyLimits, StagedReply, staged_replies
@@ -73,7 +73,7 @@ def end_to_end_checks(context: Context, data: Path | None = None) -> Iterator[Ch
     settings = _settings(context)
     codec = TextCodec.from_file(context.bundle.path(manifest.tokenizer_file), manifest.tokens)
     own = [] if data is None else read_conversations(data, manifest, codec)
-    processor = Processor(context.checkpoint)
+    processor = open_processor(context.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         conversations = [*standard_conversations(Path(folder), _FULL if context.full else _QUICK), *own]
         for conversation in conversations:

@@ -24,7 +24,7 @@ from .context import Context
 from .conversations import Conversation, standard_conversations
 from .graph_checks import array_check
 from .inputs import RATE, generator, picture, voice
-from .reference_inputs import Inputs, Processor
+from .reference_inputs import Inputs, Processor, open_processor
 from .types import FAIL, PASS, Check
 
 __all__ = ["equal_check", "laid_out", "position_checks", "preprocess_checks", "prompt_checks"]
@@ -38,7 +38,7 @@ _LARGE = (600, 700)
 
 def preprocess_checks(context: Context) -> Iterator[Check]:
     """Log-mel, pixels, window layout and token ids; stage ``preprocess``."""
-    processor = Processor(context.checkpoint)
+    processor = open_processor(context.checkpoint)
     if "audio_encoder" in context.bundle.manifest.graphs:
         context.progress("preprocess: sound")
         yield from _mel_checks(context, processor)
@@ -52,13 +52,13 @@ def preprocess_checks(context: Context) -> Iterator[Check]:
 def position_checks(context: Context) -> Iterator[Check]:
     """TMRoPE positions of prompts of every modality, and of the reply's first token; stage ``positions``."""
     context.progress("positions")
-    yield from _conversation_checks(context, Processor(context.checkpoint), "positions")
+    yield from _conversation_checks(context, open_processor(context.checkpoint), "positions")
 
 
 def _conversation_checks(context: Context, processor: Processor, stage: str) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as folder:
         for conversation in standard_conversations(Path(folder)):
-            for check in prompt_checks(context, conversation, processor.inputs(conversation)):
+            for check in prompt_checks(context, conversation, processor.prompt(conversation)):
                 if check.stage == stage:
                     yield check
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from omniport.runtime.errors import CheckpointError
 from ..checkpoint import Checkpoint
 from .conversations import Conversation, Film
 
-__all__ = ["Inputs", "Processor"]
+__all__ = ["Inputs", "Processor", "open_processor"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,15 @@ class Processor:
                 "tokenizer_config.json and preprocessor_config.json from the base model."
             ) from error
         self.template = _chat_template(checkpoint, self.tokenizer)
+        self._prompts: dict[str, Inputs] = {}
+
+    def prompt(self, conversation: Conversation) -> Inputs:
+        """As ``inputs`` without the media, and once only for each built-in conversation."""
+        if conversation.where:
+            return replace(self.inputs(conversation), features={})
+        if conversation.name not in self._prompts:
+            self._prompts[conversation.name] = replace(self.inputs(conversation), features={})
+        return self._prompts[conversation.name]
 
     def inputs(self, conversation: Conversation) -> Inputs:
         """Process a conversation that the reference supports (``Conversation.unsupported`` is empty)."""
@@ -137,6 +147,16 @@ class Processor:
         doubled = [patches.reshape(rows * columns, 3, 2, 14, 14) for patches, _ in stills]
         pairs = [torch.stack([a[:, :, 0], b[:, :, 1]], 2) for a, b in zip(doubled[::2], doubled[1::2], strict=True)]
         return torch.cat(pairs).reshape(len(pairs) * rows * columns, -1), [len(pairs), rows, columns]
+
+
+@lru_cache(maxsize=1)
+def open_processor(checkpoint: Checkpoint) -> Processor:
+    """The checkpoint's processors, kept for the groups of checks that follow each other.
+
+    Raises:
+        CheckpointError: as `Processor`.
+    """
+    return Processor(checkpoint)
 
 
 def _chat_template(checkpoint: Checkpoint, tokenizer: Any) -> str:
