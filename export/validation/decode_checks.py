@@ -7,56 +7,30 @@ reference, which keeps no cache, and with prefill in one piece into a new cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 
 import msgspec
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Graph
 from omniport.runtime.decoder import Decoder
 from omniport.runtime.errors import OmniportError
-from torch import nn
 
-from ..parity import reference_hidden, reference_logits
 from .context import Context
+from .decode_reference import CUT, DECODERS, FIRST, REWRITTEN, WHOLE, Tokens, Trail, decoder_references, token_sequences
 from .graph_checks import array_check, load_graph
-from .inputs import generator, random_positions, random_tokens
-from .reference import array_key
 from .types import FAIL, PASS, Check
 
-__all__ = ["decode_checks", "decoder_references"]
+__all__ = ["decode_checks"]
 
 Array = NDArray[np.float32]
-
-#: tokens of the first turn, of the whole conversation, where the cache is cut back to, and length after that: shorter
-#: than before, so that slots past its end still hold what was there
-FIRST, WHOLE, CUT, REWRITTEN = 19, 31, 23, 28
-_DECODERS = ("thinker", "talker")
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """embeds [S, E], positions [3, S]."""
-
-    embeds: Array
-    positions: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _Trail:
-    """What came out: logits by number of tokens consumed, and the thinker's hidden states [S, H]."""
-
-    logits: dict[int, Array]
-    hidden: Array | None
 
 
 def decode_checks(context: Context) -> Iterator[Check]:
     """Two checks, against the reference and against prefill in one piece, for every way to feed a decoder."""
-    graphs = [name for name in context.graphs if name in _DECODERS]
+    graphs = [name for name in context.graphs if name in DECODERS]
     wanted = {graph: decoder_references(context, graph) for graph in graphs}
     context.reference.release()
     for graph in graphs:
@@ -67,47 +41,12 @@ def decode_checks(context: Context) -> Iterator[Check]:
         yield from _Ways(context, graph, loaded, wanted[graph]).checks()
 
 
-def decoder_references(context: Context, graph: str) -> dict[str, _Trail]:
-    """The reference's logits and hidden states after every token, for both token sequences."""
-    found = {}
-    for name, tokens in _sequences(context, graph).items():
-        embeds, positions = tokens.embeds[None], tokens.positions[:, None]
-        context.progress(f"{graph}: reference, {len(tokens.embeds)} tokens one by one")
-
-        def run(module: nn.Module, embeds: Array = embeds, positions: NDArray[np.int64] = positions) -> _Tensors:
-            hidden = reference_hidden(module, graph, embeds, positions)
-            return {"hidden": hidden[0], "logits": reference_logits(module, graph, hidden[0])}
-
-        result = context.reference.result(graph, f"every token {array_key(embeds, positions)}", run)
-        logits = {i + 1: row for i, row in enumerate(result["logits"])}
-        found[name] = _Trail(logits, result["hidden"] if graph == "thinker" else None)
-    return found
-
-
-_Tensors = Mapping[str, torch.Tensor]
-
-
-def _sequences(context: Context, graph: str) -> dict[str, _Tokens]:
-    """``kept``: two turns. ``rewritten``: the same as far as the cut, then other tokens. ``long``: many pieces."""
-    rng = generator(f"decode {graph}")
-
-    def tokens(length: int) -> _Tokens:
-        return _Tokens(random_tokens(context.checkpoint, graph, length, rng), random_positions(length, rng))
-
-    kept, other = tokens(WHOLE), tokens(REWRITTEN - CUT)
-    positions = np.concatenate([kept.positions[:, :CUT], kept.positions[:, CUT - 1 : CUT] + 1 + other.positions], 1)
-    found = {"kept": kept, "rewritten": _Tokens(np.concatenate([kept.embeds[:CUT], other.embeds]), positions)}
-    if context.full and context.bundle.manifest.kv.max_context >= 700:
-        found["long"] = tokens(700)
-    return found
-
-
 class _Ways:
     """The ways to feed one decoder."""
 
-    def __init__(self, context: Context, graph: str, loaded: Graph, wanted: dict[str, _Trail]) -> None:
+    def __init__(self, context: Context, graph: str, loaded: Graph, wanted: dict[str, Trail]) -> None:
         self.context, self.graph, self.loaded, self.wanted = context, graph, loaded, wanted
-        self.tokens = _sequences(context, graph)
+        self.tokens = token_sequences(context, graph)
 
     def checks(self) -> Iterator[Check]:
         """Run all ways."""
@@ -142,16 +81,16 @@ class _Ways:
     def _decoder(self) -> Decoder:
         return Decoder(self.loaded, self.loaded.new_cache(self.context.bundle.manifest.kv.max_context))
 
-    def _in_one_piece(self, tokens: _Tokens, ends: Sequence[int]) -> _Trail:
+    def _in_one_piece(self, tokens: Tokens, ends: Sequence[int]) -> Trail:
         """Each number of tokens in one piece into a new cache."""
         logits: dict[int, Array] = {}
         hidden: Array | None = None
         for end in ends:
             self.context.progress(f"{self.graph}: {end} tokens in one piece")
             logits[end], hidden = self._decoder().forward(tokens.embeds[:end], tokens.positions[:, :end])
-        return _Trail(logits, hidden)
+        return Trail(logits, hidden)
 
-    def _feed(self, tokens: _Tokens, pieces: Sequence[int], decoder: Decoder | None = None) -> _Trail:
+    def _feed(self, tokens: Tokens, pieces: Sequence[int], decoder: Decoder | None = None) -> Trail:
         """Pieces of these lengths, one after the other, from where the decoder's cache ends."""
         decoder = decoder or self._decoder()
         logits: dict[int, Array] = {}
@@ -162,16 +101,16 @@ class _Ways:
                 logits[end], states = decoder.forward(tokens.embeds[start:end], tokens.positions[:, start:end])
                 hidden += [] if states is None else [states]
             start = end
-        return _Trail(logits, np.concatenate(hidden) if hidden else None)
+        return Trail(logits, np.concatenate(hidden) if hidden else None)
 
-    def _cut_back(self, kept: _Tokens, rewritten: _Tokens, tail: Sequence[int]) -> _Trail:
+    def _cut_back(self, kept: Tokens, rewritten: Tokens, tail: Sequence[int]) -> Trail:
         """Two turns, the cache cut back, other tokens written over what was there. Hidden states of those only."""
         decoder = self._decoder()
         self._feed(kept, (FIRST, WHOLE - FIRST), decoder)
         decoder.length = CUT
         return self._feed(rewritten, tail, decoder)
 
-    def _both(self, way: str, case: str, run: Callable[[], _Trail], single: _Trail | None) -> Iterator[Check]:
+    def _both(self, way: str, case: str, run: Callable[[], Trail], single: Trail | None) -> Iterator[Check]:
         self.context.progress(f"{self.graph}: {way}")
         try:
             got = run()
@@ -185,7 +124,7 @@ class _Ways:
     def _refused(self, way: str, error: OmniportError) -> Check:
         return Check(stage=self.graph, name=way, status=FAIL, message=f"the graph did not run: {error}")
 
-    def _compare(self, way: str, case: str, got: _Trail, single: _Trail | None) -> Check:
+    def _compare(self, way: str, case: str, got: Trail, single: Trail | None) -> Check:
         """With prefill in one piece, or with the reference if there is none. The worse of logits and hidden decides."""
         against = "reference" if single is None else "one piece"
         rule = "graph.rel_rms" if single is None else "decode.rel_rms"

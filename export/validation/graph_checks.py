@@ -17,7 +17,9 @@ from omniport.runtime.vision import image_input, video_input
 
 from ..parity import Case, audio_case, bigvgan_case, decoder_cases, dit_case, vision_case
 from ..speakers import load_speakers
+from ..trace import cache_folder
 from .context import Context
+from .decode_reference import DECODERS, decoder_references
 from .emulate import EmulatedBackend
 from .inputs import generator, log_mel_like, picture, prompt_inputs, random_positions, random_tokens, voice
 from .metrics import MIN_ENERGY, Figures, compare, logit_figures
@@ -38,6 +40,8 @@ def graph_checks(context: Context) -> Iterator[Check]:
         for case in listed:
             context.progress(f"{graph}: reference, {case.name}")
             wanted[graph, case.name] = _reference(context, case)
+        if graph in DECODERS and cache_folder() is not None:
+            decoder_references(context, graph)  # for the decode checks, which follow, while the part is loaded
     context.reference.release()
     for graph, listed in cases.items():
         if context.precision[graph] == "float16" and context.backend.name == "ort-cpu":
@@ -84,7 +88,7 @@ def _check(context: Context, case: Case, graph: Graph, wanted: Array) -> Check:
         got = case.ours(graph)
     except OmniportError as error:  # loaded, but refuses an input that its spec allows: broken, not absent
         return Check(stage=case.graph, name=case.name, status=FAIL, message=f"the graph did not run: {error}")
-    logits = case.graph in ("thinker", "talker") and "hidden" not in case.name
+    logits = case.graph in DECODERS and "hidden" not in case.name
     return array_check(case.graph, case.name, got, wanted, context.precision[case.graph], logits=logits)
 
 

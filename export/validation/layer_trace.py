@@ -23,6 +23,7 @@ from torch import nn
 
 from ..parity import reference_hidden
 from .context import Context
+from .decode_reference import DECODERS
 from .emulate import is_bfloat16, load_copy, open_graph
 from .graph_checks import array_check
 from .inputs import generator, random_positions, random_tokens
@@ -34,7 +35,6 @@ __all__ = ["trace_layers"]
 Array = NDArray[np.float32]
 
 LENGTH = 24
-_DECODERS = ("thinker", "talker")
 _RESIDUAL = re.compile(r"model\.layers\.(\d+)/Add(?:_\d+)?")
 
 
@@ -49,8 +49,8 @@ def trace_layers(context: Context, graph: str | None = None) -> Iterator[Check]:
     Raises:
         UsageError: there is no such decoder.
     """
-    name = graph or next((g for g in context.graphs if g in _DECODERS), "")
-    if name not in _DECODERS or name not in context.bundle.manifest.graphs:
+    name = graph or next((g for g in context.graphs if g in DECODERS), "")
+    if name not in DECODERS or name not in context.bundle.manifest.graphs:
         raise UsageError(
             f"cannot trace {name or 'this bundle'!r}: thinker and talker are traced, if the bundle holds them"
         )
