@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 
 test: lint
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 demo: $(INSTALLED)
 	$(PYTHON) scripts/demo.py

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,36 +14,47 @@ import pytest
 # The models here are tiny: a second thread only waits for the first, and fights with other processes for the core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-#: traced graphs are cached for one test run only, so that every run traces with the code under test
-_CACHE = tempfile.mkdtemp(prefix="omniport-cache-")
-os.environ["OMNIPORT_CACHE"] = _CACHE
+# Traced graphs, reference results and the fixtures below live for one test run, and its worker processes share them.
+_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+_SHARED = Path(os.environ["OMNIPORT_CACHE"] if _WORKER else tempfile.mkdtemp(prefix="omniport-tests-"))
+os.environ["OMNIPORT_CACHE"] = str(_SHARED)
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    if not _WORKER:
+        shutil.rmtree(_SHARED, ignore_errors=True)
+
+
+def _once(name: str, make: Callable[[Path], object]) -> Path:
+    """The folder that ``make`` fills, made by whichever worker asks first; the others wait for it."""
+    folder = _SHARED / "fixtures" / name
+    folder.parent.mkdir(exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            make(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint() -> Path:
     """A ``tiny`` random-weight checkpoint (seed 0). Read only: tests that change files copy it first."""
     from omniport.export.synthetic import make_checkpoint
 
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", size="tiny", seed=0)
+    return _once("tiny", lambda out: make_checkpoint(out, size="tiny", seed=0))
 
 
 @pytest.fixture(scope="session")
-def tiny_outlier_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_outlier_checkpoint() -> Path:
     """As ``tiny_checkpoint``, with planted activation channels and key biases."""
     from omniport.export.synthetic import make_checkpoint
 
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-outliers", size="tiny", seed=0, outliers=True)
+    return _once("tiny-outliers", lambda out: make_checkpoint(out, size="tiny", seed=0, outliers=True))
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_checkpoint: Path) -> Path:
     """``tiny_checkpoint`` exported in float32. Read only: tests that change files copy it first."""
     from omniport.export.exporter import export_checkpoint
 
-    out = tmp_path_factory.mktemp("bundle") / "tiny"
-    export_checkpoint(tiny_checkpoint, out, max_context=4096)
-    return out
+    return _once("tiny-bundle", lambda out: export_checkpoint(tiny_checkpoint, out, max_context=4096))
