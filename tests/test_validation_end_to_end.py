@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import reference as oracle
@@ -164,6 +165,7 @@ def test_a_clean_bundle_passes(context: Context) -> None:
 
 def test_the_users_conversations_are_added(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks_module, "_QUICK", ())
+    monkeypatch.setattr(checks_module, "_LENGTHS", {"quick": (4, 8)})
     clip = standard_conversations(tmp_path, ["video with sound"])[0].media[0]
     lines = [
         [{"role": "user", "content": "One word, please."}],
@@ -228,12 +230,27 @@ def test_a_backend_that_cannot_run_is_not_run(context: Context) -> None:
     assert "no such device here" in last.message
 
 
+def test_a_prompt_without_room_is_not_run(context: Context) -> None:
+    manifest = context.bundle.manifest
+    kv = msgspec.structs.replace(manifest.kv, max_context=140)
+    small = Bundle.open(context.bundle.root)
+    small.manifest = msgspec.structs.replace(manifest, kv=kv)
+    tight = replace(context, bundle=small)
+    checks = [*position_checks(tight), *end_to_end_checks(tight)]
+    assert {check.status for check in checks if check.name.startswith("text: prompt")} == {PASS}
+    assert {check.status for check in checks if check.name in ("video: prompt", "audio and image")} == {NOT_RUN}
+    assert not any(check.status == FAIL for check in checks), messages(checks)
+
+
 # --- planted faults ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def check_all(context: Context) -> Callable[[], list[Check]]:
-    return lambda: [*position_checks(context), *end_to_end_checks(context)]
+def check_all(context: Context, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Check]]:
+    """One short conversation, of which the reference's part is computed for the first fault only."""
+    monkeypatch.setattr(checks_module, "_QUICK", ("audio and image",))
+    monkeypatch.setattr(checks_module, "_LENGTHS", {"quick": (4, 8)})
+    return lambda: list(end_to_end_checks(context))
 
 
 def shifted(*arguments: Any) -> Prompt:
@@ -250,11 +267,16 @@ def one_late(*arguments: Any) -> Prompt:
 
 @pytest.mark.parametrize("fault", [shifted, one_late])
 def test_wrong_positions(
-    check_all: Callable[[], list[Check]], monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Prompt]
+    context: Context,
+    check_all: Callable[[], list[Check]],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[..., Prompt],
 ) -> None:
     monkeypatch.setattr(session_module, "build_prompt", fault)
     checks = check_all()
     assert failed(checks) == {"positions"}, messages(checks)
+    wrong = {check.name for check in position_checks(context) if check.status == FAIL}
+    assert wrong >= {"image: prompt", "mixed: prompt"}
 
 
 def test_media_not_zeroed(check_all: Callable[[], list[Check]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,9 +308,7 @@ def test_wrong_runge_kutta(check_all: Callable[[], list[Check]], monkeypatch: py
     assert any(check.name == "a known flow" and check.status == FAIL for check in checks)
 
 
-def test_guidance_with_the_wrong_sign(
-    check_all: Callable[[], list[Check]], staged: dict[str, StagedReply], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guidance_with_the_wrong_sign(check_all: Callable[[], list[Check]], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the DiT's graph gives, bent away from the guided velocity: the graph is at fault, not the solver."""
     run = OrtGraph.run
 

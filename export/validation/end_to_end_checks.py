@@ -28,7 +28,7 @@ from .conversations import Conversation, read_conversations, standard_conversati
 from .forced_checks import coarsest, decisions_check, ids_check, speech_parts, talker_check, thinker_checks
 from .graph_checks import array_check
 from .preprocess_checks import equal_check, prompt_checks
-from .reference_inputs import open_processor
+from .reference_inputs import Inputs, open_processor
 from .replay import RecordingBackend, ReplayBackend, consumed
 from .solver_checks import known_flow_check, trajectory_checks
 from .staged import Floats, ReplyLimits, StagedReply, staged_replies
@@ -76,11 +76,15 @@ def end_to_end_checks(context: Context, data: Path | None = None) -> Iterator[Ch
     processor = open_processor(context.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         conversations = [*standard_conversations(Path(folder), _FULL if context.full else _QUICK), *own]
+        able, inputs = [], []
         for conversation in conversations:
-            if conversation.unsupported:
-                yield _verdict("end_to_end", conversation.name, NOT_RUN, conversation.unsupported)
-        able = [conversation for conversation in conversations if not conversation.unsupported]
-        inputs = [processor.inputs(conversation) for conversation in able]
+            given = None if conversation.unsupported else processor.inputs(conversation)
+            reason = conversation.unsupported if given is None else _no_room(context, given, settings)
+            if given is None or reason:
+                yield _verdict("end_to_end", conversation.name, NOT_RUN, reason)
+            else:
+                able.append(conversation)
+                inputs.append(given)
         limits = ReplyLimits(
             settings.thinker.max_new_tokens,
             settings.talker.max_new_tokens,
@@ -117,6 +121,13 @@ def _settings(context: Context) -> _Settings:
         SamplingConfig(max_new_tokens=text),
         SamplingConfig(max_new_tokens=codes, repetition_penalty=1.05),
     )
+
+
+def _no_room(context: Context, inputs: Inputs, settings: _Settings) -> str:
+    """Why the bundle's KV cache cannot take a conversation and its reply; empty if it can."""
+    reply = max(settings.thinker.max_new_tokens, settings.talker.max_new_tokens) + 2
+    needed, capacity = len(inputs.token_ids) + reply, context.bundle.manifest.kv.max_context
+    return "" if needed <= capacity else f"prompt and reply take {needed} tokens, the KV cache holds {capacity}"
 
 
 def _unavailable(context: Context, settings: _Settings) -> Check | None:
@@ -210,7 +221,7 @@ def _answered(context: Context, conversation: Conversation, reply: StagedReply, 
             yield from talker_check(context, name, reply, settings.talker)
         recording = RecordingBackend(context.backend)
         said = _say(context, recording, conversation, settings)
-    except OmniportError as error:
+    except _HOST_ERRORS as error:
         yield _verdict("end_to_end", f"{name}: reply", FAIL, f"the runtime gave no reply: {error}")
         return
     yield from _media_rows(context, name, recording, reply)

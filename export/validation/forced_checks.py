@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.backends.base import Graph
 from omniport.runtime.decoder import Decoder
 from omniport.runtime.manifest import SamplingConfig
 from omniport.runtime.sampling import Sampler
@@ -45,8 +44,8 @@ def thinker_checks(context: Context, name: str, reply: StagedReply) -> Iterator[
     """Hidden states of prompt and reply, and the logits of every step."""
     trace, precision = reply.thinker, context.precision["thinker"]
     assert trace is not None
-    graph, prompt = context.backend.graph("thinker"), len(reply.inputs.token_ids)
-    logits, hidden = _forced(graph, trace.embeds, trace.positions, prompt)
+    prompt = len(reply.inputs.token_ids)
+    logits, hidden = _forced(context, "thinker", trace.embeds, trace.positions, prompt)
     yield array_check("thinker", f"{name}: hidden states", hidden, trace.hidden, precision)
     check = array_check("thinker", f"{name}: logits step by step", logits, trace.logits, precision, logits=True)
     yield _judge_choices(check, logits.argmax(-1), trace.tokens, trace.logits, precision)
@@ -58,8 +57,8 @@ def talker_check(context: Context, name: str, reply: StagedReply, config: Sampli
     codec = context.bundle.manifest.codec
     assert trace is not None
     assert codec is not None
-    graph, prompt = context.backend.graph("talker"), len(trace.history)
-    logits, _ = _forced(graph, trace.embeds, trace.positions, prompt)
+    prompt = len(trace.history)
+    logits, _ = _forced(context, "talker", trace.embeds, trace.positions, prompt)
     check = array_check("talker", f"{name}: logits step by step", logits, trace.logits, precision, logits=True)
     if not np.isfinite(logits).all():
         yield check
@@ -70,9 +69,12 @@ def talker_check(context: Context, name: str, reply: StagedReply, config: Sampli
     yield _judge_choices(check, np.asarray(picks), trace.codes, trace.scores, precision)
 
 
-def _forced(graph: Graph, embeds: Floats, positions: NDArray[np.int64], prompt: int) -> tuple[Floats, Floats]:
+def _forced(
+    context: Context, name: str, embeds: Floats, positions: NDArray[np.int64], prompt: int
+) -> tuple[Floats, Floats]:
     """Prefill of ``prompt`` rows, then one row at a time: logits [n, V] and hidden [prompt + n - 1, H]."""
-    decoder = Decoder(graph, graph.new_cache(len(embeds)))
+    graph = context.backend.graph(name)
+    decoder = Decoder(graph, graph.new_cache(context.bundle.manifest.kv.max_context))
     bounds = [0, *range(prompt, len(embeds) + 1)]
     steps = [decoder.forward(embeds[a:b], positions[:, a:b]) for a, b in itertools.pairwise(bounds)]
     hidden = [part for _, part in steps if part is not None]

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime import session as session_module
 from omniport.runtime.audio import audio_tokens, chunk_mel, load_audio, log_mel
-from omniport.runtime.errors import OmniportError
+from omniport.runtime.errors import OmniportError, PromptTooLong
 from omniport.runtime.prompt import Prompt
 from omniport.runtime.text import TextCodec
 from omniport.runtime.vision import VisionInput, image_input, load_image, video_input
@@ -25,7 +25,7 @@ from .conversations import Conversation, standard_conversations
 from .graph_checks import array_check
 from .inputs import RATE, generator, picture, voice
 from .reference_inputs import Inputs, Processor, open_processor
-from .types import FAIL, PASS, Check
+from .types import FAIL, NOT_RUN, PASS, Check
 
 __all__ = ["equal_check", "laid_out", "position_checks", "preprocess_checks", "prompt_checks"]
 
@@ -68,8 +68,9 @@ def prompt_checks(context: Context, conversation: Conversation, inputs: Inputs) 
     try:
         prompt = laid_out(context, conversation)
     except OmniportError as error:
+        status = NOT_RUN if isinstance(error, PromptTooLong) else FAIL
         for stage, what in (("preprocess", "token ids"), ("positions", "prompt")):
-            yield Check(stage=stage, name=f"{conversation.name}: {what}", status=FAIL, message=str(error))
+            yield Check(stage=stage, name=f"{conversation.name}: {what}", status=status, message=str(error))
         return
     yield equal_check("preprocess", f"{conversation.name}: token ids", prompt.token_ids, inputs.token_ids)
     got, wanted = prompt.position_ids, inputs.positions

@@ -30,8 +30,8 @@ _REPEAT = "the same coarse weights on both sides: only activations at a rounding
 _SPEECH = "measured on random weights with tenfold room or more: real ones are deeper and couple frames more strongly"
 _PHASE = "coarse weights move the phase of the sound, so samples may differ: the mel distances judge"
 _WINDOWS = (
-    "a window's look-ahead is solved before its own look-ahead is known; measured 4e-3 (waveform) and 5e-5 (mel) on "
-    "random weights, and 0.16 and 1.6e-2 without context; real weights couple blocks more strongly"
+    "a window's look-ahead is solved before its own look-ahead is known; measured 4e-3 (waveform) and 8e-5 (mel) on "
+    "random weights, and 0.16 and 2e-2 without context; real weights couple blocks more strongly"
 )
 _CONTEXT = "windows with context must come far closer to the whole than windows solved alone; measured over 100 times"
 _BORDER = "a sample or a 20 ms frame at the very threshold may fall on its other side"
@@ -41,7 +41,7 @@ _ROWS = "the reference's own results pass through: one addition of two rows is a
 _FLOW = "the same float32 operations in the same order; only fused multiplications may round otherwise"
 _CHOICE = (
     "standard deviations of the reference's logits: a choice may differ only where the reference itself is this "
-    "close to undecided"
+    "close to undecided; measured 0.034 in bfloat16 and none in float16"
 )
 _EQUAL = "float32 replies must be equal"
 
@@ -79,7 +79,7 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("preprocess.rel_rms", "float32"): Limit(1e-5, _HOST),
     ("conditioning.rel_rms", "float32"): Limit(1e-6, _ROWS),
     ("solver.rel_rms", "float32"): Limit(1e-5, _FLOW),
-    **_graded("choice.gap", (0.0, 0.1, 0.4, 1.5, 2.5), _CHOICE),
+    **_graded("choice.gap", (0.0, 0.05, 0.3, 1.5, 2.5), _CHOICE),
     ("choice.gap", "float32"): Limit(0.0, _EQUAL),
     **_graded("speech.mel.rel_rms", (5e-4, 3e-2, 0.15, 0.5, 0.7), _SPEECH, _WEIGHTS),
     **_graded("speech.wave.rel_rms", (1e-3, 5e-2, 0.25, 1.5, 1.5), _SPEECH, _PHASE),
