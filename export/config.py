@@ -20,7 +20,7 @@ from typing import Any
 
 from omniport.runtime.errors import CheckpointError
 
-__all__ = ["load_config", "normalise_config", "read_json"]
+__all__ = ["load_config", "normalise_config", "quiet_transformers", "read_json"]
 
 _MODEL_TYPE = "qwen2_5_omni"
 _DIT_NAMES: Mapping[str, str] = {
@@ -62,7 +62,7 @@ def load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.for_model(**normalised)
     except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a usable {_MODEL_TYPE} configuration: {error}") from error
@@ -157,7 +157,7 @@ def _check_rope(config: Any, path: Path) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """transformers warns that the talker's text ids exceed its own (codec) vocabulary: true of every checkpoint."""
     from transformers.utils import logging as verbosity
 

@@ -261,7 +261,8 @@ def test_the_page_says_everything(full_page: tuple[str, Page]) -> None:
         "cd" * 32,
         "order of summation",
         "thinker (emulated)",
-        "reference_tokens: 1 2",
+        "tokens of the reference:\n  1 [2]",
+        "tokens of the bundle:\n  1 [3]",
         "Error by layer",
         "Error by case",
     ):

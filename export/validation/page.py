@@ -34,7 +34,7 @@ h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e2e8f0; }
 th { border-bottom: 2px solid #a0aec0; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: anywhere; } td.case { min-width: 13rem; }
 td.name, td.status, th { overflow-wrap: normal; white-space: nowrap; }
 code, pre { font: .82rem/1.4 "DejaVu Sans Mono", monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; border: 1px solid #e2e8f0; padding: .5rem; }
@@ -175,7 +175,8 @@ def _sounds(report: ValidationReport, artifacts: Mapping[str, NDArray[Any]]) -> 
         found = ((role, artifacts.get(check.artifacts.get(role, ""))) for role in (*_SOUNDS, _REPLY))
         named = [(role, np.asarray(a, np.float32)) for role, a in found if a is not None and a.ndim == 1 and a.size]
         roles = {role for role, _ in named}
-        if not roles >= set(_SOUNDS) and _REPLY not in roles and not (check.status == FAIL and len(named) > 1):
+        whole_row = roles >= set(_SOUNDS) or _REPLY in roles
+        if not whole_row and not (len(named) > 1 and (check.status == FAIL or check.stage == "end_to_end")):
             continue
         players = "".join(
             f'<div>{role}<br><audio controls src="{plots.sound_uri(samples, _RATE)}"></audio></div>'
@@ -191,16 +192,30 @@ def _sounds(report: ValidationReport, artifacts: Mapping[str, NDArray[Any]]) -> 
 
 
 def _alignments(report: ValidationReport) -> str:
-    """Reference and bundle token by token around the first difference, as end_to_end's checks tell it."""
+    """How far each reply is the reference's, and the tokens of both around the first difference."""
+    replies = [check for check in report.checks if check.stage == "end_to_end" and "equal" in check.figures]
+    rows = [
+        (
+            _cell(check.name),
+            _status(check.status),
+            _cell(figure_text(check.figures.get("count")), "number"),
+            _cell(figure_text(check.figures["equal"]), "number"),
+            _cell(figure_text(check.figures.get("choice_gap")), "number"),
+        )
+        for check in replies
+    ]
     parts = []
-    for check in report.checks:
-        lines = [f"{key}: {value}" for key, value in check.figures.items() if isinstance(value, str) and "token" in key]
-        if check.stage in ("end_to_end", "conditioning") and lines:
-            parts.append(
-                f'<div class="block"><h3>{escape(check.name)} {_mark(check.status)}</h3>'
-                f"<pre>{escape(chr(10).join(lines))}</pre></div>"
-            )
-    return "<h2>Tokens of the replies</h2>\n" + "\n".join(parts) if parts else ""
+    for check in replies:
+        lines = [
+            f"{key}:\n  {text}" for key, text in check.figures.items() if isinstance(text, str) and "tokens" in key
+        ]
+        if lines:
+            heading = f"{escape(check.name)}: around the first difference {_mark(check.status)}"
+            parts.append(f'<div class="block"><h3>{heading}</h3><pre>{escape(chr(10).join(lines))}</pre></div>')
+    if not rows:
+        return ""
+    head = ("greedy reply", "", "#tokens", "#equal from the start", "#gap at the first difference")
+    return "<h2>Tokens of the replies</h2>\n" + _table(head, rows) + "\n" + "\n".join(parts)
 
 
 def _all_checks(report: ValidationReport) -> str:
@@ -211,7 +226,7 @@ def _all_checks(report: ValidationReport) -> str:
             for key, value in check.figures.items()
             if not (isinstance(value, str) and len(value) > 40)
         )
-        rows.append((_cell(check.stage, "name"), _cell(check.name), _status(check.status), _cell(figures)))
+        rows.append((_cell(check.stage, "name"), _cell(check.name, "case"), _status(check.status), _cell(figures)))
     return "<h2>Every check</h2>\n" + _table(("stage", "check", "", "figures"), rows)
 
 

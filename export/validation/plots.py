@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.errors import ExportError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,28 +24,39 @@ _FLOOR_DB = 80.0  # dynamic range shown
 def bars(labels: Sequence[str], values: Sequence[float], limits: Sequence[float], axis: str) -> str:
     """Error by case: a bar each on a logarithmic axis, its limit as a mark. SVG.
 
-    Values that are not finite fill the axis.
+    Values that are not finite fill the axis; a difference of 0 has no bar and is called exact.
     """
+    from matplotlib.ticker import NullFormatter
+
     finite = [value for value in (*values, *limits) if np.isfinite(value) and value > 0]
-    low, high = (min(finite) / 3, max(finite) * 3) if finite else (1e-9, 1.0)
-    figure = _figure(7.2, 0.5 + 0.22 * len(labels))
+    low = 10.0 ** np.floor(np.log10(min(finite)) - 1) if finite else 1e-9
+    high = 10.0 ** np.ceil(np.log10(max(finite)) + 0.3) if finite else 1.0
+    figure = _figure(8.4, 0.6 + 0.22 * len(labels))
     axes = figure.add_subplot()
     rows = np.arange(len(labels))
     shown = [min(max(value, low), high) if np.isfinite(value) else high for value in values]
     colours = [_OK if value <= bound else _BAD for value, bound in zip(values, limits, strict=True)]
     axes.barh(rows, [v - low for v in shown], left=low, color=colours, height=0.6)
     axes.plot(limits, rows, "|", color=_LIMIT, markersize=9, markeredgewidth=2)
+    for row, value in zip(rows, values, strict=True):
+        if value == 0:
+            axes.annotate(
+                "exact", (low, row), (4, 0), textcoords="offset points", fontsize=7, va="center", color=_LIMIT
+            )
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(low, high)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_yticks(rows, labels)
-    axes.invert_yaxis()
     _plain(axes, axis, "")
     return _svg(figure)
 
 
 def layers(name: str, points: Sequence[int], values: Sequence[float], limits: Sequence[float], axis: str) -> str:
     """Error after every layer on a logarithmic axis, with the limit as a dashed line. SVG."""
-    figure = _figure(7.2, 2.4)
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(8.4, 2.4)
     axes = figure.add_subplot()
     finite = [value if np.isfinite(value) and value > 0 else np.nan for value in values]
     axes.plot(points, finite, "o-", color=_OK, markersize=4, linewidth=1.2, label="error")
@@ -63,6 +73,7 @@ def layers(name: str, points: Sequence[int], values: Sequence[float], limits: Se
             label="beyond the limit",
         )
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, frameon=False, loc="best")
     _plain(axes, f"layer of {name}", axis)
     return _svg(figure)
@@ -80,7 +91,7 @@ def spectrograms(named: Sequence[tuple[str, NDArray[np.float32]]], rate: int) ->
         (title, _spectrogram(np.nan_to_num(samples, posinf=0, neginf=0), size, hop)) for title, samples in named
     ]
     top = max((float(picture.max()) for _, picture in pictures if picture.size), default=0.0)
-    figure = _figure(7.2, 2.1)
+    figure = _figure(8.4, 2.2)
     grid = figure.subplots(1, len(pictures), sharey=True, squeeze=False)[0]
     for axes, (title, picture) in zip(grid, pictures, strict=True):
         extent = (0.0, picture.shape[1] * hop / rate, 0.0, rate / 2000)
@@ -113,12 +124,8 @@ def _spectrogram(samples: NDArray[np.float32], size: int, hop: int) -> NDArray[n
 
 def _figure(width: float, height: float) -> Figure:
     # no pyplot: figures made this way are freed when they go, and no display is looked for
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ExportError("the HTML report needs matplotlib, not installed here: pip install 'omniport[export]'") from (
-            error
-        )
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

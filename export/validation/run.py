@@ -24,6 +24,7 @@ from omniport.runtime.graphs import GRAPH_NAMES
 from omniport.runtime.text import TextCodec
 
 from ..checkpoint import Checkpoint
+from ..config import quiet_transformers
 from .context import Context
 from .reference import Reference
 from .types import FAIL, NOT_RUN, Check, ValidationReport
@@ -108,7 +109,8 @@ def validate(
     _require_same_source(opened, bundle, ckpt, checkpoint)
     _require_inputs(opened, data, asr)
     job = _Job(opened, ckpt, backend, suite, report_progress)
-    job.run(_groups(graphs, data, trace, asr))
+    with quiet_transformers():
+        job.run(_groups(graphs, data, trace, asr))
     manifest = opened.manifest
     report = ValidationReport(
         ok=all(check.status != FAIL for check in job.checks) and any(c.status != NOT_RUN for c in job.checks),
