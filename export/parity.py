@@ -19,12 +19,13 @@ from omniport.runtime.audio import audio_tokens, chunk_mel, log_mel
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Backend, Graph
 from omniport.runtime.bundle import Bundle
-from omniport.runtime.errors import CheckpointError, UsageError
+from omniport.runtime.errors import UsageError
 from omniport.runtime.manifest import DitGeometry, Manifest, SolverSpec
 from omniport.runtime.vision import VisionInput, image_input, video_input
 from torch import nn
 
 from .checkpoint import Checkpoint
+from .reference_parts import load_reference
 from .speakers import Speaker, load_speakers
 
 __all__ = [
@@ -147,52 +148,6 @@ def _compare(case: Case, engine: Backend, reference: nn.Module, tolerance: float
         energy=energy,
         tolerance=tolerance,
     )
-
-
-_PARTS: Mapping[str, tuple[str, str, str]] = {
-    # graph: (transformers class, path of its configuration, prefix of its weights)
-    "audio_encoder": ("Qwen2_5OmniAudioEncoder", "thinker_config.audio_config", "thinker.audio_tower."),
-    "vision_encoder": ("Qwen2_5OmniVisionEncoder", "thinker_config.vision_config", "thinker.visual."),
-    "thinker": ("Qwen2_5OmniThinkerTextModel", "thinker_config.text_config", "thinker.model."),
-    "talker": ("Qwen2_5OmniTalkerForConditionalGeneration", "talker_config", "talker."),
-    "dit": ("Qwen2_5OmniToken2WavDiTModel", "token2wav_config.dit_config", "token2wav.code2wav_dit_model."),
-    "bigvgan": (
-        "Qwen2_5OmniToken2WavBigVGANModel",
-        "token2wav_config.bigvgan_config",
-        "token2wav.code2wav_bigvgan_model.",
-    ),
-}
-
-
-def load_reference(ckpt: Checkpoint, graph: str) -> nn.Module:
-    """The transformers module behind a graph, float32, with the checkpoint's weights.
-
-    The thinker's module also carries ``lm_head`` (a plain Linear), so that logits can be compared.
-
-    Raises:
-        CheckpointError: a weight of the module is not in the checkpoint.
-    """
-    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as reference
-
-    class_name, path, prefix = _PARTS[graph]
-    config = ckpt.config
-    for part in path.split("."):
-        config = getattr(config, part)
-    config._attn_implementation = "sdpa"
-    module: nn.Module = getattr(reference, class_name)(config).float().eval()
-    with torch.no_grad():
-        if graph == "thinker":
-            module.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, parameter in module.named_parameters():
-            key = prefix + name
-            if name == "lm_head.weight":
-                key = "thinker.model.embed_tokens.weight" if ckpt.tied_embeddings else "thinker.lm_head.weight"
-            if key not in ckpt:
-                if name.startswith("audio_bos_eos_token"):  # a parameter that forward never uses
-                    continue
-                raise CheckpointError(f"{ckpt.name} has no {key!r}, which {class_name} needs")
-            parameter.copy_(torch.from_numpy(ckpt.read(key).astype(np.float32)))
-    return module
 
 
 def standard_cases(bundle: Bundle, ckpt: Checkpoint) -> list[Case]:
