@@ -33,6 +33,7 @@ demo: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(PYTHON) scripts/cli_docs.py
+	$(PYTHON) scripts/validate_docs.py
 
 clean:
 	rm -rf $(VENV) demo build .mypy_cache .pytest_cache .ruff_cache

@@ -34,7 +34,7 @@ h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e2e8f0; }
 th { border-bottom: 2px solid #a0aec0; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td { overflow-wrap: anywhere; } td.case { min-width: 13rem; }
+td { overflow-wrap: anywhere; } td.case { min-width: 11rem; }
 td.name, td.status, th { overflow-wrap: normal; white-space: nowrap; }
 code, pre { font: .82rem/1.4 "DejaVu Sans Mono", monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; border: 1px solid #e2e8f0; padding: .5rem; }
@@ -51,7 +51,7 @@ audio { width: 100%; height: 2.2rem; }
   body { font-size: 9.5pt; margin: 0; max-width: none; padding: 0; }
   audio, .players { display: none; }
   figure, .block { break-inside: avoid; } h2, h3 { break-after: avoid; } tr { break-inside: avoid; }
-  thead { display: table-header-group; }
+  thead { display: table-header-group; } table { font-size: 8pt; } td.case { min-width: 9rem; }
 }
 """
 
@@ -224,7 +224,7 @@ def _all_checks(report: ValidationReport) -> str:
         figures = "; ".join(
             _figure_line(check, key) if key in check.limits else f"{key} {figure_text(value)}"
             for key, value in check.figures.items()
-            if not (isinstance(value, str) and len(value) > 40)
+            if value is not True and not (isinstance(value, str) and len(value) > 40)  # yes is what is expected
         )
         rows.append((_cell(check.stage, "name"), _cell(check.name, "case"), _status(check.status), _cell(figures)))
     return "<h2>Every check</h2>\n" + _table(("stage", "check", "", "figures"), rows)
