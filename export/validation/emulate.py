@@ -215,6 +215,8 @@ def open_graph(model: ir.Model, spec: GraphSpec, folder: Path, threads: int) -> 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _WARNING  # a KV cache that is copied on every step is a warning
+    # weights are widened once, however large; left to every run that would take most of its time
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(1 << 40))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     proto = ir.to_proto(model).SerializeToString()
     try:
