@@ -232,7 +232,10 @@ def full_page() -> tuple[str, Page]:
         check("speech", "streamed reply of 37 codes", 0.2, 0.1, artifacts=roles),
         Check(stage="talker", name="everything", status=NOT_RUN, message="no device here"),
         Check(
-            stage="end_to_end", name="a reply", status=PASS, figures={"reference_tokens": "1 2", "our_tokens": "1 2"}
+            stage="end_to_end",
+            name="a reply: token ids",
+            status=PASS,
+            figures={"count": 9, "equal": 4, "tokens of the reference": "1 [2]", "tokens of the bundle": "1 [3]"},
         ),
     ]
     text = page.render(make(checks, emulated=["thinker"]), arrays)
