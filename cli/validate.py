@@ -142,5 +142,5 @@ def _print(report: ValidationReport) -> None:
             typer.echo(f"not run: {check.stage}: {check.name}: {check.message}")
     verdict = "every check that ran holds" if report.ok else "this bundle does NOT match its checkpoint"
     if not report.ok and not any(failures(report)):
-        verdict = "nothing ran: this proves nothing"
+        verdict = "not proven: a graph of the bundle, or all of them, could not run here"
     typer.echo(f"{verdict} ({report.seconds:.0f} s, peak memory {size_text(report.peak_memory_bytes)})")

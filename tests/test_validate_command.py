@@ -197,7 +197,7 @@ def test_a_backend_that_cannot_run_here(
 ) -> None:
     code, out, _ = omniport("validate", tiny_bundle, tiny_checkpoint, "--backend", "tensorrt")
     assert code == 1
-    assert "nothing ran: this proves nothing" in out
+    assert "not proven" in out
     assert "needs engines" in out
     assert not stand_ins.calls
     report, _ = validate(tiny_bundle, tiny_checkpoint, backend="tensorrt")
@@ -340,3 +340,16 @@ def test_the_quick_suite_holds_on_tiny_within_its_time(
     assert page.count("<audio") >= 3
     assert "Error by layer" in page
     assert "Tokens of the replies" in page
+
+
+def test_a_graph_that_never_ran_is_no_proof() -> None:
+    from omniport.export.validation.run import _proven
+
+    def check(stage: str, status: str) -> Check:
+        return Check(stage=stage, name="case", status=status)
+
+    assert _proven([check("dit", "pass"), check("speech", "not_run")], ["dit"])
+    assert not _proven([check("dit", "pass"), check("bigvgan", "not_run")], ["dit", "bigvgan"])
+    assert not _proven([check("dit", "pass"), check("dit", "fail")], ["dit"])
+    assert not _proven([check("dit", "not_run")], ["dit"])
+    assert not _proven([], [])

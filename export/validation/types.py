@@ -37,7 +37,7 @@ class Check(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ValidationReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A whole run. ``ok`` is True when no check failed and at least one ran."""
+    """A whole run. ``ok``: no check failed, at least one ran, and no graph went without a check that ran."""
 
     schema_version: int = REPORT_SCHEMA_VERSION
     ok: bool
