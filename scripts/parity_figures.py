@@ -48,8 +48,8 @@ def page(rows: list[ParityRow], count: str, figures: dict[str, str]) -> str:
     lines = [
         "# Parity with transformers",
         "",
-        "Written by `python scripts/parity_figures.py`: checkpoint `tiny` (random weights, seed 0), FP32, ONNX Runtime's",
-        f"CPU provider, {platform.machine()}, {packages}.",
+        "Written by `python scripts/parity_figures.py`: checkpoint `tiny` (random weights, seed 0), FP32, ONNX",
+        f"Runtime's CPU provider, {platform.machine()}, {packages}.",
         "",
         "| graph | case | relative RMS error | largest difference | RMS of the reference | limit |",
         "|---|---|---|---|---|---|",
