@@ -36,7 +36,7 @@ def command(
     ],
     out: Annotated[Path, typer.Argument(help="Bundle folder to write; a rerun skips graphs that did not change.")],
     precision: Annotated[
-        Precision, typer.Option(help="Weights and matrix products; norms, softmax and the ODE state stay in FP32.")
+        Precision, typer.Option(help="Weights and matrix products; norms and the ODE state stay in FP32.")
     ] = Precision.fp32,
     graphs: Annotated[
         str, typer.Option(metavar="A,B", help="Export these graphs only, for example thinker,talker.")

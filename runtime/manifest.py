@@ -38,7 +38,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     name: str
     """Checkpoint folder name or hub id."""
     fingerprint: str
-    """sha256 over config.json and every weight file's header and size."""
+    """sha256 over config.json, every weight file's header and size, and 64 bytes of each tensor."""
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
