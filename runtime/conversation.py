@@ -33,7 +33,7 @@ class Conversation:
     """The tokens of a conversation and its two KV caches.
 
     Args:
-        new_cache: gives the cache of the graph of that name.
+        new_cache: gives the cache of the graph of that name, for ``capacity`` tokens.
 
     Attributes:
         turns: segments of each turn, a question with its reply; the first is the system message.
@@ -43,14 +43,14 @@ class Conversation:
             end, before that ``_CODES_PER_TOKEN``.
     """
 
-    def __init__(self, bundle: Bundle, new_cache: Callable[[str], KvCache]) -> None:
+    def __init__(self, bundle: Bundle, new_cache: Callable[[str], KvCache], capacity: int) -> None:
         self.turns: list[list[Segment]] = [[]]
         self.logits: Rows = np.zeros(0, np.float32)
         self.prefilled = 0
         self.codes_per_token = _CODES_PER_TOKEN
         self._bundle = bundle
         self._new_cache = new_cache
-        self._capacity = bundle.manifest.kv.max_context
+        self._capacity = capacity
         self._speaks = bundle.manifest.talker is not None
         self._decoders: dict[str, Decoder] = {}
         # The talker's conditioning float32 [n, H] of the tokens that the thinker has and the talker does not.
@@ -136,7 +136,7 @@ class Conversation:
         if start == self.length:
             return
         with self._timer("prefill"):
-            embeds, positions, own = self._from(start)
+            embeds, positions, media = self._from(start)
             try:
                 self.logits, hidden = decoder.forward(embeds, positions)
             except BaseException:
@@ -146,8 +146,8 @@ class Conversation:
                 raise OmniportError("the thinker graph gives no 'hidden'; export the bundle again")
             self.prefilled += len(embeds)
             if self._speaks:
-                # The talker sees media through the hidden state alone.
-                self._rows = np.concatenate([self._rows, hidden + np.where(own[:, None], embeds, np.float32(0))])
+                embeds[media] = 0
+                self._rows = np.concatenate([self._rows, hidden + embeds])
 
     def take_dropped(self) -> TurnsDropped | None:
         """What was dropped since this was last asked."""
@@ -225,22 +225,22 @@ class Conversation:
             self._refilled += max(0, min(cached, self.length) - system)
 
     def _from(self, start: int) -> tuple[Rows, NDArray[np.int64], NDArray[np.bool_]]:
-        """Embeddings [n, H] and positions [3, n] of the tokens from ``start`` on, and which embed their own id."""
+        """Embeddings [n, H] and positions [3, n] of the tokens from ``start`` on, and which are media's."""
         table = self._bundle.embedding("thinker")
-        embeds, positions, own = [], [], []
+        embeds, positions, media = [], [], []
         offset = cursor = 0
         for segment in self._segments():
             if offset + len(segment) > start:
                 first = max(0, start - offset)
-                rows, ours = table.rows(segment.ids), np.ones(len(segment), np.bool_)
+                rows = table.rows(segment.ids)
                 if segment.rows is not None:
-                    rows[segment.places], ours[segment.places] = segment.rows, False
+                    rows[segment.places] = segment.rows
                 embeds.append(rows[first:])
                 positions.append(cursor + segment.positions[:, first:])
-                own.append(ours[first:])
+                media.append(segment.media_mask[first:])
             offset += len(segment)
             cursor += segment.advance
-        return np.concatenate(embeds), np.concatenate(positions, axis=1), np.concatenate(own)
+        return np.concatenate(embeds), np.concatenate(positions, axis=1), np.concatenate(media)
 
 
 def _line(ids: NDArray[np.int64]) -> Segment:

@@ -43,6 +43,13 @@ class Segment:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def media_mask(self) -> NDArray[np.bool_]:
+        """bool [n]: where media embeddings go. The talker is conditioned on the hidden state alone there."""
+        mask = np.zeros(len(self.ids), np.bool_)
+        mask[self.places] = True
+        return mask
+
 
 class Layout:
     """Appends text, control tokens and media.

@@ -46,8 +46,9 @@ class OmniSession:
     One turn is open at a time. Its methods, and ``reply``, may be called from any thread.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, max_context: int | None = None) -> None:
         self.bundle = bundle
+        self.max_context = _context(max_context, bundle.manifest.kv.max_context)
         self.text_codec = TextCodec.from_file(bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens)
         self._backend: Backend | None = backend
         self._shared = _Shared()
@@ -66,6 +67,7 @@ class OmniSession:
         *,
         verify: bool = False,
         threads: int | None = None,
+        max_context: int | None = None,
     ) -> OmniSession:
         """Open a bundle.
 
@@ -74,12 +76,16 @@ class OmniSession:
             backend: auto, ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.
             verify: also compare every file's sha256.
             threads: CPU threads of one operator; the physical cores if None.
+            max_context: tokens that a conversation and its reply may take, at most what the bundle was exported for,
+                which it is if None. Fewer take less memory.
 
         Raises:
+            UsageError: ``max_context`` is out of range.
             BundleError: the bundle cannot be used. BackendError: the backend cannot run it here.
         """
         bundle = Bundle.open(path, verify=verify)
-        return cls(bundle, open_backend(backend, bundle, threads=threads))
+        _context(max_context, bundle.manifest.kv.max_context)
+        return cls(bundle, open_backend(backend, bundle, threads=threads), max_context=max_context)
 
     @property
     def manifest(self) -> Manifest:
@@ -121,7 +127,7 @@ class OmniSession:
 
     def fork(self) -> OmniSession:
         """Another session, with a conversation of its own, over the same graphs: weights are in memory once."""
-        other = OmniSession(self.bundle, self.backend)
+        other = OmniSession(self.bundle, self.backend, max_context=self.max_context)
         other._shared = self._shared.join()
         return other
 
@@ -168,7 +174,7 @@ class OmniSession:
             self._require_no_turn()
             self._require_graph("thinker", "any reply")
             task = self._task(voice, speak, thinker, talker, seed, noise, window, threads)
-            conversation = self._conversation or Conversation(self.bundle, self._new_cache)
+            conversation = self._conversation or Conversation(self.bundle, self._new_cache, self.max_context)
             self._conversation = conversation
             conversation.use(task.backend, task.timer)
             if not conversation.length:
@@ -216,7 +222,7 @@ class OmniSession:
         with task.timer("preprocess"):
             prompt = build_prompt(messages, self.manifest, self.text_codec)
         # The talker prefills two rows more than the prompt has.
-        require_room(len(prompt.token_ids), self.manifest.kv.max_context, reply=2 if speak else 1)
+        require_room(len(prompt.token_ids), self.max_context, reply=2 if speak else 1)
         for span in prompt.media:
             self._require_graph("audio_encoder" if span.kind == "audio" else "vision_encoder", f"the {span.kind}")
         self._require_graph("thinker", "any reply")
@@ -240,7 +246,7 @@ class OmniSession:
             borrowed.clear()
             self._replies.discard(reply)
 
-        conversation = Conversation(self.bundle, borrow)
+        conversation = Conversation(self.bundle, borrow, self.max_context)
 
         def prepare() -> None:
             conversation.use(task.backend, task.timer)
@@ -284,7 +290,7 @@ class OmniSession:
         backend = GuardedBackend(self.backend, token)
         speech = self._speech(backend, voice, talker, streams[1:], noise, window, timer) if speak else None
         longest = max(config.max_new_tokens, speech.sampler.config.max_new_tokens if speech else 0)
-        reserve = min(longest, manifest.kv.max_context // 4)
+        reserve = min(longest, self.max_context // 4)
         return ReplyTask(
             self.bundle, self.text_codec, backend, token, config, streams[0], speech, reserve, threads, timer
         )
@@ -333,7 +339,7 @@ class OmniSession:
         self._turn = None
 
     def _new_cache(self, name: str) -> KvCache:
-        return self.backend.graph(name).new_cache(self.manifest.kv.max_context)
+        return self.backend.graph(name).new_cache(self.max_context)
 
     def _opening(self) -> Segment:
         """The system message."""
@@ -346,6 +352,22 @@ class OmniSession:
         layout.flush()
         ids, positions = layout.take()
         return Segment(ids, positions, layout.cursor)
+
+
+def _context(asked: int | None, exported: int) -> int:
+    """Capacity of the KV caches.
+
+    Raises:
+        UsageError: more than the bundle was exported for, or no number of tokens.
+    """
+    if asked is None:
+        return exported
+    if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= exported:
+        raise UsageError(
+            f"max_context is {asked!r}; 1 to {exported} tokens were expected, what the bundle was exported for. Export "
+            "with a larger --max-context for more"
+        )
+    return asked
 
 
 class _Shared:
