@@ -43,13 +43,18 @@ def soak(
     memory: list[int] = []
     threads: list[int] = []
     counts = dict.fromkeys(("compared", "spoken", "cancelled", "dropped_turns", "samples"), 0)
-    for k in range(turns):
-        _turn(session, rng, counts)
-        memory.append(resident_bytes())
-        threads.append(threading.active_count())
-        if progress is not None:
-            progress(k + 1)
-    session.close()
+    gc.collect()
+    gc.freeze()  # what was there before is not looked at after every turn
+    try:
+        for k in range(turns):
+            _turn(session, rng, counts)
+            memory.append(resident_bytes())
+            threads.append(threading.active_count())
+            if progress is not None:
+                progress(k + 1)
+    finally:
+        gc.unfreeze()
+        session.close()
     quarter = turns // 4
     second, last = (statistics.median(memory[part]) for part in (slice(quarter, 2 * quarter), slice(-quarter, None)))
     return {
