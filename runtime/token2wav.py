@@ -179,6 +179,11 @@ class Token2Wav:
         return tuple(window.chunks), context
 
     @property
+    def longest(self) -> int:
+        """Codes that the longest window adds."""
+        return max(self._chunks)
+
+    @property
     def _chunk(self) -> int:
         """Codes of the next window that are new."""
         return self._chunks[min(self._windows, len(self._chunks) - 1)]

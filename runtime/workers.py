@@ -33,8 +33,6 @@ __all__ = ["SpeechTask", "Workers"]
 
 #: rows that the thinker is ahead of the talker at most: some seconds of speech
 _ROWS = 64
-#: codes that the talker is ahead of token2wav at most: more than the longest window needs
-_CODES = 256
 #: events that the caller has not taken at most
 _EVENTS = 256
 
@@ -90,7 +88,9 @@ class Workers:
         self.run, self.speech = run, speech
         self._text, self._conversation = text, conversation
         self._token, self._timer, self._clock = token, timer, clock
-        bounds = (_ROWS, _CODES, _EVENTS) if threads else (None, None, None)
+        # The talker is a window ahead of token2wav, no more: what it does sooner delays the sound that is due.
+        codes = 1 if speech is None else speech.token2wav.longest
+        bounds = (_ROWS, codes, _EVENTS) if threads else (None, None, None)
         self._rows: Channel[NDArray[np.float32]] = Channel(bounds[0], token)
         self._codes: Channel[int] = Channel(bounds[1], token)
         self._events: Channel[TextDelta | AudioChunk] = Channel(bounds[2], token, senders=1 if speech is None else 2)

@@ -132,7 +132,7 @@ def test_sound_leaves_before_the_text_is_complete(setup: Setup) -> None:
     long = SamplingConfig(max_new_tokens=400)
     kinds = [type(e) for e in setup.session.reply(HELLO, talker=long, thinker=long)]
     first_sound = kinds.index(AudioChunk)
-    # The thinker is held back 64 rows ahead of the talker, and the talker 256 codes ahead of the sound.
+    # The thinker is held back 64 rows ahead of the talker, and the talker a window ahead of the sound.
     assert TextDelta in kinds[first_sound:]
     assert kinds.count(TextDelta) == 300
 

@@ -1,0 +1,266 @@
+"""Measure live turns: how soon text and sound come, what runs at once, and what the host code costs.
+
+Usage: python scripts/bench_live.py BUNDLE [--reference CHECKPOINT] [--codes 500] [--json F]
+
+Everything runs in this process, one thing after the other, on the same threads. ``--reference`` adds transformers'
+``generate``, which gives its waveform when everything is done. Speech does not end by itself here: stop tokens are
+suppressed on both sides, so that every reply has the same length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from omniport.runtime import AudioChunk, Done, Event, OmniSession, SamplingConfig, TextDelta
+from omniport.runtime.backends.ort import physical_cores
+from omniport.runtime.prompt import build_prompt
+from omniport.runtime.sampling import Sampler
+
+__all__ = ["measure"]
+
+QUESTION = "Tell me in a few sentences what you can hear and see, and how you answer."
+TOKENS = 40
+
+
+def measure(bundle: Path, reference: Path | None, codes: int, seconds: tuple[int, ...] = (2, 10, 30)) -> dict[str, Any]:
+    """All figures, by name."""
+    session = OmniSession.open(bundle, backend="ort-cpu")
+    endless(session)
+    figures: dict[str, Any] = {"environment": environment(), "codes": codes, "text_tokens": TOKENS}
+    warm_up(session)
+    figures["first_token"] = [first_token(session, length) for length in seconds]
+    figures["reply"] = reply(session, codes)
+    if reference is not None:
+        figures["reference"] = of_reference(session, reference, codes)
+        figures["ratios"] = {
+            "first_audio_sooner_than_reference": figures["reference"]["waveform_after"]
+            / figures["reply"]["first_audio"]
+        }
+    figures.setdefault("ratios", {})["first_audio_sooner_than_sequential"] = (
+        figures["reply"]["sequential_first_audio"] / figures["reply"]["first_audio"]
+    )
+    figures["sampling"] = sampling(session)
+    session.close()
+    return figures
+
+
+def environment() -> dict[str, Any]:
+    """What it ran on."""
+    import onnxruntime
+
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "processor": model[0].partition(":")[2].strip() if model else platform.processor(),
+        "cores": physical_cores(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def endless(session: OmniSession) -> None:
+    """Let no reply of this session end before its limit."""
+    manifest = session.bundle.manifest
+    assert manifest.codec is not None
+    codec = msgspec.structs.replace(manifest.codec, stop=(), suppress=(*manifest.codec.suppress, *manifest.codec.stop))
+    chat = msgspec.structs.replace(manifest.chat, stop=())
+    session.bundle.manifest = msgspec.structs.replace(manifest, codec=codec, chat=chat)
+
+
+def talker_config(session: OmniSession, codes: int) -> SamplingConfig:
+    """The bundle's own sampling, of ``codes`` codec tokens."""
+    assert session.manifest.talker_sampling is not None
+    return msgspec.structs.replace(session.manifest.talker_sampling, max_new_tokens=codes)
+
+
+def ask(session: OmniSession, codes: int, **options: Any) -> Iterator[Event]:
+    """The benchmark's spoken reply."""
+    return session.reply(
+        [{"role": "user", "content": QUESTION}],
+        thinker=SamplingConfig(max_new_tokens=TOKENS),
+        talker=talker_config(session, codes),
+        **options,
+    )
+
+
+def warm_up(session: OmniSession) -> None:
+    """Load every graph and touch every weight."""
+    samples = np.zeros(32000, np.float32)
+    content = [{"type": "audio", "audio": (samples, 16000)}, {"type": "text", "text": QUESTION}]
+    for _ in session.reply([{"role": "user", "content": content}], talker=talker_config(session, 26)):
+        pass
+
+
+def first_token(session: OmniSession, seconds: int, rounds: int = 3) -> dict[str, Any]:
+    """Time to the first token after the question's end, for sound pushed while it was spoken and given at once."""
+    rng = np.random.default_rng(seconds)
+    samples = (0.1 * rng.standard_normal(16000 * seconds)).astype(np.float32)
+    config = SamplingConfig(max_new_tokens=1)
+    live: list[float] = []
+    whole: list[float] = []
+    late = total = 0
+    for _ in range(rounds):
+        session.reset()
+        turn = session.turn(speak=False, thinker=config)
+        for start in range(0, len(samples), 1600):  # 100 ms
+            turn.push_audio(samples[start : start + 1600], 16000)
+        done = last(turn.commit())
+        live.append(first(done.stats.time_to_first_token))
+        late, total = done.stats.late_tokens, done.stats.prompt_tokens
+        content = [{"type": "audio", "audio": (samples, 16000)}]
+        done = last(session.reply([{"role": "user", "content": content}], speak=False, thinker=config))
+        whole.append(first(done.stats.time_to_first_token))
+    return {
+        "seconds_of_sound": seconds,
+        "pushed": statistics.median(live),
+        "at_once": statistics.median(whole),
+        "ratio": statistics.median(whole) / statistics.median(live),
+        "tokens_left_at_commit": late,
+        "prompt_tokens": total,
+    }
+
+
+def reply(session: OmniSession, codes: int) -> dict[str, Any]:
+    """The streamed reply against the same workers one after the other."""
+    begin, burnt = time.perf_counter(), time.process_time()
+    done = last(ask(session, codes))
+    wall, burnt = time.perf_counter() - begin, time.process_time() - burnt
+    stats = done.stats
+    begin = time.perf_counter()
+    windows = last(ask(session, codes, threads=False)).stats
+    in_turn = time.perf_counter() - begin
+    whole = last(ask(session, codes, threads=False, window="whole")).stats
+    early = statistics.median(first_audio(session, codes) for _ in range(3))
+    inside = sum(windows.run_seconds.values())
+    cores = physical_cores()
+    return {
+        "codec_tokens": stats.codec_tokens,
+        "audio_seconds": stats.audio_seconds,
+        "first_token": stats.time_to_first_token,
+        "first_audio": early,
+        "first_audio_of_the_full_run": stats.time_to_first_audio,
+        "sequential_first_audio": whole.time_to_first_audio,
+        "sequential_total": whole.total_time,
+        "total": stats.total_time,
+        "real_time_factor": stats.real_time_factor,
+        "underruns": stats.underruns,
+        "busy_by_worker": {name: worker.busy for name, worker in stats.workers.items()},
+        "waiting_by_worker": {name: worker.waiting for name, worker in stats.workers.items()},
+        "busy_by_stage": stats.busy,
+        "wall_over_busy": wall / sum(worker.busy for worker in stats.workers.values()),
+        "one_after_the_other": in_turn,
+        "wall_over_one_after_the_other": wall / in_turn,
+        "processor_share": burnt / (wall * cores),
+        "busy_alone_by_worker": {name: worker.busy for name, worker in windows.workers.items()},
+        "host_share": 1 - inside / windows.total_time,
+        "peak_memory_bytes": stats.peak_memory_bytes,
+    }
+
+
+def first_audio(session: OmniSession, codes: int) -> float:
+    """Time to the first sample of a reply that is cut off there."""
+    events = ask(session, codes)
+    for event in events:
+        if isinstance(event, AudioChunk):
+            events.close()  # type: ignore[attr-defined]
+            return event.time
+    raise AssertionError("a spoken reply without sound")
+
+
+def of_reference(session: OmniSession, checkpoint: Path, codes: int) -> dict[str, Any]:
+    """transformers' generate on the same prompt: its waveform comes at the end."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(physical_cores())
+    model = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    prompt = build_prompt([{"role": "user", "content": QUESTION}], session.manifest, session.text_codec)
+    ids = torch.from_numpy(prompt.token_ids[None])
+    begin = time.perf_counter()
+    with torch.no_grad():
+        tokens, wave = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            thinker_max_new_tokens=TOKENS,
+            thinker_min_new_tokens=TOKENS,
+            talker_max_new_tokens=codes,
+            talker_min_new_tokens=codes,
+        )
+    after = time.perf_counter() - begin
+    sound: NDArray[np.float32] = wave.numpy()
+    assert float(np.std(sound)) > 1e-4, "the reference is silent"
+    return {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "waveform_after": after,
+        "audio_seconds": sound.size / 24000,
+        "text_tokens": int(tokens.shape[1]) - len(prompt.token_ids),
+    }
+
+
+def sampling(session: OmniSession, picks: int = 50) -> dict[str, float]:
+    """Milliseconds to pick one token from the thinker's logits."""
+    vocabulary = session.manifest.thinker.vocab_size
+    logits = np.random.default_rng(0).standard_normal(vocabulary).astype(np.float32) * 3
+    configs = {
+        "greedy": SamplingConfig(),
+        "top_k_40_top_p_0.8": SamplingConfig(temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05),
+        "top_p_0.9": SamplingConfig(temperature=1.0, top_p=0.9),
+    }
+    out: dict[str, float] = {"vocabulary": vocabulary}
+    for name, config in configs.items():
+        sampler, times = Sampler(config, np.random.default_rng(0)), []
+        for _ in range(picks):
+            begin = time.perf_counter()
+            sampler.pick(logits, [1, 2, 3])
+            times.append(1e3 * (time.perf_counter() - begin))
+        out[name] = statistics.median(times)
+    return out
+
+
+def last(events: Iterator[Event]) -> Done:
+    """Run to the end."""
+    done: Event | None = None
+    texts = 0
+    for done in events:
+        texts += isinstance(done, TextDelta)
+    assert isinstance(done, Done)
+    assert texts
+    return done
+
+
+def first(seconds: float | None) -> float:
+    """A time that was measured."""
+    assert seconds is not None
+    return seconds
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description="Measure live turns.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--codes", type=int, default=500)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    text = json.dumps(measure(options.bundle, options.reference, options.codes), indent=2)
+    print(text)
+    if options.json is not None:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
