@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,28 +38,41 @@ class Replier:
     quiet: bool = False
 
     def reply(self, messages: list[dict[str, Any]], speak: Path | None) -> Done:
-        """Answer: text to stdout, speech to ``speak``, the measurements to stderr.
+        """Answer messages: text to stdout, speech to ``speak``, the measurements to stderr.
 
         The WAV file is in place before the ``done`` event is printed, and nothing is left behind on failure.
         """
+        events = self.session.reply(messages, **self._options(speak))  # refuses bad input before a file is begun
+        return self._show(lambda: events, speak)
+
+    def turn(self, content: list[dict[str, Any]], speak: Path | None) -> Done:
+        """Answer the next turn of the session's conversation, as ``reply`` does."""
+        with self.session.turn(**self._options(speak)) as turn:
+            turn.push(content)
+            return self._show(turn.commit, speak)
+
+    def _options(self, speak: Path | None) -> dict[str, Any]:
+        manifest = self.session.manifest
+        return {
+            "speak": speak is not None,
+            "voice": self.voice,
+            "thinker": self._sampling(manifest.thinker_sampling, self.max_new_tokens),
+            "talker": self._sampling(manifest.talker_sampling, self._max_codes()),
+            "seed": self.seed,
+        }
+
+    def _show(self, begin: Callable[[], Iterator[Event]], speak: Path | None) -> Done:
+        """Print the events that ``begin`` gives once the WAV file is open."""
         from omniport.runtime.events import AudioChunk, Done, TextDelta
 
-        manifest = self.session.manifest
-        events = self.session.reply(  # refuses bad input here, before a file is begun
-            messages,
-            speak=speak is not None,
-            voice=self.voice,
-            thinker=self._sampling(manifest.thinker_sampling, self.max_new_tokens),
-            talker=self._sampling(manifest.talker_sampling, self._max_codes()),
-            seed=self.seed,
-        )
         done: Done | None = None
         with ExitStack() as stack:
             wav: WavWriter | None = None
             if speak is not None:
-                assert manifest.vocoder is not None, "reply() refuses to speak without"
-                wav = stack.enter_context(WavWriter(speak, manifest.vocoder.sample_rate))
-            for event in events:
+                vocoder = self.session.manifest.vocoder
+                assert vocoder is not None, "a session refuses to speak without"
+                wav = stack.enter_context(WavWriter(speak, vocoder.sample_rate))
+            for event in begin():
                 if isinstance(event, Done):
                     done = event
                     continue
@@ -69,6 +83,11 @@ class Replier:
                 elif isinstance(event, TextDelta):
                     sys.stdout.write(event.text)
                     sys.stdout.flush()
+                elif not isinstance(event, AudioChunk):
+                    log_console(self.quiet).print(
+                        f"the conversation outgrew the KV cache: its {event.turns} oldest turns are forgotten",
+                        style="dim",
+                    )
         assert done is not None, "a reply ends with Done"
         if self.json:
             print_json(event_dict(done) | {"wav": None if speak is None else str(speak)})
@@ -94,14 +113,16 @@ class Replier:
 
 def event_dict(event: Event) -> dict[str, Any]:
     """An event as JSON values. Audio is described, not included: the samples are in the WAV file."""
-    from omniport.runtime.events import AudioChunk, TextDelta
+    from omniport.runtime.events import AudioChunk, TextDelta, TurnsDropped
 
     if isinstance(event, TextDelta):
-        return {"event": "text_delta", "text": event.text, "token_id": event.token_id}
+        return {"event": "text_delta", "text": event.text, "token_id": event.token_id, "time": event.time}
     if isinstance(event, AudioChunk):
         samples = int(event.samples.size)
-        return {"event": "audio_chunk", "index": event.index, "samples": samples, "sample_rate": event.sample_rate}
-    return {"event": "done", **dataclasses.asdict(event)}
+        described = {"event": "audio_chunk", "index": event.index, "samples": samples}
+        return described | {"sample_rate": event.sample_rate, "time": event.time}
+    name = "turns_dropped" if isinstance(event, TurnsDropped) else "done"
+    return {"event": name, **dataclasses.asdict(event)}
 
 
 def stats_line(stats: Stats) -> str:
@@ -113,11 +134,13 @@ def stats_line(stats: Stats) -> str:
         parts.append(f"TTFA {stats.time_to_first_audio:.2f} s")
     if stats.real_time_factor is not None:
         parts.append(f"{stats.audio_seconds:.2f} s of speech, RTF {stats.real_time_factor:.2f}")
+    if stats.reused_tokens:
+        parts.append(f"{stats.reused_tokens} tokens reused")
     return " | ".join([*parts, f"{stats.total_time:.2f} s in all", stats.backend])
 
 
-def chat(replier: Replier, messages: list[dict[str, Any]], speak: Path | None, use_audio_in_video: bool) -> None:
-    """Hold a conversation: every line of stdin is a turn; the messages are kept.
+def chat(replier: Replier, system: str | None, speak: Path | None, use_audio_in_video: bool) -> None:
+    """Hold a conversation: every line of stdin is a turn; what was said stays in the KV cache.
 
     A turn that fails on bad input is reported and dropped; the conversation goes on. With ``speak`` set to
     ``reply.wav``, turn n is spoken into ``reply-n.wav``.
@@ -128,26 +151,24 @@ def chat(replier: Replier, messages: list[dict[str, Any]], speak: Path | None, u
 
     console = log_console(replier.quiet)
     console.print(CHAT_HELP, style="dim", markup=False)
-    opening = list(messages)
+    replier.session.reset(system)
     media: dict[str, list[Path]] = {"audio": [], "image": [], "video": []}
     turn = 0
     while (line := _read_line(console)) not in (None, "/quit", "/exit"):
         assert line is not None
         if line == "/clear":
-            messages = list(opening)
+            replier.session.reset(system)
         elif line.startswith("/"):
             _add_medium(line, media, console)
         elif line or any(media.values()):
             message = user_message(line, media["audio"], media["image"], media["video"], use_audio_in_video)
             media = {kind: [] for kind in media}
             try:
-                target = None if speak is None else speak.with_stem(f"{speak.stem}-{turn + 1}")
-                done = replier.reply([*messages, message], target)
+                replier.turn(message["content"], None if speak is None else speak.with_stem(f"{speak.stem}-{turn + 1}"))
             except UserError as error:
                 console.print(f"error: {error}", style="red", markup=False)
                 continue
             turn += 1
-            messages = [*messages, message, {"role": "assistant", "content": done.text}]
 
 
 def _read_line(console: Console) -> str | None:

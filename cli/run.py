@@ -73,7 +73,7 @@ def command(
         if message["content"]:
             replier.reply([*messages, message], speak)
         else:
-            chat(replier, messages, speak, use_audio_in_video)
+            chat(replier, system, speak, use_audio_in_video)
 
 
 def user_message(

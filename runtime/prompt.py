@@ -6,7 +6,7 @@ The token sequence is what Qwen2.5-Omni's chat template and ``Qwen2_5OmniProcess
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from .text import TextCodec
 from .video import load_video
 from .vision import VisionInput, image_input, load_image, video_input
 
-__all__ = ["MediaSpan", "Prompt", "build_prompt"]
+__all__ = ["Media", "MediaSpan", "Part", "Prompt", "build_prompt", "check_content"]
 
 MediaKind = Literal["audio", "image", "video"]
 
@@ -86,7 +86,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One checked piece of content. ``where`` names it in messages to the user."""
 
     kind: str
@@ -110,15 +110,15 @@ def build_prompt(messages: Sequence[Mapping[str, Any]], manifest: Manifest, code
     """
     checked = _check_messages(messages)
     if checked[0][0] != "system":
-        checked.insert(0, ("system", [_Part("text", manifest.chat.system_prompt, "the bundle's system prompt")]))
+        checked.insert(0, ("system", [Part("text", manifest.chat.system_prompt, "the bundle's system prompt")]))
     tokens = manifest.tokens
     layout = Layout(manifest, codec)
-    media = _Media(layout)
+    media = Media(layout)
     for role, parts in checked:
         layout.control(tokens.im_start)
         layout.text(f"{role}\n")
         for part in parts:
-            media.part(part)
+            media.read(part)()
         layout.control(tokens.im_end)
         layout.text("\n")
     layout.control(tokens.im_start)
@@ -135,37 +135,52 @@ def build_prompt(messages: Sequence[Mapping[str, Any]], manifest: Manifest, code
     return Prompt(ids, positions, layout.cursor, media.spans)
 
 
-class _Media:
-    """Reads the media of a prompt and lays them out."""
+class Media:
+    """Reads media and lays them out.
+
+    Attributes:
+        spans: the media laid out so far, with their places in the layout.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._manifest = layout.manifest
         self._layout = layout
         self.spans: list[MediaSpan] = []
 
-    def part(self, part: _Part) -> None:
-        """Append one part of a message."""
+    def read(self, part: Part) -> Callable[[], None]:
+        """Read what a part names; gives the function that appends it, which cannot fail.
+
+        Raises:
+            MediaError: it cannot be read or used.
+        """
         if part.kind == "text":
-            self._layout.text(part.value)
-            return
-        lay_out = {"audio": self._audio, "image": self._image, "video": self._video}[part.kind]
+            return lambda: self._layout.text(part.value)
+        read = {"audio": self._audio, "image": self._image, "video": self._video}[part.kind]
         try:
-            lay_out(part)
+            return read(part)
         except MediaError as error:
             raise MediaError(f"{part.where}: {error}") from error
 
-    def _audio(self, part: _Part) -> None:
+    def _audio(self, part: Part) -> Callable[[], None]:
         frontend, tokens, layout = self._manifest.audio, self._manifest.tokens, self._layout
         mel = log_mel(load_audio(part.value, frontend.sampling_rate), frontend)
         chunks, frames = chunk_mel(mel, frontend)
-        layout.control(tokens.audio_bos)
-        places = layout.line(np.full(audio_tokens(mel.shape[1]), tokens.audio))
-        layout.control(tokens.audio_eos)
-        self.spans.append(MediaSpan("audio", places, chunks=chunks, frames=frames))
 
-    def _image(self, part: _Part) -> None:
+        def lay() -> None:
+            layout.control(tokens.audio_bos)
+            places = layout.line(np.full(audio_tokens(mel.shape[1]), tokens.audio))
+            layout.control(tokens.audio_eos)
+            self.spans.append(MediaSpan("audio", places, chunks=chunks, frames=frames))
+
+        return lay
+
+    def _image(self, part: Part) -> Callable[[], None]:
+        vision = image_input(load_image(part.value), self._manifest.vision)
+        return lambda: self.image(vision)
+
+    def image(self, vision: VisionInput) -> None:
+        """Append a still picture."""
         manifest, layout = self._manifest, self._layout
-        vision = image_input(load_image(part.value), manifest.vision)
         times = np.arange(vision.grid_thw[0]) * manifest.position_id_per_seconds
         layout.control(manifest.tokens.vision_bos)
         grid = grid_positions(vision.grid_thw, times, manifest.vision.merge_size)
@@ -173,8 +188,8 @@ class _Media:
         layout.control(manifest.tokens.vision_eos)
         self.spans.append(MediaSpan("image", places, vision=vision))
 
-    def _video(self, part: _Part) -> None:
-        manifest, tokens, layout = self._manifest, self._manifest.tokens, self._layout
+    def _video(self, part: Part) -> Callable[[], None]:
+        manifest = self._manifest
         clip = load_video(part.value, manifest.vision, with_audio=part.use_audio)
         vision = video_input(clip.frames, manifest.vision)
         times = video_times(vision.grid_thw[0], clip.second_per_grid, manifest)
@@ -182,24 +197,29 @@ class _Media:
         # The reference has one use_audio_in_video switch for the whole prompt, under which a video without a sound
         # track breaks its positions. Here every video decides for itself; a silent one is laid out as if not asked.
         mel = None if clip.audio is None or not clip.audio.size else log_mel(clip.audio, manifest.audio)
-        count = 0 if mel is None else audio_tokens(mel.shape[1])
-        if mel is None or not count:
-            layout.control(tokens.vision_bos)
-            places = layout.add(np.full(vision.tokens, tokens.video), layout.cursor + grid)
-            layout.control(tokens.vision_eos)
-            self.spans.append(MediaSpan("video", places, vision=vision))
-            return
-        chunks, frames = chunk_mel(mel, manifest.audio)
+        if mel is None or not audio_tokens(mel.shape[1]):
+            return lambda: self._silent(vision, grid)
+        return lambda: self._sounding(vision, grid, mel)
+
+    def _silent(self, vision: VisionInput, grid: NDArray[np.int64]) -> None:
+        tokens, layout = self._manifest.tokens, self._layout
+        layout.control(tokens.vision_bos)
+        places = layout.add(np.full(vision.tokens, tokens.video), layout.cursor + grid)
+        layout.control(tokens.vision_eos)
+        self.spans.append(MediaSpan("video", places, vision=vision))
+
+    def _sounding(self, vision: VisionInput, grid: NDArray[np.int64], mel: NDArray[np.float32]) -> None:
+        chunks, frames = chunk_mel(mel, self._manifest.audio)
         seen: list[NDArray[np.int64]] = []
         heard: list[NDArray[np.int64]] = []
-        both = SoundVideo(layout, lambda _, places: seen.append(places), lambda _, places: heard.append(places))
-        both.advance(grid, None, count, ended=True)
+        both = SoundVideo(self._layout, lambda _, places: seen.append(places), lambda _, places: heard.append(places))
+        both.advance(grid, None, audio_tokens(mel.shape[1]), ended=True)
         both.close()
         self.spans.append(MediaSpan("video", np.concatenate(seen), vision=vision))
         self.spans.append(MediaSpan("audio", np.concatenate(heard), chunks=chunks, frames=frames))
 
 
-def _check_messages(messages: object) -> list[tuple[str, list[_Part]]]:
+def _check_messages(messages: object) -> list[tuple[str, list[Part]]]:
     """Role and parts of every message, all checked."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise PromptError(
@@ -218,21 +238,28 @@ def _check_messages(messages: object) -> list[tuple[str, list[_Part]]]:
     return checked
 
 
-def _check_message(message: object, where: str) -> tuple[str, list[_Part]]:
+def _check_message(message: object, where: str) -> tuple[str, list[Part]]:
     if not isinstance(message, Mapping):
         raise PromptError(f'{where} is a {type(message).__name__}; {{"role": ..., "content": ...}} was expected')
     _check_keys(message, frozenset({"role", "content"}), frozenset({"role", "content"}), where)
     role, content = message["role"], message["content"]
     if role not in _ROLES:
         raise PromptError(f"{where} has role {role!r}; one of {', '.join(_ROLES)} was expected")
+    return role, [Part("text", content, where)] if isinstance(content, str) else check_content(
+        content, f"{where}.content"
+    )
+
+
+def check_content(content: object, where: str) -> list[Part]:
+    """The parts of one message's content; PromptError, which calls it ``where``, if malformed."""
     if isinstance(content, str):
-        return role, [_Part("text", content, where)]
+        return [Part("text", content, where)]
     if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
-        raise PromptError(f"{where}.content is a {type(content).__name__}; a string or a list of parts was expected")
-    return role, [_check_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
+        raise PromptError(f"{where} is a {type(content).__name__}; a string or a list of parts was expected")
+    return [_check_part(part, f"{where}[{i}]") for i, part in enumerate(content)]
 
 
-def _check_part(part: object, where: str) -> _Part:
+def _check_part(part: object, where: str) -> Part:
     if not isinstance(part, Mapping):
         raise PromptError(f"{where} is a {type(part).__name__}; {_PART_HELP} was expected")
     kind = part.get("type")
@@ -247,7 +274,7 @@ def _check_part(part: object, where: str) -> _Part:
         raise PromptError(f"{where}.{kind} is None; a path, bytes or an array was expected")
     if not isinstance(use_audio, bool):
         raise PromptError(f"{where}.use_audio is {use_audio!r}; true or false was expected")
-    return _Part(kind, value, f"{where}.{kind}", use_audio)
+    return Part(kind, value, f"{where}.{kind}", use_audio)
 
 
 def _check_keys(given: Mapping[Any, Any], known: frozenset[str], needed: frozenset[str], where: str) -> None:

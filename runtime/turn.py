@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ from .clip import Encoders, LiveClip
 from .conversation import Conversation
 from .errors import MediaError, PromptError, TurnEnded
 from .events import Done, Event, Stats
-from .layout import Layout, Segment, grid_positions
+from .layout import Layout, Segment
+from .prompt import Media, check_content
 from .reply import Reply, ReplyTask
-from .thinker import encode_audio, encode_vision
+from .thinker import embed_media, encode_audio, encode_vision
 from .vision import ImageSource, image_input, load_image
 
 __all__ = ["Turn"]
@@ -65,6 +66,7 @@ class Turn:
         stats.reused_tokens = conversation.cached
         self._prefilled = conversation.prefilled
         self._layout = Layout(task.bundle.manifest, task.codec)
+        self._media = Media(self._layout)
         self._layout.control(task.bundle.manifest.tokens.im_start)
         self._layout.text("user\n")
 
@@ -113,7 +115,7 @@ class Turn:
         """
         self._require("vision_encoder")
         vision = image_input(load_image(image), self._task.bundle.manifest.vision)
-        self._push(lambda: self._image(vision))
+        self._push(lambda: self._whole([lambda: self._media.image(vision)]))
 
     def push_text(self, text: str) -> None:
         """Take text. It closes the clip before it, and follows on text before it without a space.
@@ -126,6 +128,25 @@ class Turn:
         self._task.codec.encode(text)
         if text:
             self._push(lambda: self._text(text))
+
+    def push(self, content: str | Sequence[Mapping[str, Any]]) -> None:
+        """Take content that is complete: what a message holds, text, audio, image and video files or arrays.
+
+        It closes the clip before it. All of it is read before any of it is taken.
+
+        Raises:
+            PromptError, MediaError, TurnEnded, PromptTooLong.
+        """
+        self._require_open()
+        parts = check_content(content, "content")
+        for part in parts:
+            if part.kind == "text":
+                self._task.codec.encode(part.value)
+            else:
+                self._require("audio_encoder" if part.kind == "audio" else "vision_encoder")
+        lay = [self._media.read(part) for part in parts]
+        if lay:
+            self._push(lambda: self._whole(lay))
 
     def commit(self) -> Iterator[Event]:
         """The turn is complete: answer it.
@@ -223,14 +244,15 @@ class Turn:
     def _picture(self, pixels: NDArray[np.uint8], seconds: float) -> None:
         self._for("video", lambda clip: clip.require_picture(pixels, seconds)).push_picture(pixels, seconds)
 
-    def _image(self, vision: Any) -> None:
-        manifest, layout = self._task.bundle.manifest, self._layout
+    def _whole(self, lay: list[Callable[[], None]]) -> None:
+        """Append what was read."""
         self._close_clip()
-        layout.control(manifest.tokens.vision_bos)
-        grid = grid_positions(vision.grid_thw, np.zeros(1, np.int64), manifest.vision.merge_size)
-        places = layout.add(np.full(vision.tokens, manifest.tokens.image), layout.cursor + grid)
-        layout.control(manifest.tokens.vision_eos)
-        self._fills.append((places, self._encoders.vision(vision)))
+        for append in lay:
+            append()
+        task, spans = self._task, self._media.spans
+        filled = [(span.positions, embed_media(span, task.backend, task.timer)) for span in spans]
+        spans.clear()
+        self._fills += filled
 
     def _text(self, text: str) -> None:
         self._close_clip()
@@ -278,6 +300,8 @@ class Turn:
         ids, positions = layout.take()
         places = np.concatenate([np.zeros(0, np.int64), *(places for places, _ in self._fills)]) - self._taken
         rows = np.concatenate([rows for _, rows in self._fills]) if self._fills else None
+        order = np.argsort(places)  # a video and its sound come one after the other, and lie side by side
+        places, rows = places[order], None if rows is None else rows[order]
         advance = layout.cursor - self._cursor
         self._conversation.add(Segment(ids, positions - self._cursor, advance, places, rows))
         self._fills.clear()

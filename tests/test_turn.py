@@ -125,6 +125,33 @@ def test_several_clips_in_one_turn(root: Path, tmp_path: Path) -> None:
     same_as_message(root, parts, push)
 
 
+def test_content_that_is_complete(root: Path, tmp_path: Path) -> None:
+    path = film(tmp_path / "film.mkv", 5, 4)
+    picture = np.random.default_rng(1).integers(0, 255, (70, 90, 3), np.uint8)
+    parts: list[dict[str, Any]] = [
+        {"type": "text", "text": "One: "},
+        {"type": "audio", "audio": (voice(2.5), 16000)},
+        {"type": "image", "image": picture},
+        {"type": "video", "video": path, "use_audio": True},
+        {"type": "text", "text": " two"},
+    ]
+
+    def push(turn: Any) -> None:
+        turn.push(parts[:2])
+        for bad, error in (
+            ([{"type": "text"}], PromptError),
+            (7, PromptError),
+            ([{"type": "text", "text": "\ud800"}], PromptError),
+            ([parts[1], {"type": "image", "image": "nowhere.png"}], MediaError),
+        ):
+            with pytest.raises(error):
+                turn.push(bad)
+        turn.push(parts[2:4])
+        turn.push(" two")
+
+    same_as_message(root, parts, push)
+
+
 def test_a_picture_after_sound_alone_begins_a_new_clip(root: Path, tmp_path: Path) -> None:
     first = voice(2.6, seed=3)
     path = film(tmp_path / "film.mkv", 3, 0)
