@@ -41,6 +41,7 @@ def measure(bundle: Path, reference: Path | None, codes: int, seconds: tuple[int
     warm_up(session)
     figures["first_token"] = [first_token(session, length) for length in seconds]
     figures["reply"] = reply(session, codes)
+    figures["overlap"] = overlap(bundle, max(36, codes // 5))
     if reference is not None:
         figures["reference"] = of_reference(session, reference, codes)
         figures["ratios"] = {
@@ -132,18 +133,11 @@ def first_token(session: OmniSession, seconds: int, rounds: int = 3) -> dict[str
 
 
 def reply(session: OmniSession, codes: int) -> dict[str, Any]:
-    """The streamed reply against the same workers one after the other."""
-    begin, burnt = time.perf_counter(), time.process_time()
-    done = last(ask(session, codes))
-    wall, burnt = time.perf_counter() - begin, time.process_time() - burnt
-    stats = done.stats
-    begin = time.perf_counter()
-    windows = last(ask(session, codes, threads=False)).stats
-    in_turn = time.perf_counter() - begin
+    """The streamed reply of ``codes`` codes, and the same with sound at the end, one worker after the other."""
+    streamed, burnt = timed(ask(session, codes))
+    stats = streamed.stats
     whole = last(ask(session, codes, threads=False, window="whole")).stats
     early = statistics.median(first_audio(session, codes) for _ in range(3))
-    inside = sum(windows.run_seconds.values())
-    cores = physical_cores()
     return {
         "codec_tokens": stats.codec_tokens,
         "audio_seconds": stats.audio_seconds,
@@ -151,21 +145,52 @@ def reply(session: OmniSession, codes: int) -> dict[str, Any]:
         "first_audio": early,
         "first_audio_of_the_full_run": stats.time_to_first_audio,
         "sequential_first_audio": whole.time_to_first_audio,
-        "sequential_total": whole.total_time,
         "total": stats.total_time,
         "real_time_factor": stats.real_time_factor,
         "underruns": stats.underruns,
+        "underrun_seconds": stats.underrun_seconds,
         "busy_by_worker": {name: worker.busy for name, worker in stats.workers.items()},
         "waiting_by_worker": {name: worker.waiting for name, worker in stats.workers.items()},
         "busy_by_stage": stats.busy,
-        "wall_over_busy": wall / sum(worker.busy for worker in stats.workers.values()),
-        "one_after_the_other": in_turn,
-        "wall_over_one_after_the_other": wall / in_turn,
-        "processor_share": burnt / (wall * cores),
-        "busy_alone_by_worker": {name: worker.busy for name, worker in windows.workers.items()},
-        "host_share": 1 - inside / windows.total_time,
+        "wall_over_busy": stats.total_time / sum(worker.busy for worker in stats.workers.values()),
+        "cores_at_work": burnt / stats.total_time,
         "peak_memory_bytes": stats.peak_memory_bytes,
     }
+
+
+def overlap(bundle: Path, codes: int) -> list[dict[str, Any]]:
+    """The same windows with the workers at once and one after the other, by threads of an operator."""
+    rows = []
+    for threads in range(1, physical_cores() + 1):
+        session = OmniSession.open(bundle, backend="ort-cpu", threads=threads)
+        endless(session)
+        warm_up(session)
+        at_once, burnt = timed(ask(session, codes))
+        in_turn, burnt_in_turn = timed(ask(session, codes, threads=False))
+        alone = {name: worker.busy for name, worker in in_turn.stats.workers.items()}
+        rows.append(
+            {
+                "threads_of_an_operator": threads,
+                "codes": codes,
+                "at_once": at_once.stats.total_time,
+                "in_turn": in_turn.stats.total_time,
+                "ratio": at_once.stats.total_time / in_turn.stats.total_time,
+                "busy_in_turn": alone,
+                "share_of_longest_worker": max(alone.values()) / sum(alone.values()),
+                "cores_at_work_at_once": burnt / at_once.stats.total_time,
+                "cores_at_work_in_turn": burnt_in_turn / in_turn.stats.total_time,
+                "host_share": 1 - sum(in_turn.stats.run_seconds.values()) / in_turn.stats.total_time,
+            }
+        )
+        session.close()
+    return rows
+
+
+def timed(events: Iterator[Event]) -> tuple[Done, float]:
+    """Run to the end; also the processor seconds of all threads."""
+    burnt = time.process_time()
+    done = last(events)
+    return done, time.process_time() - burnt
 
 
 def first_audio(session: OmniSession, codes: int) -> float:
