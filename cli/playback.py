@@ -205,6 +205,6 @@ class WavLoudspeaker:
     def _advance(self) -> None:
         """Play up to this moment."""
         with self._lock:
-            due = int((self._clock() - self._begun) * self._writer.sample_rate) - self._writer.samples
+            due = round((self._clock() - self._begun) * self._writer.sample_rate) - self._writer.samples
             if due > 0:
                 self._writer.write(self._playback.take(due))

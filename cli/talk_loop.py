@@ -6,7 +6,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class Talk:
     """A conversation under way.
 
     Attributes:
-        lasting: a turn that fails on its input is reported and the conversation goes on; else it ends it.
+        lasting: a turn that fails on its input is reported and the conversation goes on; else it ends it. What fails
+            again with the next block ends it in any case.
     """
 
     ears: Ears
@@ -125,6 +126,7 @@ class Talk:
     speaker: Loudspeaker | None
     view: View
     lasting: bool
+    failures: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Until the microphone ends, and the last reply was played.
@@ -147,9 +149,11 @@ class Talk:
 
         try:
             act()
+            self.failures.clear()
         except UserError as error:
-            if not self.lasting:
+            if not self.lasting or self.failures:
                 raise
+            self.failures.append(str(error))
             self.view.problem(str(error))
 
     def _show(self, block: Samples) -> None:

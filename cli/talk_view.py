@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -83,7 +83,7 @@ def describe(event: DialogueEvent) -> dict[str, Any]:
         values |= {"sample_rate": event.sample_rate, "time": event.time}
     else:
         values = dataclasses.asdict(event)
-    return {"event": name, **values}
+    return {"event": name, **{key: round(v, 4) if isinstance(v, float) else v for key, v in values.items()}}
 
 
 class JsonView:
@@ -178,8 +178,9 @@ class Scene:
     """What the live view shows.
 
     Attributes:
-        title: what talks. rms: loudness of the microphone, 0..1. heard: seconds of the turn.
-        said: text of the reply so far. stats: of the last reply. spoken: seconds of sound of the reply so far.
+        title: what talks. hint: how to use it, until the first reply. rms: loudness of the microphone, 0..1.
+        heard: seconds of the turn. said, spoken: text, and seconds of sound, of the reply so far.
+        stats: of the last reply.
     """
 
     title: str = ""
@@ -190,7 +191,6 @@ class Scene:
     said: str = ""
     spoken: float = 0.0
     stats: Stats | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 STATES = {"waiting": ("○", "dim"), "listening": ("●", "bold red"), "replying": ("▶", "bold green")}
@@ -270,27 +270,28 @@ class LiveView:
                 self.scene.state = "listening"
             elif isinstance(event, TurnCommitted):
                 self.scene.state, self.scene.said, self.scene.spoken = "replying", "", 0.0
-                self._line("you", f"{event.seconds:.1f} s of speech", "cyan")
+                self.line("you", f"{event.seconds:.1f} s of speech", "cyan")
             elif isinstance(event, TextDelta):
                 self.scene.said += event.text
             elif isinstance(event, AudioChunk):
                 self.scene.spoken += len(event.samples) / event.sample_rate
             elif isinstance(event, TurnsDropped):
-                self._line("", f"the conversation is full: {event.turns} of its oldest turns are forgotten", "yellow")
+                self.line("", f"the conversation is full: {event.turns} of its oldest turns are forgotten", "yellow")
             elif isinstance(event, Done):
                 self._done(event)
 
     def problem(self, text: str) -> None:
         """As ``View.problem``."""
         with self._lock:
-            self._line("", f"error: {text}", "red")
+            self.line("", f"error: {text}", "red")
 
     def _done(self, event: Done) -> None:
         self.scene.stats, self.scene.state = event.stats, "waiting"
         cut = " ... (cut off)" if event.finish_reason == "cancelled" else ""
-        self._line("omni", event.text + cut, "green")
+        self.line("omni", event.text + cut, "green")
 
-    def _line(self, who: str, text: str, style: str) -> None:
+    def line(self, who: str, text: str, style: str) -> None:
+        """Print above the panel."""
         from rich.text import Text
 
         self.console.print(Text.assemble((f"{who:<5}", f"bold {style}"), text))
