@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import tempfile
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def main() -> None:
                 microphone = WavMicrophone(load_audio(options.recording), 16_000)
                 Talk(ears, microphone, speaker, view, lasting=False).run()
     console.print(render(view.scene))
-    options.out.write_text(console.export_svg(title="omniport talk", clear=False), encoding="utf-8")
+    drawn = console.export_svg(title="omniport talk", clear=False, unique_id="talk")
+    # the reader's own monospace font: a picture fetches nothing
+    options.out.write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def test_flush_answers_what_silence_has_not_ended(table: Table) -> None:
     table.ears.flush()
     table.ears.wait()
     assert table.names() == ["TurnBegan", "TurnCommitted", "Done"]
-    assert table.of(TurnCommitted)[0].seconds == pytest.approx(1.31, abs=STEP)
+    assert table.of(TurnCommitted)[0].seconds == pytest.approx(41 * STEP), "1.31 s, and a chunk that is not full"
 
 
 def test_a_long_turn_is_ended(root: Path) -> None:
@@ -266,14 +266,13 @@ def test_speech_during_a_reply_cuts_it(root: Path, heard: float | None) -> None:
         assert ears.dialogue.state == "replying"
         ears.feed(hum(2.0), RATE)
         assert len(table.of(TurnBegan)) == 1
-        table.live.script("fine", [*range(14), 52])
         ears.feed(np.concatenate([loud(1.0, seed=1), hum(0.7)]), RATE)
         ears.wait()
     assert [event.interrupted for event in table.of(TurnBegan)] == [False, True]
     assert table.names() == ["TurnBegan", "TurnCommitted", "TurnBegan", "Done", "TurnCommitted", "Done"]
     cut, full = table.of(Done)
     assert cut.finish_reason == "cancelled"
-    assert full.text == "fine"
+    assert full.text == TEXT
     before = table.events[: table.events.index(cut)]
     delivered = sum(len(e.samples) for e in before if isinstance(e, AudioChunk)) / 24000
     seconds = delivered if heard is None else heard
@@ -283,7 +282,7 @@ def test_speech_during_a_reply_cuts_it(root: Path, heard: float | None) -> None:
     assert conversation is not None
     text = table.live.session.text_codec.decode([int(i) for i in conversation.ids])
     assert f"assistant\n{cut.text}\nuser" in text
-    assert text.endswith("assistant\nfine\n")
+    assert text.endswith(f"assistant\n{TEXT}\n")
 
 
 def test_without_barge_in_a_reply_is_not_disturbed(root: Path) -> None:
@@ -494,6 +493,9 @@ def test_an_error_of_the_block_is_not_hidden_by_the_reply(root: Path) -> None:
     def work() -> None:
         with table.ears:
             spoken_to(table)
+            thread = table.ears.dialogue._thread
+            assert thread is not None
+            thread.join()
             raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):

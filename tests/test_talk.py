@@ -7,6 +7,7 @@ import io
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,7 @@ from omniport.runtime import (
 )
 from rich.console import Console
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "talk.md"
 Samples = NDArray[np.float32]
 Omniport = Callable[..., tuple[int, str, str]]
 LONG = SamplingConfig(max_new_tokens=700)
@@ -661,6 +663,19 @@ def test_hands_free_through_files(omniport: Omniport, tiny_bundle: Path, tmp_pat
     assert at[0] / 24000 == pytest.approx(first["at"], abs=0.1), "the file has the sound when it was there"
     assert sum(line.get("samples", 0) for line in told) == 0.5 * 24000
     assert done["finish_reason"] == "length"
+
+
+def test_the_page_runs(
+    tiny_bundle: Path, tmp_path: Path, spoken: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Python of docs/talk.md, as it stands."""
+    (tmp_path / "bundle").symlink_to(tiny_bundle)
+    (tmp_path / "question.wav").symlink_to(spoken)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    block = block.replace('voice="Chelsie"', 'voice="Chelsie", talker=SHORT, thinker=SHORT')
+    exec(compile(block, "docs/talk.md", "exec"), {"SHORT": SamplingConfig(max_new_tokens=12)})
+    assert "heard 1." in capsys.readouterr().out
 
 
 def test_text_only_in_one_language_of_machines(omniport: Omniport, tiny_bundle: Path, tmp_path: Path) -> None:
