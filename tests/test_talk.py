@@ -25,7 +25,7 @@ import soundfile
 from bundles import make_bundle
 from live import Live
 from numpy.typing import NDArray
-from omniport.cli import main, talk_loop
+from omniport.cli import main, playback, talk_loop
 from omniport.cli.devices import DeviceLoudspeaker, DeviceMicrophone
 from omniport.cli.playback import Playback, WavLoudspeaker, WavMicrophone
 from omniport.cli.talk_loop import PushToTalk, Stage, Talk, read_keys
@@ -101,22 +101,22 @@ class Clock:
 
 
 def test_playback_gives_samples_once_and_silence_between() -> None:
-    playback = Playback()
-    playback.play(np.ones(5, np.float32))  # before a reply has begun: what is left of one that was cut
-    playback.begin()
-    playback.play(np.arange(1, 6, dtype=np.float32))
-    playback.play(np.arange(6, 8, dtype=np.float32))
-    assert playback.take(3).tolist() == [1, 2, 3]
-    assert (playback.played, playback.waiting) == (3, 4)
-    assert playback.take(6).tolist() == [4, 5, 6, 7, 0, 0]
-    assert (playback.played, playback.waiting) == (7, 0)
-    playback.play(np.ones(4, np.float32))
-    playback.stop()
-    playback.play(np.ones(4, np.float32))
-    assert playback.take(2).tolist() == [0, 0]
-    assert playback.played == 7, "still known when the reply is cut"
-    playback.begin()
-    assert (playback.played, playback.waiting) == (0, 0)
+    waiting = Playback()
+    waiting.play(np.ones(5, np.float32))  # before a reply has begun: what is left of one that was cut
+    waiting.begin()
+    waiting.play(np.arange(1, 6, dtype=np.float32))
+    waiting.play(np.arange(6, 8, dtype=np.float32))
+    assert waiting.take(3).tolist() == [1, 2, 3]
+    assert (waiting.played, waiting.waiting) == (3, 4)
+    assert waiting.take(6).tolist() == [4, 5, 6, 7, 0, 0]
+    assert (waiting.played, waiting.waiting) == (7, 0)
+    waiting.play(np.ones(4, np.float32))
+    waiting.stop()
+    waiting.play(np.ones(4, np.float32))
+    assert waiting.take(2).tolist() == [0, 0]
+    assert waiting.played == 7, "still known when the reply is cut"
+    waiting.begin()
+    assert (waiting.played, waiting.waiting) == (0, 0)
 
 
 def test_a_file_keeps_the_time_of_a_loudspeaker(tmp_path: Path) -> None:
@@ -611,7 +611,17 @@ def test_recordings_that_cannot_be_heard(omniport: Omniport, tiny_bundle: Path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*bad, "none.wav", "question.wav"])
 
 
-def test_push_to_talk_through_files(omniport: Omniport, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_push_to_talk_through_files(
+    omniport: Omniport, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    class Counted(WavLoudspeaker):
+        def heard(self) -> float:
+            asked.append(super().heard())
+            return asked[-1]
+
+    monkeypatch.setattr(playback, "WavLoudspeaker", Counted)
     question, target = tmp_path / "question.wav", tmp_path / "reply.wav"
     soundfile.write(question, np.stack([tone(1.0, 44100)] * 2, axis=1), 44100, subtype="PCM_24")
     talk = ("talk", tiny_bundle, "--input-wav", question, "--output-wav", target, "--push-to-talk", *FAST)
@@ -625,6 +635,7 @@ def test_push_to_talk_through_files(omniport: Omniport, tiny_bundle: Path, tmp_p
     assert at[0] / 24000 > 1.0, "the reply begins when the question has ended"
     assert (at[-1] - at[0]) / 24000 >= 0.45
     assert len(sound) / 24000 > 1.5
+    assert asked, "the dialogue knows what was played"
 
 
 @pytest.fixture(scope="module")
@@ -679,26 +690,39 @@ def test_the_page_runs(
 
 
 def test_text_only_in_one_language_of_machines(omniport: Omniport, tiny_bundle: Path, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "question.wav", tone(0.4), 16000)
+    soundfile.write(tmp_path / "question.wav", tone(0.3), 16000)
+    talk = ("talk", tiny_bundle, "--input-wav", tmp_path / "question.wav", "--push-to-talk", "--text-only", "--json")
+    tokens = []
+    for system in ((), ("--system", "Be brief.")):
+        code, out, err = omniport(*talk, *FAST, "--exact", *system)
+        assert (code, err) == (0, "")
+        told = [json.loads(line) for line in out.splitlines()]
+        assert told[0]["voice"] is None
+        assert "audio_chunk" not in {line["event"] for line in told}
+        assert told[-1]["stats"]["audio_seconds"] == 0
+        tokens.append(told[-1]["stats"]["prompt_tokens"])
+    assert tokens[1] < tokens[0] - 5, "another system message"
+
+
+def test_speech_in_a_recording_cuts_a_reply_off(
+    omniport: Omniport, tiny_bundle: Path, tmp_path: Path, spoken: Path
+) -> None:
+    once, rate = soundfile.read(spoken, dtype="float32")  # its end, and its beginning, are silent for 1 s and 0.5 s
+    soundfile.write(tmp_path / "twice.wav", np.concatenate([once, once]), rate)
+    target = tmp_path / "reply.wav"
+    options = ("--max-new-tokens", "8", "--max-speech", "1.5", "--silence-ms", "320", "--json")
     code, out, err = omniport(
-        "talk",
-        tiny_bundle,
-        "--input-wav",
-        tmp_path / "question.wav",
-        "--push-to-talk",
-        "--text-only",
-        *FAST,
-        "--json",
-        "--exact",
-        "--system",
-        "Be brief.",
+        "talk", tiny_bundle, "--input-wav", tmp_path / "twice.wav", "--output-wav", target, *options
     )
     assert code == 0, err
     told = [json.loads(line) for line in out.splitlines()]
-    assert told[0]["voice"] is None
-    assert "audio_chunk" not in {line["event"] for line in told}
-    assert told[-1]["stats"]["audio_seconds"] == 0
-    assert err == ""
+    began, committed, done = ([e for e in told if e["event"] == n] for n in ("turn_began", "turn_committed", "done"))
+    assert [line["interrupted"] for line in began] == [False, True]
+    assert (len(committed), len(done)) == (2, 2)
+    sound = read(target)
+    cut, again = (round(line["at"] * 24000) for line in (began[1], committed[1]))
+    assert not sound[cut + 1200 : again].any(), "silent while the user speaks"
+    assert sound[again:].any()
 
 
 def test_silence_is_answered_by_nothing(omniport: Omniport, tiny_bundle: Path, tmp_path: Path) -> None:
