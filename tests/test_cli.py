@@ -27,7 +27,7 @@ from omniport.runtime.errors import CheckFailed, UsageError
 from samples import make_samples
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("make-checkpoint", "export", "inspect", "voices", "run", "doctor")
+COMMANDS = ("make-checkpoint", "export", "inspect", "voices", "run", "talk", "doctor")
 
 Omniport = Callable[..., tuple[int, str, str]]
 
@@ -72,7 +72,7 @@ def test_help_starts_with_a_verb_and_ends_with_an_example_that_parses(omniport: 
     code, out, _ = omniport(command, "--help")
     assert code == 0
     summary = next(line.strip() for line in out.splitlines() if line.startswith("  "))
-    assert summary.split()[0] in {"Make", "Export", "Show", "List", "Answer", "Report"}
+    assert summary.split()[0] in {"Make", "Export", "Show", "List", "Answer", "Talk", "Report"}
     last = " ".join(out.strip().rpartition("\n\n")[2].split())
     assert last.startswith(f"Example: omniport {command}")
 

@@ -1,0 +1,177 @@
+"""Microphone and loudspeaker of this machine, through PortAudio (the package ``sounddevice``)."""
+
+from __future__ import annotations
+
+import importlib
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .playback import Playback
+
+if TYPE_CHECKING:
+    from .playback import Samples
+
+__all__ = ["DeviceLoudspeaker", "DeviceMicrophone"]
+
+FILES = "; or talk through files: --input-wav question.wav --output-wav reply.wav"
+#: seconds for which the microphone's reader waits at most, so that a key is seen
+PATIENCE = 0.1
+
+
+def sounddevice() -> Any:
+    """The package.
+
+    Raises:
+        UsageError: it, or PortAudio, is not installed.
+    """
+    from omniport.runtime.errors import UsageError
+
+    try:
+        return importlib.import_module("sounddevice")
+    except ImportError as error:
+        raise UsageError(
+            f"microphone and loudspeaker need the 'sounddevice' package, which does not load here ({error}); "
+            f"run: pip install 'omniport[live]'{FILES}"
+        ) from error
+    except OSError as error:  # the wheels for Linux do not bring PortAudio
+        raise UsageError(
+            f"microphone and loudspeaker need the PortAudio library, which was not found ({error}); on Debian and "
+            f"Ubuntu run: sudo apt install libportaudio2{FILES}"
+        ) from error
+
+
+def find(device: str | None, kind: str) -> dict[str, Any]:
+    """What PortAudio says of a device.
+
+    Args:
+        device: its number or a part of its name; the system's own if None.
+        kind: ``input`` or ``output``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from omniport.runtime.errors import UsageError
+
+    sd = sounddevice()
+    try:
+        found: dict[str, Any] = sd.query_devices(_number(device), kind)
+    except (sd.PortAudioError, ValueError) as error:
+        name = "microphone" if kind == "input" else "loudspeaker"
+        wanted = f"no {name} was found" if device is None else f"no {name} is called {device!r}"
+        raise UsageError(
+            f"{wanted} ({str(error).strip() or 'no device'}); `python -m sounddevice` lists them: connect one, or "
+            f"choose with --{kind}-device{FILES}"
+        ) from error
+    return found
+
+
+def _number(device: str | None) -> int | str | None:
+    return int(device) if device is not None and device.isdecimal() else device
+
+
+def _open(kind: str, device: str | None, sample_rate: float, callback: Any) -> Any:
+    from omniport.runtime.errors import UsageError
+
+    sd = sounddevice()
+    index = find(device, kind)["index"]
+    make = sd.InputStream if kind == "input" else sd.OutputStream
+    try:
+        return make(samplerate=sample_rate, device=index, channels=1, dtype="float32", callback=callback)
+    except sd.PortAudioError as error:
+        raise UsageError(
+            f"the {kind} device {index} does not open at {sample_rate:g} Hz ({error}); `python -m sounddevice` lists "
+            f"devices, --{kind}-device chooses one, best one that resamples, as default or pulse do{FILES}"
+        ) from error
+
+
+class DeviceMicrophone:
+    """Records from a microphone at its own rate while the ``with`` block lasts.
+
+    Raises:
+        UsageError: no package, no library or no device.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        self.sample_rate = float(find(device, "input")["default_samplerate"])
+        self._queue: queue.SimpleQueue[Samples] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._stream = _open("input", device, self.sample_rate, self._take)
+
+    def __enter__(self) -> DeviceMicrophone:
+        self._stream.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def blocks(self) -> Iterator[Samples]:
+        """As ``Microphone.blocks``.
+
+        Raises:
+            UsageError: the device has stopped, for example because it was unplugged.
+        """
+        import numpy as np
+        from omniport.runtime.errors import UsageError
+
+        while not self._stopped.is_set():
+            try:
+                yield self._queue.get(timeout=PATIENCE)
+            except queue.Empty:
+                if not self._stream.active:
+                    raise UsageError("the microphone has stopped; connect it again, or choose another one") from None
+                yield np.zeros(0, np.float32)
+
+    def stop(self) -> None:
+        """As ``Microphone.stop``."""
+        self._stopped.set()
+
+    def _take(self, block: Any, frames: int, timing: Any, status: Any) -> None:
+        """PortAudio's thread: no computing here."""
+        self._queue.put(block[:, 0].copy())
+
+
+class DeviceLoudspeaker:
+    """Plays on a loudspeaker while the ``with`` block lasts.
+
+    Raises:
+        UsageError: no package, no library or no device.
+    """
+
+    def __init__(self, sample_rate: int, device: str | None = None) -> None:
+        self._sample_rate = sample_rate
+        self._playback = Playback()
+        self._stream = _open("output", device, sample_rate, self._give)
+        self.begin, self.play, self.stop = self._playback.begin, self._playback.play, self._playback.stop
+
+    def __enter__(self) -> DeviceLoudspeaker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def start(self) -> None:
+        """As ``Loudspeaker.start``."""
+        self._stream.start()
+
+    def heard(self) -> float:
+        """As ``Loudspeaker.heard``: what the device has taken, less what lies in its own buffer."""
+        taken = self._playback.played / self._sample_rate
+        return max(0.0, taken - float(self._stream.latency)) if self._playback.waiting else taken
+
+    def drain(self) -> None:
+        """As ``Loudspeaker.drain``."""
+        while self._playback.waiting and self._stream.active:
+            time.sleep(0.02)
+        time.sleep(float(self._stream.latency))
+
+    def _give(self, block: Any, frames: int, timing: Any, status: Any) -> None:
+        """PortAudio's thread."""
+        block[:, 0] = self._playback.take(frames)
