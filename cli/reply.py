@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,7 +17,6 @@ from .wav import WavWriter
 if TYPE_CHECKING:
     from omniport.runtime import OmniSession
     from omniport.runtime.events import Done, Event, Stats
-    from omniport.runtime.manifest import SamplingConfig
     from rich.console import Console
 
 __all__ = ["Replier", "chat", "event_dict", "stats_line"]
@@ -52,14 +52,11 @@ class Replier:
             return self._show(turn.commit, speak)
 
     def _options(self, speak: Path | None) -> dict[str, Any]:
-        manifest = self.session.manifest
-        return {
-            "speak": speak is not None,
-            "voice": self.voice,
-            "thinker": self._sampling(manifest.thinker_sampling, self.max_new_tokens),
-            "talker": self._sampling(manifest.talker_sampling, self._max_codes()),
-            "seed": self.seed,
-        }
+        from .sampling import sampling
+
+        thinker, talker = sampling(self.session.manifest, self.greedy, self.max_new_tokens, self.max_speech)
+        options = {"speak": speak is not None, "voice": self.voice, "seed": self.seed}
+        return options | {"thinker": thinker, "talker": talker}
 
     def _show(self, begin: Callable[[], Iterator[Event]], speak: Path | None) -> Done:
         """Print the events that ``begin`` gives once the WAV file is open."""
@@ -97,32 +94,16 @@ class Replier:
             log_console(self.quiet).print(stats_line(done.stats), style="dim")
         return done
 
-    def _max_codes(self) -> int | None:
-        dit = self.session.manifest.dit
-        return None if self.max_speech is None or dit is None else max(1, round(self.max_speech * dit.codec_hz))
 
-    def _sampling(self, config: SamplingConfig | None, max_new_tokens: int | None) -> SamplingConfig | None:
-        import msgspec
+def event_dict(event: Any) -> dict[str, Any]:
+    """An event as JSON values. Audio is described, not included: the samples are in the WAV file or were played."""
+    from omniport.runtime.events import AudioChunk
 
-        if config is not None and self.greedy:
-            config = msgspec.structs.replace(config, temperature=0.0)
-        if config is not None and max_new_tokens is not None:
-            config = msgspec.structs.replace(config, max_new_tokens=max_new_tokens)
-        return config
-
-
-def event_dict(event: Event) -> dict[str, Any]:
-    """An event as JSON values. Audio is described, not included: the samples are in the WAV file."""
-    from omniport.runtime.events import AudioChunk, TextDelta, TurnsDropped
-
-    if isinstance(event, TextDelta):
-        return {"event": "text_delta", "text": event.text, "token_id": event.token_id, "time": event.time}
-    if isinstance(event, AudioChunk):
-        samples = int(event.samples.size)
-        described = {"event": "audio_chunk", "index": event.index, "samples": samples}
-        return described | {"sample_rate": event.sample_rate, "time": event.time}
-    name = "turns_dropped" if isinstance(event, TurnsDropped) else "done"
-    return {"event": name, **dataclasses.asdict(event)}
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    if not isinstance(event, AudioChunk):
+        return {"event": name, **dataclasses.asdict(event)}
+    described: dict[str, Any] = {"index": event.index, "samples": int(event.samples.size)}  # asdict would copy them
+    return {"event": name, **described, "sample_rate": event.sample_rate, "time": event.time}
 
 
 def stats_line(stats: Stats) -> str:

@@ -94,6 +94,7 @@ def command(
         session.reset(system)
         speaker = None if text_only else open_speaker(stack, session, output_wav, output_device)
         view = open_view(json, quiet)
+        session.load()  # else the first reply waits for it
         thinker, talker = sampling(session.manifest, greedy, max_new_tokens, max_speech)
         dialogue = stack.enter_context(
             Dialogue(

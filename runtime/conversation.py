@@ -195,6 +195,16 @@ class Conversation:
             self._rows = np.concatenate([self._rows, np.stack(rows[:consumed])])
         self.add(_line(closing))
 
+    def shorten_answer(self, count: int) -> None:
+        """Cut the last turn's reply back to its first ``count`` tokens."""
+        turn = self.turns[-1]
+        reply, closing = turn[-2:]
+        del turn[-2:]
+        prompt = self.length
+        self.add(_line(reply.ids[:count]))
+        self._cut(prompt + count)
+        self.add(closing)
+
     def _segments(self) -> Iterator[Segment]:
         for turn in self.turns:
             yield from turn

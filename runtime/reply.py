@@ -16,6 +16,7 @@ from .bundle import Bundle
 from .cancel import Cancelled, CancelToken, GuardedBackend
 from .conversation import Conversation
 from .events import AudioChunk, Done, Event, Stats, TextDelta, TurnsDropped, underruns
+from .layout import Segment
 from .manifest import SamplingConfig
 from .sampling import Sampler
 from .text import TextCodec
@@ -70,6 +71,9 @@ class Reply:
         self._before, self._prepare, self._ended = before, prepare, ended
         self._workers: Workers | None = None
         self._done: Done | None = None
+        self._turn: list[Segment] | None = None
+        self._undone = False
+        self._kept = 0
         self._setup = threading.Lock()  # held while the caller's thread uses the conversation
         self._delivery = threading.Lock()
         self._chunks: list[tuple[float, float]] = []
@@ -99,10 +103,21 @@ class Reply:
             raise
         yield self._end()
 
-    def cancel(self, heard: float | None = None) -> Done:
+    def cancel(self, heard: float | None = None) -> None:
         """Stop the workers and cut the conversation back to what counts as said; see ``Turn.cancel``."""
         self._task.token.cancel()
-        return self._end(heard=heard)
+        with self._setup:
+            ended = self._done
+        if ended is None:
+            self._end(heard=heard)
+        elif heard is not None and not self._undone:
+            self._shorten(len(self._heard(heard)))
+
+    def _shorten(self, count: int) -> None:
+        """The reply is complete, but was not heard to its end: keep ``count`` tokens of it."""
+        if self._conversation.turns[-1] is self._turn and count < self._kept:
+            self._conversation.shorten_answer(count)
+            self._kept = count
 
     def _prefill(self) -> TurnsDropped | None:
         task, conversation, stats = self._task, self._conversation, self._stats
@@ -158,11 +173,13 @@ class Reply:
                 self._workers.join()
             said = self._said(heard)
             self._done = self._sum_up(said)
+            self._undone, self._turn = undo, self._conversation.turns[-1]
             if undo:
                 self._conversation.undo_turn()
             else:
                 rows = self._workers.run.rows if self._workers is not None else []
                 self._conversation.answer(said, rows, self._closing())
+                self._kept = len(said)
             self._ended()
             return self._done
 
@@ -172,18 +189,25 @@ class Reply:
 
     def _said(self, heard: float | None) -> list[int]:
         """Reply tokens that count as said."""
-        workers, task = self._workers, self._task
+        workers = self._workers
         if workers is None:
             return []
-        ids, conversation = workers.token_ids, self._conversation
-        if not task.token.cancelled:
-            if ids and workers.codec_ids:
-                conversation.codes_per_token = len(workers.codec_ids) / len(ids)
-            return ids
-        if task.speech is None:
+        ids = workers.token_ids
+        if self._task.token.cancelled:
+            return self._heard(heard)
+        if ids and workers.codec_ids:
+            self._conversation.codes_per_token = len(workers.codec_ids) / len(ids)
+        return ids
+
+    def _heard(self, heard: float | None) -> list[int]:
+        """Reply tokens that were read, or heard, by the pace of the speech."""
+        workers = self._workers
+        assert workers is not None
+        ids = workers.token_ids
+        if self._task.speech is None:
             return ids[: self._texts]
         complete = {"thinker", "talker"} <= workers.ended.keys()
-        pace = len(workers.codec_ids) / len(ids) if complete and ids else conversation.codes_per_token
+        pace = len(workers.codec_ids) / len(ids) if complete and ids else self._conversation.codes_per_token
         return ids[: min(self._texts, int(self._codes(heard) / pace + 1e-6))]
 
     def _codes(self, heard: float | None = None) -> int:

@@ -125,6 +125,11 @@ class OmniSession:
         if self._shared.leave():
             backend.close()
 
+    def load(self) -> None:
+        """Load every graph now. Otherwise each is loaded when it is first used, which the first reply waits for."""
+        for name in self.manifest.graphs:
+            self.backend.graph(name)
+
     def fork(self) -> OmniSession:
         """Another session, with a conversation of its own, over the same graphs: weights are in memory once."""
         other = OmniSession(self.bundle, self.backend, max_context=self.max_context)

@@ -191,7 +191,8 @@ class Turn:
         which word a sound belongs to, so this is reckoned from the pace of the speech.
 
         Args:
-            heard: seconds of the speech that were played, where the caller knows; all that was delivered if None.
+            heard: seconds of the speech that were played, where the caller knows; all that was delivered if None. With
+                it, a reply that has ended but is still being played can be cut back too, until the next turn begins.
         """
         self._task.token.cancel()  # first: a push in another thread holds the lock until it sees this
         with self._lock:

@@ -268,6 +268,22 @@ def test_the_pace_of_speech_is_learnt(root: Path) -> None:
     assert sort(events)[2].text == TEXT[:3]  # 12 codes at 4 a token
 
 
+@pytest.mark.parametrize(("heard", "said"), [(0.0, ""), (0.25, "012"), (0.64, "01234567"), (99.0, "01234567")])
+def test_a_reply_that_is_still_being_played_can_be_cut_back(root: Path, heard: float, said: str) -> None:
+    live = Live(root)
+    live.script("01234567", [*CODES[:32], 52])  # 0.64 s, 4 codes a token
+    turn = live.session.turn(talker=LONG, thinker=LONG)
+    turn.push_text("hello")
+    assert sort(turn.commit())[2].finish_reason == "stop"
+    turn.cancel(heard)
+    turn.cancel(heard)
+    next_turn_is_right(live, root, lambda t: t.push_text("hello"), said)
+    before = list(live.session._conversation.ids) if live.session._conversation else []
+    turn.cancel(0.0)  # the next turn has begun: too late
+    assert live.session._conversation is not None
+    assert list(live.session._conversation.ids) == before
+
+
 def test_an_iterator_that_is_dropped_cancels(root: Path) -> None:
     live = Live(root)
     live.script(TEXT, [*CODES, 52])
