@@ -268,6 +268,9 @@ def test_speech_during_a_reply_cuts_it(root: Path, heard: float | None) -> None:
         assert len(table.of(TurnBegan)) == 1
         ears.feed(np.concatenate([loud(1.0, seed=1), hum(0.7)]), RATE)
         ears.wait()
+        conversation = table.live.session._conversation
+        assert conversation is not None
+        text = table.live.session.text_codec.decode([int(i) for i in conversation.ids])
     assert [event.interrupted for event in table.of(TurnBegan)] == [False, True]
     assert table.names() == ["TurnBegan", "TurnCommitted", "TurnBegan", "Done", "TurnCommitted", "Done"]
     cut, full = table.of(Done)
@@ -278,9 +281,6 @@ def test_speech_during_a_reply_cuts_it(root: Path, heard: float | None) -> None:
     seconds = delivered if heard is None else heard
     assert delivered > 0.65
     assert cut.text == TEXT[: round(seconds * 50) // 15], "15 codes are taken for a token"
-    conversation = table.live.session._conversation
-    assert conversation is not None
-    text = table.live.session.text_codec.decode([int(i) for i in conversation.ids])
     assert f"assistant\n{cut.text}\nuser" in text
     assert text.endswith(f"assistant\n{TEXT}\n")
 
