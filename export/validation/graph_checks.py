@@ -22,7 +22,7 @@ from .context import Context
 from .decode_reference import DECODERS, decoder_references
 from .emulate import EmulatedBackend
 from .inputs import generator, log_mel_like, picture, prompt_inputs, random_positions, random_tokens, voice
-from .metrics import MIN_ENERGY, Figures, compare, logit_figures
+from .metrics import MAX_SATURATED, MIN_ENERGY, Figures, compare, logit_figures
 from .reference import array_key
 from .tolerances import limit
 from .types import FAIL, NOT_RUN, PASS, Check
@@ -104,7 +104,7 @@ def array_check(
 ) -> Check:
     """Compare an array with its reference.
 
-    Passes if the reference is finite, varies and has energy, and ours is finite and within the limits of ``rule`` and,
+    Passes if the reference is finite, varies, has energy and is not saturated, and ours is finite and within the limits of ``rule`` and,
     for logits [N, V], of ``logits.kl``.
     """
     if got.shape != wanted.shape:
@@ -144,6 +144,8 @@ def _problems(figures: Figures) -> list[str]:
         )
     elif not figures["varies"]:
         problems.append("the reference is constant, so it proves nothing")
+    elif float(figures["saturation"] or 0) > MAX_SATURATED:
+        problems.append(f"{figures['saturation']:.0%} of the reference is at its largest value, so it proves nothing")
     if not figures["finite"]:
         problems.append("the output holds values that are not finite")
     return problems

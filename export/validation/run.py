@@ -6,8 +6,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +24,9 @@ from omniport.runtime.text import TextCodec
 from ..checkpoint import Checkpoint
 from ..config import quiet_transformers
 from .context import Context
+from .memory import give_back, peak_memory
 from .reference import Reference
+from .turns import TurnsBackend
 from .types import FAIL, NOT_RUN, Check, ValidationReport
 
 __all__ = ["GROUP_NAMES", "SUITES", "Artifacts", "Progress", "validate"]
@@ -40,6 +40,8 @@ SUITES = ("quick", "full")
 GROUP_NAMES = ("preprocess", "positions", *GRAPH_NAMES, "end_to_end", "speech")
 _TEXT = ("audio_encoder", "vision_encoder", "thinker")
 _DECODERS = ("thinker", "talker")
+#: bytes of weights above which graphs take turns in the host's memory
+_ALL_AT_ONCE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def validate(
         environment=_environment(),
         hashes={f: manifest.files[f].sha256 for g in manifest.graphs.values() for f in (g.file, *g.data)},
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_memory(),
     )
     return report, job.artifacts
 
@@ -195,6 +197,16 @@ class _Job:
         return self._backend
 
     def _new_backend(self) -> Backend:
+        backend = self._open_whole()
+        files = self.bundle.manifest.files
+        size = sum(files[name].size for g in self.bundle.manifest.graphs.values() for name in g.data)
+        if backend.name != "ort-cpu" or size <= _ALL_AT_ONCE:
+            return backend
+        backend.close()
+        return TurnsBackend(self._open_whole)
+
+    def _open_whole(self) -> Backend:
+        """The backend asked for, with emulation copies where this machine cannot run the graphs as they are."""
         brain = {name for name, spec in self.bundle.manifest.graphs.items() if spec.precision == "bfloat16"}
         name = self.backend_name
         if brain and name == "auto":
@@ -214,6 +226,7 @@ class _Job:
         if self._backend is not None:
             self._backend.close()
             self._backend = None
+        give_back()
 
 
 def _groups(
@@ -341,9 +354,3 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def _peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
