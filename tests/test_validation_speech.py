@@ -400,6 +400,20 @@ def test_a_reference_without_energy_proves_nothing(brief: Context, monkeypatch: 
     assert "proves nothing" in failed["waveform"].message
 
 
+def test_a_clipped_reference_proves_nothing(brief: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A square wave at full scale on both sides is no agreement either."""
+    from omniport.export.validation import speech_checks as module
+
+    def square(count: int) -> NDArray[np.float32]:
+        return np.where(np.arange(count) % 100 < 50, 1, -1).astype(np.float32)
+
+    monkeypatch.setattr(module, "reference_wave", lambda _context, case: square(len(case.codes) * 480))
+    stand(brief).changes["bigvgan"] = samples_of(square)
+    failed = failures(brief)
+    assert {"waveform", "whole", "streamed"} <= set(failed)
+    assert "is at its largest value" in failed["waveform"].message
+
+
 # --- what cannot run -------------------------------------------------------------------------------------------------
 
 

@@ -152,7 +152,9 @@ def _by_layer(report: ValidationReport) -> str:
         bounds = [check.limits.get(ERROR_FIGURE, np.nan) for check in checks]
         picture = plots.layers(stage, points, [_error(check) for check in checks], bounds, _axis())
         parts.append(f"<h3>{escape(stage)}</h3>\n{_image(picture, f'error by layer of {stage}')}")
-    return "<h2>Error by layer</h2>\n" + "\n".join(parts) if parts else ""
+    if not parts:
+        parts = ['<p class="quiet">Not measured in this run: --trace thinker and --trace talker do.</p>']
+    return "<h2>Error by layer</h2>\n" + "\n".join(parts)
 
 
 def _by_case(report: ValidationReport) -> str:
