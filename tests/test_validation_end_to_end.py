@@ -393,6 +393,9 @@ def test_ids_may_part_only_where_the_reference_is_undecided(got: list[int], prec
     check = ids_check("x", got, [3, 1, 2], scores, (4,), precision)
     assert check.status == status, check.message
     assert bool(check.message) == (status == FAIL)
+    if got == [3, 0, 2]:
+        assert check.figures["first_difference"] == 1
+        assert check.figures["logit_gap"] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_replies_that_prove_nothing() -> None:

@@ -159,6 +159,7 @@ def ids_check(
         theirs, ours = (ids[at] if at < len(ids) else ends for ids in (wanted, got))
         gap = _gap(scores[at], theirs, ours)
         figures |= {"choice_gap": gap, "first_difference": at}
+        figures["logit_gap"] = float(scores[at][theirs]) - float(scores[at][ours])
         figures["tokens of the reference"] = _shown(wanted, at, codec)
         figures["tokens of the bundle"] = _shown(got, at, codec)
         if not gap <= allowed.value:

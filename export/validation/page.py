@@ -50,8 +50,9 @@ audio { width: 100%; height: 2.2rem; }
 @media print {
   body { font-size: 9.5pt; margin: 0; max-width: none; padding: 0; }
   audio, .players { display: none; }
-  figure, .block { break-inside: avoid; } h2, h3 { break-after: avoid; } tr { break-inside: avoid; }
+  figure, .block { break-inside: avoid; } h2, h3, .quiet { break-after: avoid; } tr { break-inside: avoid; }
   thead { display: table-header-group; } table { font-size: 8pt; } td.case { min-width: 9rem; }
+  td code { font-size: 6.8pt; white-space: nowrap; }
 }
 """
 
@@ -255,12 +256,8 @@ def _surroundings(report: ValidationReport) -> str:
     rows: list[tuple[str, ...]] = [(_cell(name, "name"), _cell(value)) for name, value in report.environment.items()]
     rows.append((_cell("checkpoint", "name"), _code(report.fingerprint)))
     hashes = [(_cell(name, "name"), _code(value)) for name, value in report.hashes.items()]
-    return (
-        "<h2>Environment</h2>\n"
-        + _table(("what", "value"), rows)
-        + "\n<h2>Files</h2>\n"
-        + _table(("file", "sha256"), hashes)
-    )
+    tables = {"Environment": _table(("what", "value"), rows), "Files": _table(("file", "sha256"), hashes)}
+    return "\n".join(f'<div class="block"><h2>{title}</h2>\n{table}</div>' for title, table in tables.items())
 
 
 def _grouped(checks: Iterable[Check]) -> dict[str, list[Check]]:

@@ -24,7 +24,7 @@ from omniport.runtime.text import TextCodec
 from ..checkpoint import Checkpoint
 from ..config import quiet_transformers
 from .context import Context
-from .memory import give_back, peak_memory
+from .memory import peak_memory
 from .reference import Reference
 from .turns import TurnsBackend
 from .types import FAIL, NOT_RUN, Check, ValidationReport
@@ -226,7 +226,6 @@ class _Job:
         if self._backend is not None:
             self._backend.close()
             self._backend = None
-        give_back()
 
 
 def _groups(

@@ -72,8 +72,9 @@ class TurnsBackend:
         return cache
 
     def close(self) -> None:
-        """Release every graph."""
+        """Release every graph, and its memory."""
         self._backend.close()
+        give_back()
 
     def _load(self, name: str) -> Graph:
         team = _TEAMS.get(name, name)
