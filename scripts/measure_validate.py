@@ -4,8 +4,9 @@
     python scripts/measure_validate.py FOLDER --sizes tiny --suites quick
     python scripts/measure_validate.py --page
 
-FOLDER keeps the checkpoints (``tiny``, ``small``) and bundles (``tiny-fp16``, ...); what is missing is made. Each run
-is the command itself, in a process of its own. ``empty cache`` computes every reference, ``cached`` finds them there.
+FOLDER keeps the checkpoints (``tiny``, ``small``), bundles (``tiny-fp16``, ...), references and reports; what is missing
+is made. Each run is the command itself, in a process of its own. ``empty cache`` computes every reference, ``cached``
+finds them in FOLDER.
 Runs that were measured before and are not measured now stay in the JSON; ``--page`` only writes the page.
 
 "Largest reference part": the parameters and buffers, in float32, of the largest of the six transformers modules that
@@ -21,7 +22,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,7 +71,7 @@ def measure(folder: Path, size: str, suite: str, precisions: Sequence[str], cach
         cache: folder of references: emptied before a run on an empty cache.
 
     Raises:
-        SystemExit: a run ended with another code than 0 or 1.
+        SystemExit: a run ended with another code than 0 or 1, or nothing is cached.
     """
     for precision in precisions:
         checkpoint, bundle = prepare(folder, size, precision)
@@ -81,6 +81,8 @@ def measure(folder: Path, size: str, suite: str, precisions: Sequence[str], cach
         for state in CACHES[size][precision]:
             if state == "empty cache":
                 shutil.rmtree(cache, ignore_errors=True)
+            elif not cache.exists():
+                sys.exit(f"there is no {cache}: measure {PRECISIONS[0]} first, which fills it")
             sys.stderr.write(f"{size} {precision} {suite}, {state}\n")
             seconds, processor, report = _run(bundle, checkpoint, suite, cache)
             yield {
@@ -104,7 +106,7 @@ def measure(folder: Path, size: str, suite: str, precisions: Sequence[str], cach
 
 def _run(bundle: Path, checkpoint: Path, suite: str, cache: Path) -> tuple[float, float, ValidationReport]:
     """Wall and processor seconds of the command, page and JSON written, and its report."""
-    files = {kind: cache.with_name(f"report.{kind}") for kind in ("json", "html")}
+    files = {kind: bundle.with_name(f"{bundle.name}.report.{kind}") for kind in ("json", "html")}
     command = [str(Path(sys.executable).with_name("omniport")), "validate", str(bundle), str(checkpoint), "--quiet"]
     command += ["--suite", suite, "--json", str(files["json"]), "--html", str(files["html"])]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -265,11 +267,10 @@ def main() -> None:
         return
     for size in options.sizes.split(","):
         for suite in options.suites.split(","):
-            with tempfile.TemporaryDirectory() as scratch:
-                cache = Path(scratch) / "cache"
-                for result in measure(options.folder, size, suite, options.precisions.split(","), cache):
-                    results[_key(result)] = result
-                    _write(results)
+            cache = options.folder / f"{size}-{suite}-references"
+            for result in measure(options.folder, size, suite, options.precisions.split(","), cache):
+                results[_key(result)] = result
+                _write(results)
 
 
 if __name__ == "__main__":
