@@ -4,8 +4,8 @@
     python scripts/measure_validate.py FOLDER --sizes tiny --suites quick
     python scripts/measure_validate.py --page
 
-FOLDER keeps the checkpoints (``tiny``, ``small``), bundles (``tiny-fp16``, ...), references and reports; what is missing
-is made. Each run is the command itself, in a process of its own. ``empty cache`` computes every reference, ``cached``
+FOLDER keeps checkpoints (``tiny``, ``small``), bundles (``tiny-fp16``, ...), references and reports; what is missing is
+made. Each run is the command itself, in a process of its own. ``empty cache`` computes every reference, ``cached``
 finds them in FOLDER.
 Runs that were measured before and are not measured now stay in the JSON; ``--page`` only writes the page.
 
