@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from omniport.export.checkpoint import Checkpoint
 from omniport.export.reference_parts import load_reference, reference_bytes
-from omniport.export.validation import run
+from omniport.export.validation import machine, run
 from omniport.export.validation.memory import give_back, peak_memory
 from omniport.export.validation.turns import TurnsBackend
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Graph
+from omniport.runtime.backends.ort import physical_cores
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import BackendError
 from omniport.runtime.graphs import GRAPH_NAMES
@@ -145,11 +147,19 @@ def test_large_bundles_take_turns(
         seen.append(type(context.backend))
         return iter(())
 
-    monkeypatch.setattr(run, "_ALL_AT_ONCE", limit)
+    monkeypatch.setattr(machine, "_LARGE", limit)
     monkeypatch.setattr("omniport.export.validation.speech_checks.speech_checks", group)
     report, _ = run.validate(tiny_bundle, tiny_checkpoint, graphs=("speech",))
     assert (seen == [TurnsBackend]) == (limit == 0)
     assert report.backend == "ort-cpu"
+    assert report.environment["threads"] == ("1" if limit else str(physical_cores()))
+
+
+def test_the_reference_takes_no_more_threads() -> None:
+    before = torch.get_num_threads()
+    with machine.limited_torch(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
 
 
 # memory of the process

@@ -65,7 +65,7 @@ def _rounded(context: Context, case: Case, wanted: Array) -> Check:
     """FP16 as a GPU computes it: on the CPU, ONNX Runtime leaves out roundings, and with them overflows."""
     case = dataclasses.replace(case, name=f"{case.name}, rounded to FP16 after every operation")
     context.progress(f"{case.graph}: {case.name}")
-    backend = EmulatedBackend(context.bundle, (case.graph,))
+    backend = EmulatedBackend(context.bundle, (case.graph,), context.threads)
     try:
         loaded = load_graph(backend, case.graph)
         return loaded if isinstance(loaded, Check) else _check(context, case, loaded, wanted)
