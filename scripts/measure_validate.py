@@ -140,13 +140,14 @@ def page(results: Sequence[Result]) -> str:
         "# Validation, measured",
         "",
         "Written by `python scripts/measure_validate.py FOLDER`; every figure is in [validate.json](validate.json).",
-        f"Random-weight checkpoints (seed 0), ONNX Runtime's CPU provider, {env['cpu']}, {env['threads']} threads,",
+        f"Random-weight checkpoints (seed 0), ONNX Runtime's CPU provider, {env['cpu']},",
         f"Python {env['python']}, {packages}. Real weights were not run.",
         "",
         "*Largest reference part*: parameters and buffers, in float32, of the largest of the six transformers modules",
         "that validation loads, one at a time. *Peak memory*: the largest resident set of the whole process (VmHWM):",
         "interpreter, torch, ONNX Runtime and mapped files included. *Empty cache*: every reference is computed;",
-        "*cached*: it is kept from an earlier run. Times include the JSON and the HTML page.",
+        "*cached*: it is kept from an earlier run. Times include the JSON and the HTML page; *wall* is longer than the",
+        "processor time where other work ran on the machine.",
         "",
         "```sh",
         "omniport make-checkpoint FOLDER/small --size small",
@@ -166,14 +167,17 @@ def page(results: Sequence[Result]) -> str:
 def _verdicts(results: Sequence[Result]) -> list[str]:
     """What holds and what does not, of what is asked for."""
     failed = [_name(result) for result in results if not result["ok"]]
-    skipped = [_name(result) for result in results if result["not_run"]]
+    skipped: dict[str, list[str]] = {}
+    for result in results:
+        for line in result["not_run"]:
+            skipped.setdefault(line, []).append(_name(result))
     quick = [result["seconds"] for result in results if result["size"] == "tiny" and result["suite"] == "quick"]
     small = [_above(result) for result in results if result["size"] == "small"]
     lines = [
         f"- {len(results) - len(failed)} of {len(results)} runs pass with the limits of their precision"
         + (f"; these fail: {', '.join(failed)}." if failed else ".")
-        + (f" Some checks did not run in: {', '.join(skipped)}." if skipped else " No check was left out.")
     ]
+    lines += [f"- Not run in {', '.join(names)}: {line}." for line, names in skipped.items()]
     if quick:
         lines.append(f"- `--suite quick` on `tiny`: at most {max(quick):.0f} s (asked for: under {QUICK_SECONDS} s).")
     if small:
@@ -196,9 +200,9 @@ def _above(result: Result) -> int:
 def _runs(results: Sequence[Result]) -> list[str]:
     """Time and memory of one checkpoint's runs."""
     parts = results[0]["reference_bytes"]
-    name = max(parts, key=parts.get)
+    name, threads = max(parts, key=parts.get), results[0]["environment"]["threads"]
     lines = [
-        f"Largest reference part: `{name}`, {parts[name] / 2**30:.2f} GiB.",
+        f"Largest reference part: `{name}`, {parts[name] / 2**30:.2f} GiB. Threads: {threads}.",
         "",
         "| suite | precision | references | checks | passes | wall | processor time | peak memory | above the part |",
         "|---|---|---|---|---|---|---|---|---|",
