@@ -12,7 +12,7 @@ from torch import nn
 from .checkpoint import Checkpoint
 from .weights import blocks
 
-__all__ = ["load_reference"]
+__all__ = ["load_reference", "reference_bytes"]
 
 _PARTS: Mapping[str, tuple[str, str, str]] = {
     # graph: (transformers class, path of its configuration, prefix of its weights)
@@ -37,18 +37,9 @@ def load_reference(ckpt: Checkpoint, graph: str) -> nn.Module:
     Raises:
         CheckpointError: a weight of the module is not in the checkpoint.
     """
-    from transformers.initialization import no_init_weights
-    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as reference
-
-    class_name, path, prefix = _PARTS[graph]
-    config = ckpt.config
-    for part in path.split("."):
-        config = getattr(config, part)
-    config._attn_implementation = "sdpa"
-    with torch.no_grad(), no_init_weights():
-        module: nn.Module = getattr(reference, class_name)(config).float().eval()
-        if graph == "thinker":
-            module.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    class_name, _, prefix = _PARTS[graph]
+    module = _without_weights(ckpt, graph)
+    with torch.no_grad():
         for name, parameter in module.named_parameters():
             key = prefix + name
             if name == "lm_head.weight":
@@ -58,6 +49,29 @@ def load_reference(ckpt: Checkpoint, graph: str) -> nn.Module:
                     continue
                 raise CheckpointError(f"{ckpt.name} has no {key!r}, which {class_name} needs")
             _fill(parameter, ckpt, key)
+    return module
+
+
+def reference_bytes(ckpt: Checkpoint, graph: str) -> int:
+    """Size of what `load_reference` holds: the module's parameters and buffers in float32. No weight is read."""
+    module = _without_weights(ckpt, graph)
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _without_weights(ckpt: Checkpoint, graph: str) -> nn.Module:
+    """The module as its class makes it, its parameters not yet written: memory that nothing has touched is not used."""
+    from transformers.initialization import no_init_weights
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as reference
+
+    class_name, path, _ = _PARTS[graph]
+    config = ckpt.config
+    for part in path.split("."):
+        config = getattr(config, part)
+    config._attn_implementation = "sdpa"
+    with torch.no_grad(), no_init_weights():
+        module: nn.Module = getattr(reference, class_name)(config).float().eval()
+        if graph == "thinker":
+            module.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     return module
 
 

@@ -285,6 +285,7 @@ def test_a_page_of_nothing_does_not_claim_success() -> None:
     text = page.render(make([Check(stage="dit", name="all", status=NOT_RUN, message="no GPU")]), {})
     assert "proves nothing" in text
     assert "checks hold" not in text
+    assert "Not measured in this run: --trace thinker" in text
 
 
 def test_the_same_report_gives_the_same_page() -> None:

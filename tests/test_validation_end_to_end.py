@@ -18,7 +18,7 @@ from omniport.export.validation import end_to_end_checks as checks_module
 from omniport.export.validation.context import Context
 from omniport.export.validation.conversations import read_conversations, standard_conversations
 from omniport.export.validation.end_to_end_checks import end_to_end_checks
-from omniport.export.validation.forced_checks import ids_check
+from omniport.export.validation.forced_checks import decisions_check, ids_check
 from omniport.export.validation.preprocess_checks import equal_check, position_checks, preprocess_checks
 from omniport.export.validation.reference import Reference
 from omniport.export.validation.reference_inputs import Processor
@@ -394,3 +394,19 @@ def test_ids_may_part_only_where_the_reference_is_undecided(got: list[int], prec
     check = ids_check("x", got, [3, 1, 2], scores, (4,), precision)
     assert check.status == status, check.message
     assert bool(check.message) == (status == FAIL)
+    if got == [3, 0, 2]:
+        assert check.figures["first_difference"] == 1
+        assert check.figures["logit_gap"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_replies_that_prove_nothing() -> None:
+    scores = np.asarray([[0, 9.0]], np.float32)
+    check = ids_check("x", [], [], scores, (1,), "float32")
+    assert (check.status, check.message) == (NOT_RUN, "the reference's reply is empty: there is nothing to compare")
+    assert ids_check("x", [0], [], scores, (1,), "float32").status == FAIL
+    silent = ids_check("x", [0], [0], np.zeros((2, 2), np.float32), (1,), "float32")
+    assert silent.status == FAIL
+    assert "silent" in silent.message
+    assert decisions_check("x", {"token": ([], []), "codec": ([], [])}).status == NOT_RUN
+    assert decisions_check("x", {"token": ([3], [3]), "codec": ([], [])}).status == PASS
+    assert decisions_check("x", {"token": ([3], [3]), "codec": ([4], [])}).status == FAIL

@@ -17,7 +17,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from omniport.export.checkpoint import Checkpoint
-from omniport.export.exporter import export_checkpoint
 from omniport.export.validation import decode_checks as decode_module
 from omniport.export.validation.context import Context
 from omniport.export.validation.decode_checks import decode_checks
@@ -186,21 +185,11 @@ def test_real_inputs_are_signals() -> None:
 # half precision
 
 
-@pytest.fixture(scope="module")
-def half_bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The thinker and the audio encoder in FP16 and BF16."""
-    found = {}
-    for precision in ("fp16", "bf16"):
-        found[precision] = tmp_path_factory.mktemp("half") / precision
-        export_checkpoint(tiny_checkpoint, found[precision], precision=precision, graphs=HALF_GRAPHS, max_context=4096)
-    return found
-
-
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_passes(
-    precision: str, half_bundles: dict[str, Path], tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
+    precision: str, tiny_half_bundles: dict[str, Path], tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    context = context_of(half_bundles[precision], tiny_checkpoint)
+    context = context_of(tiny_half_bundles[precision], tiny_checkpoint, HALF_GRAPHS)
     checks = [*graph_checks(context), *decode_checks(context)]
     trace = list(trace_layers(context))
     assert_all_pass(checks)
@@ -214,13 +203,13 @@ def test_half_precision_passes(
     assert COPIED not in capfd.readouterr().err
 
 
-def test_emulation_is_bfloat16(half_bundles: dict[str, Path], tiny_bundle: Path) -> None:
+def test_emulation_is_bfloat16(tiny_half_bundles: dict[str, Path], tiny_bundle: Path) -> None:
     """States and cache hold BF16 values only; the float32 graph's are others; emulated graphs are named."""
-    opened = Bundle.open(half_bundles["bf16"])
+    opened = Bundle.open(tiny_half_bundles["bf16"])
     with pytest.raises(BackendError, match="bfloat16"):
         open_backend("ort-cpu", opened)
     emulated = EmulatedBackend(opened, threads=1)
-    assert set(emulated.emulated) == set(HALF_GRAPHS)
+    assert set(emulated.emulated) == set(GRAPH_NAMES) - {"dit", "bigvgan"}
     rng = np.random.default_rng(0)
     width = opened.manifest.thinker.embedding_size
     feeds: dict[str, NDArray[Any]] = {
@@ -284,14 +273,14 @@ def test_emulation_rounds_every_operator(kind: str, numpy_type: Any) -> None:
     np.testing.assert_array_equal(half(got), got)
 
 
-def test_fp16_overflow_is_found(half_bundles: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_fp16_overflow_is_found(tiny_half_bundles: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
     """One layer's up projection is scaled until its product overflows, its down projection scaled back."""
 
     def overflow(graph: onnx.GraphProto, folder: Path) -> None:
         edit_weight(graph, folder, "model.layers.1.mlp.up_proj.weight", lambda w: w * np.float16(2.0**15))
         edit_weight(graph, folder, "model.layers.1.mlp.down_proj.weight", lambda w: w * np.float16(2.0**-10))
 
-    bundle = planted(half_bundles["fp16"], tmp_path / "bundle", "thinker", overflow)
+    bundle = planted(tiny_half_bundles["fp16"], tmp_path / "bundle", "thinker", overflow)
     found = failed(list(graph_checks(context_of(bundle, tiny_checkpoint, ("thinker",)))))
     assert "thinker: multimodal prompt, logits, rounded to FP16 after every operation" in found
 
@@ -445,6 +434,16 @@ def test_a_silent_or_constant_reference_fails(
         assert check.status == FAIL
         assert check.figures["max_abs"] == 0
         assert ("silent" if level == 0 else "constant") in check.message
+
+
+def test_a_saturated_reference_fails() -> None:
+    """A clipped square wave has energy and varies, and so has the same square wave from a broken vocoder."""
+    square = np.sign(np.sin(np.arange(480) / 9 + 0.5)).astype(np.float32)
+    check = array_check("bigvgan", "square", square, square, "float32")
+    assert check.status == FAIL
+    assert "100% of the reference is at its largest value" in check.message
+    soft = np.clip(1.2 * np.sin(np.arange(480) / 9), -1, 1).astype(np.float32)
+    assert array_check("bigvgan", "soft", soft, soft, "float32").status == PASS
 
 
 def test_a_silent_graph_fails(tiny_bundle: Path, tiny_checkpoint: Path) -> None:

@@ -24,6 +24,7 @@ class Context:
         suite: ``quick`` or ``full``.
         graphs: names of the graphs to check (those that the bundle holds, less what ``--graphs`` left out).
         precision: graph -> dtype of its weights.
+        threads: of one operator, for graphs that are loaded besides the backend's; all physical cores if None.
         artifacts: name -> array kept for the report (waveforms float32 [n], mels float32 [80, T], ...).
         progress: called with a line that says what is being checked, before it is.
     """
@@ -37,6 +38,7 @@ class Context:
     precision: dict[str, str]
     progress: Callable[[str], None]
     artifacts: dict[str, NDArray[Any]] = field(default_factory=dict)
+    threads: int | None = None
 
     @property
     def full(self) -> bool:

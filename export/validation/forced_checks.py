@@ -20,12 +20,13 @@ from omniport.runtime.token2wav import NoiseStream, Token2Wav
 
 from .context import Context
 from .graph_checks import array_check
+from .metrics import MIN_ENERGY, Figures, energy
 from .replay import RecordingBackend
 from .speech_blame import blame_mel
 from .speech_verdict import Verdict
 from .staged import Floats, StagedReply
 from .tolerances import limit
-from .types import FAIL, PASS, Check
+from .types import FAIL, NOT_RUN, PASS, Check
 
 __all__ = ["coarsest", "decisions_check", "ids_check", "speech_parts", "talker_check", "thinker_checks"]
 
@@ -113,6 +114,9 @@ def decisions_check(name: str, pairs: Mapping[str, tuple[list[int], list[int]]])
             faults.append(
                 f"{kind} ids differ from number {at} on: {got[at : at + 4]}, the reference {wanted[at : at + 4]}"
             )
+    if not any(ids for pair in pairs.values() for ids in pair):
+        message = "the reference's reply is empty: there is nothing to compare"
+        return Check(stage="end_to_end", name=name, status=NOT_RUN, message=message)
     status = FAIL if faults else PASS
     return Check(stage="end_to_end", name=name, status=status, figures={**figures}, message="; ".join(faults))
 
@@ -139,18 +143,23 @@ def ids_check(
         codec: to show the ids as text.
     """
     at, allowed = _parting(got, wanted), limit("choice.gap", precision)
-    figures: dict[str, float | int | bool | str | None] = {
+    level = energy(scores[np.isfinite(scores)])
+    figures: Figures = {
+        "energy": level,
         "count": len(wanted),
         "equal": at,
         "distinct": len(set(wanted)),
         "choice_gap": 0.0,
     }
-    message = ""
-    if got != wanted and at < len(scores):
+    message, status = "", PASS
+    if not got and not wanted:
+        message, status = "the reference's reply is empty: there is nothing to compare", NOT_RUN
+    elif got != wanted and at < len(scores):
         ends = max(stop, key=lambda token: float(scores[at][token]))
         theirs, ours = (ids[at] if at < len(ids) else ends for ids in (wanted, got))
         gap = _gap(scores[at], theirs, ours)
         figures |= {"choice_gap": gap, "first_difference": at}
+        figures["logit_gap"] = float(scores[at][theirs]) - float(scores[at][ours])
         figures["tokens of the reference"] = _shown(wanted, at, codec)
         figures["tokens of the bundle"] = _shown(got, at, codec)
         if not gap <= allowed.value:
@@ -160,10 +169,12 @@ def ids_check(
             )
     elif got != wanted:
         message = f"{len(got)} ids; the reference ends after {len(wanted)}"
+    if not level > MIN_ENERGY:
+        message, status = f"the reference's logits are silent (RMS {level:.1e}), so they prove nothing", FAIL
     return Check(
         stage="end_to_end",
         name=name,
-        status=FAIL if message else PASS,
+        status=FAIL if message and status == PASS else status,
         figures=figures,
         limits={"choice_gap": allowed.value},
         reasons={"choice_gap": allowed.reason},

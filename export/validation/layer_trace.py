@@ -116,7 +116,8 @@ def _states(context: Context, name: str, embeds: Array, positions: NDArray[np.in
     path = context.bundle.path(spec.file)
     model, spec = load_copy(path, spec, emulate=is_bfloat16(spec))
     places = _add_outputs(model)
-    graph = open_graph(model, _with_outputs(spec, places), path.parent, physical_cores())
+    threads = physical_cores() if context.threads is None else context.threads
+    graph = open_graph(model, _with_outputs(spec, places), path.parent, threads)
     feeds: dict[str, NDArray[Any]] = {
         "inputs_embeds": embeds,
         "position_ids": positions,

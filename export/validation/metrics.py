@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MIN_ENERGY", "compare", "energy", "logit_figures"]
+__all__ = ["MAX_SATURATED", "MIN_ENERGY", "compare", "energy", "logit_figures", "saturation"]
 
 #: below this root mean square a reference proves nothing
 MIN_ENERGY = 1e-3
+#: above this share of values at its largest magnitude a reference proves nothing: it is clipped
+MAX_SATURATED = 0.5
 
 Figures = dict[str, float | int | bool | str | None]
 
@@ -20,8 +22,14 @@ def energy(array: NDArray[Any]) -> float:
     return float(np.sqrt(np.mean(np.square(array, dtype=np.float64)))) if array.size else 0.0
 
 
+def saturation(array: NDArray[Any]) -> float:
+    """Share of values whose magnitude is the largest: near 0 for a signal, near 1 for one that is clipped."""
+    magnitude = np.abs(array)
+    return float(np.mean(magnitude == magnitude.max())) if array.size else 0.0
+
+
 def compare(got: NDArray[Any], wanted: NDArray[Any]) -> Figures:
-    """max_abs, rel_rms, cosine, sqnr_db, finite, energy (of the reference), varies (the reference is not constant).
+    """max_abs, rel_rms, cosine, sqnr_db, finite; of the reference: energy, varies (is not constant), saturation.
 
     Raises:
         ValueError: the shapes differ.
@@ -44,6 +52,7 @@ def compare(got: NDArray[Any], wanted: NDArray[Any]) -> Figures:
         "finite": finite,
         "energy": energy(b),
         "varies": bool(b.size > 1 and float(b.std()) > 1e-6),
+        "saturation": saturation(wanted),
     }
 
 

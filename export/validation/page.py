@@ -50,8 +50,9 @@ audio { width: 100%; height: 2.2rem; }
 @media print {
   body { font-size: 9.5pt; margin: 0; max-width: none; padding: 0; }
   audio, .players { display: none; }
-  figure, .block { break-inside: avoid; } h2, h3 { break-after: avoid; } tr { break-inside: avoid; }
+  figure, .block { break-inside: avoid; } h2, h3, .quiet { break-after: avoid; } tr { break-inside: avoid; }
   thead { display: table-header-group; } table { font-size: 8pt; } td.case { min-width: 9rem; }
+  td code { font-size: 6.8pt; white-space: nowrap; }
 }
 """
 
@@ -152,7 +153,9 @@ def _by_layer(report: ValidationReport) -> str:
         bounds = [check.limits.get(ERROR_FIGURE, np.nan) for check in checks]
         picture = plots.layers(stage, points, [_error(check) for check in checks], bounds, _axis())
         parts.append(f"<h3>{escape(stage)}</h3>\n{_image(picture, f'error by layer of {stage}')}")
-    return "<h2>Error by layer</h2>\n" + "\n".join(parts) if parts else ""
+    if not parts:
+        parts = ['<p class="quiet">Not measured in this run: --trace thinker and --trace talker do.</p>']
+    return "<h2>Error by layer</h2>\n" + "\n".join(parts)
 
 
 def _by_case(report: ValidationReport) -> str:
@@ -224,7 +227,9 @@ def _all_checks(report: ValidationReport) -> str:
         figures = "; ".join(
             _figure_line(check, key) if key in check.limits else f"{key} {figure_text(value)}"
             for key, value in check.figures.items()
-            if value is not True and not (isinstance(value, str) and len(value) > 40)  # yes is what is expected
+            if value is not True  # as expected
+            and not key.endswith("saturation")  # a check fails if it is not near 0
+            and not (isinstance(value, str) and len(value) > 40)
         )
         rows.append((_cell(check.stage, "name"), _cell(check.name, "case"), _status(check.status), _cell(figures)))
     return "<h2>Every check</h2>\n" + _table(("stage", "check", "", "figures"), rows)
@@ -251,12 +256,8 @@ def _surroundings(report: ValidationReport) -> str:
     rows: list[tuple[str, ...]] = [(_cell(name, "name"), _cell(value)) for name, value in report.environment.items()]
     rows.append((_cell("checkpoint", "name"), _code(report.fingerprint)))
     hashes = [(_cell(name, "name"), _code(value)) for name, value in report.hashes.items()]
-    return (
-        "<h2>Environment</h2>\n"
-        + _table(("what", "value"), rows)
-        + "\n<h2>Files</h2>\n"
-        + _table(("file", "sha256"), hashes)
-    )
+    tables = {"Environment": _table(("what", "value"), rows), "Files": _table(("file", "sha256"), hashes)}
+    return "\n".join(f'<div class="block"><h2>{title}</h2>\n{table}</div>' for title, table in tables.items())
 
 
 def _grouped(checks: Iterable[Check]) -> dict[str, list[Check]]:

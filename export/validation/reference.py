@@ -7,7 +7,6 @@ backend or precision does not pay for it again. It is stored as .npz under the c
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import importlib.metadata
 import os
@@ -26,6 +25,7 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..parity import load_reference
 from ..trace import cache_folder
+from .memory import give_back
 
 __all__ = ["Reference", "array_key"]
 
@@ -60,8 +60,9 @@ class Reference:
 
     def release(self) -> None:
         """Drop the part that is loaded."""
-        self._module, self._name = None, ""
-        gc.collect()
+        if self._module is not None:
+            self._module, self._name = None, ""
+            give_back()
 
     def result(self, graph: str, case: str, run: Callable[[nn.Module], Mapping[str, torch.Tensor]]) -> Arrays:
         """Named float32 or int64 arrays that ``run`` computes with the part, from the cache if they are there.

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
-import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +22,10 @@ from omniport.runtime.text import TextCodec
 from ..checkpoint import Checkpoint
 from ..config import quiet_transformers
 from .context import Context
+from .machine import environment, is_large, limited_torch, usable_threads
+from .memory import peak_memory
 from .reference import Reference
+from .turns import TurnsBackend
 from .types import FAIL, NOT_RUN, Check, ValidationReport
 
 __all__ = ["GROUP_NAMES", "SUITES", "Artifacts", "Progress", "validate"]
@@ -109,7 +108,7 @@ def validate(
     _require_same_source(opened, bundle, ckpt, checkpoint)
     _require_inputs(opened, data, asr)
     job = _Job(opened, ckpt, backend, suite, report_progress)
-    with quiet_transformers():
+    with quiet_transformers(), limited_torch(job.threads):
         job.run(_groups(graphs, data, trace, asr))
     manifest = opened.manifest
     report = ValidationReport(
@@ -122,10 +121,10 @@ def validate(
         emulated=sorted(job.emulated, key=GRAPH_NAMES.index),
         suite=suite,
         checks=job.checks,
-        environment=_environment(),
+        environment=environment(job.threads),
         hashes={f: manifest.files[f].sha256 for g in manifest.graphs.values() for f in (g.file, *g.data)},
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_memory(),
     )
     return report, job.artifacts
 
@@ -136,6 +135,7 @@ class _Job:
     def __init__(self, bundle: Bundle, checkpoint: Checkpoint, backend: str, suite: str, progress: Progress) -> None:
         self.bundle, self.checkpoint, self.suite = bundle, checkpoint, suite
         self.backend_name = backend
+        self.threads = usable_threads(bundle)
         self.checks: list[Check] = []
         self.artifacts: Artifacts = {}
         self.emulated: set[str] = set()
@@ -174,6 +174,7 @@ class _Job:
             precision={name: spec.precision for name, spec in self.bundle.manifest.graphs.items()},
             progress=lambda line: self._progress(line, index, total),
             artifacts=self.artifacts,
+            threads=self.threads,
         )
         checks: list[Check] = []
         try:
@@ -195,6 +196,14 @@ class _Job:
         return self._backend
 
     def _new_backend(self) -> Backend:
+        backend = self._open_whole()
+        if backend.name != "ort-cpu" or not is_large(self.bundle):
+            return backend
+        backend.close()
+        return TurnsBackend(self._open_whole)
+
+    def _open_whole(self) -> Backend:
+        """The backend asked for, with emulation copies where this machine cannot run the graphs as they are."""
         brain = {name for name, spec in self.bundle.manifest.graphs.items() if spec.precision == "bfloat16"}
         name = self.backend_name
         if brain and name == "auto":
@@ -204,10 +213,10 @@ class _Job:
         if brain and name == "ort-cpu":
             from .emulate import EmulatedBackend
 
-            emulated = EmulatedBackend(self.bundle)
+            emulated = EmulatedBackend(self.bundle, threads=self.threads)
             self.emulated |= set(emulated.emulated)
             return emulated
-        return open_backend(name, self.bundle)
+        return open_backend(name, self.bundle, threads=self.threads)
 
     def _release(self) -> None:
         self._reference.release()
@@ -318,32 +327,3 @@ def _require_inputs(opened: Bundle, data: str | os.PathLike[str] | None, asr: st
         from .speech_asr import parse_command
 
         parse_command(asr)
-
-
-def _environment() -> dict[str, str]:
-    """Versions and machine: what a figure may depend on."""
-    from omniport.runtime.backends.ort import physical_cores
-
-    found = {"python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu_name()}
-    found["threads"] = str(physical_cores())
-    for package in ("omniport", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .metrics import MIN_ENERGY, compare, energy
+from .metrics import MAX_SATURATED, MIN_ENERGY, compare, energy, saturation
 from .speech_metrics import sound_figures
 from .speech_runs import SpeechRun
 from .tolerances import limit
@@ -34,10 +34,12 @@ class Verdict:
         self.faults.append(message)
 
     def require_energy(self, array: NDArray[Any], what: str) -> None:
-        """A comparison with silence, or with something constant, proves nothing."""
+        """A comparison with silence, with something constant or clipped, proves nothing."""
         level = energy(array)
         if not np.isfinite(level) or level <= MIN_ENERGY or float(array.std()) <= 1e-6:
             self.fault(f"{what} has an RMS of {level:.2g} and proves nothing; more than {MIN_ENERGY:g} was expected")
+        elif saturation(array) > MAX_SATURATED:
+            self.fault(f"{saturation(array):.0%} of {what} is at its largest value, which proves nothing")
 
     def hold(self, figure: str, row: str) -> None:
         """Compare a figure with its row of the table."""
