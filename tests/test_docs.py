@@ -11,14 +11,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from omniport.cli.main import app
-from omniport.runtime import graphs, manifest
+from omniport.runtime import engines, graphs, manifest
 from samples import make_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/bundle.md", "docs/design.md", "docs/cli.md")
 STRUCTS = [
     struct
-    for module in (manifest, graphs)
+    for module in (manifest, graphs, engines)
     for struct in (getattr(module, name) for name in module.__all__)
     if isinstance(struct, type) and issubclass(struct, msgspec.Struct)
 ]
