@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from .common import JsonFlag, print_json, print_table, size_text
+from .common import JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
     from omniport.export.targets import Target
@@ -62,7 +62,7 @@ def _row(target: Target) -> tuple[str, ...]:
     rate = "?" if target.bandwidth is None else f"{target.bandwidth / 1e9:.0f}"
     if target.measured_bandwidth is not None:
         rate += f" ({target.measured_bandwidth / 1e9:.0f} measured)"
-    memory = size_text(target.memory_bytes) + (" unified" if target.unified else "")
+    memory = f"{target.memory_bytes / (1 << 30):.0f} GiB" + (" unified" if target.unified else "")
     releases = ", ".join(f"{r.tensorrt} (JetPack {r.version})" for r in target.jetpacks)
     where = "anywhere, tensorrt-rtx" if target.built_anywhere else "on the device"
     precisions = " ".join(target.precisions)

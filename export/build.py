@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,6 @@ __all__ = ["BuildReport", "GraphBuild", "build_bundle", "builder_version", "choo
 
 #: source files that an engine depends on
 _CODE = ("engine.py", "network.py", "onnx_file.py", "profiles.py", "trt_api.py")
-_TIMINGS = "~/.cache/omniport/timings"
 
 
 @dataclass(frozen=True)
@@ -279,8 +279,15 @@ def _own_capability() -> str | None:
         return None
 
 
-def _timings(api: Api, target: Target) -> Path:
+def _timings(api: Api, target: Target) -> Path | None:
     """The kernel timings kept for a target: they depend on the builder's version and on the GPU."""
-    folder = Path(_TIMINGS).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    named = os.environ.get("OMNIPORT_CACHE")  # as for traced graphs; empty switches the cache off
+    if named == "":
+        return None
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(named or Path(base) / "omniport") / "timings"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a cache that cannot be written is no reason to fail
+        return None
     return folder / f"{api.builder}-{api.version}-{target.sm}-{target.name}.cache"
