@@ -77,9 +77,9 @@ def command(
     boards and Hopper build for themselves. Exits with 1 when --check finds that something does not fit.
     """
     wanted = graph_list(graphs)
-    from omniport.export.profiles import Limits
+    from omniport.export import profiles
 
-    limits = Limits(max_context=max_context, max_units=max_pixels // (28 * 28))
+    limits = profiles.Limits(max_context=max_context, max_units=max_pixels // (28 * 28))
     asked = precision.value if precision is not None else None
     if check:
         _check(bundle, target, asked, wanted, limits, json, quiet)
@@ -120,7 +120,7 @@ def _check(
     target: str,
     precision: str | None,
     graphs: tuple[str, ...] | None,
-    limits: Any,
+    limits: Limits,
     json: bool,
     quiet: bool,
 ) -> None:

@@ -136,10 +136,12 @@ class Engine:
     """An engine that belongs to the bundle as it is now.
 
     Attributes:
+        bundle: the bundle's folder.
         name: path relative to the bundle, as listed.
         path: absolute; inside the bundle, of the listed size. `verify_engine` compares its hash.
     """
 
+    bundle: Path
     name: str
     path: Path
     record: EngineRecord
@@ -246,11 +248,13 @@ def verify_engine(engine: Engine, advance: Callable[[int], None] | None = None) 
     Raises:
         BundleError: it is not the file that was built.
     """
+    record = engine.record
     found = sha256_of(engine.path, advance)
-    if found != engine.record.engine.sha256.lower():
+    if found != record.engine.sha256.lower():
         raise BundleError(
-            f"{engine.path} has sha256 {found}; {ENGINES_FILE} lists {engine.record.engine.sha256}. The engine was "
-            f"changed or damaged and is not loaded. {_MEND}"
+            f"{engine.path} has sha256 {found}; {ENGINES_FILE} lists {record.engine.sha256}. The engine was changed or "
+            f"damaged and is not loaded. Build it again: "
+            f"{build_line(engine.bundle, record.target, record.builder, (record.graph,))} --force"
         )
 
 
@@ -275,7 +279,7 @@ def _open(bundle: Bundle, name: str, listed: ListedEngine) -> Engine:
             f"{name} in {root} was built from another {record.graph} than {MANIFEST_FILE} lists: the graph was "
             f"exported again since. {_MEND}"
         )
-    return Engine(name, path, record)
+    return Engine(root, name, path, record)
 
 
 def _listing_problems(name: str, listed: ListedEngine) -> Iterator[str]:
