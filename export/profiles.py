@@ -51,6 +51,11 @@ def graph_dims(spec: GraphSpec, limits: Limits) -> dict[str, DimRange]:
         dims["capacity"] = DimRange(limits.max_context, limits.max_context, limits.max_context)
     if "live" in dims and "capacity" in dims:
         dims["live"] = _capped(dims["live"], dims["capacity"].max)
+    if "past" in dims:  # a cache that grows: what was there and what is new add up at every end of the range
+        if limits.max_context is not None:
+            dims["past"] = _capped(dims["past"], limits.max_context - 1)
+        live = dims["live"]
+        dims["live"] = DimRange(live.min, live.opt, dims["past"].max + dims["new_tokens"].max)
     if "units" in dims:
         units = dims["units"] = _capped(dims["units"], limits.max_units)
         # a window covers 4 x 4 units; the longest strip of units fills its windows to a quarter

@@ -1,9 +1,9 @@
 """TensorRT and TensorRT-RTX behind one face: the only place that knows in what they differ.
 
 Both have the same Python API under two module names, and both have changed it: parts came (weights given by address in
-10.13, attention in 10.14, the KV cache in 10.15), parts went (weak typing, and the flag that asks for strong typing, in
-11). What a package can do is read off its attributes, not off its version, so that a release nobody has seen yet is
-taken for what it is. tests/data/trt_attributes.json holds recorded attribute sets.
+10.13, attention in 10.14, the KV cache in 10.15), parts went (weak typing in 11). What a package can do is read off its
+attributes rather than its version, so that a release nobody has seen yet is taken for what it is.
+tests/data/trt_attributes.json holds recorded attribute sets.
 """
 
 from __future__ import annotations
@@ -89,15 +89,19 @@ class Features:
     progress: bool
 
 
-def features_of(builder: str, attributes: Attributes) -> Features:
-    """Read the features off the attributes of a package's classes (a class that is missing has none)."""
+def features_of(builder: str, version: str, attributes: Attributes) -> Features:
+    """Read the features off the attributes of a package's classes (a class that is missing has none).
+
+    The version is asked once: TensorRT 11 keeps the flag for strong typing, ignores it and warns of it.
+    """
     have = {name: frozenset(names) for name, names in attributes.items()}
 
     def has(kind: str, *names: str) -> bool:
         return set(names) <= have.get(kind, frozenset())
 
     return Features(
-        strong_typing_flag=has("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),
+        strong_typing_flag=has("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
+        and not (builder == "tensorrt" and version_numbers(version) >= (11,)),
         explicit_capability=has("IBuilderConfig", "num_compute_capabilities", "set_compute_capability"),
         mapped_weights=has("OnnxParser", "load_model_proto", "load_initializer", "parse_model_proto"),
         streamed_engine=has("Builder", "build_serialized_network_to_stream") and has("IStreamWriter", "write"),
@@ -210,7 +214,7 @@ class Api:
         self.builder = builder
         self.module = module
         self.version = str(module.__version__)
-        self.features = features_of(builder, attributes_of(module))
+        self.features = features_of(builder, self.version, attributes_of(module))
         if builder not in self._loggers:
             self._loggers[builder] = _make_logger(module)
         self.logger = self._loggers[builder]
@@ -308,7 +312,7 @@ def _make_writer(module: Any, write: Callable[[Any], int]) -> Any:
             module.IStreamWriter.__init__(self)
             self.error: BaseException | None = None
 
-        def write(self, data: Any) -> int:
+        def write(self, data: Any, *_: Any) -> int:
             try:
                 return write(data)
             except BaseException as error:  # noqa: BLE001 - must not fly through C++; the caller raises it

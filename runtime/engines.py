@@ -314,10 +314,10 @@ def _record_problems(name: str, record: EngineRecord, listed: ListedEngine, mani
 
 def _profile_problems(profile: Profile) -> Iterator[str]:
     for dim, span in profile.dims.items():
-        if not 1 <= span.min <= span.opt <= span.max:
+        if not 0 <= span.min <= span.opt <= span.max:
             yield f"dimension {dim!r} of profile {profile.name!r} ranges over {span.min}, {span.opt}, {span.max}"
     for name, shapes in profile.inputs.items():
-        ordered = all(1 <= a <= b <= c for a, b, c in zip(shapes.min, shapes.opt, shapes.max, strict=False))
+        ordered = all(0 <= a <= b <= c for a, b, c in zip(shapes.min, shapes.opt, shapes.max, strict=False))
         if not ordered or not len(shapes.min) == len(shapes.opt) == len(shapes.max):
             yield f"input {name!r} of profile {profile.name!r} has shapes that do not ascend"
 

@@ -58,3 +58,14 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
     from omniport.export.exporter import export_checkpoint
 
     return _once("tiny-bundle", lambda out: export_checkpoint(tiny_checkpoint, out, max_context=4096))
+
+
+@pytest.fixture(scope="session")
+def tiny_half_bundles(tiny_checkpoint: Path) -> dict[str, Path]:
+    """``tiny_checkpoint`` exported in fp16 and bf16. Read only: tests that change files copy them first."""
+    from omniport.export.exporter import export_checkpoint
+
+    def make(precision: str) -> Callable[[Path], object]:
+        return lambda out: export_checkpoint(tiny_checkpoint, out, precision=precision, max_context=4096)
+
+    return {precision: _once(f"tiny-{precision}", make(precision)) for precision in ("fp16", "bf16")}
