@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from omniport.export.build import BuildReport
     from omniport.export.build_check import CheckReport
     from omniport.export.profiles import Limits
+    from omniport.export.targets import Target
+    from omniport.runtime.bundle import Bundle
     from omniport.runtime.engines import EngineRecord
 
 __all__ = ["EXAMPLE", "NAME", "Builder", "BundlePrecision", "check_dict", "command", "report_dict"]
@@ -62,8 +64,8 @@ def command(
         int | None, typer.Option(metavar="N", min=64, help="KV cache capacity in tokens; the bundle's by default.")
     ] = None,
     max_pixels: Annotated[
-        int, typer.Option(metavar="N", min=28 * 28, help="Largest image that the vision engine takes.")
-    ] = 4096 * 28 * 28,
+        int, typer.Option(metavar="N", min=1, help="Largest image that the vision engine takes.")
+    ] = 3_211_264,
     check: Annotated[
         bool, typer.Option("--check", help="Build nothing: prove what can be proven here about the target.")
     ] = False,
@@ -77,21 +79,22 @@ def command(
     boards and Hopper build for themselves. Exits with 1 when --check finds that something does not fit.
     """
     wanted = graph_list(graphs)
-    from omniport.export import profiles
-
-    limits = profiles.Limits(max_context=max_context, max_units=max_pixels // (28 * 28))
-    asked = precision.value if precision is not None else None
-    if check:
-        _check(bundle, target, asked, wanted, limits, json, quiet)
-        return
-    from omniport.export.build import build_bundle
+    from omniport.export.profiles import limits_of
     from omniport.export.targets import find_target
     from omniport.runtime.bundle import Bundle
 
+    opened, machine = Bundle.open(bundle), find_target(target)
+    limits = limits_of(opened.manifest, max_context, max_pixels)
+    asked = precision.value if precision is not None else None
+    if check:
+        _check(opened, machine, asked, wanted, limits, json, quiet)
+        return
+    from omniport.export.build import build_bundle
+
     with progress_bar(quiet or json) as progress:
         report = build_bundle(
-            Bundle.open(bundle),
-            find_target(target),
+            opened,
+            machine,
             builder=builder.value,
             precision=asked,
             graphs=wanted,
@@ -116,8 +119,8 @@ def command(
 
 
 def _check(
-    bundle: Path,
-    target: str,
+    bundle: Bundle,
+    target: Target,
     precision: str | None,
     graphs: tuple[str, ...] | None,
     limits: Limits,
@@ -125,13 +128,11 @@ def _check(
     quiet: bool,
 ) -> None:
     from omniport.export.build_check import check_bundle
-    from omniport.export.targets import find_target
-    from omniport.runtime.bundle import Bundle
 
     with progress_bar(quiet or json) as progress:
         report = check_bundle(
-            Bundle.open(bundle),
-            find_target(target),
+            bundle,
+            target,
             precision=precision,
             graphs=graphs,
             limits=limits,

@@ -13,8 +13,9 @@ import msgspec
 from omniport.runtime.engines import Profile, ShapeRange
 from omniport.runtime.errors import UsageError
 from omniport.runtime.graphs import DimRange, GraphSpec, TensorSpec
+from omniport.runtime.manifest import Manifest
 
-__all__ = ["Limits", "fixed_dims", "graph_dims", "make_profiles", "shape_of"]
+__all__ = ["Limits", "fixed_dims", "graph_dims", "limits_of", "make_profiles", "shape_of"]
 
 _End = Literal["min", "opt", "max"]
 
@@ -27,11 +28,23 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         max_context: capacity of the KV cache in tokens; the bundle's by default.
-        max_units: largest image in embeddings of 28 x 28 pixels; 4,096 (3.2 megapixels) at most by default.
+        max_units: embeddings of the largest image; 4,096 are 3.2 megapixels in squares of 28 pixels.
     """
 
     max_context: int | None = None
     max_units: int = 4096
+
+
+def limits_of(manifest: Manifest, max_context: int | None, max_pixels: int) -> Limits:
+    """Limits with the image's size in pixels.
+
+    Raises:
+        UsageError: not one embedding's worth of pixels.
+    """
+    square = (manifest.vision.patch_size * manifest.vision.merge_size) ** 2
+    if max_pixels < square:
+        raise UsageError(f"--max-pixels {max_pixels}: at least {square} was expected, the pixels of one embedding")
+    return Limits(max_context=max_context, max_units=max_pixels // square)
 
 
 def graph_dims(spec: GraphSpec, limits: Limits) -> dict[str, DimRange]:

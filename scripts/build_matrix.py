@@ -92,8 +92,8 @@ def render(document: dict[str, Any]) -> str:
         f"{document['builder']}, on {document['machine']}.",
         "",
         f"{len(rows)} engines. An engine is at most 1.1 times its weights and {CONSTANT_BYTES / 1e6:.0f} MB: "
-        f"{sum(map(within, rows))} of {len(rows)}. Peak memory is resident memory of the building process above what it",
-        "held before parsing, over the weights; *anonymous* is the part that the kernel cannot drop and read again.",
+        f"{sum(map(within, rows))} of {len(rows)}. Peak memory is resident memory of the building process above what",
+        "it held before parsing, over the weights; *anonymous* is the part that the kernel cannot drop and read again.",
         "Layers are those of the parsed network.",
         "",
         "| precision | GPU | graph | weights MB | engine MB | over weights MB | seconds | peak / weights | anonymous "

@@ -489,6 +489,7 @@ def test_command_checks(tmp_path: Path) -> None:
         (("--target", "rtx-4090", "--precision", "fp16"), "the bundle decides"),
         (("--target", "jetson-agx-thor"), "Run there: omniport build"),
         (("--target", "rtx-4090", "--precision", "fp4"), "fp4"),
+        (("--target", "rtx-4090", "--max-pixels", "783"), "at least 784 was expected"),
     ],
 )
 def test_bad_usage_is_exit_code_two(bundle: Path, arguments: tuple[str, ...], says: str) -> None:
