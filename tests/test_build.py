@@ -258,6 +258,30 @@ def test_two_builds_into_one_bundle_take_turns(bundle: Path) -> None:
     assert build(bundle) == {"dit", "bigvgan"}
 
 
+def test_the_listing_never_names_an_engine_that_is_being_replaced(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(bundle)
+    seen: list[tuple[str, set[str]]] = []
+    move = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        listed = json.loads((bundle / ENGINES_FILE).read_text())["engines"]
+        seen.append((Path(target).name, {Path(name).name for name in listed}))
+        move(source, target)
+
+    monkeypatch.setattr("os.replace", watched)
+    build(bundle, graphs=["dit"], force=True)
+    # out of the listing, the engine, its record, into the listing
+    assert seen == [
+        ("engines.json", {"bigvgan.engine", "dit.engine"}),
+        ("dit.engine", {"bigvgan.engine"}),
+        ("dit.json", {"bigvgan.engine"}),
+        ("engines.json", {"bigvgan.engine"}),
+    ]
+    assert len(list_engines(Bundle.open(bundle)).usable) == 2
+
+
 def test_what_killed_builds_left_is_removed(bundle: Path) -> None:
     (bundle / FOLDER).mkdir(parents=True)
     (bundle / FOLDER / ".dit.engine.partial").write_bytes(b"half")
