@@ -284,7 +284,7 @@ def test_the_listing_never_names_an_engine_that_is_being_replaced(
 
 def test_what_killed_builds_left_is_removed(bundle: Path) -> None:
     (bundle / FOLDER).mkdir(parents=True)
-    (bundle / FOLDER / ".dit.engine.partial").write_bytes(b"half")
+    (bundle / FOLDER / ".bigvgan.engine.partial").write_bytes(b"half")
     (bundle / "engines" / ".engines.json.partial").write_bytes(b"half")
     build(bundle, graphs=["dit"])
     assert files(bundle) == {ENGINES_FILE, FOLDER, f"{FOLDER}/dit.engine", f"{FOLDER}/dit.json"}

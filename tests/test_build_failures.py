@@ -11,6 +11,7 @@ import onnx
 import pytest
 from graphs import cache_model, fp8_model, make_model, matmul, plain_model, spec, tensor, weight
 from omniport.export.engine import build_engine
+from omniport.export.network import check_unused
 from omniport.export.profiles import Limits
 from omniport.export.targets import TARGETS, find_target
 from omniport.export.trt_api import Api, load_api
@@ -67,6 +68,29 @@ def test_an_input_that_only_the_parser_drops(api: Api, tmp_path: Path) -> None:
     node = helper.make_node("Attention", ["q", "k", "v", "", "", "", "length"], ["y"], name="layers.0/Attention")
     graph = make_model([node], inputs, outputs), spec("dit", inputs, outputs)
     refused(api, tmp_path, graph, "dit: the builder leaves out length")
+
+
+def test_either_sign_of_an_unused_input_is_enough(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the network shows, with the builder's messages unheard; and the messages alone."""
+    inputs, outputs = (tensor("x", "batch", 8), tensor("other", "batch", 8)), (tensor("y", "batch", 8),)
+    graph = make_model([matmul()], inputs, outputs, [weight()]), spec("dit", inputs, outputs)
+    for module in ("network", "engine"):
+        monkeypatch.setattr(f"omniport.export.{module}.check_unused", lambda *_: None)
+    refused(api, tmp_path, graph, "dit: the builder leaves out other")
+    api.messages()
+    for text in ("Unused Input: mask", "[RemoveDeadLayers] Input Tensor mask is unused or used only at compile-time"):
+        with pytest.raises(BuildError, match="dit: the builder leaves out mask,"):
+            check_unused("dit", [("WARNING", text)])
+    check_unused("dit", [("WARNING", "Make sure input mask has Int64 binding.")])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_attention_in_every_precision(api: Api, tmp_path: Path, dtype: str) -> None:
+    """FP32 has no fused kernel: it builds because attention may be taken apart."""
+    heads = [tensor(name, "batch", 2, 16, 64, dtype=dtype) for name in ("q", "k", "v")]
+    inputs, outputs = tuple(heads), (tensor("y", "batch", 2, 16, 64, dtype=dtype),)
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"], name="layers.0/Attention")
+    assert build(api, tmp_path, make_model([node], inputs, outputs), spec("dit", inputs, outputs)).exists()
 
 
 def test_an_operator_that_no_parser_knows(api: Api, tmp_path: Path) -> None:
