@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, size_text
+from .common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
 from .export import graph_list
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def command(
     from omniport.runtime.bundle import Bundle
 
     opened, machine = Bundle.open(bundle), find_target(target)
+    require_extra("rtx" if machine.built_anywhere else "trt", "onnx")
     limits = limits_of(opened.manifest, max_context, max_pixels)
     asked = precision.value if precision is not None else None
     if check:
@@ -154,6 +155,8 @@ def _check(
         fits = "fit" if report.fits else "do not fit"
         needed, usable = size_text(report.memory_needed), size_text(report.memory_usable)
         print(f"Weights and caches of {needed} {fits} the {usable} that engines can use. Nothing was run.")
+        if not report.builds_there:
+            print(f"Building there takes {size_text(report.build_memory)}, which is more than {usable}.")
         log_console(quiet).print(f"To build: {report.command}")
     if not report.ok:
         raise typer.Exit(1)
@@ -193,6 +196,8 @@ def check_dict(report: CheckReport) -> dict[str, Any]:
         "memory_needed_bytes": report.memory_needed,
         "memory_usable_bytes": report.memory_usable,
         "memory_fits": report.fits,
+        "build_memory_bytes": report.build_memory,
+        "builds_there": report.builds_there,
         "command": report.command,
         "graphs": [
             {

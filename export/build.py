@@ -18,6 +18,7 @@ from omniport.runtime.errors import BackendError, BuildError, BundleError, Usage
 from omniport.runtime.files import sha256_of
 from omniport.runtime.graphs import GraphSpec
 
+from .aside import run_aside
 from .engine import Built, Progress, build_engine
 from .engine_files import EngineStore, file_record
 from .profiles import Limits, graph_dims, make_profiles
@@ -94,7 +95,7 @@ def build_bundle(
             if held is not None and held.key == key and not force:
                 report.graphs.append(GraphBuild(name, bundle.root / place, False, held))
                 continue
-            api = api or load_api(chosen)
+            api = api or run_aside(lambda _: load_api(chosen), lambda: None)
             record = _build(api, bundle, spec, target, store, place, key, limits, progress)
             report.graphs.append(GraphBuild(name, bundle.root / place, True, record))
     report.seconds = time.perf_counter() - started

@@ -24,10 +24,20 @@ from .profiles import Limits, graph_dims
 from .targets import RTX_CAPABILITIES, Target, find_target, nearest_rtx_capability
 from .trt_api import Api, load_api, too_old_for
 
-__all__ = ["CheckReport", "GraphCheck", "cache_bytes", "check_bundle", "memory_needed", "memory_usable"]
+__all__ = [
+    "CheckReport",
+    "GraphCheck",
+    "build_memory",
+    "cache_bytes",
+    "check_bundle",
+    "memory_needed",
+    "memory_usable",
+]
 
 #: what the system, the driver and this program take of a unified memory; of a GPU's own memory the driver alone
 UNIFIED_RESERVE, GPU_RESERVE = 2 * (1 << 30), 1 << 29
+#: memory of a build over the graph's weights, and a constant: measured with TensorRT-RTX (docs/build.md)
+BUILD_FACTOR, BUILD_CONSTANT = 2.0, 150_000_000
 
 
 @dataclass(frozen=True)
@@ -50,13 +60,20 @@ class GraphCheck:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was found. ``command`` builds the engines on the target."""
+    """What was found.
+
+    Attributes:
+        memory_needed: bytes of weights and caches. memory_usable: bytes that engines may take on the target.
+        build_memory: bytes that building the largest graph takes of the machine that builds.
+        command: builds the engines.
+    """
 
     bundle: Path
     target: Target
     graphs: tuple[GraphCheck, ...]
     memory_needed: int
     memory_usable: int
+    build_memory: int
     command: str
 
     @property
@@ -65,9 +82,14 @@ class CheckReport:
         return self.memory_needed <= self.memory_usable
 
     @property
+    def builds_there(self) -> bool:
+        """Whether a target that has to build for itself has the memory to: engines are not loaded while it does."""
+        return self.target.built_anywhere or not self.target.unified or self.build_memory <= self.memory_usable
+
+    @property
     def ok(self) -> bool:
         """Whether nothing was found that speaks against the target."""
-        return self.fits and not any(graph.problem for graph in self.graphs)
+        return self.fits and self.builds_there and not any(graph.problem for graph in self.graphs)
 
 
 def check_bundle(
@@ -97,6 +119,7 @@ def check_bundle(
         graphs=rows,
         memory_needed=memory_needed(bundle, names, limits),
         memory_usable=memory_usable(target),
+        build_memory=build_memory(bundle, names),
         command=on_device(target, str(bundle.root))
         if not target.built_anywhere
         else f"omniport build {bundle.root} --target {target.name}",
@@ -106,6 +129,12 @@ def check_bundle(
 def memory_usable(target: Target) -> int:
     """Bytes of the target's memory that engines may take."""
     return target.memory_bytes - (UNIFIED_RESERVE if target.unified else GPU_RESERVE)
+
+
+def build_memory(bundle: Bundle, graphs: Sequence[str]) -> int:
+    """Bytes that building takes, one graph at a time."""
+    sizes = [sum(record.size for record in graph_files(bundle.manifest, name).values()) for name in graphs]
+    return int(BUILD_FACTOR * max(sizes, default=0)) + BUILD_CONSTANT
 
 
 def memory_needed(bundle: Bundle, graphs: Sequence[str], limits: Limits) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from omniport.runtime.engines import Profile
 from omniport.runtime.errors import BuildError
 from omniport.runtime.graphs import GraphSpec
 
+from .aside import Cancelled, run_aside
 from .engine_files import replace_file
 from .memory import MemoryWatch
 from .network import Parsed, check_unused, parse
@@ -24,13 +25,11 @@ from .profiles import Limits, fixed_dims, graph_dims, make_profiles
 from .targets import Target, precisions_of
 from .trt_api import Api
 
-__all__ = ["Built", "Progress", "build_engine", "check_precision", "parse_graph"]
+__all__ = ["Built", "Progress", "build_engine", "check_precision"]
 
 #: progress(stage, done, total)
 Progress = Callable[[str, int, int], None]
 
-#: how often a waiting build looks at Ctrl-C and lets go of mapped weights, seconds
-_POLL = 0.05
 #: progress is told in thousandths
 _STEPS = 1000
 #: tensorrt-rtx gives Turing FP32 and FP16 only (support matrix of TensorRT-RTX 1.4)
@@ -47,15 +46,6 @@ class Built:
     weights_bytes: int
     seconds: float
     peak_memory: int
-
-
-@dataclass
-class _Outcome:
-    """What the building thread leaves behind."""
-
-    done: bool = False
-    error: BaseException | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 def build_engine(
@@ -86,12 +76,27 @@ def build_engine(
     """
     started = time.perf_counter()
     watch = MemoryWatch()
-    parsed, profiles, fixed = parse_graph(api, graph, spec, target, limits or Limits())
-    config = _configure(api, parsed, profiles, capability or target.capability, timing_cache)
+    limits = limits or Limits()
+    onnx_file = open_onnx(graph)
+    check_precision(spec.name, onnx_file.formats(), target, api.builder)
+    dims = graph_dims(spec, limits)
+    fixed, profiles = fixed_dims(dims), make_profiles(spec, dims)
+
+    def work(cancelled: threading.Event) -> Parsed:
+        parsed = parse(api, onnx_file, spec, fixed)
+        config = _configure(api, parsed, profiles, capability or target.capability, timing_cache)
+        _compile(api, parsed, config, out, _stepper(spec.name, progress, cancelled))
+        if timing_cache is not None:
+            _keep_timings(config, timing_cache)
+        return parsed
+
+    def look() -> None:
+        watch.look()
+        onnx_file.release()
+
     try:
-        _run(api, parsed, config, out, spec.name, progress, watch)
+        parsed = run_aside(work, look)
         check_unused(spec.name, api.messages())
-        _keep_timings(config, timing_cache)
     except BaseException:
         out.unlink(missing_ok=True)
         raise
@@ -99,25 +104,10 @@ def build_engine(
         profiles=profiles,
         fixed=fixed,
         layers=parsed.layers,
-        weights_bytes=parsed.onnx_file.weights_bytes,
+        weights_bytes=onnx_file.weights_bytes,
         seconds=time.perf_counter() - started,
         peak_memory=watch.peak(),
     )
-
-
-def parse_graph(
-    api: Api, graph: Path, spec: GraphSpec, target: Target, limits: Limits
-) -> tuple[Parsed, tuple[Profile, ...], dict[str, int]]:
-    """Everything before the compiler: formats the target has, a sound network, profiles.
-
-    Raises:
-        BuildError: see `omniport.export.network.parse` and `check_precision`.
-    """
-    onnx_file = open_onnx(graph)
-    check_precision(spec.name, onnx_file.formats(), target, api.builder)
-    dims = graph_dims(spec, limits)
-    fixed = fixed_dims(dims)
-    return parse(api, onnx_file, spec, fixed), make_profiles(spec, dims), fixed
 
 
 def check_precision(graph: str, formats: frozenset[str], target: Target, builder: str) -> None:
@@ -157,62 +147,42 @@ def _configure(
     return config
 
 
-def _run(
-    api: Api, parsed: Parsed, config: Any, out: Path, graph: str, progress: Progress | None, watch: MemoryWatch
-) -> None:
-    """Compile on a thread of its own, so that this one hears Ctrl-C whatever the compiler is doing."""
-    outcome = _Outcome()
+def _stepper(graph: str, progress: Progress | None, cancelled: threading.Event) -> Callable[[float], bool]:
+    """What the builder calls with the share that is done; it stops when it hears False."""
 
     def step(share: float) -> bool:
-        if progress is not None and not outcome.cancelled.is_set():
+        if progress is not None and not cancelled.is_set():
             progress(f"building {graph}", int(share * _STEPS), _STEPS)
-        return not outcome.cancelled.is_set()
+        return not cancelled.is_set()
 
-    def work() -> None:
-        try:
-            outcome.done = _compile(api, parsed, config, out)
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
-            outcome.error = error
+    return step
 
+
+def _compile(api: Api, parsed: Parsed, config: Any, out: Path, step: Callable[[float], bool]) -> None:
+    """Write the engine to ``out``.
+
+    Raises:
+        BuildError: the builder gave up; with its messages. Also when it was told to stop, which nobody sees then.
+    """
+    if not step(0.0):
+        raise Cancelled
     if api.features.progress:
-        monitor = api.progress_monitor(step)
-        config.progress_monitor = monitor
-    thread = threading.Thread(target=work, name="omniport-build", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(_POLL)
-            watch.look()
-            parsed.onnx_file.release()
-    except BaseException:
-        outcome.cancelled.set()
-        thread.join()  # the builder holds the weights' addresses: it has to stop before they go
-        raise
-    if outcome.error is not None:
-        raise outcome.error
-    if not outcome.done:
-        raise BuildError(f"{graph}: the builder failed: {_reason(api)} ({api.builder} {api.version})")
-
-
-def _compile(api: Api, parsed: Parsed, config: Any, out: Path) -> bool:
-    """Write the engine to ``out``; False if the builder gives up, and then its messages say why."""
+        config.progress_monitor = monitor = api.progress_monitor(step)  # noqa: F841 - the builder keeps no reference
     with open(out, "wb") as file:
         if api.features.streamed_engine:
             writer = api.stream_writer(file.write)
             made = bool(parsed.builder.build_serialized_network_to_stream(parsed.network, config, writer))
             if writer.error is not None:
                 raise writer.error
-            return made and file.tell() > 0
-        engine = parsed.builder.build_serialized_network(parsed.network, config)
-        if engine is None:
-            return False
-        file.write(memoryview(engine))
-        return True
+        else:
+            engine = parsed.builder.build_serialized_network(parsed.network, config)
+            made = engine is not None
+            file.write(memoryview(engine) if made else b"")
+    if not made or out.stat().st_size == 0:
+        raise BuildError(f"{parsed.graph}: the builder failed: {_reason(api)} ({api.builder} {api.version})")
 
 
-def _keep_timings(config: Any, timing_cache: Path | None) -> None:
-    if timing_cache is None or not hasattr(config, "get_timing_cache"):
-        return
+def _keep_timings(config: Any, timing_cache: Path) -> None:
     cache = config.get_timing_cache()
     if cache is not None:
         replace_file(timing_cache, bytes(memoryview(cache.serialize())))

@@ -39,18 +39,19 @@ class Parsed:
     """A parsed network, and everything that has to outlive the build.
 
     Attributes:
+        graph: the graph's name, for messages.
         layers: layer type -> count.
     """
 
-    def __init__(self, api: Api, onnx_file: OnnxFile) -> None:
-        self.api, self.onnx_file = api, onnx_file
+    def __init__(self, api: Api, onnx_file: OnnxFile, graph: str) -> None:
+        self.api, self.onnx_file, self.graph = api, onnx_file, graph
         self.builder = api.module.Builder(api.logger)
         self.network = api.create_network(self.builder)
         self.parser = api.module.OnnxParser(self.network, api.logger)
         self._mapped: list[Any] = []
         self.layers: dict[str, int] = {}
 
-    def read(self, graph: str) -> None:
+    def read(self) -> None:
         """Parse the file, weights by address where the parser takes them so.
 
         Raises:
@@ -63,7 +64,7 @@ class Parsed:
         else:
             done = self.parser.parse(self.onnx_file.proto(), path)
         if not done:
-            raise BuildError(f"{graph}: {_parser_error(self.parser)} ({self.api.builder} {self.api.version})")
+            raise BuildError(f"{self.graph}: {_parser_error(self.parser)} ({self.api.builder} {self.api.version})")
         self.layers = dict(Counter(layer.type.name for layer in self.all_layers()))
 
     def all_layers(self) -> list[Any]:
@@ -111,8 +112,8 @@ def parse(api: Api, onnx_file: OnnxFile, spec: GraphSpec, fixed: Mapping[str, in
     check_operators(api, onnx_file, spec)
     api.messages()
     onnx_file.fix_dims(fixed)
-    parsed = Parsed(api, onnx_file)
-    parsed.read(spec.name)
+    parsed = Parsed(api, onnx_file, spec.name)
+    parsed.read()
     _check_inputs(parsed, spec)
     check_unused(spec.name, api.messages())
     _check_borders(parsed, spec, fixed)
@@ -130,7 +131,7 @@ def check_operators(api: Api, onnx_file: OnnxFile, spec: GraphSpec) -> None:
     """
     lacking = too_old_for(onnx_file.operators, onnx_file.opset, api.version) if api.builder == "tensorrt" else []
     if not lacking:
-        probe = Parsed(api, onnx_file)
+        probe = Parsed(api, onnx_file, spec.name)
         unknown = sorted(op for op in onnx_file.operators if not probe.parser.supports_operator(op))
         lacking = [_with_version(op) for op in unknown]
     if lacking:

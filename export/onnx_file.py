@@ -100,7 +100,7 @@ class OnnxFile:
     def release(self) -> None:
         """Let go of the mapped pages read so far; they are read again when they are touched again."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            for data in self._maps.values():
+            for data in list(self._maps.values()):  # another thread may be mapping more
                 data._mmap.madvise(mmap.MADV_DONTNEED)
 
     def mapped(self, weight: Weight) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from bundles import edit
 from graphs import cache_model, fp8_model, make_model, matmul, plain_model, put_graphs, spec, tensor, weight
 from omniport.cli.main import app
 from omniport.export.build import build_bundle, builder_version, choose_builder
-from omniport.export.build_check import check_bundle, memory_needed
+from omniport.export.build_check import build_memory, check_bundle, memory_needed
 from omniport.export.devices import Device, device_target
 from omniport.export.profiles import Limits, graph_dims, make_profiles
 from omniport.export.staging import folder_lock
@@ -130,7 +130,10 @@ def test_interrupted_builds_leave_nothing(
     shutil.copytree(tiny_half_bundles["fp16"], root)
     code = "from omniport.cli.main import run; run()"
     command = [sys.executable, "-c", code, "build", str(root), "--target", "rtx-4090", "--graphs", "bigvgan"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    # a shell's background job ignores SIGINT and hands that down; a terminal's does not
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=heed, **pipes) as child:
         assert child.stderr is not None
         for line in child.stderr:
             if line.startswith("building bigvgan"):
@@ -463,6 +466,19 @@ def test_check_adds_up_the_memory(tmp_path: Path) -> None:
     assert report.graphs[0].problem == ""
 
 
+def test_check_knows_what_building_takes(tmp_path: Path) -> None:
+    bundle = Bundle.open(put_graphs(tmp_path / "bundle", plain_model()))
+    size = (bundle.root / "graphs" / "dit.onnx").stat().st_size
+    assert build_memory(bundle, ["dit"]) == 2 * size + 150_000_000
+    usable = (2 << 30) + 100_000_000
+    orin = replace(TARGETS["jetson-orin-nano-8gb"], memory_bytes=usable)
+    report = check_bundle(bundle, orin)
+    assert report.fits
+    assert not report.builds_there
+    assert not report.ok
+    assert check_bundle(bundle, replace(TARGETS["rtx-4090"], memory_bytes=usable)).ok  # built elsewhere
+
+
 # the command
 
 
@@ -503,6 +519,13 @@ def test_command_checks(tmp_path: Path) -> None:
     assert bad.exit_code == 1
     assert "lacks" in bad.stdout
     assert "Nothing was run" in bad.stdout
+
+
+def test_without_onnx_the_command_says_what_to_install(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["build", str(bundle), "--target", "rtx-4090"])
+    assert isinstance(result.exception, ExportError)
+    assert "pip install 'omniport[rtx]'" in str(result.exception)
 
 
 @pytest.mark.parametrize(

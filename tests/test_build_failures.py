@@ -222,6 +222,20 @@ def test_the_calls_of_older_packages_make_the_same_engine(tmp_path: Path, api: A
     assert build(old, tmp_path / "old", *plain_model()).stat().st_size == new
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorRT-RTX keeps these calls and does nothing in them
+def test_kernel_timings_are_kept_between_builds(tmp_path: Path, api: Api) -> None:
+    """The calls only: a builder that times kernels needs a GPU."""
+    old = Api("tensorrt-rtx", api.module)
+    old.features = dataclasses.replace(old.features, timing_cache=True)
+    timings, work = tmp_path / "timings.cache", tmp_path / "work"
+    work.mkdir()
+    assert build(old, work, *plain_model(), timing_cache=timings).exists()
+    kept = timings.read_bytes()
+    assert kept
+    assert build(old, work, *plain_model(), timing_cache=timings).exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"timings.cache", "work"}
+
+
 def test_builder_errors_are_told(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's refusal, if a graph gets that far: FP8 for a GPU without it, our own check switched off."""
     monkeypatch.setattr("omniport.export.engine.check_precision", lambda *_: None)
