@@ -36,8 +36,9 @@ __all__ = [
 
 #: what the system, the driver and this program take of a unified memory; of a GPU's own memory the driver alone
 UNIFIED_RESERVE, GPU_RESERVE = 2 * (1 << 30), 1 << 29
-#: memory of a build over the graph's weights, and a constant: measured with TensorRT-RTX (docs/build.md)
-BUILD_FACTOR, BUILD_CONSTANT = 2.0, 150_000_000
+#: memory of a build over the graph's weights, and a constant, which the vocoder's 10,000 layers set: measured with
+#: TensorRT-RTX (docs/results/build-matrix.md)
+BUILD_FACTOR, BUILD_CONSTANT = 2.0, 700_000_000
 
 
 @dataclass(frozen=True)
