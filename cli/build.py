@@ -66,6 +66,10 @@ def command(
     max_pixels: Annotated[
         int, typer.Option(metavar="N", min=1, help="Largest image that the vision engine takes.")
     ] = 3_211_264,
+    max_codes: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Longest window of speech in codec tokens; 84 are enough to stream."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Build nothing: prove what can be proven here about the target.")
     ] = False,
@@ -85,7 +89,7 @@ def command(
 
     opened, machine = Bundle.open(bundle), find_target(target)
     require_extra("rtx" if machine.built_anywhere else "trt", "onnx")
-    limits = limits_of(opened.manifest, max_context, max_pixels)
+    limits = limits_of(opened.manifest, max_context, max_pixels, max_codes)
     asked = precision.value if precision is not None else None
     if check:
         _check(opened, machine, asked, wanted, limits, json, quiet)

@@ -21,6 +21,11 @@ _End = Literal["min", "opt", "max"]
 
 #: a vision call takes at most this many frames: the scores of full attention grow with frames times patches squared
 VISION_FRAMES = 8
+#: an audio call takes at most this many chunks of 2 s: what the runtime gives it at a time
+AUDIO_CHUNKS = 32
+#: codec tokens of the longest streamed window: 48 new ones, 24 before them and 12 after (runtime/token2wav.py)
+STREAM_CODES = 84
+_FRAMES_PER_CODE = 2
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,22 +34,26 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         max_context: capacity of the KV cache in tokens; the bundle's by default.
         max_units: embeddings of the largest image; 4,096 are 3.2 megapixels in squares of 28 pixels.
+        max_codes: codec tokens of the longest window of speech; what the bundle allows by default.
     """
 
     max_context: int | None = None
     max_units: int = 4096
+    max_codes: int | None = None
 
 
-def limits_of(manifest: Manifest, max_context: int | None, max_pixels: int) -> Limits:
+def limits_of(manifest: Manifest, max_context: int | None, max_pixels: int, max_codes: int | None = None) -> Limits:
     """Limits with the image's size in pixels.
 
     Raises:
-        UsageError: not one embedding's worth of pixels.
+        UsageError: not one embedding's worth of pixels, or too few codes to stream.
     """
+    if max_codes is not None and max_codes < STREAM_CODES:
+        raise UsageError(f"--max-codes {max_codes}: at least {STREAM_CODES} was expected, a window of streamed speech")
     square = (manifest.vision.patch_size * manifest.vision.merge_size) ** 2
     if max_pixels < square:
         raise UsageError(f"--max-pixels {max_pixels}: at least {square} was expected, the pixels of one embedding")
-    return Limits(max_context=max_context, max_units=max_pixels // square)
+    return Limits(max_context=max_context, max_units=max_pixels // square, max_codes=max_codes)
 
 
 def graph_dims(spec: GraphSpec, limits: Limits) -> dict[str, DimRange]:
@@ -54,6 +63,19 @@ def graph_dims(spec: GraphSpec, limits: Limits) -> dict[str, DimRange]:
         UsageError: a limit that the graph cannot take.
     """
     dims = dict(spec.dims)
+    if "chunks" in dims:
+        dims["chunks"] = _capped(dims["chunks"], AUDIO_CHUNKS)
+    if "units" in dims:
+        _limit_vision(dims, limits)
+    elif limits.max_codes is not None:
+        for name, most in (("codes", limits.max_codes), ("frames", _FRAMES_PER_CODE * limits.max_codes)):
+            if name in dims:
+                dims[name] = _capped(dims[name], most)
+    _limit_cache(spec, dims, limits)
+    return dims
+
+
+def _limit_cache(spec: GraphSpec, dims: dict[str, DimRange], limits: Limits) -> None:
     if "capacity" in dims and limits.max_context is not None:
         span = spec.dims["capacity"]
         if not 64 <= limits.max_context <= span.max:
@@ -69,14 +91,15 @@ def graph_dims(spec: GraphSpec, limits: Limits) -> dict[str, DimRange]:
             dims["past"] = _capped(dims["past"], limits.max_context - 1)
         live = dims["live"]
         dims["live"] = DimRange(live.min, live.opt, dims["past"].max + dims["new_tokens"].max)
-    if "units" in dims:
-        units = dims["units"] = _capped(dims["units"], limits.max_units)
-        # a window covers 4 x 4 units; the longest strip of units fills its windows to a quarter
-        dims["windows"] = _capped(dims["windows"], max(1, -(-units.max // 4)))
-        dims["frames"] = _capped(dims["frames"], VISION_FRAMES)
-        if "tokens" in dims:
-            dims["tokens"] = _capped(dims["tokens"], units.max * dims["frames"].max)
-    return dims
+
+
+def _limit_vision(dims: dict[str, DimRange], limits: Limits) -> None:
+    units = dims["units"] = _capped(dims["units"], limits.max_units)
+    # a window covers 4 x 4 units; the longest strip of units fills its windows to a quarter
+    dims["windows"] = _capped(dims["windows"], max(1, -(-units.max // 4)))
+    dims["frames"] = _capped(dims["frames"], VISION_FRAMES)
+    if "tokens" in dims:
+        dims["tokens"] = _capped(dims["tokens"], units.max * dims["frames"].max)
 
 
 def fixed_dims(dims: Mapping[str, DimRange]) -> dict[str, int]:

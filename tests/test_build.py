@@ -399,6 +399,27 @@ def test_profiles_of_the_vision_encoder() -> None:
     assert small["tokens"].max == 128
 
 
+def test_profiles_of_audio_and_speech() -> None:
+    audio = spec("audio_encoder", (tensor("mel", "chunks", 128, 200),), (), {"chunks": DimRange(1, 1, 150)})
+    assert graph_dims(audio, Limits())["chunks"] == DimRange(1, 1, 32)
+    dit = spec("dit", (tensor("codes", "batch", "codes"),), (), {"codes": DimRange(1, 60, 4096)})
+    vocoder = spec("bigvgan", (tensor("mel", "batch", 80, "frames"),), (), {"frames": DimRange(2, 116, 8192)})
+    assert graph_dims(dit, Limits()) == dit.dims
+    assert graph_dims(vocoder, Limits()) == vocoder.dims
+    assert graph_dims(dit, Limits(max_codes=84))["codes"] == DimRange(1, 60, 84)
+    assert graph_dims(vocoder, Limits(max_codes=84))["frames"] == DimRange(2, 116, 168)
+
+
+def test_a_streamed_window_fits_what_max_codes_asks_for_at_least() -> None:
+    from omniport.export.profiles import STREAM_CODES
+    from omniport.runtime.manifest import DitGeometry, VocoderGeometry
+
+    dit, vocoder = DitGeometry(), VocoderGeometry()
+    block = dit.block_size // dit.repeats
+    assert 48 + (dit.look_back_blocks + dit.look_ahead_blocks) * block == STREAM_CODES
+    assert 48 * dit.repeats + 2 * vocoder.context_frames <= STREAM_CODES * dit.repeats
+
+
 def test_profiles_of_a_cache_that_grows_add_up() -> None:
     inputs = (tensor("x", "batch", "new_tokens", 8), tensor("past_key_0", "batch", 2, "past", 8))
     dims = {
@@ -537,6 +558,7 @@ def test_without_onnx_the_command_says_what_to_install(bundle: Path, monkeypatch
         (("--target", "jetson-agx-thor"), "Run there: omniport build"),
         (("--target", "rtx-4090", "--precision", "fp4"), "fp4"),
         (("--target", "rtx-4090", "--max-pixels", "783"), "at least 784 was expected"),
+        (("--target", "rtx-4090", "--max-codes", "83"), "at least 84 was expected"),
     ],
 )
 def test_bad_usage_is_exit_code_two(bundle: Path, arguments: tuple[str, ...], says: str) -> None:
