@@ -1,13 +1,14 @@
 # make test: install into .venv, then linters, types and tests (what CI runs)
 # make demo: install, then export a random-weight model and let it answer a spoken question
 # make docs: write the pages that come from the code
+# make build-matrix: build the engines of real-width graphs for several GPUs, without one (docs/results/build-matrix.md)
 
 SYSTEM_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint demo docs clean
+.PHONY: test lint demo docs build-matrix clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -34,6 +35,14 @@ demo: $(INSTALLED)
 docs: $(INSTALLED)
 	$(PYTHON) scripts/cli_docs.py
 	$(PYTHON) scripts/validate_docs.py
+
+MATRIX := .work/small
+
+$(MATRIX): | $(INSTALLED)
+	$(VENV)/bin/omniport make-checkpoint $@ --size small
+
+build-matrix: $(INSTALLED) $(MATRIX)
+	$(PYTHON) scripts/build_matrix.py $(MATRIX)
 
 clean:
 	rm -rf $(VENV) demo build .mypy_cache .pytest_cache .ruff_cache

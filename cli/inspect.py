@@ -10,10 +10,11 @@ import typer
 from .common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, size_text
 
 if TYPE_CHECKING:
+    from omniport.runtime.engines import Engine, Engines
     from omniport.runtime.graphs import TensorSpec
     from omniport.runtime.manifest import DecoderGeometry, Manifest
 
-__all__ = ["EXAMPLE", "NAME", "command", "kv_bytes_per_1k", "summary"]
+__all__ = ["EXAMPLE", "NAME", "command", "engine_facts", "kv_bytes_per_1k", "summary"]
 
 NAME = "inspect"
 EXAMPLE = "omniport inspect bundle --verify"
@@ -21,21 +22,28 @@ EXAMPLE = "omniport inspect bundle --verify"
 
 def command(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with bundle.json.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every file and engine and compare with what is listed.")
+    ] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Show what a bundle holds.
 
-    Geometry, graphs with their inputs and outputs, voices, sizes and the memory of the KV cache.
+    Geometry, graphs with their inputs and outputs, voices, engines, sizes and the memory of the KV cache.
     """
     from omniport.runtime.bundle import Bundle
+    from omniport.runtime.engines import list_engines, verify_engine
 
     with progress_bar(quiet or json or not verify) as progress:
         # the library counts bytes over all files: one bar, whatever file it is at
         opened = Bundle.open(bundle, verify=verify, progress=lambda _, done, total: progress("verify", done, total))
+        built = list_engines(opened)
+        for number, engine in enumerate(built.usable if verify else ()):
+            progress("verify engines", number, len(built.usable))
+            verify_engine(engine)
     manifest = opened.manifest
-    facts = summary(manifest, verified=verify)
+    facts = {**summary(manifest, verified=verify), **engine_facts(built)}
     if json:
         print_json(facts)
         return
@@ -45,8 +53,13 @@ def command(
         for name, spec in manifest.graphs.items()
     )
     print_table("Graphs", ("graph", "precision", "opset", "size", "inputs", "outputs"), rows)
+    if built.usable:
+        columns = ("engine", "size", "GPU", "builder", "KV capacity", "built from")
+        print_table("Engines", columns, (_engine_row(engine) for engine in built.usable))
+    for reason in built.unusable.values():
+        log_console(quiet).print(f"not usable: {reason}", markup=False)
     if verify:
-        log_console(quiet).print(f"{len(manifest.files)} files match their sha256")
+        log_console(quiet).print(f"{len(manifest.files) + len(built.usable)} files match their sha256")
 
 
 def summary(manifest: Manifest, verified: bool) -> dict[str, Any]:
@@ -66,6 +79,29 @@ def summary(manifest: Manifest, verified: bool) -> dict[str, Any]:
         "voices": [voice.name for voice in manifest.voices],
         "manifest": msgspec.to_builtins(manifest),
     }
+
+
+def engine_facts(built: Engines) -> dict[str, Any]:
+    """What ``--json`` prints about engines: each usable one's record by its path, and why others are not usable."""
+    import msgspec
+
+    return {
+        "engines": {engine.name: msgspec.to_builtins(engine.record) for engine in built.usable},
+        "unusable_engines": built.unusable,
+    }
+
+
+def _engine_row(engine: Engine) -> tuple[str, ...]:
+    record = engine.record
+    capacity = record.fixed_dims.get("capacity")
+    return (
+        engine.name,
+        size_text(record.engine.size),
+        f"{record.target}, {record.compute_capability}",
+        f"{record.builder} {record.builder_version}",
+        "-" if capacity is None else str(capacity),
+        f"{record.dtype}, {size_text(record.weights_bytes)}",
+    )
 
 
 def graph_bytes(manifest: Manifest, name: str) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 from omniport.runtime.errors import ExportError
 
-__all__ = ["check_space", "staging", "take_over"]
+__all__ = ["check_space", "folder_lock", "staging", "take_over"]
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -42,7 +42,7 @@ def staging(out: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         room = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        lock = _lock(room)
+        lock = folder_lock(room)
         fresh = room / "new"
         fresh.mkdir()
         yield fresh
@@ -88,7 +88,7 @@ def _sweep(target: Path) -> None:
     """Remove what killed exports to ``target`` left behind."""
     for name in glob.glob(f".{glob.escape(target.name)}.partial-*", root_dir=target.parent):
         room = target.parent / name
-        lock = _lock(room)
+        lock = folder_lock(room)
         if lock is not None:
             _remove(room, target)
             os.close(lock)
@@ -103,7 +103,7 @@ def _remove(room: Path, target: Path) -> None:
         shutil.rmtree(room, ignore_errors=True)
 
 
-def _lock(folder: Path) -> int | None:
+def folder_lock(folder: Path) -> int | None:
     """An open descriptor that holds the folder's lock; None if another process holds it or nobody can say."""
     try:
         fcntl: Any = importlib.import_module("fcntl")  # not on Windows, where nothing is swept

@@ -7,36 +7,32 @@ docs/bundle.md.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import zipfile
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from .bundle_check import check_manifest
 from .errors import BundleError, UnknownVoice, UsageError
+from .files import Document, read_document, resolve_listed, sha256_of
 from .manifest import SCHEMA_VERSION, DecoderGeometry, Manifest, VoiceSpec
 
 __all__ = ["MANIFEST_FILE", "Bundle", "EmbeddingTable", "read_manifest"]
 
 MANIFEST_FILE = "bundle.json"
-_MAX_MANIFEST_BYTES = 16 << 20
 _MAX_VOICE_BYTES = 1 << 20
-_READ_BLOCK = 1 << 20
+DOCUMENT = Document(
+    format="omniport-bundle",
+    newest=SCHEMA_VERSION,
+    what="a bundle manifest",
+    made_by="omniport export",
+    mend="Copy or export the bundle again",
+)
 _STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "uint16": "uint16"}
-
-
-class _Header(msgspec.Struct):
-    """What every schema version has; read first, so that a newer bundle is called newer, not malformed."""
-
-    format: str
-    schema_version: int
 
 
 class EmbeddingTable:
@@ -130,11 +126,14 @@ class Bundle:
         """
         root = Path(path)
         manifest = read_manifest(root)
-        files = {name: _resolve(root, name, record.size) for name, record in manifest.files.items()}
+        files = {
+            name: resolve_listed(root, name, record.size, MANIFEST_FILE, DOCUMENT.mend)
+            for name, record in manifest.files.items()
+        }
         if verify:
             total, done = sum(record.size for record in manifest.files.values()), 0
             for name, record in manifest.files.items():
-                found = _sha256(files[name])
+                found = sha256_of(files[name])
                 if found != record.sha256.lower():
                     raise BundleError(
                         f"{name} in {root} has sha256 {found}; bundle.json lists {record.sha256}. The file was "
@@ -225,81 +224,6 @@ def read_manifest(root: Path) -> Manifest:
     Raises:
         BundleError: missing, not JSON, wrong format, newer schema version, unknown or missing fields, bad values.
     """
-    path = root / MANIFEST_FILE
-    try:
-        size = path.stat().st_size
-        if size > _MAX_MANIFEST_BYTES:
-            raise BundleError(
-                f"{path} has {size} bytes; at most {_MAX_MANIFEST_BYTES} was expected: it is not a bundle.json"
-            )
-        text = path.read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"cannot read {path}: {error.strerror or error}. A bundle made by 'omniport export' was expected"
-        ) from error
-    try:
-        header = msgspec.json.decode(text, type=_Header)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{path} is not a bundle manifest: {error}. Copy or export the bundle again") from error
-    if header.format != "omniport-bundle":
-        raise BundleError(f"{path} has format {header.format!r}; 'omniport-bundle' was expected")
-    if header.schema_version > SCHEMA_VERSION:
-        raise BundleError(
-            f"{path} has schema version {header.schema_version}; this release reads up to {SCHEMA_VERSION}: "
-            "upgrade omniport"
-        )
-    if header.schema_version < 1:
-        raise BundleError(f"{path} has schema version {header.schema_version}; 1 to {SCHEMA_VERSION} was expected")
-    try:
-        manifest = msgspec.json.decode(text, type=Manifest)
-        _refuse_repeated_keys(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise BundleError(f"{path} does not follow the bundle format: {error}. Export the bundle again") from error
-    check_manifest(manifest, path)
+    manifest = read_document(root / MANIFEST_FILE, Manifest, DOCUMENT)
+    check_manifest(manifest, root / MANIFEST_FILE)
     return manifest
-
-
-def _refuse_repeated_keys(text: bytes) -> None:
-    """Two values for one key would let two readers see two different bundles."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            repeated = sorted({key for key in keys if keys.count(key) > 1})
-            raise ValueError(f"key {', '.join(repeated)} occurs twice in one object")
-        return dict(pairs)
-
-    json.loads(text, object_pairs_hook=unique)
-
-
-def _resolve(root: Path, name: str, size: int) -> Path:
-    """Absolute path of a listed file that exists inside the bundle with its listed size."""
-    base = root.resolve()
-    try:
-        path = base.joinpath(*PurePosixPath(name).parts).resolve(strict=True)
-        inside, regular, found = path.is_relative_to(base), path.is_file(), path.stat().st_size
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise BundleError(
-            f"{name}, listed in {root / MANIFEST_FILE}, cannot be opened: {error}. Copy or export the bundle again"
-        ) from error
-    if not inside:
-        raise BundleError(f"{name} in {root} is a link that leaves the bundle ({path}); put the file itself there")
-    if not regular:
-        raise BundleError(f"{name} in {root} is not a regular file")
-    if found != size:
-        raise BundleError(
-            f"{name} in {root} has {found} bytes; bundle.json lists {size}. The file is truncated or was replaced: "
-            "copy or export the bundle again"
-        )
-    return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_READ_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
-    return digest.hexdigest()

@@ -6,14 +6,14 @@ Types and field names are checked by the decoder; this is what types cannot say.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import msgspec
 
 from .errors import BundleError
+from .files import SHA256, bad_path
 from .graphs import DTYPES, GRAPH_NAMES, SPEECH_GRAPHS, GraphSpec
 from .manifest import DecoderGeometry, Manifest, SolverSpec
 from .solver import METHODS
@@ -21,7 +21,6 @@ from .solver import METHODS
 __all__ = ["check_manifest"]
 
 _SPEECH_FIELDS = ("talker", "talker_sampling", "text_tokens", "codec", "dit", "vocoder", "solver")
-_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 def check_manifest(manifest: Manifest, path: Path) -> None:
@@ -55,31 +54,16 @@ def _problems(manifest: Manifest) -> Iterator[str]:
 
 def _file_problems(manifest: Manifest) -> Iterator[str]:
     for name, record in manifest.files.items():
-        if reason := _bad_path(name):
+        reason = "is the manifest itself" if name == "bundle.json" else bad_path(name)
+        if reason:
             yield f"file {name!r} {reason}; a relative path with '/' that stays inside the bundle was expected"
         if record.size < 0:
             yield f"file {name!r} has size {record.size}; 0 or more was expected"
-        if not _SHA256.fullmatch(record.sha256):
+        if not SHA256.fullmatch(record.sha256):
             yield f"file {name!r} has sha256 {record.sha256[:80]!r}; 64 hexadecimal digits were expected"
     for what, name in _references(manifest):
         if name not in manifest.files:
             yield f"{what} is {name!r}, which 'files' does not list"
-
-
-def _bad_path(name: str) -> str:
-    """Why a path is refused; empty if it is fine."""
-    if not name or "\0" in name or "\\" in name or ":" in name:
-        return "is empty or holds one of NUL, '\\' and ':'"
-    path = PurePosixPath(name)
-    if path.is_absolute():
-        return "is absolute"
-    if ".." in path.parts:
-        return "holds '..'"
-    if str(path) != name or name == ".":
-        return "is not in its shortest form"
-    if name == "bundle.json":
-        return "is the manifest itself"
-    return ""
 
 
 def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@
     │   ├── BundleError           a bundle that is missing, corrupt, newer than this release, or hostile
     │   ├── CheckpointError       a folder or id that is not a usable Qwen2.5-Omni checkpoint
     │   ├── ExportError           an export that cannot go on (disk full, missing extra, bad options)
+    │   ├── BuildError            an engine that cannot be built from a graph, or would not be what the graph says
     │   └── BackendError          a backend that is not installed or cannot run this bundle
     └── CheckFailed               a check ran and did not hold: exit code 1
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 __all__ = [
     "BackendError",
+    "BuildError",
     "BundleError",
     "CheckFailed",
     "CheckpointError",
@@ -84,6 +86,10 @@ class CheckpointError(UserError):
 
 class ExportError(UserError):
     """An export that cannot go on: disk full, missing extra, bad options."""
+
+
+class BuildError(UserError):
+    """An engine that cannot be built from a graph, or that would not be what the graph says."""
 
 
 class BackendError(UserError):

@@ -79,7 +79,9 @@ def _option(parameter: inspect.Parameter, kind: Any, info: OptionInfo) -> tuple[
     elif kind is not bool:
         names += f" {info.metavar or _kind_text(kind)}"
     shown = default.value if isinstance(default, Enum) else default
-    if default in (None, "") or (kind is bool and declared):
+    if default is inspect.Parameter.empty:
+        text = "required"
+    elif default in (None, "") or (kind is bool and declared):
         text = ""
     elif kind is bool:
         text = "on" if default else "off"

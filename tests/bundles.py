@@ -153,11 +153,11 @@ def make_bundle(root: Path, speak: bool = True, max_context: int = 2048) -> Path
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write bundle.json, listing every file there is."""
+    """Write bundle.json, listing every file there is but engines, which have a listing of their own."""
     files = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.is_file() and name != "bundle.json":
+        if path.is_file() and name != "bundle.json" and not name.startswith("engines/"):
             data = path.read_bytes()
             files[name] = FileRecord(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     manifest = msgspec.structs.replace(manifest, files=files)

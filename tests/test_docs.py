@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from omniport.cli.main import app
-from omniport.runtime import graphs, manifest
+from omniport.runtime import engines, graphs, manifest
 from samples import make_samples
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +19,7 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/bundle.md",
+    "docs/build.md",
     "docs/design.md",
     "docs/cli.md",
     "docs/live.md",
@@ -26,7 +27,7 @@ PAGES = (
 )
 STRUCTS = [
     struct
-    for module in (manifest, graphs)
+    for module in (manifest, graphs, engines)
     for struct in (getattr(module, name) for name in module.__all__)
     if isinstance(struct, type) and issubclass(struct, msgspec.Struct)
 ]

@@ -1,0 +1,135 @@
+"""Optimization profiles: the shapes that an engine takes, from a graph's spec.
+
+One profile a graph. A second one (new_tokens = 1) for the decoders was measured and not taken: a builder keeps weights
+once for each profile (docs/build.md has the figures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+from omniport.runtime.engines import Profile, ShapeRange
+from omniport.runtime.errors import UsageError
+from omniport.runtime.graphs import DimRange, GraphSpec, TensorSpec
+from omniport.runtime.manifest import Manifest
+
+__all__ = ["Limits", "fixed_dims", "graph_dims", "limits_of", "make_profiles", "shape_of"]
+
+_End = Literal["min", "opt", "max"]
+
+#: a vision call takes at most this many frames: the scores of full attention grow with frames times patches squared
+VISION_FRAMES = 8
+#: an audio call takes at most this many chunks of 2 s: what the runtime gives it at a time
+AUDIO_CHUNKS = 32
+#: codec tokens of the longest streamed window: 48 new ones, 24 before them and 12 after (runtime/token2wav.py)
+STREAM_CODES = 84
+_FRAMES_PER_CODE = 2
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine may be asked for, where that is less than the bundle allows.
+
+    Attributes:
+        max_context: capacity of the KV cache in tokens; the bundle's by default.
+        max_units: embeddings of the largest image; 4,096 are 3.2 megapixels in squares of 28 pixels.
+        max_codes: codec tokens of the longest window of speech; what the bundle allows by default.
+    """
+
+    max_context: int | None = None
+    max_units: int = 4096
+    max_codes: int | None = None
+
+
+def limits_of(manifest: Manifest, max_context: int | None, max_pixels: int, max_codes: int | None = None) -> Limits:
+    """Limits with the image's size in pixels.
+
+    Raises:
+        UsageError: not one embedding's worth of pixels, or too few codes to stream.
+    """
+    if max_codes is not None and max_codes < STREAM_CODES:
+        raise UsageError(f"--max-codes {max_codes}: at least {STREAM_CODES} was expected, a window of streamed speech")
+    square = (manifest.vision.patch_size * manifest.vision.merge_size) ** 2
+    if max_pixels < square:
+        raise UsageError(f"--max-pixels {max_pixels}: at least {square} was expected, the pixels of one embedding")
+    return Limits(max_context=max_context, max_units=max_pixels // square, max_codes=max_codes)
+
+
+def graph_dims(spec: GraphSpec, limits: Limits) -> dict[str, DimRange]:
+    """Range of every symbolic dimension of a graph under the limits.
+
+    Raises:
+        UsageError: a limit that the graph cannot take.
+    """
+    dims = dict(spec.dims)
+    if "chunks" in dims:
+        dims["chunks"] = _capped(dims["chunks"], AUDIO_CHUNKS)
+    if "units" in dims:
+        _limit_vision(dims, limits)
+    elif limits.max_codes is not None:
+        for name, most in (("codes", limits.max_codes), ("frames", _FRAMES_PER_CODE * limits.max_codes)):
+            if name in dims:
+                dims[name] = _capped(dims[name], most)
+    _limit_cache(spec, dims, limits)
+    return dims
+
+
+def _limit_cache(spec: GraphSpec, dims: dict[str, DimRange], limits: Limits) -> None:
+    if "capacity" in dims and limits.max_context is not None:
+        span = spec.dims["capacity"]
+        if not 64 <= limits.max_context <= span.max:
+            raise UsageError(
+                f"--max-context {limits.max_context}: 64 to {span.max} was expected, which {spec.name} was exported "
+                "for. Export with a larger --max-context first"
+            )
+        dims["capacity"] = DimRange(limits.max_context, limits.max_context, limits.max_context)
+    if "live" in dims and "capacity" in dims:
+        dims["live"] = _capped(dims["live"], dims["capacity"].max)
+    if "past" in dims:  # a cache that grows: what was there and what is new add up at every end of the range
+        if limits.max_context is not None:
+            dims["past"] = _capped(dims["past"], limits.max_context - 1)
+        live = dims["live"]
+        dims["live"] = DimRange(live.min, live.opt, dims["past"].max + dims["new_tokens"].max)
+
+
+def _limit_vision(dims: dict[str, DimRange], limits: Limits) -> None:
+    units = dims["units"] = _capped(dims["units"], limits.max_units)
+    # a window covers 4 x 4 units; the longest strip of units fills its windows to a quarter
+    dims["windows"] = _capped(dims["windows"], max(1, -(-units.max // 4)))
+    dims["frames"] = _capped(dims["frames"], VISION_FRAMES)
+    if "tokens" in dims:
+        dims["tokens"] = _capped(dims["tokens"], units.max * dims["frames"].max)
+
+
+def fixed_dims(dims: Mapping[str, DimRange]) -> dict[str, int]:
+    """Dimensions that have their value before parsing: TensorRT wants a cache of static length."""
+    return {"capacity": dims["capacity"].max} if "capacity" in dims else {}
+
+
+def make_profiles(spec: GraphSpec, dims: Mapping[str, DimRange]) -> tuple[Profile, ...]:
+    """The profiles of a graph's engine."""
+    inputs = {
+        tensor.name: ShapeRange(
+            min=shape_of(tensor, dims, "min"), opt=shape_of(tensor, dims, "opt"), max=shape_of(tensor, dims, "max")
+        )
+        for tensor in spec.inputs
+        if any(isinstance(dim, str) for dim in tensor.shape)
+    }
+    return (Profile(name="all", dims=dict(dims), inputs=inputs),)
+
+
+def shape_of(tensor: TensorSpec, dims: Mapping[str, DimRange], end: _End) -> tuple[int, ...]:
+    """The tensor's shape with every symbolic dimension at one end of its range."""
+    return tuple(_size(dim, dims, end) for dim in tensor.shape)
+
+
+def _size(dim: int | str, dims: Mapping[str, DimRange], end: _End) -> int:
+    if isinstance(dim, int):
+        return dim
+    factor, _, name = dim.rpartition("*")
+    return int(factor or 1) * int(getattr(dims[name], end))
+
+
+def _capped(span: DimRange, most: int) -> DimRange:
+    return DimRange(min(span.min, most), min(span.opt, most), min(span.max, most))
