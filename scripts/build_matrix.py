@@ -85,8 +85,8 @@ def render(document: dict[str, Any]) -> str:
         "",
         f"{document['builder']}, on {document['machine']}.",
         "",
-        f"{len(rows)} engines. The one furthest from its weights is {max(ratios):.3f} times them, and none is more than its weights and "
-        f"{max(over) / 1e6:.1f} MB.",
+        f"{len(rows)} engines. The one furthest from its weights is {max(ratios):.3f} times them, and none is more than",
+        f"its weights and {max(over) / 1e6:.1f} MB.",
         "Peak memory is resident memory of the building process above what it held before parsing, over the weights;",
         "*anonymous* is the part that the kernel cannot drop and read again. Layers are those of the parsed network.",
         "",
