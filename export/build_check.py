@@ -38,7 +38,7 @@ __all__ = [
 UNIFIED_RESERVE, GPU_RESERVE = 2 * (1 << 30), 1 << 29
 #: memory of a build over the graph's weights, and a constant, which the vocoder's 10,000 layers set: measured with
 #: TensorRT-RTX (docs/results/build-matrix.md)
-BUILD_FACTOR, BUILD_CONSTANT = 2.0, 700_000_000
+BUILD_FACTOR, BUILD_CONSTANT = 2.0, 750_000_000
 
 
 @dataclass(frozen=True)
