@@ -30,6 +30,20 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+class Ops(str, Enum):
+    """Operators that the graphs are made of."""
+
+    native = "native"
+    decomposed = "decomposed"
+
+
+class Kv(str, Enum):
+    """Form of the KV cache."""
+
+    static = "static"
+    concat = "concat"
+
+
 def command(
     checkpoint: Annotated[
         str, typer.Argument(help="Folder, Hugging Face id, or modelscope:ID of a Qwen2.5-Omni checkpoint.")
@@ -42,6 +56,13 @@ def command(
         str, typer.Option(metavar="A,B", help="Export these graphs only, for example thinker,talker.")
     ] = "",
     max_context: Annotated[int, typer.Option(min=64, help="KV cache capacity in tokens.")] = 8192,
+    ops: Annotated[
+        Ops,
+        typer.Option(help="decomposed: opset 18, for TensorRT before 10.15 (JetPack 6); goes with --kv concat."),
+    ] = Ops.native,
+    kv: Annotated[
+        Kv, typer.Option(help="static: updated in place; concat: each step returns a longer cache.")
+    ] = Kv.static,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -55,7 +76,14 @@ def command(
 
     with progress_bar(quiet or json) as progress:
         report = export_checkpoint(
-            checkpoint, out, precision=precision.value, graphs=wanted, max_context=max_context, progress=progress
+            checkpoint,
+            out,
+            precision=precision.value,
+            graphs=wanted,
+            max_context=max_context,
+            ops=ops.value,
+            kv=kv.value,
+            progress=progress,
         )
     if json:
         print_json(report_dict(report))

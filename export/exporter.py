@@ -16,19 +16,21 @@ import msgspec
 import numpy as np
 from omniport.runtime.bundle import MANIFEST_FILE
 from omniport.runtime.errors import ExportError
-from omniport.runtime.graphs import GRAPH_NAMES, GraphSpec
+from omniport.runtime.graphs import GraphSpec
 from omniport.runtime.manifest import FileRecord, Manifest
 from omniport.runtime.solver import rk4_schedule
 
 from .bundle_parts import base_manifest, voice_specs, write_embedding
 from .checkpoint import Checkpoint
 from .graph_defs import PRECISIONS, GraphDefinition, graph_definitions
+from .lowering import OPSETS
 from .onnx_export import write_model
+from .options import ExportOptions
 from .reuse import file_record, graph_key, graph_whole, previous_manifest, source_key, unlisted
 from .speakers import load_speakers, speaker_vectors, write_voice
 from .staging import check_space, staging, take_over
 from .tokenizer import tokenizer_json
-from .trace import OPSET, trace
+from .trace import trace
 from .weights_check import check_weights, embedding_keys
 
 __all__ = ["ExportReport", "GraphReport", "Progress", "export_checkpoint"]
@@ -64,6 +66,8 @@ def export_checkpoint(
     precision: str = "fp32",
     graphs: Sequence[str] | None = None,
     max_context: int = 8192,
+    ops: str = "native",
+    kv: str = "static",
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a checkpoint to the bundle folder ``out``.
@@ -78,6 +82,8 @@ def export_checkpoint(
         graphs: export these only. Others that ``out`` holds are kept, in whichever precision they are, if they were
             made from the same checkpoint with the same options.
         max_context: KV-cache capacity in tokens.
+        ops: ``native`` operators of opset 24, or ``decomposed`` to opset 18 for older parsers.
+        kv: form of the KV cache: ``static``, or ``concat`` for runtimes that cannot update one in place.
         progress: called with the stage, and the bytes written so far and in total.
 
     Raises:
@@ -85,20 +91,13 @@ def export_checkpoint(
         ExportError: wrong options, or a disk that is full; nothing is left behind.
     """
     started = time.perf_counter()
-    if precision not in PRECISIONS:
-        raise ExportError(f"no precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    unknown = sorted(set(graphs or ()) - set(GRAPH_NAMES))
-    if unknown:
-        raise ExportError(f"no graph named {', '.join(unknown)}; known: {', '.join(GRAPH_NAMES)}")
+    options = ExportOptions(precision, max_context, ops, kv)
+    options.check(graphs)
     out = Path(out)
     previous = previous_manifest(out)
     ckpt = Checkpoint.open(checkpoint)
-    limit = int(ckpt.config.thinker_config.text_config.max_position_embeddings)
-    if not 64 <= max_context <= limit:
-        raise ExportError(
-            f"--max-context {max_context}: expected 64 to {limit}, the positions the model was trained on"
-        )
-    job = _Job(ckpt, out, precision, max_context, progress)
+    options.check_context(int(ckpt.config.thinker_config.text_config.max_position_embeddings))
+    job = _Job(ckpt, out, options, progress)
     job.prepare()
     job.choose(graphs, previous)
     check_space(out, int(job.total * 1.02))
@@ -111,13 +110,11 @@ def export_checkpoint(
 class _Job:
     """One export. ``prepare`` and ``choose`` find everything that is wrong with the input; ``write`` does the work."""
 
-    def __init__(
-        self, ckpt: Checkpoint, out: Path, precision: str, max_context: int, progress: Progress | None
-    ) -> None:
-        self.ckpt, self.out, self.precision, self.max_context = ckpt, out, precision, max_context
+    def __init__(self, ckpt: Checkpoint, out: Path, options: ExportOptions, progress: Progress | None) -> None:
+        self.ckpt, self.out, self.options = ckpt, out, options
         self.progress = progress
         self.solver = rk4_schedule()
-        self.definitions = self._definitions(precision)
+        self.definitions = self._definitions(options.precision)
         self.keys: dict[str, str] = {}
         self.kept: dict[str, GraphSpec] = {}
         self.records: dict[str, FileRecord] = {}
@@ -126,8 +123,16 @@ class _Job:
         self.stage, self.done, self.total = "", 0, 0
 
     def _definitions(self, precision: str) -> dict[str, GraphDefinition]:
-        ckpt = self.ckpt
-        return graph_definitions(ckpt.config, precision, self.max_context, self.solver, ckpt.tied_embeddings)
+        ckpt, options = self.ckpt, self.options
+        return graph_definitions(
+            ckpt.config,
+            precision,
+            options.max_context,
+            self.solver,
+            ckpt.tied_embeddings,
+            ops=options.ops,
+            kv_form=options.kv,
+        )
 
     def prepare(self) -> None:
         """Check the weights and make the small parts: they fail in a second, not after minutes of tracing."""
@@ -137,7 +142,7 @@ class _Job:
         self.speakers = load_speakers(self.ckpt.path / "spk_dict.pt") if self.ckpt.has_speech else {}
         self.references = speaker_vectors(self.ckpt, self.speakers) if self.speakers else {}
         self.voices = voice_specs(self.speakers)
-        self.manifest = base_manifest(self.ckpt, self.precision, self.max_context, self.solver, self.voices)
+        self.manifest = base_manifest(self.ckpt, self.options, self.solver, self.voices)
 
     def choose(self, graphs: Sequence[str] | None, previous: Manifest | None) -> None:
         """Decide which graphs are made and which are taken over."""
@@ -226,11 +231,12 @@ class _Job:
             file=path.relative_to(folder).as_posix(),
             data=tuple(file.relative_to(folder).as_posix() for file in data),
             precision=definition.precision,
-            opset=OPSET,
+            opset=OPSETS[definition.ops],
             inputs=definition.inputs,
             outputs=definition.outputs,
             dims=definition.dims,
             aliases=definition.aliases,
+            grows=definition.grows,
             inputs_key=self.keys[definition.name],
         )
         size = sum(file.stat().st_size for file in data)

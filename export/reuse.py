@@ -25,6 +25,7 @@ __all__ = ["CODE", "file_record", "graph_key", "graph_whole", "previous_manifest
 
 _SHARED = (
     "graph_defs.py",
+    "lowering.py",
     "onnx_export.py",
     "op_nodes.py",
     "ops.py",
@@ -59,6 +60,7 @@ def graph_key(definition: GraphDefinition, solver: SolverSpec, source: str) -> s
             definition.name,
             definition.precision,
             definition.geometry,
+            definition.ops,
             msgspec.to_builtins((definition.inputs, definition.outputs, definition.dims, definition.aliases)),
             msgspec.to_builtins(solver) if definition.name == "dit" else None,
             source,

@@ -13,7 +13,8 @@ import pytest
 from bundles import make_bundle, make_manifest, write_manifest
 from omniport.runtime.backends import BACKENDS, open_backend
 from omniport.runtime.backends.onnx_scan import scan_onnx
-from omniport.runtime.backends.ort import OrtBackend, OrtCache, physical_cores
+from omniport.runtime.backends.ort import OrtBackend, physical_cores
+from omniport.runtime.backends.ort_cache import OrtCache
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import BackendError, BundleError, OmniportError
 from omniport.runtime.graphs import GraphSpec, TensorSpec

@@ -30,7 +30,8 @@ from omniport.export.validation.reference import Reference
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Backend, Graph
-from omniport.runtime.backends.ort import OrtCache, OrtGraph
+from omniport.runtime.backends.ort import OrtGraph
+from omniport.runtime.backends.ort_cache import OrtCache
 from omniport.runtime.bundle import Bundle, read_manifest
 from omniport.runtime.decoder import Decoder
 from omniport.runtime.errors import BackendError, BundleError, UsageError
