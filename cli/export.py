@@ -63,6 +63,14 @@ def command(
     kv: Annotated[
         Kv, typer.Option(help="static: updated in place; concat: each step returns a longer cache.")
     ] = Kv.static,
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Layers that stay FP32, as in thinker/.*down_proj; may be repeated."),
+    ] = None,
+    ranges: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Ranges from omniport ranges: FP16 graphs keep in FP32 what overflows."),
+    ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -83,6 +91,8 @@ def command(
             max_context=max_context,
             ops=ops.value,
             kv=kv.value,
+            keep_fp32=tuple(keep_fp32 or ()),
+            ranges=ranges,
             progress=progress,
         )
     if json:
@@ -95,6 +105,13 @@ def command(
         for row in report.graphs
     )
     print_table(f"Exported to {report.path}", ("graph", "nodes", "weights", "seconds"), rows)
+    for row in report.graphs:
+        if row.overflowing:
+            log_console(quiet).print(
+                f"{row.name}: {len(row.overflowing)} operators stay FP32, their measured range is too large for FP16: "
+                f"{', '.join(row.overflowing[:3])}{' ...' if len(row.overflowing) > 3 else ''}",
+                markup=False,
+            )
     log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav")
 
 
@@ -126,6 +143,7 @@ def report_dict(report: ExportReport) -> dict[str, Any]:
                 "weight_bytes": graph.weight_bytes,
                 "seconds": round(graph.seconds, 3),
                 "skipped": graph.skipped,
+                "overflowing": list(graph.overflowing),
             }
             for graph in report.graphs
         ],

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import doctor, export, inspect, make_checkpoint, validate, voices
+from . import doctor, export, inspect, make_checkpoint, ranges, validate, voices
 from . import run as run_command
 
 __all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_TERMINATED", "app", "run"]
@@ -36,7 +36,7 @@ app = typer.Typer(
     epilog="Example: omniport doctor",
 )
 
-for _module in (make_checkpoint, export, validate, inspect, voices, run_command, doctor):
+for _module in (make_checkpoint, export, ranges, validate, inspect, voices, run_command, doctor):
     app.command(_module.NAME, epilog=f"Example: {_module.EXAMPLE}")(_module.command)
 
 

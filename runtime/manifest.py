@@ -28,6 +28,7 @@ __all__ = [
     "VisionFrontend",
     "VocoderGeometry",
     "VoiceSpec",
+    "encode_manifest",
 ]
 
 SCHEMA_VERSION = 2
@@ -254,3 +255,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     tokenizer_file: str = "tokenizer.json"
     ranges_file: str | None = None
     files: dict[str, FileRecord]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of bundle.json."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"

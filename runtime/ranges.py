@@ -13,7 +13,17 @@ from .bundle import Bundle
 from .errors import BundleError
 from .manifest import Manifest
 
-__all__ = ["FLOAT16_MAX", "MARGIN", "RANGES_FILE", "LayerRange", "Ranges", "limit", "overflowing", "read_ranges"]
+__all__ = [
+    "FLOAT16_MAX",
+    "MARGIN",
+    "RANGES_FILE",
+    "LayerRange",
+    "Ranges",
+    "encode_ranges",
+    "limit",
+    "overflowing",
+    "read_ranges",
+]
 
 RANGES_FILE = "ranges.json"
 #: largest finite float16
@@ -84,6 +94,11 @@ def read_ranges(path: Path, manifest: Manifest | None = None) -> Ranges:
             f"{manifest.source.name} has {manifest.source.fingerprint[:12]}. Measure again with 'omniport ranges'"
         )
     return ranges
+
+
+def encode_ranges(ranges: Ranges) -> bytes:
+    """The bytes of a ranges.json: the same ranges give the same bytes."""
+    return msgspec.json.format(msgspec.json.encode(ranges, order="sorted"), indent=1) + b"\n"
 
 
 def overflowing(bundle: Bundle, graph: str) -> list[LayerRange]:
