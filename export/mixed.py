@@ -95,8 +95,9 @@ class KeepFloatPass(InPlacePass):
     """Let named nodes compute in float32.
 
     Needs types of all values and nodes in topological order. Afterwards no input and no output of a named node is
-    half, initializers that only such nodes read are float32, and Casts stand where a value crosses. Nodes that touch a
-    half graph input, which is a KV cache, are left alone: the cache has one type.
+    half, initializers that only such nodes read are float32, and Casts stand where a value crosses. A Cast to float32
+    reads what was float32 before it was narrowed. Nodes that touch a half graph input, which is a KV cache, are left
+    alone: the cache has one type.
     """
 
     def __init__(self, dtype: ir.DataType, names: Collection[str]) -> None:
@@ -112,7 +113,23 @@ class KeepFloatPass(InPlacePass):
             for value in node.outputs:
                 if value.dtype == self.dtype:
                     self._widen_output(model.graph, node, value)
-        return PassResult(model, bool(nodes))
+        modified = [self._skip(model.graph, node) for node in model.graph if _widens(node, self.dtype)]
+        return PassResult(model, bool(nodes) or any(modified))
+
+    def _skip(self, graph: ir.Graph, node: ir.Node) -> bool:
+        """Let the readers of a Cast to float32 have the value itself, where it exists in float32."""
+        (value,) = node.inputs
+        assert value is not None
+        before = _narrowed_from(value)
+        if before is None and value.is_initializer():
+            self._widen_initializer(graph, value)
+            before = value
+        if before is None:
+            return False
+        node.replace_input_with(0, before)
+        if not node.outputs[0].is_graph_output():
+            _replace_uses(node.outputs[0], before)
+        return True
 
     def _kept(self, node: ir.Node) -> bool:
         return name_of(node) in self.names and node.op_type not in ("Cast", "Constant") and not _on_cache(node)
@@ -122,11 +139,9 @@ class KeepFloatPass(InPlacePass):
 
     def _wide(self, graph: ir.Graph, node: ir.Node, value: ir.Value, made: dict[int, ir.Value]) -> ir.Value:
         """The value in float32: what it was narrowed from, an initializer made float32, or a Cast."""
-        source = value.producer()
-        if source is not None and source.op_type == "Cast" and source.inputs[0] is not None:
-            before = source.inputs[0]
-            if before.dtype == FLOAT:
-                return before
+        before = _narrowed_from(value)
+        if before is not None:
+            return before
         if value.is_initializer():
             self._widen_initializer(graph, value)
             return value
@@ -142,7 +157,7 @@ class KeepFloatPass(InPlacePass):
         if value.const_value is not None:
             array = value.const_value.numpy().astype(np.float32)
             value.const_value = ir.tensor(array, name=value.name)
-        others = [(user, i) for user, i in value.uses() if not self._kept(user)]
+        others = [(user, i) for user, i in value.uses() if not self._kept(user) and user.op_type != "Cast"]
         if others:
             cast = _cast(value, self.dtype, f"{value.name}/half")
             for user, i in others:
@@ -155,8 +170,7 @@ class KeepFloatPass(InPlacePass):
         others: list[tuple[ir.Node, int]] = []
         for user, i in list(value.uses()):
             if user.op_type == "Cast" and user.outputs[0].dtype == FLOAT and not user.outputs[0].is_graph_output():
-                for reader, at in list(user.outputs[0].uses()):
-                    reader.replace_input_with(at, value)
+                _replace_uses(user.outputs[0], value)
             elif not self._kept(user) and user.op_type != "Cast":
                 others.append((user, i))
         if value.is_graph_output():
@@ -200,6 +214,24 @@ def name_of(node: ir.Node) -> str:
     """The node's name, which every node of a finished graph has."""
     assert node.name
     return node.name
+
+
+def _narrowed_from(value: ir.Value) -> ir.Value | None:
+    """The float32 value that a Cast made this one from; None if there is none."""
+    source = value.producer()
+    before = source.inputs[0] if source is not None and source.op_type == "Cast" else None
+    return before if before is not None and before.dtype == FLOAT else None
+
+
+def _widens(node: ir.Node, dtype: ir.DataType) -> bool:
+    """Whether a node is a Cast from ``dtype`` to float32."""
+    value = node.inputs[0] if node.op_type == "Cast" else None
+    return value is not None and value.dtype == dtype and node.outputs[0].dtype == FLOAT
+
+
+def _replace_uses(value: ir.Value, new: ir.Value) -> None:
+    for reader, i in list(value.uses()):
+        reader.replace_input_with(i, new)
 
 
 def _casts(value: ir.Value) -> list[ir.Value]:
