@@ -43,10 +43,10 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         if part is not None:
             yield from _positive(part)
     yield from _speech_problems(manifest)
+    yield from _kv_problems(manifest)
     for name, graph in manifest.graphs.items():
         yield from _graph_problems(name, graph)
     yield from _decoder_problems("thinker", manifest.thinker)
-    yield from _kv_problems(manifest)
     if manifest.kv.max_context < 2:
         yield f"kv.max_context is {manifest.kv.max_context}; at least 2 was expected"
     yield from _token_problems(manifest)

@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from omniport.export.checkpoint import Checkpoint
@@ -23,6 +22,7 @@ from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import ExportError
 from omniport.runtime.solver import rk4_schedule
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LAYER = "talker/model.layers.1.mlp"
@@ -58,11 +58,11 @@ def loud_model() -> ir.Model:
 
 
 def compute(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # rounds where Casts say so
+    """In numpy: ONNX Runtime would run neighbours in float32 without rounding between them."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    return np.asarray(onnxruntime.InferenceSession(proto.SerializeToString(), options).run(None, {"x": x})[0])
+    with np.errstate(all="ignore"):
+        return np.asarray(ReferenceEvaluator(proto).run(None, {"x": x})[0])
 
 
 def test_kept_nodes_do_not_overflow() -> None:

@@ -56,7 +56,7 @@ class StaticCache(OrtCache):
 
     def __init__(self, session: Any, spec: GraphSpec, capacity: int, device: str, module: Any) -> None:
         super().__init__(session, spec, capacity, device, module)
-        self._binding = session.io_binding()
+        self.binding = session.io_binding()
         self._nbytes = 0
         for source, output in spec.cache.items():
             shape, dtype = self._shape(source, capacity)
@@ -65,8 +65,8 @@ class StaticCache(OrtCache):
                 value = module.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
             else:
                 value = module.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, device, 0)
-            self._binding.bind_ortvalue_input(source, value)
-            self._binding.bind_ortvalue_output(output, value)
+            self.binding.bind_ortvalue_input(source, value)
+            self.binding.bind_ortvalue_output(output, value)
             self.values[source] = value
             self._nbytes += math.prod(shape) * dtype.itemsize
 
@@ -77,7 +77,7 @@ class StaticCache(OrtCache):
 
     def bind(self, write_index: int) -> Any:
         """The binding made at the start: the graph finds the place by itself."""
-        return self._binding
+        return self.binding
 
     def take(self, outputs: Mapping[str, Any]) -> None:
         """Nothing: the values were written where they lie."""
