@@ -23,9 +23,7 @@ def command(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, exported with --precision fp32.")],
     out: Annotated[
         Path | None,
-        typer.Argument(
-            help="File to write, or a bundle of the same checkpoint to put ranges.json into; BUNDLE if left out."
-        ),
+        typer.Argument(help="File to write, or bundle to put ranges.json into; BUNDLE if left out."),
     ] = None,
     data: Annotated[
         Path | None,

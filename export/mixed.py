@@ -242,8 +242,8 @@ def _overflowing(graph: ir.Graph, name: str, dtype: ir.DataType, ranges: Mapping
     """Nodes that read or write a half value whose range is over the limit."""
 
     def too_large(value: ir.Value | None) -> bool:
-        if value is None or value.dtype != dtype or value.is_initializer():
-            return False
+        if value is None or value.dtype != dtype or value.is_initializer() or value.is_graph_input():
+            return False  # a half input is a KV cache: what is put into it has been looked at
         node = value.producer()
         if node is not None and node.op_type == "Constant":
             return False

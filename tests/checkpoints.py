@@ -24,7 +24,7 @@ def rewritten(
     for shard in sorted(target.glob("*.safetensors")):
         tensors |= load_file(shard)
         shard.unlink()
-    (target / "model.safetensors.index.json").unlink()
+    (target / "model.safetensors.index.json").unlink(missing_ok=True)
     weights(tensors)
     save_file({key: value.contiguous() for key, value in tensors.items()}, target / "model.safetensors")
     settings = json.loads((target / "config.json").read_text())

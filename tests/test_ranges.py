@@ -33,7 +33,9 @@ MESSAGES = [{"role": "user", "content": "What can you tell me about the sea?"}]
 
 def louder(tensors: dict[str, torch.Tensor]) -> None:
     """The thinker's residual stream leaves float16 in its second layer, as outliers of trained models threaten to."""
-    tensors["thinker.model.layers.1.mlp.down_proj.weight"] *= 3e5
+    weight = tensors["thinker.model.layers.1.mlp.down_proj.weight"]
+    weight *= 2e4 / weight.abs().max()
+    tensors["thinker.model.layers.1.mlp.up_proj.weight"] *= 10
 
 
 @pytest.fixture(scope="module")
