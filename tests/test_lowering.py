@@ -24,7 +24,7 @@ from omniport.runtime.errors import BackendError, ExportError, OmniportError
 from omniport.runtime.graphs import GRAPH_NAMES
 
 LIMIT = 1e-4
-FLOAT = onnx.TensorProto.FLOAT
+WIDTH = 128  # of the thinker of ``tiny``
 
 #: operators these graphs may use: all are in the support matrix of TensorRT's parser, by 8.6 at the latest
 PARSER_KNOWS = """
@@ -137,7 +137,7 @@ def graph_of(bundle: Path) -> Graph:
 
 
 def embeddings(count: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal((count, 64)).astype(np.float32)
+    return np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
 
 
 def positions(start: int, count: int) -> NDArray[np.int64]:
@@ -174,16 +174,19 @@ def test_pieces_are_the_whole(lowered_thinker: Graph) -> None:
     np.testing.assert_allclose(pieces[-1], whole[-1], atol=1e-5 * float(np.abs(whole).max()))
 
 
-def test_cut_back(lowered_thinker: Graph) -> None:
+def test_cut_back(lowered_thinker: Graph, lowered_bundle: Path) -> None:
     """What lies beyond write_index does not count: the next call gives what it gave without it."""
+    geometry = Bundle.open(lowered_bundle).manifest.thinker
+    token = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * 4
     cache = lowered_thinker.new_cache(64)
+    assert cache.nbytes == 0
     lowered_thinker.run(feeds(0, 6), cache)
     want = lowered_thinker.run(feeds(6, 2), cache)["logits"]
     lowered_thinker.run(feeds(8, 5, seed=3), cache)
-    assert cache.nbytes == 13 * 2 * 4 * 2 * 16 * 4  # tokens, sides, layers, heads, width, bytes
+    assert cache.nbytes == 13 * token
     got = lowered_thinker.run(feeds(6, 2), cache)["logits"]
     np.testing.assert_array_equal(got, want)
-    assert cache.nbytes == 8 * 2 * 4 * 2 * 16 * 4
+    assert cache.nbytes == 8 * token
     assert cache.capacity == 64
     again = lowered_thinker.run(feeds(0, 6), cache)["logits"]
     np.testing.assert_array_equal(again, lowered_thinker.run(feeds(0, 6), lowered_thinker.new_cache(64))["logits"])
