@@ -138,13 +138,7 @@ class KeepFloatPass(InPlacePass):
         return any(v is not None and v.dtype == self.dtype for v in (*node.inputs, *node.outputs))
 
     def _wide(self, graph: ir.Graph, node: ir.Node, value: ir.Value, made: dict[int, ir.Value]) -> ir.Value:
-        """The value in float32: what it was narrowed from, an initializer made float32, or a Cast."""
-        before = _narrowed_from(value)
-        if before is not None:
-            return before
-        if value.is_initializer():
-            self._widen_initializer(graph, value)
-            return value
+        """The value through a Cast to float32, one for all its readers; `_skip` takes away those that undo another."""
         if id(value) not in made:
             cast = _cast(value, FLOAT, f"{value.name}/float32")
             graph.insert_before(node, cast)
