@@ -30,6 +30,20 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+class Ops(str, Enum):
+    """Operators that the graphs are made of."""
+
+    native = "native"
+    decomposed = "decomposed"
+
+
+class Kv(str, Enum):
+    """Form of the KV cache."""
+
+    static = "static"
+    concat = "concat"
+
+
 def command(
     checkpoint: Annotated[
         str, typer.Argument(help="Folder, Hugging Face id, or modelscope:ID of a Qwen2.5-Omni checkpoint.")
@@ -42,6 +56,21 @@ def command(
         str, typer.Option(metavar="A,B", help="Export these graphs only, for example thinker,talker.")
     ] = "",
     max_context: Annotated[int, typer.Option(min=64, help="KV cache capacity in tokens.")] = 8192,
+    ops: Annotated[
+        Ops,
+        typer.Option(help="decomposed: opset 18, for TensorRT before 10.15 (JetPack 6); goes with --kv concat."),
+    ] = Ops.native,
+    kv: Annotated[
+        Kv, typer.Option(help="static: updated in place; concat: each step returns a longer cache.")
+    ] = Kv.static,
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Layers that stay FP32, as in thinker/.*down_proj; may be repeated."),
+    ] = None,
+    ranges: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Ranges from omniport ranges: FP16 graphs keep in FP32 what overflows."),
+    ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -55,7 +84,16 @@ def command(
 
     with progress_bar(quiet or json) as progress:
         report = export_checkpoint(
-            checkpoint, out, precision=precision.value, graphs=wanted, max_context=max_context, progress=progress
+            checkpoint,
+            out,
+            precision=precision.value,
+            graphs=wanted,
+            max_context=max_context,
+            ops=ops.value,
+            kv=kv.value,
+            keep_fp32=tuple(keep_fp32 or ()),
+            ranges=ranges,
+            progress=progress,
         )
     if json:
         print_json(report_dict(report))
@@ -67,6 +105,13 @@ def command(
         for row in report.graphs
     )
     print_table(f"Exported to {report.path}", ("graph", "nodes", "weights", "seconds"), rows)
+    for row in report.graphs:
+        if row.overflowing:
+            log_console(quiet).print(
+                f"{row.name}: {len(row.overflowing)} operators stay FP32, their measured range is too large for FP16: "
+                f"{', '.join(row.overflowing[:3])}{' ...' if len(row.overflowing) > 3 else ''}",
+                markup=False,
+            )
     log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav")
 
 
@@ -98,6 +143,7 @@ def report_dict(report: ExportReport) -> dict[str, Any]:
                 "weight_bytes": graph.weight_bytes,
                 "seconds": round(graph.seconds, 3),
                 "skipped": graph.skipped,
+                "overflowing": list(graph.overflowing),
             }
             for graph in report.graphs
         ],

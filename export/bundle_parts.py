@@ -23,6 +23,7 @@ from omniport.runtime.manifest import (
 from . import frontends
 from .checkpoint import Checkpoint
 from .graph_defs import decoder_config
+from .options import ExportOptions
 from .speakers import Speaker
 from .weights import blocks
 from .weights_check import embedding_keys
@@ -31,7 +32,7 @@ __all__ = ["base_manifest", "voice_specs", "write_embedding"]
 
 
 def base_manifest(
-    ckpt: Checkpoint, precision: str, max_context: int, solver: SolverSpec, voices: tuple[VoiceSpec, ...]
+    ckpt: Checkpoint, options: ExportOptions, solver: SolverSpec, voices: tuple[VoiceSpec, ...]
 ) -> Manifest:
     """All of the manifest but ``graphs``, ``files`` and the KV cache's dtype, which the graphs decide.
 
@@ -56,7 +57,7 @@ def base_manifest(
     return Manifest(
         created_by=f"omniport {importlib.metadata.version('omniport')}",
         source=Source(name=ckpt.name, fingerprint=ckpt.fingerprint),
-        precision=precision,
+        precision=options.precision,
         audio=frontends.audio_frontend(ckpt),
         vision=frontends.vision_frontend(ckpt),
         tokens=frontends.special_tokens(ckpt),
@@ -65,7 +66,7 @@ def base_manifest(
         seconds_per_chunk=float(config.thinker_config.seconds_per_chunk),
         thinker=_decoder_geometry(ckpt, text, "thinker", text.hidden_size),
         thinker_sampling=thinker_sampling,
-        kv=KvSpec(form="static", dtype="float32", max_context=max_context),
+        kv=KvSpec(form=options.kv, dtype="float32", max_context=options.max_context),
         graphs={},
         files={},
         **speech,

@@ -16,19 +16,23 @@ import msgspec
 import numpy as np
 from omniport.runtime.bundle import MANIFEST_FILE
 from omniport.runtime.errors import ExportError
-from omniport.runtime.graphs import GRAPH_NAMES, GraphSpec
-from omniport.runtime.manifest import FileRecord, Manifest
+from omniport.runtime.graphs import GraphSpec
+from omniport.runtime.manifest import FileRecord, Manifest, encode_manifest
+from omniport.runtime.ranges import RANGES_FILE, Ranges, encode_ranges, limit, read_ranges
 from omniport.runtime.solver import rk4_schedule
 
 from .bundle_parts import base_manifest, voice_specs, write_embedding
 from .checkpoint import Checkpoint
 from .graph_defs import PRECISIONS, GraphDefinition, graph_definitions
+from .lowering import OPSETS
+from .mixed import mix
 from .onnx_export import write_model
+from .options import ExportOptions
 from .reuse import file_record, graph_key, graph_whole, previous_manifest, source_key, unlisted
 from .speakers import load_speakers, speaker_vectors, write_voice
 from .staging import check_space, staging, take_over
 from .tokenizer import tokenizer_json
-from .trace import OPSET, trace
+from .trace import trace
 from .weights_check import check_weights, embedding_keys
 
 __all__ = ["ExportReport", "GraphReport", "Progress", "export_checkpoint"]
@@ -39,13 +43,19 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph of an export. ``skipped``: it was taken over unchanged from the bundle that was there."""
+    """One graph of an export.
+
+    Attributes:
+        skipped: it was taken over unchanged from the bundle that was there.
+        overflowing: nodes that stay float32 because their measured range is too large for float16.
+    """
 
     name: str
     nodes: int
     weight_bytes: int
     seconds: float
     skipped: bool
+    overflowing: tuple[str, ...] = ()
 
 
 @dataclass
@@ -64,6 +74,10 @@ def export_checkpoint(
     precision: str = "fp32",
     graphs: Sequence[str] | None = None,
     max_context: int = 8192,
+    ops: str = "native",
+    kv: str = "static",
+    keep_fp32: Sequence[str] = (),
+    ranges: Path | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a checkpoint to the bundle folder ``out``.
@@ -78,6 +92,11 @@ def export_checkpoint(
         graphs: export these only. Others that ``out`` holds are kept, in whichever precision they are, if they were
             made from the same checkpoint with the same options.
         max_context: KV-cache capacity in tokens.
+        ops: ``native`` operators of opset 24, or ``decomposed`` to opset 18 for older parsers.
+        kv: form of the KV cache: ``static``, or ``concat`` for runtimes that cannot update one in place.
+        keep_fp32: regular expressions searched for in ``GRAPH/module.path``: layers that stay float32 in fp16 and bf16.
+        ranges: a ranges.json (`omniport.export.ranges`): what it shows to overflow float16 stays float32, and the
+            file becomes part of the bundle.
         progress: called with the stage, and the bytes written so far and in total.
 
     Raises:
@@ -85,20 +104,13 @@ def export_checkpoint(
         ExportError: wrong options, or a disk that is full; nothing is left behind.
     """
     started = time.perf_counter()
-    if precision not in PRECISIONS:
-        raise ExportError(f"no precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    unknown = sorted(set(graphs or ()) - set(GRAPH_NAMES))
-    if unknown:
-        raise ExportError(f"no graph named {', '.join(unknown)}; known: {', '.join(GRAPH_NAMES)}")
+    options = ExportOptions(precision, max_context, ops, kv, tuple(keep_fp32), ranges)
+    options.check(graphs)
     out = Path(out)
     previous = previous_manifest(out)
     ckpt = Checkpoint.open(checkpoint)
-    limit = int(ckpt.config.thinker_config.text_config.max_position_embeddings)
-    if not 64 <= max_context <= limit:
-        raise ExportError(
-            f"--max-context {max_context}: expected 64 to {limit}, the positions the model was trained on"
-        )
-    job = _Job(ckpt, out, precision, max_context, progress)
+    options.check_context(int(ckpt.config.thinker_config.text_config.max_position_embeddings))
+    job = _Job(ckpt, out, options, progress)
     job.prepare()
     job.choose(graphs, previous)
     check_space(out, int(job.total * 1.02))
@@ -111,13 +123,11 @@ def export_checkpoint(
 class _Job:
     """One export. ``prepare`` and ``choose`` find everything that is wrong with the input; ``write`` does the work."""
 
-    def __init__(
-        self, ckpt: Checkpoint, out: Path, precision: str, max_context: int, progress: Progress | None
-    ) -> None:
-        self.ckpt, self.out, self.precision, self.max_context = ckpt, out, precision, max_context
+    def __init__(self, ckpt: Checkpoint, out: Path, options: ExportOptions, progress: Progress | None) -> None:
+        self.ckpt, self.out, self.options = ckpt, out, options
         self.progress = progress
         self.solver = rk4_schedule()
-        self.definitions = self._definitions(precision)
+        self.definitions = self._definitions(options.precision)
         self.keys: dict[str, str] = {}
         self.kept: dict[str, GraphSpec] = {}
         self.records: dict[str, FileRecord] = {}
@@ -126,8 +136,16 @@ class _Job:
         self.stage, self.done, self.total = "", 0, 0
 
     def _definitions(self, precision: str) -> dict[str, GraphDefinition]:
-        ckpt = self.ckpt
-        return graph_definitions(ckpt.config, precision, self.max_context, self.solver, ckpt.tied_embeddings)
+        ckpt, options = self.ckpt, self.options
+        return graph_definitions(
+            ckpt.config,
+            precision,
+            options.max_context,
+            self.solver,
+            ckpt.tied_embeddings,
+            ops=options.ops,
+            kv_form=options.kv,
+        )
 
     def prepare(self) -> None:
         """Check the weights and make the small parts: they fail in a second, not after minutes of tracing."""
@@ -137,7 +155,31 @@ class _Job:
         self.speakers = load_speakers(self.ckpt.path / "spk_dict.pt") if self.ckpt.has_speech else {}
         self.references = speaker_vectors(self.ckpt, self.speakers) if self.speakers else {}
         self.voices = voice_specs(self.speakers)
-        self.manifest = base_manifest(self.ckpt, self.precision, self.max_context, self.solver, self.voices)
+        self.ranges = self._read_ranges()
+        self.manifest = base_manifest(self.ckpt, self.options, self.solver, self.voices)
+
+    def _read_ranges(self) -> Ranges | None:
+        """The ranges to export with.
+
+        Raises:
+            ExportError: they are another checkpoint's, or were measured on graphs with other nodes.
+        """
+        options = self.options
+        if options.ranges is None:
+            return None
+        ranges = read_ranges(options.ranges)
+        if ranges.fingerprint != self.ckpt.fingerprint:
+            raise ExportError(
+                f"{options.ranges} was measured on a checkpoint with fingerprint {ranges.fingerprint[:12]}; "
+                f"{self.ckpt.name} has {self.ckpt.fingerprint[:12]}. Export this one with --precision fp32 and run "
+                "'omniport ranges' on that bundle."
+            )
+        if (ranges.ops, ranges.kv) != (options.ops, options.kv):
+            raise ExportError(
+                f"{options.ranges} was measured on graphs exported with --ops {ranges.ops} --kv {ranges.kv}; this "
+                f"one has --ops {options.ops} --kv {options.kv}. Measure on an FP32 bundle with the same options."
+            )
+        return ranges
 
     def choose(self, graphs: Sequence[str] | None, previous: Manifest | None) -> None:
         """Decide which graphs are made and which are taken over."""
@@ -147,8 +189,9 @@ class _Job:
                 f"{self.ckpt.name} has no {', '.join(absent)}: it was saved without speech (enable_audio_output is "
                 f"false). Its graphs are {', '.join(self.definitions)}."
             )
+        self.options.check_patterns(d for name, d in self.definitions.items() if graphs is None or name in graphs)
         source = source_key(self.ckpt)
-        self.keys = {name: graph_key(d, self.solver, source) for name, d in self.definitions.items()}
+        self.keys = {name: self._key(d, source) for name, d in self.definitions.items()}
         held = dict(previous.graphs) if previous is not None else {}
         for name in self.definitions:
             wanted = graphs is None or name in graphs
@@ -172,7 +215,17 @@ class _Job:
         self.total += sum(int(np.prod(self.ckpt.shape(key))) * _itemsize(self.ckpt.dtype(key)) for key in embeddings)
 
     def _keys_of_any_precision(self, name: str, source: str) -> set[str]:
-        return {graph_key(self._definitions(precision)[name], self.solver, source) for precision in PRECISIONS}
+        return {self._key(self._definitions(precision)[name], source) for precision in PRECISIONS}
+
+    def _key(self, definition: GraphDefinition, source: str) -> str:
+        """The graph's key; options that make a half-precision graph partly float32 count where there is one."""
+        kept: list[object] = []
+        if definition.precision != "float32":
+            kept += self.options.keep_fp32
+        if definition.precision == "float16" and self.ranges is not None:
+            measured = self.ranges.graphs.get(definition.name, {})
+            kept.append(sorted(name for name, top in measured.items() if top > limit()))
+        return graph_key(definition, self.solver, source, kept)
 
     def _advance(self, nbytes: int) -> None:
         self.done += nbytes
@@ -206,8 +259,9 @@ class _Job:
         }
         dtype = (specs["thinker"] if "thinker" in specs else self.definitions["thinker"]).precision
         kv = msgspec.structs.replace(self.manifest.kv, dtype=dtype)
-        manifest = msgspec.structs.replace(self.manifest, kv=kv, graphs=specs, files=files)
-        (folder / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+        ranges = RANGES_FILE if self.ranges is not None else None
+        manifest = msgspec.structs.replace(self.manifest, kv=kv, graphs=specs, files=files, ranges_file=ranges)
+        (folder / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
         for name in self.strangers:
             if not (folder / name).exists():
                 take_over(self.out / name, folder / name)
@@ -217,6 +271,9 @@ class _Job:
         started = time.perf_counter()
         self._enter(f"tracing {definition.name}")
         model, rules = trace(definition)
+        mixed = mix(
+            model, definition.name, definition.precision, self.options.patterns, self._measured(definition.name)
+        )
         self._enter(f"writing {definition.name}")
         path = folder / "graphs" / f"{definition.name}.onnx"
         path.parent.mkdir(exist_ok=True)
@@ -226,15 +283,33 @@ class _Job:
             file=path.relative_to(folder).as_posix(),
             data=tuple(file.relative_to(folder).as_posix() for file in data),
             precision=definition.precision,
-            opset=OPSET,
+            opset=OPSETS[definition.ops],
             inputs=definition.inputs,
             outputs=definition.outputs,
             dims=definition.dims,
             aliases=definition.aliases,
+            grows=definition.grows,
+            float32_values=mixed.float32_values,
             inputs_key=self.keys[definition.name],
         )
         size = sum(file.stat().st_size for file in data)
-        return spec, GraphReport(definition.name, len(model.graph), size, time.perf_counter() - started, False)
+        seconds = time.perf_counter() - started
+        return spec, GraphReport(definition.name, len(model.graph), size, seconds, False, mixed.overflowing)
+
+    def _measured(self, name: str) -> dict[str, float] | None:
+        """Ranges of one graph; None if the export has none.
+
+        Raises:
+            ExportError: the file has none for this graph.
+        """
+        if self.ranges is None:
+            return None
+        if name not in self.ranges.graphs:
+            raise ExportError(
+                f"{self.options.ranges} has no ranges of {name}: the samples it was measured on did not reach it. "
+                "Measure again on an FP32 bundle that has this graph, with samples that use it."
+            )
+        return self.ranges.graphs[name]
 
     def _write_parts(self, folder: Path) -> None:
         self._enter("embeddings")
@@ -244,6 +319,8 @@ class _Job:
         (folder / "tokenizer.json").write_bytes(self.tokenizer)
         if self.voices:
             (folder / "voices").mkdir()
+        if self.ranges is not None:
+            (folder / RANGES_FILE).write_bytes(encode_ranges(self.ranges))
         for voice in self.voices:
             write_voice(folder / voice.file, self.speakers[voice.name].cond, self.references[voice.name])
 

@@ -6,7 +6,7 @@ One `GraphDefinition` per graph is all that `onnx_export` needs to trace it and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class GraphDefinition:
         geometry: every size and constant of the architecture, as text.
         inputs: as in the GraphSpec. A symbolic dimension may be ``"<k>*<name>"``: k times another one.
         past: trailing inputs that the module takes as one list (KV cache).
+        ops: ``native``, or ``decomposed`` for nodes that older parsers know (`omniport.export.lowering`).
     """
 
     name: str
@@ -53,6 +54,8 @@ class GraphDefinition:
     dims: dict[str, DimRange]
     past: int = 0
     aliases: dict[str, str] = field(default_factory=dict)
+    grows: dict[str, str] = field(default_factory=dict)
+    ops: str = "native"
 
     def module(self) -> ExportModule:
         """The module on the meta device, in its precision, with nothing loaded."""
@@ -64,7 +67,7 @@ class GraphDefinition:
         return module.eval()
 
 
-def decoder_config(config: Any) -> DecoderConfig:
+def decoder_config(config: Any, kv_form: str = "static") -> DecoderConfig:
     """Sizes of a decoder from transformers' text or talker configuration."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return DecoderConfig(
@@ -78,11 +81,19 @@ def decoder_config(config: Any) -> DecoderConfig:
         rope_theta=float(config.rope_parameters["rope_theta"]),
         mrope_section=tuple(config.rope_parameters.get("mrope_section", (16, 24, 24))),
         rms_norm_eps=config.rms_norm_eps,
+        kv_form=kv_form,
     )
 
 
 def graph_definitions(
-    config: Any, precision: str, max_context: int, solver: SolverSpec, tied: bool
+    config: Any,
+    precision: str,
+    max_context: int,
+    solver: SolverSpec,
+    tied: bool,
+    *,
+    ops: str = "native",
+    kv_form: str = "static",
 ) -> dict[str, GraphDefinition]:
     """The graphs of a checkpoint: three without speech, six with it.
 
@@ -92,22 +103,24 @@ def graph_definitions(
         max_context: largest KV-cache capacity.
         solver: the schedule that the DiT's tables are folded for.
         tied: the thinker's head is its embedding table.
+        ops: as in `GraphDefinition`.
+        kv_form: ``static`` or ``concat`` (`KvSpec.form`).
     """
     thinker = config.thinker_config
     graphs = [
         _audio_encoder(thinker.audio_config),
         _vision_encoder(thinker.vision_config),
-        _thinker(thinker.text_config, max_context, tied),
+        _thinker(thinker.text_config, max_context, tied, kv_form),
     ]
     if config.enable_audio_output:
         token2wav = config.token2wav_config
         graphs += [
-            _talker(config.talker_config, max_context),
+            _talker(config.talker_config, max_context, kv_form),
             _dit(token2wav.dit_config, solver),
             _bigvgan(token2wav.bigvgan_config),
         ]
     chosen = PRECISIONS[precision]
-    return {name: make(chosen.get(name, "float32")) for name, make in graphs}
+    return {name: replace(make(chosen.get(name, "float32")), ops=ops) for name, make in graphs}
 
 
 _Named = tuple[str, Callable[[str], GraphDefinition]]
@@ -172,8 +185,8 @@ def _vision_encoder(c: Any) -> _Named:
 
 
 def _decoder_borders(sizes: DecoderConfig, width: int, precision: str) -> tuple[tuple[TensorSpec, ...], ...]:
-    """Inputs, present outputs and past inputs of a decoder graph."""
-    cache = ("batch", sizes.num_kv_heads, "capacity", sizes.head_dim)
+    """Inputs, past inputs and present outputs of a decoder graph."""
+    before, after = ("past", "live") if sizes.kv_form == "concat" else ("capacity", "capacity")
     names = [f"{part}_{i}" for i in range(sizes.num_layers) for part in ("key", "value")]
     inputs = (
         _f32("inputs_embeds", "batch", "new_tokens", width),
@@ -181,8 +194,9 @@ def _decoder_borders(sizes: DecoderConfig, width: int, precision: str) -> tuple[
         _i64("kv_positions", "live"),
         _i64("write_index", "batch"),
     )
-    past = tuple(TensorSpec(f"past_{name}", precision, cache) for name in names)
-    present = tuple(TensorSpec(f"present_{name}", precision, cache) for name in names)
+    heads, width = sizes.num_kv_heads, sizes.head_dim
+    past = tuple(TensorSpec(f"past_{name}", precision, ("batch", heads, before, width)) for name in names)
+    present = tuple(TensorSpec(f"present_{name}", precision, ("batch", heads, after, width)) for name in names)
     return inputs, past, present
 
 
@@ -196,6 +210,9 @@ def _decoder(
     max_context: int,
 ) -> GraphDefinition:
     inputs, past, present = _decoder_borders(sizes, width, precision)
+    grows = sizes.kv_form == "concat"
+    pairs = {after.name: before.name for before, after in zip(past, present, strict=True)}
+    held = DimRange(0, min(1024, max_context) - 1, max_context - 1)
     return GraphDefinition(
         name=name,
         precision=precision,
@@ -207,15 +224,16 @@ def _decoder(
             "batch": DimRange(1, 1, 1),
             "new_tokens": DimRange(1, 1, 512),
             "live": DimRange(1, min(1024, max_context), max_context),
-            "capacity": DimRange(max_context, max_context, max_context),
+            **({"past": held} if grows else {"capacity": DimRange(max_context, max_context, max_context)}),
         },
         past=len(past),
-        aliases={after.name: before.name for before, after in zip(past, present, strict=True)},
+        aliases={} if grows else pairs,
+        grows=pairs if grows else {},
     )
 
 
-def _thinker(c: Any, max_context: int, tied: bool) -> _Named:
-    sizes = decoder_config(c)
+def _thinker(c: Any, max_context: int, tied: bool, kv_form: str) -> _Named:
+    sizes = decoder_config(c, kv_form)
     outputs = (
         _f32("logits", "batch", sizes.vocab_size),
         _f32("hidden", "batch", "new_tokens", sizes.hidden_size),
@@ -225,8 +243,8 @@ def _thinker(c: Any, max_context: int, tied: bool) -> _Named:
     )
 
 
-def _talker(c: Any, max_context: int) -> _Named:
-    sizes, width = decoder_config(c), c.embedding_size
+def _talker(c: Any, max_context: int, kv_form: str) -> _Named:
+    sizes, width = decoder_config(c, kv_form), c.embedding_size
     outputs = (_f32("logits", "batch", sizes.vocab_size),)
     return "talker", lambda precision: _decoder(
         "talker", precision, lambda: Talker(sizes, width), sizes, width, outputs, max_context

@@ -1,4 +1,8 @@
-"""Which ONNX nodes each custom op of `omniport.export.ops` becomes (opset 24, standard domain)."""
+"""Which ONNX nodes each custom op of `omniport.export.ops` becomes (opset 24, standard domain).
+
+Pads are given for every axis: the ``axes`` input of Pad is unknown to TensorRT's parser before 10.4.
+`omniport.export.lowering` replaces the nodes that need an opset above 18.
+"""
 
 from __future__ import annotations
 
@@ -72,10 +76,10 @@ def _split_blocks_node(x: Any, block: int, back: bool, ahead: bool) -> Any:
     blocks = op.Reshape(x, op.Constant(value_ints=[0, -1, block, width]))
     parts = [blocks]
     if back:
-        padded = op.Pad(blocks, op.Constant(value_ints=[1, 0]), None, axis)
+        padded = op.Pad(blocks, op.Constant(value_ints=[0, 1, 0, 0, 0, 0, 0, 0]))
         parts.insert(0, op.Slice(padded, op.Constant(value_ints=[0]), op.Constant(value_ints=[-1]), axis))
     if ahead:
-        padded = op.Pad(blocks, op.Constant(value_ints=[0, 1]), None, axis)
+        padded = op.Pad(blocks, op.Constant(value_ints=[0, 0, 0, 0, 0, 1, 0, 0]))
         parts.append(op.Slice(padded, op.Constant(value_ints=[1]), op.Constant(value_ints=[2**62]), axis))
     return op.Reshape(op.Concat(*parts, axis=2), flat)
 
@@ -88,8 +92,8 @@ def _pad_to_blocks_node(x: Any, block: int) -> Any:
     length = op.Shape(x, start=1, end=2)
     # ONNX Mod has the sign of the divisor, so this is how much is missing.
     missing = op.Mod(op.Neg(length), op.Constant(value_ints=[block]))
-    pads = op.Concat(op.Constant(value_ints=[0]), missing, axis=0)
-    return op.Pad(x, pads, None, op.Constant(value_ints=[1]))
+    pads = op.Concat(op.Constant(value_ints=[0, 0, 0, 0]), missing, op.Constant(value_ints=[0]), axis=0)
+    return op.Pad(x, pads)
 
 
 def _snake_node(x: Any, up: Any, down: Any, alpha: Any, inverse_beta: Any, even: Any, odd: Any) -> Any:
@@ -97,7 +101,7 @@ def _snake_node(x: Any, up: Any, down: Any, alpha: Any, inverse_beta: Any, even:
     zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
     minus_one, end = op.Constant(value_ints=[-1]), op.Constant(value_ints=[2**62])
     axis = op.Constant(value_ints=[2])
-    padded = op.Pad(x, op.Constant(value_ints=[3, 3]), None, axis, mode="edge")
+    padded = op.Pad(x, op.Constant(value_ints=[0, 0, 3, 0, 0, 3]), mode="edge")
     u = op.Conv(padded, up, group=channels)
     s = op.Sin(op.Mul(u, alpha))
     u = op.Add(u, op.Mul(inverse_beta, op.Mul(s, s)))

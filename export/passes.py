@@ -17,10 +17,11 @@ from onnx_ir.passes.common import (
     IdentityEliminationPass,
     InlinePass,
     RemoveUnusedNodesPass,
+    ShapeInferencePass,
 )
 from onnxscript.optimizer import fold_constants
 
-__all__ = ["BorderPass", "NamingPass", "TrimOutputsPass", "check_standard_ops", "finish"]
+__all__ = ["BorderPass", "NamingPass", "TrimOutputsPass", "TypePass", "check_standard_ops", "finish"]
 
 FOLD_BYTES = 4096
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -38,6 +39,7 @@ def finish(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
     RemoveUnusedNodesPass()(model)
     BorderPass(inputs, outputs)(model)
     NamingPass(own)(model)
+    TypePass()(model)
     check_standard_ops(model)
     model.producer_name = "omniport"
     model.graph.doc_string = None
@@ -115,6 +117,27 @@ class NamingPass(InPlacePass):
                 user, index = min((str(use.node.name), use.idx) for use in uses)
                 value.name = f"{user}.input{index}"
         return PassResult(model, True)
+
+
+class TypePass(InPlacePass):
+    """Give every value the dtype that ONNX infers for it; shapes stay as they were traced.
+
+    Needs unique value names. Nodes made from custom ops come without types.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        inferred = model.clone()
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(inferred)
+        types: dict[str | None, ir.DataType | None] = {v.name: v.dtype for node in inferred.graph for v in node.outputs}
+        modified = False
+        for value in (value for node in model.graph for value in node.outputs):
+            if value.dtype is None:
+                dtype = types[value.name]
+                if dtype is None:
+                    raise ExportError(f"the type of {value.name} cannot be inferred")
+                value.dtype = dtype
+                modified = True
+        return PassResult(model, modified)
 
 
 def check_standard_ops(model: ir.Model) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,8 @@ __all__ = ["CODE", "file_record", "graph_key", "graph_whole", "previous_manifest
 
 _SHARED = (
     "graph_defs.py",
+    "lowering.py",
+    "mixed.py",
     "onnx_export.py",
     "op_nodes.py",
     "ops.py",
@@ -51,17 +53,24 @@ def source_key(ckpt: Checkpoint) -> str:
     return _sha256_of([ckpt.fingerprint, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in shards]])
 
 
-def graph_key(definition: GraphDefinition, solver: SolverSpec, source: str) -> str:
-    """sha256 over everything that a graph is made from; ``source`` as `source_key` gives it."""
+def graph_key(definition: GraphDefinition, solver: SolverSpec, source: str, kept: Sequence[object] = ()) -> str:
+    """sha256 over everything that a graph is made from.
+
+    Args:
+        source: as `source_key` gives it.
+        kept: what was said about parts that stay float32.
+    """
     folder = Path(__file__).parent
     return _sha256_of(
         [
             definition.name,
             definition.precision,
             definition.geometry,
+            definition.ops,
             msgspec.to_builtins((definition.inputs, definition.outputs, definition.dims, definition.aliases)),
             msgspec.to_builtins(solver) if definition.name == "dit" else None,
             source,
+            kept,
             [(name, _sha256_file(folder / name)) for name in CODE[definition.name]],
             [importlib.metadata.version(name) for name in _LIBRARIES],
         ]

@@ -26,15 +26,14 @@ from omniport.runtime.graphs import TensorSpec
 from torch.export import Dim
 
 from .graph_defs import GraphDefinition
+from .lowering import OPSETS, lowered_translations
 from .op_nodes import translations
 from .passes import FOLD_BYTES, finish
 from .weights import Constant, Rule
 
-__all__ = ["OPSET", "cache_folder", "trace"]
+__all__ = ["cache_folder", "trace"]
 
-OPSET = 24
-
-_CODE = ("op_nodes.py", "ops.py", "passes.py", "trace.py", "weights.py", "graph_defs.py", "models")
+_CODE = ("lowering.py", "op_nodes.py", "ops.py", "passes.py", "trace.py", "weights.py", "graph_defs.py", "models")
 
 
 def trace(definition: GraphDefinition) -> tuple[ir.Model, dict[str, Rule]]:
@@ -81,10 +80,10 @@ def _trace(definition: GraphDefinition, module: torch.nn.Module, rules: Mapping[
             args,
             dynamic_shapes=dynamic,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=OPSETS[definition.ops],
             optimize=False,
             verbose=False,
-            custom_translation_table=translations(),
+            custom_translation_table=translations() if definition.ops == "native" else lowered_translations(),
         )
     assert program is not None
     model = program.model
@@ -108,6 +107,7 @@ def _cache_path(definition: GraphDefinition) -> Path | None:
         definition.name,
         definition.precision,
         definition.geometry,
+        definition.ops,
         msgspec.to_builtins((definition.inputs, definition.outputs)),
         _code_key(),
     ]

@@ -15,7 +15,7 @@ import msgspec
 from .errors import BundleError
 from .files import SHA256, bad_path
 from .graphs import DTYPES, GRAPH_NAMES, SPEECH_GRAPHS, GraphSpec
-from .manifest import DecoderGeometry, Manifest, SolverSpec
+from .manifest import KV_FORMS, DecoderGeometry, Manifest, SolverSpec
 from .solver import METHODS
 
 __all__ = ["check_manifest"]
@@ -42,11 +42,10 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         if part is not None:
             yield from _positive(part)
     yield from _speech_problems(manifest)
+    yield from _kv_problems(manifest)
     for name, graph in manifest.graphs.items():
         yield from _graph_problems(name, graph)
     yield from _decoder_problems("thinker", manifest.thinker)
-    if manifest.kv.form != "static":
-        yield f"kv.form is {manifest.kv.form!r}; 'static' is what this release runs"
     if manifest.kv.max_context < 2:
         yield f"kv.max_context is {manifest.kv.max_context}; at least 2 was expected"
     yield from _token_problems(manifest)
@@ -69,6 +68,8 @@ def _file_problems(manifest: Manifest) -> Iterator[str]:
 def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """(what refers, file) for every file that the manifest's fields name."""
     yield "tokenizer_file", manifest.tokenizer_file
+    if manifest.ranges_file is not None:
+        yield "ranges_file", manifest.ranges_file
     yield "thinker.embedding_file", manifest.thinker.embedding_file
     if manifest.talker is not None:
         yield "talker.embedding_file", manifest.talker.embedding_file
@@ -141,11 +142,25 @@ def _graph_problems(name: str, graph: GraphSpec) -> Iterator[str]:
         if any(isinstance(dim, int) and dim < 1 for dim in tensor.shape):
             yield f"tensor {tensor.name!r} of graph {name!r} has shape {tensor.shape}"
     for dim, span in graph.dims.items():
-        if not 1 <= span.min <= span.opt <= span.max:
+        least = 0 if graph.grows else 1  # a cache that grows begins empty
+        if not least <= span.min <= span.opt <= span.max:
             yield f"dimension {dim!r} of graph {name!r} ranges over {span.min}, {span.opt}, {span.max}"
-    for output, source in graph.aliases.items():
-        if output not in outputs or source not in inputs:
-            yield f"graph {name!r} aliases output {output!r} to input {source!r}, which are not both there"
+    for what, pairs in (("aliases", graph.aliases), ("grows", graph.grows)):
+        for output, source in pairs.items():
+            if output not in outputs or source not in inputs:
+                yield f"graph {name!r} {what} output {output!r} to input {source!r}, which are not both there"
+
+
+def _kv_problems(manifest: Manifest) -> Iterator[str]:
+    form = manifest.kv.form
+    if form not in KV_FORMS:
+        yield f"kv.form is {form!r}; this release runs {', '.join(KV_FORMS)}"
+    if form != "static" and manifest.schema_version < 2:
+        yield f"schema version {manifest.schema_version} has no {form} KV cache"
+    for name, graph in manifest.graphs.items():
+        other, pairs = ("grows", graph.grows) if form == "static" else ("aliases", graph.aliases)
+        if pairs:
+            yield f"graph {name!r} has {other}, which a {form} KV cache does not go with"
 
 
 def _decoder_problems(name: str, decoder: DecoderGeometry) -> Iterator[str]:

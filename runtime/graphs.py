@@ -21,7 +21,7 @@ DTYPES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64":
 
 
 class DimRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Smallest, typical and largest value of one symbolic dimension."""
+    """Smallest, typical and largest value of one symbolic dimension. Only a cache that grows may be empty."""
 
     min: int
     opt: int
@@ -45,7 +45,9 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         precision: dtype of weights and of the matrix products.
         dims: range of each symbolic dimension named in the tensor shapes. A shape may also say ``"<k>*<name>"``: k
             times that dimension.
-        aliases: output name -> input name, for outputs that share the input's buffer (KV cache).
+        aliases: output name -> input name, for outputs that share the input's buffer (static KV cache).
+        grows: output name -> input name, for outputs that are that input of the next call (concat KV cache).
+        float32_values: values of a half-precision graph that are float32 and never narrowed, named as in ranges.json.
         inputs_key: sha256 over everything the graph was made from; a rerun of export skips graphs with an equal key.
     """
 
@@ -59,6 +61,13 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dims: dict[str, DimRange]
     aliases: dict[str, str] = {}
     inputs_key: str = ""
+    grows: dict[str, str] = {}
+    float32_values: tuple[str, ...] = ()
+
+    @property
+    def cache(self) -> dict[str, str]:
+        """Input that holds the KV cache -> output that is the cache after the call, in either form."""
+        return {source: output for output, source in (*self.aliases.items(), *self.grows.items())}
 
     def input(self, name: str) -> TensorSpec:
         """The input of that name (KeyError if there is none)."""

@@ -10,6 +10,7 @@ import msgspec
 from .graphs import GraphSpec
 
 __all__ = [
+    "KV_FORMS",
     "SCHEMA_VERSION",
     "AudioFrontend",
     "ChatSpec",
@@ -27,9 +28,13 @@ __all__ = [
     "VisionFrontend",
     "VocoderGeometry",
     "VoiceSpec",
+    "encode_manifest",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+#: forms of the KV cache (`KvSpec.form`)
+KV_FORMS = ("static", "concat")
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -138,7 +143,7 @@ class DecoderGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 class KvSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """KV cache form: ``static`` (fixed capacity, updated in place)."""
+    """KV cache form: ``static`` (fixed capacity, updated in place) or ``concat`` (each call returns a longer one)."""
 
     form: str
     dtype: str
@@ -248,4 +253,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     voices: tuple[VoiceSpec, ...] = ()
     graphs: dict[str, GraphSpec]
     tokenizer_file: str = "tokenizer.json"
+    ranges_file: str | None = None
     files: dict[str, FileRecord]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of bundle.json."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"

@@ -57,13 +57,14 @@ def _command(name: str, function: Callable[..., Any], epilog: str) -> str:
     for parameter in inspect.signature(function).parameters.values():
         kind, info = typing.get_args(hints[parameter.name])[:2]
         if isinstance(info, ArgumentInfo):
-            arguments.append((parameter.name.upper(), info.help or ""))
+            needed = parameter.default is inspect.Parameter.empty
+            arguments.append((parameter.name.upper(), needed, info.help or ""))
         elif isinstance(info, OptionInfo):
             options.append(_option(parameter, kind, info))
-    usage = " ".join(["omniport", name, *(argument for argument, _ in arguments), "[OPTIONS]"])
+    usage = " ".join(["omniport", name, *(n if needed else f"[{n}]" for n, needed, _ in arguments), "[OPTIONS]"])
     lines = [f"## omniport {name}", "", inspect.cleandoc(function.__doc__ or ""), "", "```sh", usage, "```", ""]
     lines += ["| argument or option | default | meaning |", "|---|---|---|"]
-    lines += [f"| `{argument}` | required | {text} |" for argument, text in arguments]
+    lines += [f"| `{n}` | {'required' if needed else ''} | {text} |" for n, needed, text in arguments]
     lines += [f"| `{option}` | {default} | {text} |" for option, default, text in options]
     lines += ["", "Example:", "", "```sh", epilog.removeprefix("Example: "), "```", ""]
     return "\n".join(lines)

@@ -53,6 +53,17 @@ def tiny_outlier_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
+def lowered_bundle(tiny_checkpoint: Path) -> Path:
+    """``tiny_checkpoint`` in float32 for older parsers: decomposed operators, a KV cache that grows. Read only."""
+    from omniport.export.exporter import export_checkpoint
+
+    def make(out: Path) -> None:
+        export_checkpoint(tiny_checkpoint, out, max_context=4096, ops="decomposed", kv="concat")
+
+    return _once("tiny-lowered", make)
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path) -> Path:
     """``tiny_checkpoint`` exported in float32. Read only: tests that change files copy it first."""
     from omniport.export.exporter import export_checkpoint

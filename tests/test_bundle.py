@@ -93,6 +93,16 @@ def test_ids_outside_the_table(root: Path, bad: int) -> None:
         Bundle.open(root).embedding("thinker").rows([0, bad])
 
 
+def concat_of_static(m: dict[str, Any]) -> None:
+    m["kv"]["form"] = "concat"
+    m["graphs"]["thinker"]["aliases"] = {"a": "b"}
+
+
+def concat_of_nothing(m: dict[str, Any]) -> None:
+    m["kv"]["form"] = "concat"
+    m["graphs"]["thinker"]["grows"] = {"a": "b"}
+
+
 EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("unknown field", lambda m: m.update(colour="red"), "unknown field `colour`"),
     ("unknown nested field", lambda m: m["kv"].update(colour="red"), "unknown field `colour`.*kv"),
@@ -102,7 +112,7 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("fractional size", lambda m: m["files"]["tokenizer.json"].update(size=1.5), "Expected `int`"),
     ("negative size", lambda m: m["files"]["tokenizer.json"].update(size=-1), "has size -1"),
     ("no hash", lambda m: m["files"]["tokenizer.json"].update(sha256="abc"), "64 hexadecimal"),
-    ("newer schema", lambda m: m.update(schema_version=2, colour="red"), "schema version 2.*upgrade omniport"),
+    ("newer schema", lambda m: m.update(schema_version=3, colour="red"), "schema version 3.*upgrade omniport"),
     ("schema zero", lambda m: m.update(schema_version=0), "schema version 0"),
     ("other format", lambda m: m.update(format="zip"), "format 'zip'"),
     ("no format", lambda m: m.pop("format"), "missing required field `format`"),
@@ -127,6 +137,11 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("two voices, one name", lambda m: m["voices"][0].update(name="Chelsie"), "same name"),
     ("stop token outside", lambda m: m["chat"].update(stop=[VOCABULARY]), f"token id {VOCABULARY}"),
     ("codec id outside", lambda m: m["codec"].update(bos=64), "codec id 64"),
+    ("a growing cache in a static bundle", lambda m: m["graphs"]["thinker"].update(grows={"a": "b"}), "has grows"),
+    ("a static cache in a concat bundle", concat_of_static, "has aliases, which a concat KV cache"),
+    ("growing to nothing", concat_of_nothing, "grows output 'a'"),
+    ("concat in version 1", lambda m: (m.update(schema_version=1), m["kv"].update(form="concat")), "version 1 has no"),
+    ("empty dimension", lambda m: m["graphs"]["dit"].update(dims={"x": {"min": 0, "opt": 1, "max": 2}}), "0, 1, 2"),
     ("alias to nothing", lambda m: m["graphs"]["thinker"].update(aliases={"a": "b"}), "aliases output 'a'"),
 ]
 
@@ -330,4 +345,4 @@ def test_manifest_survives_a_round_trip(root: Path) -> None:
     manifest = Bundle.open(root).manifest
     write_manifest(root, manifest)
     assert Bundle.open(root, verify=True).manifest == manifest
-    assert json.loads((root / "bundle.json").read_text())["schema_version"] == 1
+    assert json.loads((root / "bundle.json").read_text())["schema_version"] == 2

@@ -22,6 +22,7 @@ PAGES = (
     "docs/build.md",
     "docs/design.md",
     "docs/cli.md",
+    "docs/export.md",
     "docs/live.md",
     "docs/talk.md",
 )

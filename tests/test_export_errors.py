@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import re
 import resource
@@ -13,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from checkpoints import rewritten
 from omniport.export import exporter, staging, trace
 from omniport.export.checkpoint import Checkpoint
 from omniport.export.exporter import export_checkpoint
@@ -31,31 +31,9 @@ from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import CheckpointError, ExportError, UsageError
 from omniport.runtime.graphs import TEXT_GRAPHS
 from omniport.runtime.solver import rk4_schedule
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 CONTEXT = 4096
-
-
-def rewritten(
-    checkpoint: Path,
-    target: Path,
-    weights: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
-    config: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> Path:
-    """A copy of a checkpoint in one shard, with its weights and config.json edited."""
-    shutil.copytree(checkpoint, target)
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(target.glob("*.safetensors")):
-        tensors |= load_file(shard)
-        shard.unlink()
-    (target / "model.safetensors.index.json").unlink()
-    weights(tensors)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, target / "model.safetensors")
-    settings = json.loads((target / "config.json").read_text())
-    config(settings)
-    (target / "config.json").write_text(json.dumps(settings))
-    return target
 
 
 def fails(checkpoint: Path, out: Path, error: type[Exception], **options: Any) -> str:

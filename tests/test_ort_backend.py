@@ -13,7 +13,8 @@ import pytest
 from bundles import make_bundle, make_manifest, write_manifest
 from omniport.runtime.backends import BACKENDS, open_backend
 from omniport.runtime.backends.onnx_scan import scan_onnx
-from omniport.runtime.backends.ort import OrtBackend, OrtCache, physical_cores
+from omniport.runtime.backends.ort import OrtBackend, physical_cores
+from omniport.runtime.backends.ort_cache import OrtCache, StaticCache
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import BackendError, BundleError, OmniportError
 from omniport.runtime.graphs import GraphSpec, TensorSpec
@@ -146,7 +147,7 @@ def test_a_copy_of_the_cache_shows_on_stderr(tmp_path: Path, capfd: pytest.Captu
     bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))
     graph = open_backend("ort-cpu", bundle).graph("thinker")
     cache = graph.new_cache(CAPACITY)
-    assert isinstance(cache, OrtCache)
+    assert isinstance(cache, StaticCache)
     other = graph._ort.OrtValue.ortvalue_from_numpy(np.zeros((1, HEADS, CAPACITY, WIDTH), np.float32))
     cache.binding.bind_ortvalue_output("present_key_0", other)
     graph.run(feed(rows(2), 0), cache)

@@ -34,6 +34,8 @@ class OmniportExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="weights' dtype")
         parser.add_argument("--graphs", default="", metavar="A,B", help="export these graphs only")
         parser.add_argument("--max-context", type=int, default=8192, metavar="N", help="KV cache capacity in tokens")
+        parser.add_argument("--ops", choices=("native", "decomposed"), default="native", help="operators of the graphs")
+        parser.add_argument("--kv", choices=("static", "concat"), default="static", help="form of the KV cache")
         parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of text")
         parser.add_argument("--quiet", action="store_true", help="print no progress on stderr")
 
@@ -43,6 +45,7 @@ class OmniportExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
 
         args = self.args
         command = ["export", "--precision", args.precision, "--max-context", str(args.max_context)]
+        command += ["--ops", args.ops, "--kv", args.kv]
         command += ["--graphs", args.graphs] if args.graphs else []
         command += [flag for flag, wanted in (("--json", args.json), ("--quiet", args.quiet)) if wanted]
         run([*command, "--", args.checkpoint, args.out])

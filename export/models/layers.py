@@ -19,7 +19,7 @@ __all__ = ["Decoder", "DecoderConfig", "GatedMlp", "LayerNorm", "RmsNorm"]
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder stack (thinker or talker)."""
+    """Sizes of a decoder stack (thinker or talker), and the form of its KV cache (`KvSpec.form`)."""
 
     hidden_size: int
     num_layers: int
@@ -31,6 +31,7 @@ class DecoderConfig:
     rope_theta: float
     mrope_section: tuple[int, ...]
     rms_norm_eps: float
+    kv_form: str = "static"
 
 
 class RmsNorm(ExportModule):
@@ -72,12 +73,13 @@ class GatedMlp(ExportModule):
 
 
 class _CachedAttention(ExportModule):
-    """Grouped-query self-attention over a static cache. q, k, v have biases, the output has none (Qwen2)."""
+    """Grouped-query self-attention over a cache. q, k, v have biases, the output has none (Qwen2)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.scale = config.head_dim**-0.5
+        self.grows = config.kv_form == "concat"
         self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim)
         self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
         self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
@@ -90,6 +92,9 @@ class _CachedAttention(ExportModule):
         q = rotary_embedding(split_heads(self.q_proj(x), self.heads), *rope)
         k = rotary_embedding(split_heads(self.k_proj(x), self.kv_heads), *rope)
         v = split_heads(self.v_proj(x), self.kv_heads)
+        if self.grows:
+            key, value = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+            return self.o_proj(merge_heads(attention(q, key, value, mask, self.scale))), key, value
         key = tensor_scatter(past[0], k, write_index)
         value = tensor_scatter(past[1], v, write_index)
         # Attention must not see the cache's unused slots: the live length is the mask's last dimension.
@@ -135,7 +140,7 @@ class _MultimodalRope(ExportModule):
 
 
 class Decoder(ExportModule):
-    """Qwen2 decoder stack with TMRoPE over static caches (transformers: Qwen2_5OmniThinkerTextModel, TalkerModel)."""
+    """Qwen2 decoder stack with TMRoPE over KV caches (transformers: Qwen2_5OmniThinkerTextModel, TalkerModel)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -152,7 +157,9 @@ class Decoder(ExportModule):
         past: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         """x: [B, S, E], past: key and value of every layer [B, Hkv, M, D] -> hidden
-        after the final norm [B, S, E], and the caches with the new tokens written."""
+        after the final norm [B, S, E], and the caches with the new tokens written.
+
+        In the concat form, past is [B, Hkv, L - S, D] and comes back as [B, Hkv, L, D]."""
         rope = self.rope(position_ids, x.dtype)
         row = write_index[:, None] + torch.arange(x.shape[1], device=x.device)
         mask = (kv_positions[None, None, :] <= row[:, :, None]).unsqueeze(1)  # [B, 1, S, L]

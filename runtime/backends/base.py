@@ -18,7 +18,8 @@ Array = NDArray[Any]
 
 
 class KvCache(Protocol):
-    """Static-capacity cache of one decoder, owned by one conversation."""
+    """Cache of one decoder, owned by one conversation. It may hold more than a call's ``write_index``: what lies
+    beyond is overwritten."""
 
     @property
     def capacity(self) -> int:
@@ -26,7 +27,7 @@ class KvCache(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes allocated now."""
 
 
 class Graph(Protocol):

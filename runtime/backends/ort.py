@@ -1,15 +1,16 @@
-"""ONNX Runtime on the CPU or a CUDA device, with the KV cache updated in place.
+"""ONNX Runtime on the CPU or a CUDA device, with a static KV cache updated in place.
 
 A decoder's ``past_*`` input and ``present_*`` output are bound to the very same OrtValue, so TensorScatter writes the
 new rows where the cache lies. If ONNX Runtime cannot do that it copies the whole cache every step and logs the warning
 ``in-place optimization not activated``; warnings therefore stay on.
+
+A concat KV cache is what the last call returned: `omniport.runtime.backends.ort_cache`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,34 +24,15 @@ from ..errors import BackendError, BundleError, OmniportError
 from ..graphs import GraphSpec
 from .base import Array, KvCache
 from .onnx_scan import STANDARD_DOMAINS, scan_onnx
+from .ort_cache import GrowingCache, OrtCache, StaticCache
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
-__all__ = ["OrtBackend", "OrtCache", "OrtGraph", "cuda_usable", "physical_cores"]
+__all__ = ["OrtBackend", "OrtGraph", "cuda_usable", "physical_cores"]
 
 _WARNING = 2
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-class OrtCache:
-    """KV cache of one decoder: a named OrtValue [1, Hkv, capacity, D] for each ``past_*`` input."""
-
-    def __init__(self, binding: Any, values: dict[str, Any], capacity: int, nbytes: int) -> None:
-        self.binding = binding
-        self.values = values
-        self._capacity = capacity
-        self._nbytes = nbytes
-
-    @property
-    def capacity(self) -> int:
-        """Tokens the cache holds."""
-        return self._capacity
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated (touched only as far as the cache fills, on the CPU)."""
-        return self._nbytes
 
 
 class OrtGraph:
@@ -61,9 +43,9 @@ class OrtGraph:
         self._ort = module
         self._device = device
         self.spec = spec
-        self._cached = {source: output for output, source in spec.aliases.items()}
+        self._cached = spec.cache
         self._inputs = {t.name: np.dtype(t.dtype) for t in spec.inputs if t.name not in self._cached}
-        self._outputs = [t.name for t in spec.outputs if t.name not in spec.aliases]
+        self._outputs = [t.name for t in spec.outputs if t.name not in self._cached.values()]
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
         """Run once; see ``Graph.run``.
@@ -72,14 +54,9 @@ class OrtGraph:
             BackendError: ONNX Runtime failed, or ran out of memory.
             OmniportError: feeds that do not match the GraphSpec.
         """
-        if isinstance(cache, OrtCache):
-            binding = cache.binding
-        elif cache is None and not self._cached:
-            binding = self._session.io_binding()
-        else:
-            raise OmniportError(f"graph {self.spec.name!r} got {type(cache).__name__} as its cache; use new_cache()")
         if feeds.keys() != self._inputs.keys():
             raise OmniportError(f"graph {self.spec.name!r} got {sorted(feeds)}; it takes {sorted(self._inputs)}")
+        binding = self._binding(feeds, cache)
         held = []  # ONNX Runtime reads these buffers during the run
         for name, dtype in self._inputs.items():
             array = np.ascontiguousarray(feeds[name])
@@ -94,6 +71,8 @@ class OrtGraph:
         with self._failing(f"run graph {self.spec.name!r}"):
             self._session.run_with_iobinding(binding)
         outputs = dict(zip(self._bound_outputs(cache), binding.get_outputs(), strict=True))
+        if isinstance(cache, OrtCache):
+            cache.take(outputs)
         return {name: np.array(outputs[name].numpy(), np.float32) for name in self._outputs}
 
     def new_cache(self, capacity: int) -> OrtCache:
@@ -104,28 +83,17 @@ class OrtGraph:
         """
         if not self._cached:
             raise BackendError(f"graph {self.spec.name!r} keeps no KV cache: only thinker and talker do")
-        ort, nbytes = self._ort, 0
-        values: dict[str, Any] = {}
-        binding = self._session.io_binding()
-        for source, output in self._cached.items():
-            tensor = self.spec.input(source)
-            # [B, Hkv, M, D]: one conversation, so B = 1
-            heads, width = tensor.shape[1], tensor.shape[3]
-            if not isinstance(heads, int) or not isinstance(width, int):
-                raise BundleError(f"input {source!r} has shape {tensor.shape}; fixed heads and width were expected")
-            shape = [1, heads, capacity, width]
-            dtype = np.dtype(tensor.dtype)
-            with self._failing(f"allocate the KV cache of {self.spec.name!r} for {capacity} tokens"):
-                if self._device == "cpu":
-                    # Zero pages cost nothing until written; OrtValue uses this memory as it is.
-                    value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
-                else:
-                    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._device, 0)
-                binding.bind_ortvalue_input(source, value)
-                binding.bind_ortvalue_output(output, value)
-            values[source] = value
-            nbytes += math.prod(shape) * dtype.itemsize
-        return OrtCache(binding, values, capacity, nbytes)
+        kind = GrowingCache if self.spec.grows else StaticCache
+        with self._failing(f"allocate the KV cache of {self.spec.name!r} for {capacity} tokens"):
+            return kind(self._session, self.spec, capacity, self._device, self._ort)
+
+    def _binding(self, feeds: Mapping[str, Array], cache: KvCache | None) -> Any:
+        if isinstance(cache, OrtCache):
+            with self._failing(f"bind the KV cache of {self.spec.name!r}"):
+                return cache.bind(int(feeds["write_index"][0]))
+        if cache is None and not self._cached:
+            return self._session.io_binding()
+        raise OmniportError(f"graph {self.spec.name!r} got {type(cache).__name__} as its cache; use new_cache()")
 
     def _bound_outputs(self, cache: KvCache | None) -> list[str]:
         """Output names in the order in which they were first bound."""
