@@ -109,15 +109,15 @@ def command(
         )
     if json:
         print_json(report_dict(report))
-        return
+    else:
+        _print(report)
+
+
+def _print(report: BuildReport) -> None:
     rows = (
-        (
-            row.graph,
-            size_text(row.record.engine.size),
-            size_text(row.record.weights_bytes),
-            *_cost(row.built, row.record),
-        )
+        (row.graph, size_text(record.engine.size), size_text(record.weights_bytes), *_cost(row.built, record))
         for row in report.graphs
+        if (record := row.record)
     )
     title = f"Engines of {report.bundle} for {report.target.name} by {report.builder} {report.version}"
     print_table(title, ("graph", "engine", "weights", "seconds", "peak memory"), rows)
