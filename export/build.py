@@ -17,6 +17,7 @@ from omniport.runtime.engines import EngineRecord, engine_path, graph_files
 from omniport.runtime.errors import BackendError, BuildError, BundleError, UsageError
 from omniport.runtime.files import sha256_of
 from omniport.runtime.graphs import GraphSpec
+from omniport.runtime.ranges import limit, overflowing
 
 from .aside import run_aside
 from .engine import Built, Progress, build_engine
@@ -26,7 +27,15 @@ from .staging import check_space
 from .targets import THIS, Target
 from .trt_api import MODULES, Api, installed_builders, load_api
 
-__all__ = ["BuildReport", "GraphBuild", "build_bundle", "builder_version", "choose_builder", "engine_key"]
+__all__ = [
+    "BuildReport",
+    "GraphBuild",
+    "build_bundle",
+    "builder_version",
+    "choose_builder",
+    "engine_key",
+    "require_ranges",
+]
 
 #: source files that an engine depends on
 _CODE = ("engine.py", "network.py", "onnx_file.py", "profiles.py", "trt_api.py")
@@ -76,12 +85,15 @@ def build_bundle(
     Raises:
         UsageError: a precision, graph or limit that does not go with the bundle.
         BackendError: no builder for the target is installed, or the target's engines are built elsewhere.
-        BuildError: a graph cannot become the engine its spec describes. Engines built before it stay.
+        BuildError: a graph cannot become the engine its spec describes (engines built before it stay), or one holds
+            values in float16 that were observed too large for it (nothing is built).
     """
     started = time.perf_counter()
     limits = limits or Limits()
     check_bundle_precision(bundle, precision)
     names = _chosen(bundle, graphs)
+    for name in names:
+        require_ranges(bundle, name)
     chosen = choose_builder(target, builder, str(bundle.root))
     report = BuildReport(bundle.root, target, chosen, builder_version(chosen))
     store = EngineStore(bundle.root, f"omniport {importlib.metadata.version('omniport')}")
@@ -120,6 +132,22 @@ def check_bundle_precision(bundle: Bundle, precision: str | None) -> None:
         f"--precision {precision}: {bundle.root} is {held}, and its graphs say the dtype of every value, so the bundle "
         f"decides what its engines compute in. Make a bundle in {precision}: {made_by}"
     )
+
+
+def require_ranges(bundle: Bundle, graph: str) -> None:
+    """Whether a float16 graph holds in float16 only what was observed to fit; nothing without measured ranges.
+
+    Raises:
+        BuildError: an observed value would overflow; says how to keep it in float32.
+    """
+    found = overflowing(bundle, graph)
+    if found:
+        worst = ", ".join(f"{layer.name} ({layer.max:.3g})" for layer in found[:3])
+        raise BuildError(
+            f"{graph} holds {len(found)} values in float16 that were observed beyond {limit():.0f}, half of what it "
+            f"can hold: {worst}. The engine would give infinities. Export again so that they stay in float32: omniport "
+            f"export CHECKPOINT OUT --precision fp16 --ranges {bundle.root / str(bundle.manifest.ranges_file)}"
+        )
 
 
 def choose_builder(target: Target, builder: str, bundle: str = "BUNDLE") -> str:

@@ -16,7 +16,7 @@ from omniport.runtime.errors import BackendError, BuildError
 from omniport.runtime.graphs import DTYPES
 from omniport.runtime.manifest import DecoderGeometry
 
-from .build import check_bundle_precision, on_device
+from .build import check_bundle_precision, on_device, require_ranges
 from .engine import Progress, build_engine, check_precision
 from .network import LOWERED
 from .onnx_file import open_onnx
@@ -162,6 +162,7 @@ def _check(
     graph_dims(spec, limits)
     stand_in = _stand_in(target, onnx_file.formats())
     try:
+        require_ranges(bundle, name)
         check_precision(name, onnx_file.formats(), target, target.builder)
         note = _release_note(onnx_file.operators, onnx_file.opset, target)
         if stand_in is None:

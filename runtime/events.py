@@ -83,7 +83,7 @@ class Stats:
         busy: seconds in each stage: preprocess, audio_encoder, vision_encoder, prefill, thinker, talker_prefill,
             talker, dit, bigvgan, load.
         run_seconds: seconds inside graph runs, by graph.
-        workers: thinker, talker and token2wav.
+        workers: thinker, talker, token2wav (its DiT) and the vocoder beside it.
         peak_memory_bytes: largest resident set of the process so far; None where the system does not tell.
     """
 

@@ -19,7 +19,7 @@ from .errors import BundleError, OmniportError, UsageError
 from .solver import solve
 from .timing import StageTimer
 
-__all__ = ["WINDOWS", "NoiseStream", "SpeechWindows", "Token2Wav", "Window"]
+__all__ = ["WINDOWS", "MelPiece", "NoiseStream", "SpeechWindows", "Token2Wav", "Window"]
 
 #: fewest mel frames of context that the vocoder is near exact with
 _LEAST_CONTEXT = 20
@@ -93,6 +93,20 @@ class NoiseStream:
         return self._noise[start:stop]
 
 
+@dataclass(frozen=True, eq=False)
+class MelPiece:
+    """One window on its way to the vocoder.
+
+    Attributes:
+        mel: float32 [n, mel_dim], with the context around the window.
+        skip, count: frames before the window, and in it.
+    """
+
+    mel: NDArray[np.float32]
+    skip: int
+    count: int
+
+
 class Token2Wav:
     """Turns the codes of one utterance into samples as they come.
 
@@ -135,7 +149,15 @@ class Token2Wav:
         self._tail = np.zeros((0, self._dit.mel_dim), np.float32)
 
     def push(self, code: int) -> list[NDArray[np.float32]]:
-        """Take one code; gives the sample arrays float32 [n] that it completes, often none.
+        """Take one code; gives the sample arrays float32 [n] that it completes, often none: ``mels`` and ``vocode``."""
+        return [self.vocode(piece) for piece in self.mels(code)]
+
+    def finish(self) -> list[NDArray[np.float32]]:
+        """No more codes: gives the samples of all that are left."""
+        return [self.vocode(piece) for piece in self.last_mels()]
+
+    def mels(self, code: int) -> list[MelPiece]:
+        """Take one code; gives the windows that it completes, solved, often none.
 
         Raises:
             OmniportError: the code is no sound: outside the DiT's codebook.
@@ -153,9 +175,13 @@ class Token2Wav:
             ready.append(self._emit(self._done + self._chunk))
         return ready
 
-    def finish(self) -> list[NDArray[np.float32]]:
-        """No more codes: gives the samples of all that are left."""
+    def last_mels(self) -> list[MelPiece]:
+        """No more codes: gives the last window."""
         return [self._emit(len(self._codes))] if self._done < len(self._codes) else []
+
+    def vocode(self, piece: MelPiece) -> NDArray[np.float32]:
+        """Samples float32 [n] of a window. Needs nothing of the others, so it may run beside them."""
+        return self._synthesize(piece.mel, piece.skip, piece.count)
 
     def _cuts(self, window: Window) -> tuple[tuple[int, ...], int]:
         """Codes of each window and the vocoder's context, checked."""
@@ -192,8 +218,8 @@ class Token2Wav:
     def _ahead(self) -> int:
         return self._block * self._dit.look_ahead_blocks
 
-    def _emit(self, stop: int) -> NDArray[np.float32]:
-        """Samples of codes ``self._done`` to ``stop``."""
+    def _emit(self, stop: int) -> MelPiece:
+        """The mel of codes ``self._done`` to ``stop``."""
         start = self._done
         first, last = 0, len(self._codes)
         if self._streaming:
@@ -203,11 +229,11 @@ class Token2Wav:
         repeats, context = self._dit.repeats, self._context
         new = mel[(start - first) * repeats : (stop - first) * repeats]
         right = mel[(stop - first) * repeats :][:context]
-        samples = self._synthesize(np.concatenate([self._tail, new, right]), len(self._tail), len(new))
+        piece = MelPiece(np.concatenate([self._tail, new, right]), len(self._tail), len(new))
         self._tail = np.concatenate([self._tail, new])[-context:] if context else self._tail
         self._done = stop
         self._windows += 1
-        return samples
+        return piece
 
     def _solve(self, first: int, last: int) -> NDArray[np.float32]:
         """Mel frames [2 * (last - first), 80] of the codes from ``first`` to ``last``."""

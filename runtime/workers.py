@@ -1,9 +1,9 @@
 """The three workers of a reply: thinker, talker and token2wav, each in a thread of its own, joined by bounded queues.
 
-The thinker hands a row to the talker for every token that it consumes, the talker hands codec tokens to token2wav, and
-what is to be read or heard leaves through one queue to the caller. A full queue holds its sender back. Under greedy
-sampling, or with the same seed, the result is that of the workers one after the other: they draw from streams of their
-own, and none looks at the time.
+The thinker hands a row to the talker for every token that it consumes, the talker hands codec tokens to token2wav,
+whose vocoder has a thread of its own beside the next window's DiT, and what is to be read or heard leaves through one
+queue to the caller. A full queue holds its sender back. Under greedy sampling, or with the same seed, the result is
+that of the workers one after the other: they draw from streams of their own, and none looks at the time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .talker import Talker
 from .text import TextStream
 from .thinker import ThinkerRun
 from .timing import StageTimer
-from .token2wav import Token2Wav
+from .token2wav import MelPiece, Token2Wav
 
 __all__ = ["SpeechTask", "Workers"]
 
@@ -93,10 +93,15 @@ class Workers:
         bounds = (_ROWS, codes, _EVENTS) if threads else (None, None, None)
         self._rows: Channel[NDArray[np.float32]] = Channel(bounds[0], token)
         self._codes: Channel[int] = Channel(bounds[1], token)
+        self._mels: Channel[MelPiece] = Channel(1 if threads else None, token)
         self._events: Channel[TextDelta | AudioChunk] = Channel(bounds[2], token, senders=1 if speech is None else 2)
         self._bodies: list[_Body] = [("thinker", self._think, (self._rows, self._events))]
         if speech is not None:
-            self._bodies += [("talker", self._talk, (self._codes,)), ("token2wav", self._voice, (self._events,))]
+            self._bodies += [
+                ("talker", self._talk, (self._codes,)),
+                ("token2wav", self._solve, (self._mels,)),
+                ("vocoder", self._voice, (self._events,)),
+            ]
         self._threads = [
             threading.Thread(target=self._work, args=body, name=f"omniport-{body[0]}", daemon=True)
             for body in (self._bodies if threads else ())
@@ -172,15 +177,20 @@ class Workers:
             pass
         return waited + self._rows.waited
 
-    def _voice(self) -> float:
-        speech = self.speech
+    def _solve(self) -> float:
+        speech, waited = self.speech, 0.0
         assert speech is not None
-        waited = 0.0
-        for index, samples in enumerate(self._sound(speech.token2wav)):
-            waited += self._events.send(AudioChunk(samples, speech.sample_rate, index, self._clock()))
+        for code in self._codes:
+            for piece in speech.token2wav.mels(code):
+                waited += self._mels.send(piece)
+        for piece in speech.token2wav.last_mels():
+            waited += self._mels.send(piece)
         return waited + self._codes.waited
 
-    def _sound(self, token2wav: Token2Wav) -> Iterator[NDArray[np.float32]]:
-        for code in self._codes:
-            yield from token2wav.push(code)
-        yield from token2wav.finish()
+    def _voice(self) -> float:
+        speech, waited = self.speech, 0.0
+        assert speech is not None
+        for index, piece in enumerate(self._mels):
+            samples = speech.token2wav.vocode(piece)
+            waited += self._events.send(AudioChunk(samples, speech.sample_rate, index, self._clock()))
+        return waited + self._mels.waited

@@ -41,7 +41,7 @@ def measure(bundle: Path, reference: Path | None, codes: int, seconds: tuple[int
     warm_up(session)
     figures["first_token"] = [first_token(session, length) for length in seconds]
     figures["reply"] = reply(session, codes)
-    figures["overlap"] = overlap(bundle, max(36, codes // 5))
+    figures["overlap"] = overlap(bundle, max(36, codes // 8))
     if reference is not None:
         figures["reference"] = of_reference(session, reference, codes)
         figures["ratios"] = {

@@ -14,9 +14,11 @@ import torch
 from checkpoints import rewritten
 from numpy.typing import NDArray
 from omniport.cli.main import run
+from omniport.export.build import build_bundle, require_ranges
 from omniport.export.exporter import ExportReport, export_checkpoint
 from omniport.export.parity import TOLERANCES, check_bundle
 from omniport.export.ranges import measure_ranges, store_ranges
+from omniport.export.targets import find_target
 from omniport.export.validation.emulate import EmulatedBackend
 from omniport.export.validation.replay import RecordingBackend
 from omniport.export.validation.run import validate
@@ -24,7 +26,7 @@ from omniport.export.validation.types import FAIL
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
 from omniport.runtime.bundle import Bundle
-from omniport.runtime.errors import BundleError, CheckFailed, ExportError, UsageError
+from omniport.runtime.errors import BuildError, BundleError, CheckFailed, ExportError, UsageError
 from omniport.runtime.ranges import Ranges, encode_ranges, limit, overflowing, read_ranges
 
 DOWN = "model.layers.1.mlp.down_proj/MatMul:0"
@@ -144,6 +146,21 @@ def test_the_margin_counts(narrow: Path, measured: Path, tmp_path: Path) -> None
         changed = msgspec.structs.replace(ranges, graphs={"thinker": quiet | {name: top}})
         store_ranges(bundle, changed)
         assert [layer.name for layer in overflowing(Bundle.open(bundle), "thinker")] == over
+
+
+def test_no_engine_is_built_of_what_would_overflow(narrow: Path, measured: Path, tmp_path: Path) -> None:
+    """The command refuses before it loads a builder, and keeps nothing; other graphs of the bundle are no reason."""
+    bundle = Path(shutil.copytree(narrow, tmp_path / "bundle"))
+    store_ranges(bundle, read_ranges(measured))
+    opened, target = Bundle.open(bundle), find_target("rtx-4090")
+    for precision in (None, "fp16"):
+        with pytest.raises(BuildError, match=r"thinker holds \d+ values in float16 .*--ranges .*ranges\.json"):
+            build_bundle(opened, target, builder="tensorrt-rtx", precision=precision)
+    assert not (bundle / "engines").exists()
+    require_ranges(opened, "bigvgan")
+    quiet = {graph: dict.fromkeys(values, 1.0) for graph, values in read_ranges(measured).graphs.items()}
+    store_ranges(bundle, msgspec.structs.replace(read_ranges(measured), graphs=quiet))
+    require_ranges(Bundle.open(bundle), "thinker")
 
 
 def test_a_cache_that_would_overflow_is_refused(loud: Path, measured: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_stats(setup: Setup) -> None:
     assert {"preprocess", "prefill", "thinker", "talker", "dit", "bigvgan"} <= stats.busy.keys()
     assert all(0 < seconds <= stats.total_time for seconds in stats.busy.values())
     assert stats.real_time_factor == pytest.approx(stats.total_time / 0.6)
-    assert stats.workers.keys() == {"thinker", "talker", "token2wav"}
+    assert stats.workers.keys() == {"thinker", "talker", "token2wav", "vocoder"}
     assert all(w.busy > 0 and w.waiting >= 0 and w.busy + w.waiting <= stats.total_time for w in stats.workers.values())
     assert stats.run_seconds.keys() == {"thinker", "talker", "dit", "bigvgan"}
     assert (stats.prefilled_tokens, stats.late_tokens, stats.reused_tokens) == (stats.prompt_tokens,) * 2 + (0,)
