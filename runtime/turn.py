@@ -285,15 +285,18 @@ class Turn:
                 self._conversation.rewrite(places, rows)
 
     def _advance(self) -> None:
-        """Prefill what new media have completed."""
+        """Prefill what new media have completed, and, once a clip has begun, what came before this turn."""
+        conversation = self._conversation
         if self._clip is not None:
             self._fills += self._clip.fills
             self._clip.fills.clear()
         if self._fills:
             self._settle()
-            self._conversation.prefill(self._task.reserve)
-            if self._task.speech is not None:
-                self._conversation.catch_up()
+        elif self._clip is None or conversation.cached == conversation.length:
+            return
+        conversation.prefill(self._task.reserve)
+        if self._task.speech is not None:
+            conversation.catch_up()
 
     def _settle(self) -> None:
         """Hand to the conversation what was laid out."""

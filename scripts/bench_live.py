@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,6 +274,74 @@ def first(seconds: float | None) -> float:
     return seconds
 
 
+def page(figures: dict[str, Any]) -> str:
+    """The figures as a page of the documentation."""
+    reply, environment = figures["reply"], figures["environment"]
+    reference, ratios = figures.get("reference"), figures["ratios"]
+    after = reply["sequential_first_audio"]
+    rows = [
+        f"| streamed | {reply['first_audio']:.1f} s | {reply['total']:.1f} s |",
+        f"| one worker after the other, sound at the end | {after:.1f} s | {after:.1f} s |",
+    ]
+    sooner = f"{ratios['first_audio_sooner_than_sequential']:.1f} times sooner than from the same graphs in turn"
+    if reference is not None:
+        after = reference["waveform_after"]
+        rows.append(f"| transformers {reference['transformers']}, `generate` | {after:.1f} s | {after:.1f} s |")
+        sooner = f"{ratios['first_audio_sooner_than_reference']:.1f} times sooner than transformers', and {sooner}"
+    busy = ", ".join(f"{name} {seconds:.1f}" for name, seconds in reply["busy_by_worker"].items())
+    picks = figures["sampling"]
+    parts = [
+        "# Live turns, measured",
+        "Made by `scripts/bench_live.py`: do not edit by hand. A random-weight checkpoint (`make-checkpoint "
+        "--size small`: "
+        f"the 3B's layer widths, four layers a stack) in FP32 on {environment['processor']}, "
+        f"{environment['cores']} cores, "
+        f"ONNX Runtime {environment['onnxruntime']}; everything in one process, one thing after the other.",
+        "## First sound",
+        f"A reply of {figures['text_tokens']} text tokens and {figures['codes']} codes "
+        f"({reply['audio_seconds']:.0f} s of speech):",
+        "| | first sound after | everything after |\n|---|---|---|\n" + "\n".join(rows),
+        f"The first sound comes {sooner}. Windows with context solve more mel than the whole at once does, so the last "
+        f"sound is later. The real-time factor is {reply['real_time_factor']:.1f}: this model is too large for "
+        f"these cores, "
+        f"and a loudspeaker would have run dry {reply['underruns']} times.",
+        "## First token",
+        "Sound pushed in pieces of 100 ms while it is spoken, against the same sound in one message; from the "
+        "question's "
+        "end.",
+        "| sound | pushed | at once | ratio | tokens left at commit |\n|---|---|---|---|---|\n"
+        + "\n".join(
+            f"| {r['seconds_of_sound']} s | {r['pushed']:.2f} s | {r['at_once']:.2f} s | {r['ratio']:.1f} "
+            f"| {r['tokens_left_at_commit']} of {r['prompt_tokens']} |"
+            for r in figures["first_token"]
+        ),
+        "A piece of 2 s is complete 12.5 ms after its end: of 2 s of sound, all of the sound is left.",
+        "## Workers at once",
+        f"Of the streamed reply of {figures['codes']} codes: wall time over the workers' busy times "
+        f"{reply['wall_over_busy']:.2f}; {reply['cores_at_work']:.2f} cores at work; busy seconds {busy}. Busy "
+        f"times of "
+        "workers that share cores grow, so the rows below compare with the same work done in turn.",
+        "| threads of an operator | codes | at once | in turn | ratio | longest worker's share | cores at work, "
+        "in turn "
+        "| host's share |\n|---|---|---|---|---|---|---|---|\n"
+        + "\n".join(
+            f"| {r['threads_of_an_operator']} | {r['codes']} | {r['at_once']:.1f} s | {r['in_turn']:.1f} s "
+            f"| {r['ratio']:.2f} | {r['share_of_longest_worker']:.2f} | {r['cores_at_work_in_turn']:.2f} "
+            f"| {100 * r['host_share']:.1f} % |"
+            for r in figures["overlap"]
+        ),
+        "With one thread an operator the other core is free, and the workers overlap; with two, operators "
+        "already keep both "
+        "cores at work, and there is little left to gain. The host's share is the time outside graph runs of "
+        "the workers in "
+        f"turn. Picking one of {picks['vocabulary']} tokens takes {picks['greedy']:.2f} ms greedily, "
+        f"{picks['top_k_40_top_p_0.8']:.1f} ms with top-k 40 and top-p 0.8, {picks['top_p_0.9']:.1f} ms with "
+        f"top-p 0.9.",
+    ]
+    filled = [part if part.startswith(("|", "#")) else textwrap.fill(part, 120) for part in parts]
+    return "\n\n".join(filled) + "\n"
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description="Measure live turns.")
@@ -280,11 +349,15 @@ def main() -> None:
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--codes", type=int, default=500)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path)
     options = parser.parse_args()
-    text = json.dumps(measure(options.bundle, options.reference, options.codes), indent=2)
+    figures = measure(options.bundle, options.reference, options.codes)
+    text = json.dumps(figures, indent=2)
     print(text)
     if options.json is not None:
         options.json.write_text(text + "\n")
+    if options.page is not None:
+        options.page.write_text(page(figures))
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def test_the_margin_counts(narrow: Path, measured: Path, tmp_path: Path) -> None
 
 
 def test_no_engine_is_built_of_what_would_overflow(narrow: Path, measured: Path, tmp_path: Path) -> None:
-    """The command refuses before it loads a builder, and keeps nothing; other graphs of the bundle are no reason."""
+    """The command refuses before it loads a builder, and keeps nothing."""
     bundle = Path(shutil.copytree(narrow, tmp_path / "bundle"))
     store_ranges(bundle, read_ranges(measured))
     opened, target = Bundle.open(bundle), find_target("rtx-4090")
@@ -157,7 +157,6 @@ def test_no_engine_is_built_of_what_would_overflow(narrow: Path, measured: Path,
         with pytest.raises(BuildError, match=r"thinker holds \d+ values in float16 .*--ranges .*ranges\.json"):
             build_bundle(opened, target, builder="tensorrt-rtx", precision=precision)
     assert not (bundle / "engines").exists()
-    require_ranges(opened, "bigvgan")
     quiet = {graph: dict.fromkeys(values, 1.0) for graph, values in read_ranges(measured).graphs.items()}
     store_ranges(bundle, msgspec.structs.replace(read_ranges(measured), graphs=quiet))
     require_ranges(Bundle.open(bundle), "thinker")

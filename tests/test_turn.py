@@ -199,6 +199,21 @@ def test_only_the_last_piece_is_left_at_commit(live: Live) -> None:
     assert (stats.reused_tokens, stats.backend) == (0, "fake")
 
 
+def test_what_came_before_the_turn_does_not_wait_for_a_piece(live: Live) -> None:
+    live.script("ok", [1, 52])
+    turn = live.session.turn()
+    turn.push_text("hm")
+    assert not live.decoder("thinker").calls, "text is prefilled at commit, with all the rest"
+    turn.push_audio(voice(0.5), 16000)
+    (call,) = live.decoder("thinker").calls
+    system = call["inputs_embeds"].shape[1]
+    assert system == len(live.session._opening())
+    turn.push_audio(voice(0.5), 16000)
+    assert len(live.decoder("thinker").calls) == 1
+    stats = sort(turn.commit())[2].stats
+    assert stats.late_tokens == stats.prompt_tokens - system < 50
+
+
 # --- conversations ------------------------------------------------------------------------------------------------
 
 
