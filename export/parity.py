@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omniport.runtime.audio import audio_tokens, chunk_mel, log_mel
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Backend, Graph
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import UsageError
 from omniport.runtime.manifest import DitGeometry, Manifest, SolverSpec
+from omniport.runtime.mel import audio_tokens, chunk_mel, log_mel
 from omniport.runtime.vision import VisionInput, image_input, video_input
 from torch import nn
 

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
         OmniportError,
         PromptError,
         PromptTooLong,
+        TurnEnded,
         UnknownVoice,
         UsageError,
         UserError,
     )
-    from .events import AudioChunk, Done, Event, Stats, TextDelta
+    from .events import AudioChunk, Done, Event, Stats, TextDelta, TurnsDropped
     from .manifest import SamplingConfig
     from .session import OmniSession
+    from .token2wav import SpeechWindows
+    from .turn import Turn
 
 __all__ = [
     "AudioChunk",
@@ -42,16 +45,23 @@ __all__ = [
     "PromptError",
     "PromptTooLong",
     "SamplingConfig",
+    "SpeechWindows",
     "Stats",
     "TextDelta",
+    "Turn",
+    "TurnEnded",
+    "TurnsDropped",
     "UnknownVoice",
     "UsageError",
     "UserError",
 ]
 
-_HOME = {"OmniSession": "session", "SamplingConfig": "manifest"} | dict.fromkeys(
-    ("AudioChunk", "Done", "Event", "Stats", "TextDelta"), "events"
-)
+_HOME = {
+    "OmniSession": "session",
+    "SamplingConfig": "manifest",
+    "SpeechWindows": "token2wav",
+    "Turn": "turn",
+} | dict.fromkeys(("AudioChunk", "Done", "Event", "Stats", "TextDelta", "TurnsDropped"), "events")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Audio in: decode, resample, log-mel, encoder chunks. numpy only; no torch.
+"""Audio in: decode and resample, whole recordings or a live stream.
 
 Files are decoded by libsndfile (wav, flac, ogg, mp3, ...), and by FFmpeg (PyAV) where libsndfile does not know the
 format. Channels are averaged; soxr's HQ resampler gives ceil(n * out / in) samples: the steps of
@@ -7,7 +7,6 @@ format. Channels are averaged; soxr's HQ resampler gives ceil(n * out / in) samp
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from numbers import Real
@@ -18,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import MediaError
-from .manifest import AudioFrontend
 from .media import Source, check_source, describe, require, stream
 
-__all__ = ["MAX_SECONDS", "AudioSource", "audio_tokens", "chunk_mel", "load_audio", "log_mel", "open_av", "read_track"]
+__all__ = ["MAX_SECONDS", "AudioSource", "ResampleStream", "load_audio", "open_av", "pcm", "read_track", "resample"]
 
 AudioSource = Source | tuple[NDArray[Any], float]
 Samples = NDArray[np.float32]
@@ -34,7 +32,6 @@ RATES = (1_000, 1_000_000)
 GAP = 0.05
 MAX_CHANNELS = 32
 READ_BLOCK = 1 << 18
-MEL_BLOCK = 2048
 
 
 def load_audio(source: AudioSource, sampling_rate: int = 16000, *, max_seconds: float = MAX_SECONDS) -> Samples:
@@ -55,7 +52,7 @@ def load_audio(source: AudioSource, sampling_rate: int = 16000, *, max_seconds: 
             or rate that cannot be audio.
     """
     if isinstance(source, tuple):
-        samples, rate = _from_array(source)
+        samples, rate = pcm(source)
         label = "audio array"
     else:
         checked = check_source(source, "audio")
@@ -84,6 +81,40 @@ def resample(samples: Samples, rate: float, to: float) -> Samples:
     return np.pad(resampled, (0, wanted - resampled.shape[0])).astype(np.float32, copy=False)
 
 
+class ResampleStream:
+    """Resamples a clip that arrives in pieces: the same samples, bit for bit, as ``resample`` gives for all of it.
+
+    Args:
+        rate: of the samples that come, Hz.
+        to: of the samples that leave, Hz.
+    """
+
+    def __init__(self, rate: float, to: float) -> None:
+        self.rate = rate
+        self._to = to
+        self._stream = (
+            None if rate == to else require("soxr").ResampleStream(rate, to, 1, dtype="float32", quality="HQ")
+        )
+        self._taken = self._given = 0
+
+    def push(self, samples: Samples) -> Samples:
+        """Take float32 [n]; gives what is ready, float32 [m]: the resampler looks ahead by some milliseconds."""
+        self._taken += samples.shape[0]
+        return self._give(samples if self._stream is None else self._stream.resample_chunk(samples))
+
+    def finish(self) -> Samples:
+        """The clip has ended: gives the samples that are left."""
+        if self._stream is None:
+            return np.zeros(0, np.float32)
+        rest = self._stream.resample_chunk(np.zeros(0, np.float32), last=True)
+        wanted = math.ceil(self._taken * self._to / self.rate) - self._given
+        return self._give(np.pad(rest[:wanted], (0, max(0, wanted - rest.shape[0]))))
+
+    def _give(self, samples: Samples) -> Samples:
+        self._given += samples.shape[0]
+        return np.ascontiguousarray(samples, np.float32)
+
+
 def _check_rate(rate: float, label: str) -> None:
     if not math.isfinite(rate) or not RATES[0] <= rate <= RATES[1]:
         raise MediaError(f"{label} has a sampling rate of {rate} Hz; expected {RATES[0]} to {RATES[1]} Hz")
@@ -97,8 +128,12 @@ def _check_length(samples: int, rate: float, max_seconds: float, label: str) -> 
         )
 
 
-def _from_array(source: tuple[Any, ...]) -> tuple[Samples, float]:
-    """Check and scale ``(samples, rate)``; mono float32 and the rate."""
+def pcm(source: tuple[Any, ...]) -> tuple[Samples, float]:
+    """Check and scale ``(samples, sample_rate)``, see ``load_audio``; mono float32 [n], which may be empty or hold NaN.
+
+    Raises:
+        MediaError: a shape, dtype or rate that cannot be audio.
+    """
     if len(source) != 2:
         raise MediaError(f"audio tuple has {len(source)} items; expected (samples, sample_rate)")
     values, rate = source
@@ -239,97 +274,3 @@ def _frame_samples(frame: Any) -> Samples:
     if not frame.format.is_planar:
         values = values.reshape(-1, frame.layout.nb_channels).T
     return _mono(values)
-
-
-def _hz_to_mel(hz: float) -> float:
-    # Slaney's scale (Auditory Toolbox, 1998): linear to 1 kHz (15 mel), then 27 steps per factor of 6.4.
-    return hz * 0.015 if hz < 1000.0 else 15.0 + 27.0 * math.log(hz / 1000.0) / math.log(6.4)
-
-
-@functools.lru_cache(maxsize=4)
-def mel_filters(n_mels: int, n_fft: int, sampling_rate: int) -> NDArray[np.float64]:
-    """Triangular Slaney filters of equal area from 0 Hz to half the rate: float64 [n_mels, n_fft // 2 + 1]."""
-    mel = np.linspace(0.0, _hz_to_mel(sampling_rate / 2), n_mels + 2)
-    edges = np.where(mel < 15.0, mel / 0.015, 1000.0 * np.exp((mel - 15.0) * (math.log(6.4) / 27.0)))
-    bins = np.arange(n_fft // 2 + 1) * (sampling_rate / n_fft)
-    low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    rising = (bins - low) / (centre - low)
-    falling = (high - bins) / (high - centre)
-    filters: NDArray[np.float64] = np.clip(np.minimum(rising, falling), 0.0, None) * (2.0 / (high - low))
-    filters.flags.writeable = False
-    return filters
-
-
-def log_mel(samples: Samples, frontend: AudioFrontend) -> Samples:
-    """Whisper log-mel spectrogram, float32 [n_mels, ceil(n / hop_length)].
-
-    Follows transformers' WhisperFeatureExtractor under Qwen2.5-Omni's settings, where the clip is followed by zeros
-    up to ``max_seconds``: reflection at the start only, zeros after the end, and the floor (maximum - 8) taken over
-    the frames past the end too. Only the two frames that still see the clip are computed of those.
-
-    Args:
-        samples: float32 [n] at ``frontend.sampling_rate``, n >= 1.
-
-    Raises:
-        MediaError: wrong dimensions, no samples, NaN or infinite samples, or longer than ``frontend.max_seconds``.
-    """
-    if samples.ndim != 1 or samples.shape[0] == 0:
-        raise MediaError(f"audio has shape {list(samples.shape)}; expected mono samples [n], n >= 1")
-    _check_length(samples.shape[0], frontend.sampling_rate, frontend.max_seconds, "audio")
-    if not np.isfinite(samples).all():
-        raise MediaError("audio holds NaN or infinite samples; expected finite samples in -1..1")
-    hop, n_fft = frontend.hop_length, frontend.n_fft
-    half = n_fft // 2
-    frames = -(-samples.shape[0] // hop)
-    limit = max(round(frontend.max_seconds * frontend.sampling_rate), n_fft)
-    # Long enough for the frames past the end; a clip that fills the limit is reflected at its end as well.
-    clip = np.zeros(min(limit, frames * hop + n_fft), np.float64)
-    clip[: samples.shape[0]] = samples
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(clip, half, mode="reflect"), n_fft)[::hop]
-    total = min(frames + -(-half // hop), limit // hop)
-    hann = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(n_fft) / n_fft)  # periodic
-    filters = mel_filters(frontend.n_mels, n_fft, frontend.sampling_rate).T
-    mel = np.empty((total, frontend.n_mels))
-    for start in range(0, total, MEL_BLOCK):  # blocks keep five minutes within a few MB
-        spectrum = np.fft.rfft(windows[start : min(start + MEL_BLOCK, total)] * hann)
-        np.matmul(spectrum.real**2 + spectrum.imag**2, filters, out=mel[start : start + MEL_BLOCK])
-    mel = np.log10(np.maximum(mel, 1e-10))
-    mel = (np.maximum(mel, mel.max() - 8.0) + 4.0) / 4.0
-    return np.ascontiguousarray(mel[:frames].T, dtype=np.float32)
-
-
-def audio_tokens(frames: int) -> int:
-    """Embeddings that the audio encoder gives for one clip of ``frames`` mel frames: stride-2 conv, then pooling by 2.
-
-    Clips of one or two frames give none.
-    """
-    return max(0, ((frames - 1) // 2 - 1) // 2 + 1)
-
-
-def chunk_mel(mel: Samples, frontend: AudioFrontend) -> tuple[Samples, NDArray[np.int64]]:
-    """Cut one clip's mel into encoder chunks.
-
-    Args:
-        mel: float32 [n_mels, frames].
-
-    Returns:
-        chunks float32 [C, n_mels, chunk_frames], the last one zero padded, and frames int64 [C], the valid ones.
-
-    Raises:
-        MediaError: wrong dimensions, or too short for one embedding (see ``audio_tokens``).
-    """
-    if mel.ndim != 2 or mel.shape[0] != frontend.n_mels:
-        raise MediaError(f"mel has shape {list(mel.shape)}; expected [{frontend.n_mels}, frames]")
-    frames, size = mel.shape[1], frontend.chunk_frames
-    if audio_tokens(frames) == 0:
-        hop_ms = 1000.0 * frontend.hop_length / frontend.sampling_rate
-        raise MediaError(
-            f"audio is too short: {frames} mel frames ({frames * hop_ms:g} ms), "
-            f"at least 3 ({3 * hop_ms:g} ms) are needed for one audio token; record a longer clip"
-        )
-    count = -(-frames // size)
-    padded = np.zeros((frontend.n_mels, count * size), np.float32)
-    padded[:, :frames] = mel
-    chunks = np.ascontiguousarray(padded.reshape(frontend.n_mels, count, size).transpose(1, 0, 2))
-    valid = np.minimum(size, frames - size * np.arange(count, dtype=np.int64))
-    return chunks, valid

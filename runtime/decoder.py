@@ -20,10 +20,13 @@ class Decoder:
     Args:
         graph: ``thinker`` or ``talker``.
         cache: its cache; what it held before is overwritten, not read.
+
+    Attributes:
+        length: live tokens. What lies behind them is overwritten, never read.
     """
 
     def __init__(self, graph: Graph, cache: KvCache) -> None:
-        self._graph = graph
+        self.graph = graph
         self._cache = cache
         self.length = 0
 
@@ -31,6 +34,10 @@ class Decoder:
     def room(self) -> int:
         """Tokens the cache can still take."""
         return self._cache.capacity - self.length
+
+    def truncate(self, length: int) -> None:
+        """Forget what lies behind the first ``length`` tokens."""
+        self.length = min(self.length, length)
 
     def forward(
         self, embeds: NDArray[np.float32], positions: NDArray[np.int64]
@@ -55,7 +62,7 @@ class Decoder:
         for start in range(0, len(embeds), PREFILL_CHUNK):
             piece = slice(start, start + PREFILL_CHUNK)
             count = len(embeds[piece])
-            outputs = self._graph.run(
+            outputs = self.graph.run(
                 {
                     "inputs_embeds": np.ascontiguousarray(embeds[None, piece], np.float32),
                     "position_ids": np.ascontiguousarray(positions[:, None, piece], np.int64),

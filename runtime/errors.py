@@ -5,6 +5,7 @@
     OmniportError
     ├── UserError                 bad input or usage: exit code 2, printed without a traceback
     │   ├── UsageError            flags or arguments that do not go together
+    │   │   └── TurnEnded         a turn that was committed, cancelled or ended by an error before
     │   ├── MediaError            audio, image or video that cannot be read or used
     │   ├── PromptError           messages that cannot become a prompt
     │   │   └── PromptTooLong     more tokens than the KV cache holds
@@ -32,6 +33,7 @@ __all__ = [
     "OmniportError",
     "PromptError",
     "PromptTooLong",
+    "TurnEnded",
     "UnknownVoice",
     "UsageError",
     "UserError",
@@ -52,6 +54,10 @@ class UserError(OmniportError):
 
 class UsageError(UserError):
     """Flags or arguments that do not go together."""
+
+
+class TurnEnded(UsageError):
+    """A turn that was committed, cancelled or ended by an error before; ``session.turn()`` begins another."""
 
 
 class MediaError(UserError):

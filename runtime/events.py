@@ -2,57 +2,146 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["AudioChunk", "Done", "Event", "Stats", "TextDelta"]
+__all__ = ["AudioChunk", "Done", "Event", "Stats", "TextDelta", "TurnsDropped", "WorkerTime", "underruns"]
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Text that one thinker token completed. Empty while a multi-byte character is unfinished."""
+    """Text that one thinker token completed. Empty while a multi-byte character is unfinished.
+
+    Attributes:
+        time: seconds from the question's end until it was ready.
+    """
 
     text: str
     token_id: int
+    time: float = 0.0
 
 
 @dataclass(frozen=True)
 class AudioChunk:
-    """Consecutive samples of the spoken reply: float32 [n] in -1..1."""
+    """Consecutive samples of the spoken reply: float32 [n] in -1..1.
+
+    Attributes:
+        time: seconds from the question's end until it was ready.
+    """
 
     samples: NDArray[np.float32]
     sample_rate: int
     index: int
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class TurnsDropped:
+    """The conversation outgrew the KV cache: its oldest turns after the system message are forgotten.
+
+    Attributes:
+        turns: how many, each a question with its reply.
+        prefilled: tokens that had to be prefilled again.
+    """
+
+    turns: int
+    prefilled: int
+
+
+@dataclass
+class WorkerTime:
+    """One worker of a reply.
+
+    Attributes:
+        busy: seconds at work. Workers that run at once share the processor: the seconds of all may exceed the wall's.
+        waiting: seconds for input, or for room to put its output.
+    """
+
+    busy: float = 0.0
+    waiting: float = 0.0
 
 
 @dataclass
 class Stats:
-    """Measurements of one reply. Times are seconds since ``reply`` was called; None where a stage did not run."""
+    """Measurements of one reply. Times are seconds since the question ended; None where a stage did not run.
+
+    Attributes:
+        backend: what ran the graphs.
+        prompt_tokens: tokens of the whole conversation up to the reply.
+        reused_tokens: those of them that were in the KV cache from turns before.
+        prefilled_tokens: those that were run for this turn, while it was being said and afterwards.
+        late_tokens: those of them that were run after the question had ended.
+        text_tokens, codec_tokens: tokens of the reply and of its speech.
+        tokens_per_second, codes_per_second: their number over the time from the question's end to the last of them.
+        time_to_first_token, time_to_first_audio, total_time: seconds.
+        real_time_factor: ``total_time`` per second of speech: below 1 speech is made faster than it is heard.
+        underruns, underrun_seconds: how often and for how long a loudspeaker would have run dry, had it played from the
+            first chunk on.
+        busy: seconds in each stage: preprocess, audio_encoder, vision_encoder, prefill, thinker, talker_prefill,
+            talker, dit, bigvgan, load.
+        run_seconds: seconds inside graph runs, by graph.
+        workers: thinker, talker and token2wav.
+        peak_memory_bytes: largest resident set of the process so far; None where the system does not tell.
+    """
 
     backend: str = ""
     prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefilled_tokens: int = 0
+    late_tokens: int = 0
     text_tokens: int = 0
     codec_tokens: int = 0
     audio_seconds: float = 0.0
+    tokens_per_second: float | None = None
+    codes_per_second: float | None = None
     time_to_first_token: float | None = None
     time_to_first_audio: float | None = None
     total_time: float = 0.0
     real_time_factor: float | None = None
-    """total compute seconds per second of audio"""
+    underruns: int = 0
+    underrun_seconds: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)
-    """seconds spent in each stage: preprocess, audio_encoder, vision_encoder, prefill, thinker, talker, dit, bigvgan"""
+    run_seconds: dict[str, float] = field(default_factory=dict)
+    workers: dict[str, WorkerTime] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Done:
-    """End of the reply. ``token_ids`` without the stop token; ``codec_ids`` without the stop code."""
+    """End of the reply.
+
+    Attributes:
+        text: what was said. Of a reply that was cancelled, the part that counts as said, see ``Turn.cancel``.
+        token_ids: without the stop token. codec_ids: without the stop code.
+        finish_reason: ``stop``: the model ended; ``length``: ``max_new_tokens``; ``context``: the KV cache is full;
+            ``cancelled``.
+        speech_finish_reason: the same of the speech; None without speech.
+    """
 
     text: str
     token_ids: list[int]
     codec_ids: list[int]
     stats: Stats
+    finish_reason: str = "stop"
+    speech_finish_reason: str | None = None
 
 
-Event = TextDelta | AudioChunk | Done
+Event = TextDelta | AudioChunk | TurnsDropped | Done
+
+
+def underruns(chunks: Iterable[tuple[float, float]]) -> tuple[int, float]:
+    """How often a loudspeaker that starts with the first chunk runs dry, and for how many seconds in all.
+
+    Args:
+        chunks: for each, the seconds at which it was ready and the seconds that it lasts.
+    """
+    count, dry, end = 0, 0.0, None
+    for ready, duration in chunks:
+        if end is not None and ready > end:
+            count += 1
+            dry += ready - end
+        end = max(ready, ready if end is None else end) + duration
+    return count, dry

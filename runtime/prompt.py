@@ -6,7 +6,6 @@ The token sequence is what Qwen2.5-Omni's chat template and ``Qwen2_5OmniProcess
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,9 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .audio import audio_tokens, chunk_mel, load_audio, log_mel
+from .audio import load_audio
 from .errors import MediaError, PromptError, PromptTooLong
+from .layout import Layout, SoundVideo, grid_positions, video_times
 from .manifest import Manifest
+from .mel import audio_tokens, chunk_mel, log_mel
 from .text import TextCodec
 from .video import load_video
 from .vision import VisionInput, image_input, load_image, video_input
@@ -111,47 +112,41 @@ def build_prompt(messages: Sequence[Mapping[str, Any]], manifest: Manifest, code
     if checked[0][0] != "system":
         checked.insert(0, ("system", [_Part("text", manifest.chat.system_prompt, "the bundle's system prompt")]))
     tokens = manifest.tokens
-    layout = _Layout(manifest, codec)
+    layout = Layout(manifest, codec)
+    media = _Media(layout)
     for role, parts in checked:
         layout.control(tokens.im_start)
         layout.text(f"{role}\n")
         for part in parts:
-            layout.part(part)
+            media.part(part)
         layout.control(tokens.im_end)
         layout.text("\n")
     layout.control(tokens.im_start)
     layout.text("assistant\n")
-    return layout.finish()
+    layout.flush()
+    capacity = manifest.kv.max_context
+    if layout.length > capacity:
+        filled = sum(len(span.positions) for span in media.spans)
+        raise PromptTooLong(
+            f"the prompt takes {layout.length} tokens ({layout.length - filled} of text, {filled} of media); this "
+            f"bundle's KV cache holds {capacity}. Shorten it, or export with a larger --max-context"
+        )
+    ids, positions = layout.take()
+    return Prompt(ids, positions, layout.cursor, media.spans)
 
 
-class _Layout:
-    """A prompt under construction.
+class _Media:
+    """Reads the media of a prompt and lays them out."""
 
-    ``_cursor`` is the position that the next segment starts at: one past the highest position of the *last* segment, as
-    in the reference, which is not always one past the highest position so far (see ``_video_with_sound``).
-    """
-
-    def __init__(self, manifest: Manifest, codec: TextCodec) -> None:
-        self._manifest = manifest
-        self._codec = codec
-        self._text: list[str] = []
-        self._ids: list[NDArray[np.int64]] = []
-        self._positions: list[NDArray[np.int64]] = []
-        self._media: list[MediaSpan] = []
-        self._length = 0
-        self._cursor = 0
-
-    def text(self, text: str) -> None:
-        # Held back until the next control token: BPE must see the whole stretch, as it does in the rendered template.
-        self._text.append(text)
-
-    def control(self, token_id: int) -> None:
-        self._flush()
-        self._line(np.asarray([token_id]))
+    def __init__(self, layout: Layout) -> None:
+        self._manifest = layout.manifest
+        self._layout = layout
+        self.spans: list[MediaSpan] = []
 
     def part(self, part: _Part) -> None:
+        """Append one part of a message."""
         if part.kind == "text":
-            self.text(part.value)
+            self._layout.text(part.value)
             return
         lay_out = {"audio": self._audio, "image": self._image, "video": self._video}[part.kind]
         try:
@@ -159,135 +154,49 @@ class _Layout:
         except MediaError as error:
             raise MediaError(f"{part.where}: {error}") from error
 
-    def finish(self) -> Prompt:
-        self._flush()
-        capacity = self._manifest.kv.max_context
-        if self._length > capacity:
-            media = sum(len(span.positions) for span in self._media)
-            raise PromptTooLong(
-                f"the prompt takes {self._length} tokens ({self._length - media} of text, {media} of media); this "
-                f"bundle's KV cache holds {capacity}. Shorten it, or export with a larger --max-context"
-            )
-        positions = np.concatenate(self._positions, axis=1)
-        return Prompt(np.concatenate(self._ids), positions, self._cursor, self._media)
-
-    def _flush(self) -> None:
-        text = "".join(self._text)
-        self._text.clear()
-        if text:
-            self._line(np.asarray(self._codec.encode(text), np.int64))
-
-    def _add(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Append one segment, positions [3, n]; gives its places in the sequence."""
-        self._ids.append(ids)
-        self._positions.append(positions)
-        places = np.arange(self._length, self._length + len(ids))
-        self._length += len(ids)
-        self._cursor = int(positions.max()) + 1
-        return places
-
-    def _line(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Append a segment whose components advance together (text, audio)."""
-        if not len(ids):
-            return np.zeros(0, np.int64)
-        return self._add(ids, np.broadcast_to(self._cursor + np.arange(len(ids)), (3, len(ids))))
-
-    def _pair(self, first: int, second: int) -> None:
-        """Two control tokens at one position, as around a video with sound."""
-        self._flush()
-        self._add(np.asarray([first, second]), np.full((3, 2), self._cursor))
-
     def _audio(self, part: _Part) -> None:
-        frontend, tokens = self._manifest.audio, self._manifest.tokens
+        frontend, tokens, layout = self._manifest.audio, self._manifest.tokens, self._layout
         mel = log_mel(load_audio(part.value, frontend.sampling_rate), frontend)
         chunks, frames = chunk_mel(mel, frontend)
-        self.control(tokens.audio_bos)
-        places = self._line(np.full(audio_tokens(mel.shape[1]), tokens.audio))
-        self.control(tokens.audio_eos)
-        self._media.append(MediaSpan("audio", places, chunks=chunks, frames=frames))
+        layout.control(tokens.audio_bos)
+        places = layout.line(np.full(audio_tokens(mel.shape[1]), tokens.audio))
+        layout.control(tokens.audio_eos)
+        self.spans.append(MediaSpan("audio", places, chunks=chunks, frames=frames))
 
     def _image(self, part: _Part) -> None:
-        vision, tokens = image_input(load_image(part.value), self._manifest.vision), self._manifest.tokens
-        times = np.arange(vision.grid_thw[0]) * self._manifest.position_id_per_seconds
-        self.control(tokens.vision_bos)
-        places = self._add(np.full(vision.tokens, tokens.image), self._cursor + self._grid(vision, times))
-        self.control(tokens.vision_eos)
-        self._media.append(MediaSpan("image", places, vision=vision))
+        manifest, layout = self._manifest, self._layout
+        vision = image_input(load_image(part.value), manifest.vision)
+        times = np.arange(vision.grid_thw[0]) * manifest.position_id_per_seconds
+        layout.control(manifest.tokens.vision_bos)
+        grid = grid_positions(vision.grid_thw, times, manifest.vision.merge_size)
+        places = layout.add(np.full(vision.tokens, manifest.tokens.image), layout.cursor + grid)
+        layout.control(manifest.tokens.vision_eos)
+        self.spans.append(MediaSpan("image", places, vision=vision))
 
     def _video(self, part: _Part) -> None:
-        manifest, tokens = self._manifest, self._manifest.tokens
+        manifest, tokens, layout = self._manifest, self._manifest.tokens, self._layout
         clip = load_video(part.value, manifest.vision, with_audio=part.use_audio)
         vision = video_input(clip.frames, manifest.vision)
-        # float32 as in get_rope_index: the truncation to whole positions depends on it. The reference's processor cuts
-        # its placeholders in float64, so that at some rates (1.4 s a patch, not at the usual 1 s) its tokens and its
-        # positions fall out of step; here one set of times places both.
-        seconds = np.arange(vision.grid_thw[0], dtype=np.float32) * np.float32(clip.second_per_grid)
-        grid = self._grid(vision, (seconds * np.float32(manifest.position_id_per_seconds)).astype(np.int64))
+        times = video_times(vision.grid_thw[0], clip.second_per_grid, manifest)
+        grid = grid_positions(vision.grid_thw, times, manifest.vision.merge_size)
         # The reference has one use_audio_in_video switch for the whole prompt, under which a video without a sound
         # track breaks its positions. Here every video decides for itself; a silent one is laid out as if not asked.
         mel = None if clip.audio is None or not clip.audio.size else log_mel(clip.audio, manifest.audio)
         count = 0 if mel is None else audio_tokens(mel.shape[1])
         if mel is None or not count:
-            self.control(tokens.vision_bos)
-            places = self._add(np.full(vision.tokens, tokens.video), self._cursor + grid)
-            self.control(tokens.vision_eos)
-            self._media.append(MediaSpan("video", places, vision=vision))
+            layout.control(tokens.vision_bos)
+            places = layout.add(np.full(vision.tokens, tokens.video), layout.cursor + grid)
+            layout.control(tokens.vision_eos)
+            self.spans.append(MediaSpan("video", places, vision=vision))
             return
         chunks, frames = chunk_mel(mel, manifest.audio)
-        seen, heard = self._video_with_sound(grid, count)
-        self._media.append(MediaSpan("video", seen, vision=vision))
-        self._media.append(MediaSpan("audio", heard, chunks=chunks, frames=frames))
-
-    def _video_with_sound(self, grid: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Lay out a video, grid [3, n], and its ``count`` audio tokens in alternating pieces of 2 s.
-
-        Both count from the same start. What follows continues from the piece that happens to be last, even where the
-        other medium has reached a higher position: the reference does so, and the model was trained with it.
-
-        Returns:
-            places in the sequence of the video's tokens and of the audio's.
-        """
-        manifest, tokens = self._manifest, self._manifest.tokens
-        span = int(manifest.position_id_per_seconds * manifest.seconds_per_chunk)
-        self._pair(tokens.vision_bos, tokens.audio_bos)
-        start = self._cursor
-        line = np.broadcast_to(np.arange(count), (3, count))
         seen: list[NDArray[np.int64]] = []
         heard: list[NDArray[np.int64]] = []
-        for piece, sound in itertools.zip_longest(_pieces(grid[0], span), _pieces(line[0], span)):
-            for part, positions, token_id, places in (
-                (piece, grid, tokens.video, seen),
-                (sound, line, tokens.audio, heard),
-            ):
-                if part is not None:
-                    positions = start + positions[:, part]
-                    places.append(self._add(np.full(positions.shape[1], token_id), positions))
-        self._pair(tokens.audio_eos, tokens.vision_eos)
-        return np.concatenate(seen), np.concatenate(heard)
-
-    def _grid(self, vision: VisionInput, times: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Positions [3, T*h*w] of a picture or video from 0, h and w in merged patches."""
-        merge = self._manifest.vision.merge_size
-        rows, columns = vision.grid_thw[1] // merge, vision.grid_thw[2] // merge
-        shape = (len(times), rows, columns)
-        axes = (times.reshape(-1, 1, 1), np.arange(rows).reshape(1, -1, 1), np.arange(columns).reshape(1, 1, -1))
-        return np.stack([np.broadcast_to(axis, shape).reshape(-1) for axis in axes]).astype(np.int64)
-
-
-def _pieces(times: NDArray[np.int64], span: int) -> list[slice]:
-    """Cut ascending times from 0 into pieces of ``span``.
-
-    As in the reference every cut looks for the next multiple of ``span`` but takes at least one token, so a jump over
-    several multiples (video steps longer than a piece) leaves one-token pieces until the count has caught up.
-    """
-    ends: list[int] = []
-    while True:
-        least = ends[-1] + 1 if ends else 0
-        end = max(int(np.searchsorted(times, (len(ends) + 1) * span)), least)
-        if end >= len(times):
-            break
-        ends.append(end)
-    return [slice(a, b) for a, b in itertools.pairwise([0, *ends, len(times)])]
+        both = SoundVideo(layout, lambda _, places: seen.append(places), lambda _, places: heard.append(places))
+        both.advance(grid, None, count, ended=True)
+        both.close()
+        self.spans.append(MediaSpan("video", np.concatenate(seen), vision=vision))
+        self.spans.append(MediaSpan("audio", np.concatenate(heard), chunks=chunks, frames=frames))
 
 
 def _check_messages(messages: object) -> list[tuple[str, list[_Part]]]:

@@ -1,18 +1,12 @@
-"""OmniSession: messages in, a stream of text and speech out.
-
-A reply is a chain of stages that pull from each other: each thinker token that is consumed gives the talker one row,
-each row gives at most one codec token, and token2wav turns codec tokens into samples as soon as a window is full. So
-text leaves at once, and sound leaves before thinker and talker have finished.
-"""
+"""OmniSession: a bundle opened, its conversation, and one-off replies."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections import deque
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,56 +15,49 @@ from numpy.typing import NDArray
 from .backends import open_backend
 from .backends.base import Backend, KvCache
 from .bundle import Bundle
+from .cancel import CancelToken, GuardedBackend
+from .conversation import Conversation
 from .errors import UsageError
-from .events import AudioChunk, Done, Event, Stats, TextDelta
+from .events import Event, Stats
 from .graphs import SPEECH_GRAPHS
-from .manifest import Manifest, SamplingConfig, VoiceSpec
+from .layout import Layout, Segment
+from .manifest import Manifest, SamplingConfig
 from .prompt import Prompt, build_prompt
+from .reply import Reply, ReplyTask
 from .sampling import validate_sampling
 from .talker import Talker
 from .text import TextCodec
-from .thinker import Thinker, ThinkerRun, require_room
+from .thinker import embed_media, require_room
 from .timing import StageTimer
-from .token2wav import WINDOWS, NoiseStream, Token2Wav, Window
+from .token2wav import NoiseStream, Token2Wav, Window
+from .turn import Turn
+from .workers import SpeechTask
 
 __all__ = ["OmniSession"]
-
-
-@dataclass(frozen=True)
-class _Speech:
-    """What a spoken reply needs, checked."""
-
-    voice: VoiceSpec
-    config: SamplingConfig
-    rng: np.random.Generator
-    token2wav: Token2Wav
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A reply whose inputs have been checked and whose prompt is laid out."""
-
-    prompt: Prompt
-    config: SamplingConfig
-    rng: np.random.Generator
-    speech: _Speech | None
-    stats: Stats
-    timer: StageTimer
-    started: float
 
 
 class OmniSession:
     """A bundle opened with a backend.
 
-    Graphs are loaded when first used and kept. Replies do not share state: a KV cache belongs to one reply at a time,
-    and goes back to the session when the reply ends, fails or is abandoned. Not for use from several threads at once.
+    A session holds one conversation, turn by turn (``turn``), whose KV caches are kept, and answers conversations that
+    are given whole (``reply``), each with caches of its own that are used again when it ends, fails or is abandoned.
+    Graphs are loaded when first used and kept; ``fork`` gives another session that shares them.
+
+    One turn is open at a time. Its methods, and ``reply``, may be called from any thread.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, max_context: int | None = None) -> None:
         self.bundle = bundle
-        self._backend: Backend | None = backend
+        self.max_context = _context(max_context, bundle.manifest.kv.max_context)
         self.text_codec = TextCodec.from_file(bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens)
-        self._caches: dict[str, list[KvCache]] = {}
+        self._backend: Backend | None = backend
+        self._shared = _Shared()
+        self._lock = threading.Lock()
+        self._idle: dict[str, list[KvCache]] = {}
+        self._conversation: Conversation | None = None
+        self._system: str | None = None
+        self._turn: Turn | None = None
+        self._replies: weakref.WeakSet[Reply] = weakref.WeakSet()
 
     @classmethod
     def open(
@@ -80,6 +67,7 @@ class OmniSession:
         *,
         verify: bool = False,
         threads: int | None = None,
+        max_context: int | None = None,
     ) -> OmniSession:
         """Open a bundle.
 
@@ -88,12 +76,16 @@ class OmniSession:
             backend: auto, ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.
             verify: also compare every file's sha256.
             threads: CPU threads of one operator; the physical cores if None.
+            max_context: tokens that a conversation and its reply may take, at most what the bundle was exported for,
+                which it is if None. Fewer take less memory.
 
         Raises:
+            UsageError: ``max_context`` is out of range.
             BundleError: the bundle cannot be used. BackendError: the backend cannot run it here.
         """
         bundle = Bundle.open(path, verify=verify)
-        return cls(bundle, open_backend(backend, bundle, threads=threads))
+        _context(max_context, bundle.manifest.kv.max_context)
+        return cls(bundle, open_backend(backend, bundle, threads=threads), max_context=max_context)
 
     @property
     def manifest(self) -> Manifest:
@@ -118,11 +110,78 @@ class OmniSession:
         self.close()
 
     def close(self) -> None:
-        """Release graphs and caches. Closing twice does nothing."""
-        self._caches.clear()
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
+        """Cancel what is under way, and release caches, and graphs with the last session that shares them.
+
+        Closing twice does nothing.
+        """
+        if self._backend is None:
+            return
+        if self._turn is not None:
+            self._turn.cancel()
+        for reply in tuple(self._replies):
+            reply.cancel()
+        backend, self._backend, self._conversation = self._backend, None, None
+        self._idle.clear()
+        if self._shared.leave():
+            backend.close()
+
+    def fork(self) -> OmniSession:
+        """Another session, with a conversation of its own, over the same graphs: weights are in memory once."""
+        other = OmniSession(self.bundle, self.backend, max_context=self.max_context)
+        other._shared = self._shared.join()
+        return other
+
+    def reset(self, system: str | None = None) -> None:
+        """Begin a new conversation.
+
+        Args:
+            system: its system message; None is the one that the talker was trained with.
+
+        Raises:
+            UsageError: a turn is open.
+        """
+        with self._lock:
+            self._require_no_turn()
+            if self._conversation is not None:
+                self._conversation.clear()
+            self._system = system
+
+    def turn(
+        self,
+        voice: str | None = None,
+        speak: bool = True,
+        *,
+        thinker: SamplingConfig | None = None,
+        talker: SamplingConfig | None = None,
+        seed: int = 0,
+        noise: NDArray[np.float32] | None = None,
+        window: Window = "stream",
+        exact: bool = False,
+        threads: bool = True,
+    ) -> Turn:
+        """Begin the next turn of the session's conversation.
+
+        Args:
+            voice, speak, thinker, talker, seed, noise, window, threads: as in ``reply``.
+            exact: Whisper's log-mel is floored at its loudest moment in the whole clip, which is not known before the
+                clip ends. Live sound is floored at the loudest moment so far; True encodes again, on commit, what the
+                final floor changes, and prefills again from there on.
+
+        Raises:
+            UsageError, UnknownVoice: bad options, or a turn that is still open.
+        """
+        with self._lock:
+            self._require_no_turn()
+            self._require_graph("thinker", "any reply")
+            task = self._task(voice, speak, thinker, talker, seed, noise, window, threads)
+            conversation = self._conversation or Conversation(self.bundle, self._new_cache, self.max_context)
+            self._conversation = conversation
+            conversation.use(task.backend, task.timer)
+            if not conversation.length:
+                conversation.add(self._opening())
+            stats = Stats(backend=self.backend.name)
+            self._turn = Turn(task, conversation, stats, exact, self._require_encoder, self._turn_ended)
+            return self._turn
 
     def reply(
         self,
@@ -134,8 +193,9 @@ class OmniSession:
         seed: int = 0,
         noise: NDArray[np.float32] | None = None,
         window: Window = "stream",
+        threads: bool = True,
     ) -> Iterator[Event]:
-        """Answer a conversation.
+        """Answer a conversation that is given whole, apart from the session's own.
 
         Everything is checked and all media are read before this returns; computing starts with the first ``next``.
         Thinker, talker and noise draw from separate streams of ``seed``, so one does not change another.
@@ -146,58 +206,120 @@ class OmniSession:
             voice: a voice of the bundle; None is Chelsie if she is there, else the first.
             thinker, talker: sampling; the bundle's defaults if None.
             noise: float32 [T, 80], the speech's starting noise, T at least 2 for every codec token; drawn if None.
-            window: ``stream`` gives sound in small windows, ``whole`` all at once at the end, as the reference does.
+            window: ``stream`` gives sound in small windows, ``whole`` all at once at the end, as the reference does; or
+                windows of one's own, see ``SpeechWindows``.
+            threads: thinker, talker and token2wav at once, each in a thread; False runs them one after the other in the
+                caller's thread. The result is the same.
 
         Yields:
-            TextDelta and AudioChunk as they come, then one Done.
+            TextDelta and AudioChunk as they come, then one Done. An iterator that is closed or dropped stops the work.
 
         Raises:
             UsageError, UnknownVoice, PromptError, MediaError: at once, before any computing.
         """
         started = time.perf_counter()
-        backend, manifest = self.backend, self.manifest
+        task = self._task(voice, speak, thinker, talker, seed, noise, window, threads)
+        with task.timer("preprocess"):
+            prompt = build_prompt(messages, self.manifest, self.text_codec)
+        # The talker prefills two rows more than the prompt has.
+        require_room(len(prompt.token_ids), self.max_context, reply=2 if speak else 1)
+        for span in prompt.media:
+            self._require_graph("audio_encoder" if span.kind == "audio" else "vision_encoder", f"the {span.kind}")
+        self._require_graph("thinker", "any reply")
+        return self._one_off(task, prompt, started)
+
+    def _one_off(self, task: ReplyTask, prompt: Prompt, started: float) -> Iterator[Event]:
+        """Answer with caches that are borrowed for this reply."""
+        borrowed: list[tuple[str, KvCache]] = []
+
+        def borrow(name: str) -> KvCache:
+            with self._lock:
+                idle = self._idle.setdefault(name, [])
+                cache = idle.pop() if idle else self._new_cache(name)
+            borrowed.append((name, cache))
+            return cache
+
+        def give_back() -> None:
+            with self._lock:
+                for name, cache in borrowed:
+                    self._idle.setdefault(name, []).append(cache)
+            borrowed.clear()
+            self._replies.discard(reply)
+
+        conversation = Conversation(self.bundle, borrow, self.max_context)
+
+        def prepare() -> None:
+            conversation.use(task.backend, task.timer)
+            conversation.begin_turn()
+            rows = [embed_media(span, task.backend, task.timer) for span in prompt.media]
+            places = np.concatenate([np.zeros(0, np.int64), *(span.positions for span in prompt.media)])
+            order = np.argsort(places)
+            conversation.add(
+                Segment(
+                    prompt.token_ids,
+                    prompt.position_ids,
+                    prompt.next_position,
+                    places[order],
+                    np.concatenate(rows)[order] if rows else None,
+                )
+            )
+
+        reply = Reply(task, conversation, Stats(backend=task.backend.name), started, 0, prepare, give_back)
+        self._replies.add(reply)
+        return reply.events()
+
+    def _task(
+        self,
+        voice: str | None,
+        speak: bool,
+        thinker: SamplingConfig | None,
+        talker: SamplingConfig | None,
+        seed: int,
+        noise: NDArray[np.float32] | None,
+        window: Window,
+        threads: bool,
+    ) -> ReplyTask:
+        """Check how a reply is asked for."""
+        manifest = self.manifest
         config = manifest.thinker_sampling if thinker is None else thinker
         validate_sampling(config, "thinker")
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise UsageError(f"seed is {seed!r}; a whole number of at least 0 was expected")
         streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3)]
-        timer = StageTimer()
-        speech = self._plan_speech(voice, talker, streams, noise, window, timer) if speak else None
-        with timer("preprocess"):
-            prompt = build_prompt(messages, manifest, self.text_codec)
-        # The talker prefills two rows more than the prompt has.
-        require_room(len(prompt.token_ids), manifest.kv.max_context, reply=2 if speak else 1)
-        for span in prompt.media:
-            self._require_graph("audio_encoder" if span.kind == "audio" else "vision_encoder", f"the {span.kind}")
-        self._require_graph("thinker", "any reply")
-        stats = Stats(backend=backend.name, prompt_tokens=len(prompt.token_ids), busy=timer.busy)
-        return _Reply(self, _Plan(prompt, config, streams[0], speech, stats, timer, started)).events()
+        timer, token = StageTimer(), CancelToken()
+        backend = GuardedBackend(self.backend, token)
+        speech = self._speech(backend, voice, talker, streams[1:], noise, window, timer) if speak else None
+        longest = max(config.max_new_tokens, speech.sampler.config.max_new_tokens if speech else 0)
+        reserve = min(longest, self.max_context // 4)
+        return ReplyTask(
+            self.bundle, self.text_codec, backend, token, config, streams[0], speech, reserve, threads, timer
+        )
 
-    def _plan_speech(
+    def _speech(
         self,
+        backend: Backend,
         voice: str | None,
         config: SamplingConfig | None,
         streams: list[np.random.Generator],
         noise: NDArray[np.float32] | None,
         window: Window,
         timer: StageTimer,
-    ) -> _Speech:
-        manifest, backend = self.manifest, self.backend
-        if manifest.talker is None or manifest.dit is None or manifest.talker_sampling is None:
+    ) -> SpeechTask:
+        manifest = self.manifest
+        if manifest.dit is None or manifest.vocoder is None or manifest.talker_sampling is None:
             raise UsageError(
                 f"{self.bundle.root} cannot speak: it was exported from a checkpoint without talker. Ask for text with "
                 "speak=False, or export a checkpoint that has one"
             )
         for name in SPEECH_GRAPHS:
             self._require_graph(name, "speech")
-        if window not in WINDOWS:
-            raise UsageError(f"window is {window!r}; one of {', '.join(WINDOWS)} was expected")
         config = manifest.talker_sampling if config is None else config
         validate_sampling(config, "talker")
         spec, speaker, reference = self.bundle.voice(voice)
-        source = NoiseStream(noise, streams[2], manifest.dit.mel_dim)
+        source = NoiseStream(noise, streams[1], manifest.dit.mel_dim)
         token2wav = Token2Wav(backend, self.bundle, speaker, reference, source, window, timer)
-        return _Speech(spec, config, streams[1], token2wav)
+        talker = Talker(self.bundle)
+        return SpeechTask(talker, spec, talker.sampler(config, streams[0]), token2wav, manifest.vocoder.sample_rate)
 
     def _require_graph(self, name: str, purpose: str) -> None:
         if name not in self.manifest.graphs:
@@ -206,128 +328,62 @@ class OmniSession:
                 f"{', '.join(self.manifest.graphs)}): export it again with this graph"
             )
 
-    @contextmanager
-    def cache(self, name: str) -> Iterator[KvCache]:
-        """A KV cache of graph ``name`` for one reply, from the session's idle ones where there is one."""
-        idle = self._caches.setdefault(name, [])
-        cache = idle.pop() if idle else self.backend.graph(name).new_cache(self.manifest.kv.max_context)
-        try:
-            yield cache
-        finally:
-            idle.append(cache)
+    def _require_encoder(self, name: str) -> None:
+        self._require_graph(name, "sound" if name == "audio_encoder" else "a picture")
+
+    def _require_no_turn(self) -> None:
+        if self._turn is not None:
+            raise UsageError("a turn is still open: take its events to the end, or cancel it, before the next begins")
+
+    def _turn_ended(self) -> None:
+        self._turn = None
+
+    def _new_cache(self, name: str) -> KvCache:
+        return self.backend.graph(name).new_cache(self.max_context)
+
+    def _opening(self) -> Segment:
+        """The system message."""
+        manifest = self.manifest
+        layout = Layout(manifest, self.text_codec)
+        layout.control(manifest.tokens.im_start)
+        layout.text(f"system\n{manifest.chat.system_prompt if self._system is None else self._system}")
+        layout.control(manifest.tokens.im_end)
+        layout.text("\n")
+        layout.flush()
+        ids, positions = layout.take()
+        return Segment(ids, positions, layout.cursor)
 
 
-class _Rows(Iterator[NDArray[np.float32]]):
-    """Reply rows on their way from thinker to talker."""
+def _context(asked: int | None, exported: int) -> int:
+    """Capacity of the KV caches.
+
+    Raises:
+        UsageError: more than the bundle was exported for, or no number of tokens.
+    """
+    if asked is None:
+        return exported
+    if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= exported:
+        raise UsageError(
+            f"max_context is {asked!r}; 1 to {exported} tokens were expected, what the bundle was exported for. Export "
+            "with a larger --max-context for more"
+        )
+    return asked
+
+
+class _Shared:
+    """Counts the sessions over one backend."""
 
     def __init__(self) -> None:
-        self.waiting: deque[NDArray[np.float32]] = deque()
-        self.closed = False
+        self._lock = threading.Lock()
+        self._count = 1
 
-    def __next__(self) -> NDArray[np.float32]:
-        if self.waiting:
-            return self.waiting.popleft()
-        assert self.closed, "the talker runs only when a row waits or no more will come"
-        raise StopIteration
+    def join(self) -> _Shared:
+        with self._lock:
+            self._count += 1
+        return self
 
-
-class _Reply:
-    """One reply in progress."""
-
-    def __init__(self, session: OmniSession, plan: _Plan) -> None:
-        self._session = session
-        self._plan = plan
-        self._stats = plan.stats
-        self._token_ids: list[int] = []
-        self._codec_ids: list[int] = []
-        self._rows = _Rows()
-        self._codes: Iterator[int] | None = None  # None before the talker starts and after it has ended
-        self._chunks = 0
-        self._samples = 0
-
-    def events(self) -> Iterator[Event]:
-        """Run to the end, yielding events."""
-        session, plan = self._session, self._plan
-        text: list[str] = []
-        spoken = False
-        stream = session.text_codec.stream()
-        with ExitStack() as stack:
-            thinker = Thinker(session.backend, session.bundle)
-            cache = self._cache("thinker", stack)
-            run = thinker.start(plan.prompt, plan.config, plan.rng, cache, plan.timer)
-            for step in run.steps():
-                if not step.stop:
-                    self._token_ids.append(step.token_id)
-                delta = "" if step.stop else stream.push(step.token_id)
-                if step.last:  # a character that is left unfinished comes out as U+FFFD
-                    delta += stream.flush()
-                if delta or not step.stop:
-                    text.append(delta)
-                    yield self._text(delta, step.token_id)
-                if step.row is not None and plan.speech is not None:
-                    self._rows.waiting.append(step.row)
-                    if not spoken:
-                        spoken, self._codes = True, self._start_talker(run, plan.speech, stack)
-                    if self._codes is not None:
-                        yield from self._next_code()
-            self._rows.closed = True
-            while self._codes is not None:
-                yield from self._next_code()
-        yield self._done("".join(text))
-
-    def _start_talker(self, run: ThinkerRun, speech: _Speech, stack: ExitStack) -> Iterator[int]:
-        session, plan = self._session, self._plan
-        return Talker(session.backend, session.bundle).codes(
-            run.prompt_rows,
-            plan.prompt.position_ids,
-            self._rows,
-            speech.voice,
-            speech.config,
-            speech.rng,
-            self._cache("talker", stack),
-            plan.timer,
-        )
-
-    def _cache(self, name: str, stack: ExitStack) -> KvCache:
-        with self._plan.timer("load"):
-            return stack.enter_context(self._session.cache(name))
-
-    def _next_code(self) -> Iterator[AudioChunk]:
-        assert self._codes is not None
-        assert self._plan.speech is not None
-        code = next(self._codes, None)
-        if code is None:
-            self._codes = None
-            ready = self._plan.speech.token2wav.finish()
-        else:
-            self._codec_ids.append(code)
-            ready = self._plan.speech.token2wav.push(code)
-        for samples in ready:
-            yield self._audio(samples)
-
-    def _text(self, delta: str, token_id: int) -> TextDelta:
-        if self._stats.time_to_first_token is None:
-            self._stats.time_to_first_token = self._elapsed()
-        return TextDelta(delta, token_id)
-
-    def _audio(self, samples: NDArray[np.float32]) -> AudioChunk:
-        vocoder = self._session.manifest.vocoder
-        assert vocoder is not None
-        if self._stats.time_to_first_audio is None:
-            self._stats.time_to_first_audio = self._elapsed()
-        self._samples += len(samples)
-        self._stats.audio_seconds = self._samples / vocoder.sample_rate
-        self._chunks += 1
-        return AudioChunk(samples, vocoder.sample_rate, self._chunks - 1)
-
-    def _done(self, text: str) -> Done:
-        stats = self._stats
-        stats.text_tokens, stats.codec_tokens = len(self._token_ids), len(self._codec_ids)
-        stats.total_time = self._elapsed()
-        if stats.audio_seconds:
-            computing = sum(seconds for stage, seconds in stats.busy.items() if stage != "load")
-            stats.real_time_factor = computing / stats.audio_seconds
-        return Done(text, self._token_ids, self._codec_ids, stats)
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._plan.started
+    def leave(self) -> bool:
+        """True for the last one."""
+        with self._lock:
+            self._count -= 1
+            return not self._count

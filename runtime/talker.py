@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Backend, KvCache
 from .bundle import Bundle
 from .decoder import Decoder
 from .errors import BundleError, PromptTooLong
@@ -23,39 +22,47 @@ __all__ = ["Talker"]
 
 
 class Talker:
-    """The talker of one bundle.
+    """The talker, for one reply.
+
+    Attributes:
+        finish_reason: once ``codes`` has ended: ``stop``, ``length`` (``max_new_tokens``) or ``context`` (full cache).
 
     Raises:
         BundleError: the bundle has no talker.
     """
 
-    def __init__(self, backend: Backend, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
         if manifest.text_tokens is None or manifest.codec is None:
             raise BundleError(f"{bundle.root} has no talker: it was exported from a checkpoint that does not speak")
-        self._backend = backend
+        self.finish_reason = "stop"
         self._bundle = bundle
         self._text = manifest.text_tokens
         self._codec = manifest.codec
 
+    def sampler(self, config: SamplingConfig, rng: np.random.Generator | None) -> Sampler:
+        """Picks codec tokens."""
+        return Sampler(config, rng, self._codec.suppress)
+
     def codes(
         self,
-        prompt_rows: NDArray[np.float32],
-        prompt_positions: NDArray[np.int64],
+        decoder: Decoder,
+        tail: int,
+        highest: int,
         rows: Iterable[NDArray[np.float32]],
         voice: VoiceSpec,
-        config: SamplingConfig,
-        rng: np.random.Generator | None,
-        cache: KvCache,
+        sampler: Sampler,
         timer: StageTimer,
     ) -> Iterator[int]:
         """Codec tokens, without the stop code, one for each row that is pulled, then as many as the speech needs.
 
         Args:
-            prompt_rows: float32 [S, H] of the thinker's prompt.
-            prompt_positions: int64 [3, S].
+            decoder: holds the thinker's rows of the prompt, and nothing else.
+            tail: position after the prompt's last token.
+            highest: highest position in the prompt.
             rows: reply rows float32 [H] of generated tokens 0, 1, ...; pulled one at a time when needed, so the thinker
                 may still be at work. Without a single row nothing is said.
+            sampler: suppresses ``codec.suppress``, see ``sampler``.
 
         Raises:
             PromptTooLong: the prompt leaves no room for speech.
@@ -64,24 +71,23 @@ class Talker:
         first = next(reply, None)
         if first is None:
             return
-        count = len(prompt_rows) + 2
-        if count > cache.capacity:
+        if decoder.room < 2:
             raise PromptTooLong(
-                f"to speak, the prompt takes {count} places; the talker's KV cache holds {cache.capacity}. Shorten the "
-                "prompt, ask for text only (speak=False), or export with a larger --max-context"
+                f"to speak, the prompt takes {decoder.length + 2} places; the talker's KV cache holds "
+                f"{decoder.length + decoder.room}. Shorten the prompt, ask for text only (speak=False), or export with "
+                "a larger --max-context"
             )
-        with timer("load"):
-            decoder = Decoder(self._backend.graph("talker"), cache)
         thinker, codec = self._bundle.embedding("thinker"), self._bundle.embedding("talker")
+        # Two rows more than the prompt has. They continue its trailing text; generation then continues from the highest
+        # position of all, which is another one where a medium reaches past the text that follows it.
+        positions = np.broadcast_to(np.asarray([tail, tail + 1]), (3, 2))
+        position = max(highest, tail + 1) + 1
         with timer("talker"):
-            opening = thinker.rows([voice.bos_token]) + codec.rows([self._codec.pad])
-            embeds = np.concatenate([prompt_rows, opening, first[None] + codec.rows([self._codec.bos])])
-            positions, position = _extend_positions(prompt_positions)
-            logits, _ = decoder.forward(embeds, positions)
+            opening = np.stack([thinker.rows([voice.bos_token])[0], first])
+            logits, _ = decoder.forward(opening + codec.rows([self._codec.pad, self._codec.bos]), positions)
             text_eos, text_pad = thinker.rows([self._text.eos, self._text.pad])
-        sampler = Sampler(config, rng, self._codec.suppress)
         conditioning = itertools.chain(reply, [text_eos], itertools.repeat(text_pad))
-        limit = min(config.max_new_tokens, decoder.room + 1)
+        count, limit = decoder.length, min(sampler.config.max_new_tokens, decoder.room + 1)
         # What the repetition penalty sees: a mask for each prompt token, then codec pad and bos.
         seen = np.full(count + limit, self._codec.mask, np.int64)
         seen[count - 2 : count] = self._codec.pad, self._codec.bos
@@ -90,22 +96,12 @@ class Talker:
                 code = sampler.pick(logits, seen[: count + k])
             if code in self._codec.stop:
                 return
+            if k + 1 == limit:
+                self.finish_reason = "length" if limit == sampler.config.max_new_tokens else "context"
             yield code
             if k + 1 == limit:
                 return
             seen[count + k] = code
-            row = next(conditioning)  # outside the timer: this may run the thinker
+            row = next(conditioning)  # outside the timer: this may wait for the thinker
             with timer("talker"):
                 logits, _ = decoder.forward(codec.rows([code]) + row, np.full((3, 1), position + k, np.int64))
-
-
-def _extend_positions(prompt: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-    """Positions [3, S + 2] with the voice's and the first token's row, and the position of the first codec token.
-
-    The two rows continue the prompt's trailing text; generation then continues from the highest position of all, which
-    is another one where a medium reaches past the text that follows it.
-    """
-    tail = int(prompt[:, -1].max()) + 1
-    extra = np.broadcast_to(np.asarray([tail, tail + 1]), (3, 2))
-    positions = np.concatenate([prompt, extra], axis=1)
-    return positions, int(positions.max()) + 1

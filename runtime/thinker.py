@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Array, Backend, KvCache
-from .bundle import Bundle
+from .backends.base import Array, Backend
+from .bundle import EmbeddingTable
 from .decoder import Decoder
 from .errors import OmniportError, PromptTooLong
-from .manifest import SamplingConfig
-from .prompt import MediaSpan, Prompt
+from .mel import audio_tokens
+from .prompt import MediaSpan
 from .sampling import Sampler
 from .timing import StageTimer
+from .vision import VisionInput
 
-__all__ = ["Thinker", "ThinkerRun", "ThinkerStep", "embed_media"]
+__all__ = ["ThinkerRun", "ThinkerStep", "embed_media", "encode_audio", "encode_vision", "require_room"]
 
 #: encoder batches that bound memory; neither encoder's attention crosses what a batch is cut from
 _AUDIO_CHUNKS = 32
@@ -43,91 +44,66 @@ class ThinkerStep:
     last: bool
 
 
-class Thinker:
-    """The thinker of one bundle."""
-
-    def __init__(self, backend: Backend, bundle: Bundle) -> None:
-        self._backend = backend
-        self._bundle = bundle
-
-    def start(
-        self,
-        prompt: Prompt,
-        config: SamplingConfig,
-        rng: np.random.Generator | None,
-        cache: KvCache,
-        timer: StageTimer,
-    ) -> ThinkerRun:
-        """Embed the prompt, encode its media and prefill.
-
-        Raises:
-            PromptTooLong: the prompt leaves no room for a reply.
-        """
-        embedding = self._bundle.embedding("thinker")
-        require_room(len(prompt.token_ids), cache.capacity)
-        with timer("prefill"):
-            embeds = embedding.rows(prompt.token_ids)
-        for span in prompt.media:
-            embeds[span.positions] = embed_media(span, self._backend, timer)
-        with timer("load"):
-            graph = self._backend.graph("thinker")
-        decoder = Decoder(graph, cache)
-        with timer("prefill"):
-            logits, hidden = decoder.forward(embeds, prompt.position_ids)
-        if hidden is None:
-            raise OmniportError("the thinker graph gives no 'hidden'; export the bundle again")
-        # The talker sees media through the hidden state alone.
-        embeds[prompt.media_mask] = 0
-        sampler = Sampler(config, rng)
-        return ThinkerRun(decoder, prompt, logits, hidden + embeds, sampler, self._bundle, timer)
-
-
 class ThinkerRun:
-    """One reply after prefill.
+    """One reply of the thinker, after prefill.
+
+    Args:
+        decoder: holds the prompt, and nothing else.
+        logits: float32 [V] after the prompt.
+        prompt_ids: int64 [S], what the repetition penalty sees beside the reply.
+        position: of the first generated token, in all three components; the k-th has this plus k.
+        embedding: the thinker's.
+        stop: ids that end the reply.
 
     Attributes:
-        prompt_rows: float32 [S, H], the talker's conditioning for the prompt.
+        rows: float32 [H] each, the talker's conditioning of the generated tokens that were consumed so far.
+        finish_reason: once ``steps`` has ended: ``stop``, ``length`` (``max_new_tokens``) or ``context`` (full cache).
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        prompt: Prompt,
         logits: NDArray[np.float32],
-        prompt_rows: NDArray[np.float32],
+        prompt_ids: NDArray[np.int64],
+        position: int,
         sampler: Sampler,
-        bundle: Bundle,
+        embedding: EmbeddingTable,
+        stop: Iterable[int],
         timer: StageTimer,
     ) -> None:
-        self.prompt_rows = prompt_rows
+        self.rows: list[NDArray[np.float32]] = []
+        self.finish_reason = "stop"
         self._decoder = decoder
-        self._prompt = prompt
         self._logits = logits
+        self._prompt_ids = prompt_ids
+        self._position = position
         self._sampler = sampler
-        self._embedding = bundle.embedding("thinker")
-        self._stop = frozenset(bundle.manifest.chat.stop)
+        self._embedding = embedding
+        self._stop = frozenset(stop)
         self._timer = timer
 
     def steps(self) -> Iterator[ThinkerStep]:
         """Generate until a stop token, ``max_new_tokens``, or a full cache."""
         # The last token is not consumed, so a reply may be one token longer than the room.
         limit = min(self._sampler.config.max_new_tokens, self._decoder.room + 1)
-        seen = np.concatenate([self._prompt.token_ids, np.zeros(limit, np.int64)])
-        count, logits, row = len(self._prompt.token_ids), self._logits, None
+        seen = np.concatenate([self._prompt_ids, np.zeros(limit, np.int64)])
+        count, logits = len(self._prompt_ids), self._logits
         for k in range(limit):
             with self._timer("thinker"):
                 token = self._sampler.pick(logits, seen[: count + k])
             stop = token in self._stop
             last = stop or k + 1 == limit
-            yield ThinkerStep(token, row, stop, last)
+            if last and not stop:
+                self.finish_reason = "length" if limit == self._sampler.config.max_new_tokens else "context"
+            yield ThinkerStep(token, self.rows[-1] if self.rows else None, stop, last)
             if last:
                 return
             seen[count + k] = token
             with self._timer("thinker"):
                 embed = self._embedding.rows([token])
-                positions = np.full((3, 1), self._prompt.next_position + k, np.int64)
-                logits, hidden = self._decoder.forward(embed, positions)
-                row = None if hidden is None else hidden[0] + embed[0]
+                logits, hidden = self._decoder.forward(embed, np.full((3, 1), self._position + k, np.int64))
+                if hidden is not None:
+                    self.rows.append(hidden[0] + embed[0])
 
 
 def require_room(tokens: int, capacity: int, reply: int = 1) -> None:
@@ -145,7 +121,13 @@ def embed_media(span: MediaSpan, backend: Backend, timer: StageTimer) -> NDArray
     Raises:
         OmniportError: the encoder gives another number of rows than the prompt has places for.
     """
-    rows = _encode_audio(span, backend, timer) if span.kind == "audio" else _encode_vision(span, backend, timer)
+    if span.kind == "audio":
+        assert span.chunks is not None
+        assert span.frames is not None
+        rows = encode_audio(span.chunks, span.frames, backend, timer)
+    else:
+        assert span.vision is not None
+        rows = encode_vision(span.vision, backend, timer)
     if len(rows) != len(span.positions):
         raise OmniportError(
             f"the {span.kind} encoder gave {len(rows)} embeddings for {len(span.positions)} placeholder tokens; export "
@@ -154,25 +136,24 @@ def embed_media(span: MediaSpan, backend: Backend, timer: StageTimer) -> NDArray
     return rows
 
 
-def _encode_audio(span: MediaSpan, backend: Backend, timer: StageTimer) -> NDArray[np.float32]:
-    assert span.chunks is not None
-    assert span.frames is not None
+def encode_audio(
+    chunks: NDArray[np.float32], frames: NDArray[np.int64], backend: Backend, timer: StageTimer
+) -> NDArray[np.float32]:
+    """Embeddings float32 [n, H] of encoder chunks [C, n_mels, chunk_frames] with ``frames`` [C] valid ones each."""
     with timer("load"):
         graph = backend.graph("audio_encoder")
     rows = []
     with timer("audio_encoder"):
-        for start in range(0, len(span.frames), _AUDIO_CHUNKS):
-            frames = span.frames[start : start + _AUDIO_CHUNKS]
-            chunks = np.ascontiguousarray(span.chunks[start : start + _AUDIO_CHUNKS], np.float32)
-            embeds = graph.run({"mel": chunks, "frames": np.ascontiguousarray(frames)})["embeds"]
-            # A convolution of stride 2, then a mean over pairs that drops a lone last frame.
-            rows += [chunk[: ((int(count) - 1) // 2 + 1) // 2] for chunk, count in zip(embeds, frames, strict=True)]
+        for start in range(0, len(frames), _AUDIO_CHUNKS):
+            counts = np.ascontiguousarray(frames[start : start + _AUDIO_CHUNKS])
+            mel = np.ascontiguousarray(chunks[start : start + _AUDIO_CHUNKS], np.float32)
+            embeds = graph.run({"mel": mel, "frames": counts})["embeds"]
+            rows += [chunk[: audio_tokens(int(count))] for chunk, count in zip(embeds, counts, strict=True)]
     return np.concatenate(rows)
 
 
-def _encode_vision(span: MediaSpan, backend: Backend, timer: StageTimer) -> NDArray[np.float32]:
-    assert span.vision is not None
-    vision = span.vision
+def encode_vision(vision: VisionInput, backend: Backend, timer: StageTimer) -> NDArray[np.float32]:
+    """Embeddings float32 [T*N/4, H] of one picture or video."""
     with timer("load"):
         graph = backend.graph("vision_encoder")
     frames, patches = vision.patches.shape[:2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ __all__ = ["StageTimer"]
 
 
 class StageTimer:
-    """Adds up wall time by stage: ``with timer("dit"): ...``."""
+    """Adds up wall time by stage: ``with timer("dit"): ...``, from any thread."""
 
     def __init__(self) -> None:
         self.busy: dict[str, float] = {}
+        self._lock = threading.Lock()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -22,4 +24,5 @@ class StageTimer:
         try:
             yield
         finally:
-            self.busy[stage] = self.busy.get(stage, 0.0) + time.perf_counter() - start
+            with self._lock:
+                self.busy[stage] = self.busy.get(stage, 0.0) + time.perf_counter() - start

@@ -7,7 +7,8 @@ frames of the look-ahead serve as the vocoder's right context and are solved aga
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +19,30 @@ from .errors import BundleError, OmniportError, UsageError
 from .solver import solve
 from .timing import StageTimer
 
-__all__ = ["WINDOWS", "NoiseStream", "Token2Wav", "Window"]
+__all__ = ["WINDOWS", "NoiseStream", "SpeechWindows", "Token2Wav", "Window"]
 
-Window = Literal["stream", "whole"]
-WINDOWS: tuple[Window, ...] = get_args(Window)
-
-#: blocks of new codes in the first, second and every later window: a short first wait, then less overlap
-_CHUNK_BLOCKS = (1, 2, 4)
+#: fewest mel frames of context that the vocoder is near exact with
+_LEAST_CONTEXT = 20
 _NOISE_BLOCK = 24
+
+
+@dataclass(frozen=True)
+class SpeechWindows:
+    """How streamed speech is cut.
+
+    Attributes:
+        chunks: codes that the first, the second, ... and every later window adds: whole attention blocks of 12 codes.
+            The first sound has to wait for ``chunks[0]`` codes and the look-ahead of 12; long windows solve less twice.
+        vocoder_context: mel frames around a window that the vocoder sees, at least 20. None is the bundle's receptive
+            field (34), with which its samples depend on nothing else.
+    """
+
+    chunks: tuple[int, ...] = (12, 24, 48)
+    vocoder_context: int | None = None
+
+
+Window = Literal["stream", "whole"] | SpeechWindows
+WINDOWS = ("stream", "whole")
 
 
 class NoiseStream:
@@ -83,11 +100,11 @@ class Token2Wav:
 
     Args:
         speaker: float32 [192]. reference: float32 [128].
-        window: ``stream`` or ``whole``.
+        window: ``stream``, ``whole``, or windows of one's own.
 
     Raises:
         BundleError: the bundle does not speak.
-        UsageError: an unknown window.
+        UsageError: an unknown window, or windows that do not fit the DiT's blocks.
     """
 
     def __init__(
@@ -103,15 +120,14 @@ class Token2Wav:
         manifest = bundle.manifest
         if manifest.dit is None or manifest.vocoder is None or manifest.solver is None:
             raise BundleError(f"{bundle.root} has no DiT and vocoder: it was exported from a checkpoint without speech")
-        if window not in WINDOWS:
-            raise UsageError(f"window is {window!r}; one of {', '.join(WINDOWS)} was expected")
         self._backend = backend
         self._dit, self._vocoder, self._solver = manifest.dit, manifest.vocoder, manifest.solver
         self._speaker, self._reference = speaker[None], reference[None]
         self._noise = noise
-        self._streaming = window == "stream"
         self._timer = timer
         self._block = self._dit.block_size // self._dit.repeats
+        self._streaming = window != "whole"
+        self._chunks, self._context = self._cuts(window)
         self._codes: list[int] = []
         self._done = 0  # codes whose samples are out
         self._windows = 0
@@ -141,10 +157,31 @@ class Token2Wav:
         """No more codes: gives the samples of all that are left."""
         return [self._emit(len(self._codes))] if self._done < len(self._codes) else []
 
+    def _cuts(self, window: Window) -> tuple[tuple[int, ...], int]:
+        """Codes of each window and the vocoder's context, checked."""
+        if window in WINDOWS:
+            window = SpeechWindows()
+        if not isinstance(window, SpeechWindows):
+            raise UsageError(f"window is {window!r}; {', '.join(WINDOWS)} or a SpeechWindows was expected")
+        whole = all(isinstance(codes, int) and codes > 0 and codes % self._block == 0 for codes in window.chunks)
+        if not window.chunks or not whole:
+            raise UsageError(
+                f"SpeechWindows.chunks is {window.chunks!r}; one or more multiples of {self._block} codes, the DiT's "
+                "attention block, were expected"
+            )
+        most = self._vocoder.context_frames
+        context = most if window.vocoder_context is None else window.vocoder_context
+        if not isinstance(context, int) or not min(_LEAST_CONTEXT, most) <= context <= most:
+            raise UsageError(
+                f"SpeechWindows.vocoder_context is {context!r}; {min(_LEAST_CONTEXT, most)} to {most} mel frames were "
+                "expected"
+            )
+        return tuple(window.chunks), context
+
     @property
     def _chunk(self) -> int:
         """Codes of the next window that are new."""
-        return self._block * _CHUNK_BLOCKS[min(self._windows, len(_CHUNK_BLOCKS) - 1)]
+        return self._chunks[min(self._windows, len(self._chunks) - 1)]
 
     @property
     def _ahead(self) -> int:
@@ -158,7 +195,7 @@ class Token2Wav:
             first = max(0, start - self._block * self._dit.look_back_blocks)
             last = min(last, stop + self._ahead)
         mel = self._solve(first, last)
-        repeats, context = self._dit.repeats, self._vocoder.context_frames
+        repeats, context = self._dit.repeats, self._context
         new = mel[(start - first) * repeats : (stop - first) * repeats]
         right = mel[(stop - first) * repeats :][:context]
         samples = self._synthesize(np.concatenate([self._tail, new, right]), len(self._tail), len(new))

@@ -24,8 +24,8 @@ from omniport.export.validation.run import GROUP_NAMES, validate
 from omniport.export.validation.types import FAIL, ValidationReport
 from omniport.runtime import solver, vision
 from omniport.runtime.bundle import read_manifest
+from omniport.runtime.layout import Segment
 from omniport.runtime.manifest import FileRecord, SolverSpec
-from omniport.runtime.prompt import Prompt
 from omniport.runtime.token2wav import Token2Wav
 from onnx import TensorProto, helper, numpy_helper
 
@@ -200,7 +200,7 @@ def rk4_weight() -> Iterator[None]:
 @contextmanager
 def no_zeroing() -> Iterator[None]:
     """The talker is conditioned on placeholder embeddings where media are."""
-    with mock.patch.object(Prompt, "media_mask", property(lambda self: np.zeros(len(self.token_ids), np.bool_))):
+    with mock.patch.object(Segment, "media_mask", property(lambda self: np.zeros(len(self), np.bool_))):
         yield
 
 

@@ -157,7 +157,7 @@ def test_vocoder_lengths(frames: int, tiny_bundle: Path, tiny_checkpoint: Path) 
 
 def test_batched_chunks_equal_single_ones(tiny_bundle: Path) -> None:
     """Attention never crosses a chunk, so encoding as the sound arrives is exact."""
-    from omniport.runtime.audio import chunk_mel, log_mel
+    from omniport.runtime.mel import chunk_mel, log_mel
 
     bundle = Bundle.open(tiny_bundle)
     chunks, frames = chunk_mel(log_mel(tone(9.0), bundle.manifest.audio), bundle.manifest.audio)

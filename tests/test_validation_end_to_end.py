@@ -31,6 +31,7 @@ from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.ort import OrtGraph
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import BackendError, UsageError
+from omniport.runtime.layout import Segment
 from omniport.runtime.manifest import SolverSpec
 from omniport.runtime.prompt import Prompt, build_prompt
 from omniport.runtime.text import TextCodec
@@ -280,7 +281,7 @@ def test_wrong_positions(
 
 
 def test_media_not_zeroed(check_all: Callable[[], list[Check]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Prompt, "media_mask", property(lambda self: np.zeros(len(self.token_ids), np.bool_)))
+    monkeypatch.setattr(Segment, "media_mask", property(lambda self: np.zeros(len(self), np.bool_)))
     checks = check_all()
     assert failed(checks) == {"conditioning"}, messages(checks)
     (check,) = (check for check in checks if check.stage == "conditioning" and check.status == FAIL)

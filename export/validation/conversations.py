@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.audio import audio_tokens, load_audio
+from omniport.runtime.audio import load_audio
 from omniport.runtime.errors import OmniportError, UsageError
 from omniport.runtime.manifest import Manifest
 from omniport.runtime.media import require
+from omniport.runtime.mel import audio_tokens
 from omniport.runtime.prompt import build_prompt
 from omniport.runtime.text import TextCodec
 from omniport.runtime.video import load_video

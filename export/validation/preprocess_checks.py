@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from omniport.runtime import session as session_module
-from omniport.runtime.audio import audio_tokens, chunk_mel, load_audio, log_mel
+from omniport.runtime.audio import load_audio
 from omniport.runtime.errors import OmniportError, PromptTooLong
+from omniport.runtime.mel import audio_tokens, chunk_mel, log_mel
 from omniport.runtime.prompt import Prompt
 from omniport.runtime.text import TextCodec
 from omniport.runtime.vision import VisionInput, image_input, load_image, video_input

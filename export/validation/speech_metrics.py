@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.audio import mel_filters
+from omniport.runtime.mel import mel_filters
 
 __all__ = [
     "FLOOR_DB",

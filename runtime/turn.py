@@ -1,0 +1,295 @@
+"""One turn of a live conversation: media in while they arrive, and the reply out."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from numbers import Real
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .audio import pcm
+from .cancel import Cancelled
+from .clip import Encoders, LiveClip
+from .conversation import Conversation
+from .errors import MediaError, PromptError, TurnEnded
+from .events import Done, Event, Stats
+from .layout import Layout, Segment, grid_positions
+from .reply import Reply, ReplyTask
+from .thinker import encode_audio, encode_vision
+from .vision import ImageSource, image_input, load_image
+
+__all__ = ["Turn"]
+
+_ENDED = "this turn was cancelled or ended by an error; session.turn() begins another"
+
+
+class Turn:
+    """What a user says, shows and writes until the reply; made by ``OmniSession.turn``.
+
+    Sound and pictures are encoded and prefilled every 2 s, in the thread that pushes: at ``commit`` only the last piece
+    and the prompt's tail are left to compute. Text closes the clip before it, so a turn may hold several. Pushes may
+    come from several threads. A push that is refused (MediaError, PromptError) has taken nothing and leaves the turn
+    open; any other error ends the turn and takes it back.
+    """
+
+    def __init__(
+        self,
+        task: ReplyTask,
+        conversation: Conversation,
+        stats: Stats,
+        exact: bool,
+        require: Callable[[str], None],
+        ended: Callable[[], None],
+    ) -> None:
+        """For ``OmniSession``: ``require`` refuses media without a graph, ``ended`` is called once at the end."""
+        self._task, self._conversation, self._stats = task, conversation, stats
+        self._exact, self._require, self._ended = exact, require, ended
+        self._lock = threading.RLock()
+        self._state: Literal["open", "committed", "ended"] = "open"
+        self._reply: Reply | None = None
+        self._encoders = Encoders(
+            lambda chunks, frames: encode_audio(chunks, frames, task.backend, task.timer),
+            lambda vision: encode_vision(vision, task.backend, task.timer),
+        )
+        self._clip: LiveClip | None = None
+        self._seconds = 0.0
+        self._anything = False
+        self._fills: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        self._taken = self._cursor = 0
+        conversation.begin_turn()
+        stats.reused_tokens = conversation.cached
+        self._prefilled = conversation.prefilled
+        self._layout = Layout(task.bundle.manifest, task.codec)
+        self._layout.control(task.bundle.manifest.tokens.im_start)
+        self._layout.text("user\n")
+
+    def push_audio(self, samples: NDArray[Any], sample_rate: float) -> None:
+        """Take the next samples of a recording.
+
+        Args:
+            samples: any number of them, [n], [n, channels] or [channels, n]: floats in -1..1, or int8, int16, int32,
+                uint8. They follow on what was pushed before without a gap: push silence as zeros.
+            sample_rate: Hz, the same throughout a clip.
+
+        Raises:
+            MediaError, TurnEnded, PromptTooLong.
+        """
+        self._require("audio_encoder")
+        values, rate = pcm((samples, sample_rate))
+        if not np.isfinite(values).all():
+            raise MediaError("these samples hold NaN or infinity; finite samples in -1..1 were expected")
+        if len(values):
+            self._push(lambda: self._sound(values, rate))
+
+    def push_frame(self, image: ImageSource, time_s: float) -> None:
+        """Take the next frame of a video.
+
+        Pictures and sound of a clip are set side by side in pieces of 2 s. The model sees ``video_fps`` frames a second
+        (2), the one on show at each instant; others are not kept.
+
+        Args:
+            image: a path, bytes, a PIL image, or uint8 or float array [H, W, 3]; one size throughout a clip.
+            time_s: seconds from the start of the turn, on the clock of its sound; more than the last frame's.
+
+        Raises:
+            MediaError, TurnEnded, PromptTooLong.
+        """
+        self._require("vision_encoder")
+        if not isinstance(time_s, Real) or isinstance(time_s, bool) or not math.isfinite(time_s):
+            raise MediaError(f"the frame's time is {time_s!r}; seconds from the start of the turn were expected")
+        pixels = load_image(image)
+        self._push(lambda: self._picture(pixels, float(time_s)))
+
+    def push_image(self, image: ImageSource) -> None:
+        """Take a still picture. It closes the clip before it.
+
+        Raises:
+            MediaError, TurnEnded, PromptTooLong.
+        """
+        self._require("vision_encoder")
+        vision = image_input(load_image(image), self._task.bundle.manifest.vision)
+        self._push(lambda: self._image(vision))
+
+    def push_text(self, text: str) -> None:
+        """Take text. It closes the clip before it, and follows on text before it without a space.
+
+        Raises:
+            PromptError: not a string, or not valid Unicode. MediaError: the sound before it is too short. TurnEnded.
+        """
+        if not isinstance(text, str):
+            raise PromptError(f"the text is a {type(text).__name__}; a string was expected")
+        self._task.codec.encode(text)
+        if text:
+            self._push(lambda: self._text(text))
+
+    def commit(self) -> Iterator[Event]:
+        """The turn is complete: answer it.
+
+        What is left of its media is encoded before this returns; everything else begins with the first ``next``.
+
+        Yields:
+            TurnsDropped first if the conversation has outgrown the KV cache, TextDelta and AudioChunk as they come,
+            then one Done. An iterator that is closed or dropped cancels the reply.
+
+        Raises:
+            PromptError: nothing was pushed. MediaError: the last sound is too short. Both leave the turn open.
+            TurnEnded. PromptTooLong.
+        """
+        started = time.perf_counter()
+        with self._lock:
+            self._require_open()
+            if not self._anything:
+                raise PromptError("nothing was pushed in this turn, so there is nothing to reply to; push something")
+            if self._clip is not None:
+                self._clip.require_tokens()
+            try:
+                self._complete()
+            except Cancelled:
+                self._abort()
+                return iter([Done("", [], [], self._stats, "cancelled")])
+            except BaseException:
+                self._abort()
+                raise
+            self._state = "committed"
+            self._reply = Reply(
+                self._task, self._conversation, self._stats, started, self._prefilled, lambda: None, self._over
+            )
+            return self._reply.events()
+
+    def cancel(self, heard: float | None = None) -> None:
+        """End the turn now; from any thread, at any time, as often as wanted.
+
+        Before ``commit`` the turn is taken back, as if it had never begun. During the reply all workers stop within one
+        step; what was said stays in the conversation, what was not is forgotten. Of a reply that is read, the text that
+        was delivered counts as said. Of one that is spoken, the text whose sound was delivered: the model does not tell
+        which word a sound belongs to, so this is reckoned from the pace of the speech.
+
+        Args:
+            heard: seconds of the speech that were played, where the caller knows; all that was delivered if None.
+        """
+        self._task.token.cancel()  # first: a push in another thread holds the lock until it sees this
+        with self._lock:
+            if self._state == "open":
+                self._abort()
+            elif self._reply is not None:
+                self._reply.cancel(heard)
+
+    def __enter__(self) -> Turn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def _push(self, take: Callable[[], None]) -> None:
+        with self._lock:
+            self._require_open()
+            try:
+                take()
+                self._advance()
+            except MediaError:  # raised before anything is taken
+                raise
+            except Cancelled:
+                self._abort()
+                raise TurnEnded(_ENDED) from None
+            except BaseException:
+                self._abort()
+                raise
+            self._anything = True
+
+    def _require_open(self) -> None:
+        if self._state != "open":
+            raise TurnEnded("this turn was committed; session.turn() begins the next" if self._reply else _ENDED)
+
+    def _abort(self) -> None:
+        """Take the turn back."""
+        if self._state == "open":
+            self._state = "ended"
+            self._conversation.undo_turn()
+            self._ended()
+
+    def _over(self) -> None:
+        self._state = "ended"
+        self._ended()
+
+    def _sound(self, samples: NDArray[np.float32], rate: float) -> None:
+        self._for("audio", lambda clip: clip.require_sound(len(samples), rate)).push_sound(samples, rate)
+        self._seconds += len(samples) / rate
+
+    def _picture(self, pixels: NDArray[np.uint8], seconds: float) -> None:
+        self._for("video", lambda clip: clip.require_picture(pixels, seconds)).push_picture(pixels, seconds)
+
+    def _image(self, vision: Any) -> None:
+        manifest, layout = self._task.bundle.manifest, self._layout
+        self._close_clip()
+        layout.control(manifest.tokens.vision_bos)
+        grid = grid_positions(vision.grid_thw, np.zeros(1, np.int64), manifest.vision.merge_size)
+        places = layout.add(np.full(vision.tokens, manifest.tokens.image), layout.cursor + grid)
+        layout.control(manifest.tokens.vision_eos)
+        self._fills.append((places, self._encoders.vision(vision)))
+
+    def _text(self, text: str) -> None:
+        self._close_clip()
+        self._layout.text(text)
+
+    def _for(self, medium: Literal["audio", "video"], require: Callable[[LiveClip], None]) -> LiveClip:
+        """The clip that takes what comes next, once ``require`` has let it pass."""
+        clip = self._clip
+        if clip is None or not clip.takes(medium):
+            clip = LiveClip(self._layout, self._encoders, self._seconds, self._exact)
+            require(clip)
+            self._close_clip()
+            self._clip = clip
+        else:
+            require(clip)
+        return clip
+
+    def _close_clip(self) -> None:
+        clip = self._clip
+        if clip is None:
+            return
+        clip.require_tokens()
+        self._clip = None
+        clip.close()
+        self._fills += clip.fills
+        if clip.rewrites:
+            self._settle()
+            for places, rows in clip.rewrites:
+                self._conversation.rewrite(places, rows)
+
+    def _advance(self) -> None:
+        """Prefill what new media have completed."""
+        if self._clip is not None:
+            self._fills += self._clip.fills
+            self._clip.fills.clear()
+        if self._fills:
+            self._settle()
+            self._conversation.prefill(self._task.reserve)
+            if self._task.speech is not None:
+                self._conversation.catch_up()
+
+    def _settle(self) -> None:
+        """Hand to the conversation what was laid out."""
+        layout = self._layout
+        ids, positions = layout.take()
+        places = np.concatenate([np.zeros(0, np.int64), *(places for places, _ in self._fills)]) - self._taken
+        rows = np.concatenate([rows for _, rows in self._fills]) if self._fills else None
+        advance = layout.cursor - self._cursor
+        self._conversation.add(Segment(ids, positions - self._cursor, advance, places, rows))
+        self._fills.clear()
+        self._taken, self._cursor = layout.length, layout.cursor
+
+    def _complete(self) -> None:
+        """Lay out the rest of the turn."""
+        layout, tokens = self._layout, self._task.bundle.manifest.tokens
+        self._close_clip()
+        layout.control(tokens.im_end)
+        layout.text("\n")
+        layout.control(tokens.im_start)
+        layout.text("assistant\n")
+        layout.flush()
+        self._settle()
