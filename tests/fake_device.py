@@ -39,15 +39,16 @@ class FakeDriver:
         done: names of what was carried out, in order.
         room: bytes that can still be allocated.
         refuse_capture: message with which captures fail.
-        launch_cost, call_cost: seconds that a launch of a captured graph and an engine call take.
+        refuse_after: captures that are made before that.
+        launch_cost, put_cost: seconds for a launch of a captured graph, and for everything put into a stream by itself.
     """
 
     def __init__(self, room: int = 1 << 40) -> None:
         self.done: list[str] = []
         self.room = room
         self.refuse_capture = ""
-        self.launch_cost = 0.0
-        self.call_cost = 0.0
+        self.refuse_after = 0
+        self.launch_cost = self.put_cost = 0.0
         self.memory: dict[int, NDArray[np.uint8]] = {}
         self.host: dict[int, NDArray[np.uint8]] = {}
         self.streams: dict[int, list[Callable[[], None]]] = {}
@@ -116,7 +117,7 @@ class FakeDriver:
         self._capturing[stream] = []
         try:
             body()
-            if self.refuse_capture:
+            if self.refuse_capture and len(self.graphs) >= self.refuse_after:
                 raise BackendError(self.refuse_capture)
         finally:
             captured = self._capturing.pop(stream)
@@ -125,8 +126,8 @@ class FakeDriver:
         return self._handle
 
     def launch(self, graph: int, stream: int) -> None:
-        self.put(stream, "launch", lambda: time.sleep(self.launch_cost))
-        self.streams[stream] += self.graphs[graph]
+        time.sleep(self.launch_cost)
+        self.streams[stream] += [lambda: self.done.append("launch"), *self.graphs[graph]]
 
     def destroy_graph(self, graph: int) -> None:
         del self.graphs[graph]
@@ -138,7 +139,11 @@ class FakeDriver:
             self.done.append(name)
             operation()
 
-        self._capturing.get(stream, self.streams[stream]).append(carry_out)
+        if stream in self._capturing:
+            self._capturing[stream].append(carry_out)
+        else:
+            time.sleep(self.put_cost)
+            self.streams[stream].append(carry_out)
 
     @staticmethod
     def view(memory: Mapping[int, NDArray[np.uint8]], address: int, nbytes: int) -> NDArray[np.uint8]:
@@ -241,7 +246,6 @@ class FakeContext:
         self.calls += 1
 
         def run() -> None:
-            time.sleep(driver.call_cost)
             made = self.engine.session.run(list(outputs), {name: array.copy() for name, array in inputs.items()})
             scratch.fill(0xFF)  # what lies there is lost with every run of any context that shares it
             for (name, memory), values in zip(outputs.items(), made, strict=True):
@@ -292,7 +296,7 @@ def with_engines(
     with store.held():
         for name in graphs if graphs is not None else opened.manifest.graphs:
             spec = opened.manifest.graphs[name]
-            dims = graph_dims(spec, limits or Limits(max_context=1024))
+            dims = graph_dims(spec, limits or Limits(max_context=min(1024, opened.manifest.kv.max_context)))
             place = engine_path(builder, "rtx-4090", opened.manifest.precision, name)
             scratch = store.scratch(place)
             scratch.write_bytes(stand_in(name))

@@ -61,7 +61,7 @@ class DecodeTiming:
 
 
 def positions_bucket(live: int, capacity: int) -> int:
-    """The length that ``live`` positions are filled up to: at most an eighth more, or 256; never over ``capacity``."""
+    """The length that ``live`` positions are filled up to: less than a quarter or 256 more, never over ``capacity``."""
     step = max(_LEAST_BUCKET, (1 << max(0, live - 1).bit_length()) // 8)
     return min(capacity, -(-live // step) * step)
 
