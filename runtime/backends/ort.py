@@ -1,8 +1,11 @@
-"""ONNX Runtime on the CPU or a CUDA device, with the KV cache updated in place.
+"""ONNX Runtime on the CPU or an NVIDIA GPU, with the KV cache updated in place.
 
 A decoder's ``past_*`` input and ``present_*`` output are bound to the very same OrtValue, so TensorScatter writes the
 new rows where the cache lies. If ONNX Runtime cannot do that it copies the whole cache every step and logs the warning
 ``in-place optimization not activated``; warnings therefore stay on.
+
+On a GPU the cache stays on the device. What else a graph takes and gives is made or read on the host at every step, so
+it crosses in any case: 8 KB in and one row of logits out for a token.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import ctypes
 import importlib
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError, BundleError, OmniportError
-from ..graphs import GraphSpec
+from ..graphs import DTYPES, GraphSpec
 from .base import Array, KvCache
 from .onnx_scan import STANDARD_DOMAINS, scan_onnx
+from .ort_placement import host_nodes, record_placement, warn_of_host_nodes
+from .ort_plugin import PROVIDER, plugin_devices
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -30,7 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["OrtBackend", "OrtCache", "OrtGraph", "cuda_usable", "physical_cores"]
 
 _WARNING = 2
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt-rtx": PROVIDER}
+#: device type, number and vendor (NVIDIA's PCI id) of the memory that a KV cache lies in
+_MEMORY: dict[str, tuple[Any, ...]] = {"cuda": ("cuda", 0), "tensorrt-rtx": ("gpu", 0, 0x10DE)}
+#: onnx.TensorProto.BFLOAT16, for which numpy has no type
+_BFLOAT16 = 16
 
 
 class OrtCache:
@@ -114,17 +124,17 @@ class OrtGraph:
             if not isinstance(heads, int) or not isinstance(width, int):
                 raise BundleError(f"input {source!r} has shape {tensor.shape}; fixed heads and width were expected")
             shape = [1, heads, capacity, width]
-            dtype = np.dtype(tensor.dtype)
             with self._failing(f"allocate the KV cache of {self.spec.name!r} for {capacity} tokens"):
                 if self._device == "cpu":
                     # Zero pages cost nothing until written; OrtValue uses this memory as it is.
-                    value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+                    value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, tensor.dtype))
                 else:
-                    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._device, 0)
+                    kind = _BFLOAT16 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).type
+                    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, *_MEMORY[self._device])
                 binding.bind_ortvalue_input(source, value)
                 binding.bind_ortvalue_output(output, value)
             values[source] = value
-            nbytes += math.prod(shape) * dtype.itemsize
+            nbytes += math.prod(shape) * DTYPES[tensor.dtype]
         return OrtCache(binding, values, capacity, nbytes)
 
     def _bound_outputs(self, cache: KvCache | None) -> list[str]:
@@ -146,8 +156,11 @@ class OrtBackend:
     """ONNX Runtime for one bundle.
 
     Args:
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda``, or ``tensorrt-rtx`` (a plugin of ONNX Runtime).
         threads: threads of one operator; the physical cores this process may use if None.
+
+    Attributes:
+        host_nodes: (operator, name) of nodes that a GPU has no kernel for, by loaded graph.
 
     Raises:
         BackendError: onnxruntime or its CUDA provider is missing, or the bundle's precision does not run there.
@@ -159,8 +172,11 @@ class OrtBackend:
         self._device = device
         self._threads = threads if threads is not None else physical_cores()
         self._graphs: dict[str, OrtGraph] = {}
+        self._lock = threading.Lock()
         self._closed = False
         self.name = f"ort-{device}"
+        self.host_nodes: dict[str, tuple[tuple[str, str], ...]] = {}
+        self._plugin = plugin_devices(self._ort) if device == "tensorrt-rtx" else []
         if device == "cuda" and _PROVIDERS["cuda"] not in self._ort.get_available_providers():
             raise BackendError(
                 "the installed onnxruntime has no CUDA provider: pip uninstall onnxruntime, then "
@@ -177,16 +193,18 @@ class OrtBackend:
             BackendError: the bundle has no such graph, the backend is closed, or ONNX Runtime refuses the graph.
             BundleError: the graph uses non-standard operators or data outside the bundle.
         """
-        if self._closed:
-            raise BackendError(f"the {self.name} backend is closed; open the session again")
-        if name not in self._graphs:
-            self._graphs[name] = self._load(name)
-        return self._graphs[name]
+        with self._lock:  # workers ask for their graphs at once
+            if self._closed:
+                raise BackendError(f"the {self.name} backend is closed; open the session again")
+            if name not in self._graphs:
+                self._graphs[name] = self._load(name)
+            return self._graphs[name]
 
     def close(self) -> None:
         """Release every graph."""
-        self._graphs.clear()
-        self._closed = True
+        with self._lock:
+            self._graphs.clear()
+            self._closed = True
 
     def _load(self, name: str) -> OrtGraph:
         known = self._bundle.manifest.graphs
@@ -199,11 +217,7 @@ class OrtBackend:
         path = self._bundle.path(spec.file)
         _check_graph_file(self._bundle, spec, path)
         try:
-            session = self._ort.InferenceSession(
-                str(path),
-                self._options(),
-                providers=list(dict.fromkeys((_PROVIDERS[self._device], _PROVIDERS["cpu"]))),
-            )
+            session = self._session(path)
         except _ort_errors(self._ort) as error:
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} cannot load graph {name!r} ({path}): {_first_line(error)}. "
@@ -215,7 +229,18 @@ class OrtBackend:
                 "run 'omniport doctor', or use backend 'ort-cpu'"
             )
         _check_signature(session, spec)
+        if self._device != "cpu":
+            self.host_nodes[name] = host_nodes(session)
+            warn_of_host_nodes(name, _PROVIDERS[self._device], self.host_nodes[name])
         return OrtGraph(session, spec, self._device, self._ort)
+
+    def _session(self, path: Path) -> Any:
+        options = self._options()
+        if self._plugin:
+            options.add_provider_for_devices(self._plugin, {})
+            return self._ort.InferenceSession(str(path), options)
+        providers = list(dict.fromkeys((_PROVIDERS[self._device], _PROVIDERS["cpu"])))
+        return self._ort.InferenceSession(str(path), options, providers=providers)
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
@@ -224,6 +249,8 @@ class OrtBackend:
         options.log_severity_level = _WARNING
         # Six graphs take turns: threads of one must not spin while another computes.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._device != "cpu":
+            record_placement(options)
         return options
 
 
