@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import open_backend
-from .backends.base import Backend, BoundedBackend, KvCache
+from .backends.base import Backend, KvCache, most_context
 from .bundle import Bundle
 from .cancel import CancelToken, GuardedBackend
 from .conversation import Conversation
@@ -48,7 +48,7 @@ class OmniSession:
 
     def __init__(self, bundle: Bundle, backend: Backend, *, max_context: int | None = None) -> None:
         self.bundle = bundle
-        self.max_context = _context(max_context, _most_context(bundle.manifest, backend))
+        self.max_context = _context(max_context, most_context(backend, bundle.manifest.kv.max_context))
         self.text_codec = TextCodec.from_file(bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens)
         self._backend: Backend | None = backend
         self._shared = _Shared()
@@ -352,12 +352,6 @@ class OmniSession:
         layout.flush()
         ids, positions = layout.take()
         return Segment(ids, positions, layout.cursor)
-
-
-def _most_context(manifest: Manifest, backend: Backend) -> int:
-    """Tokens that the KV caches can hold."""
-    bound = backend.max_context() if isinstance(backend, BoundedBackend) else None
-    return manifest.kv.max_context if bound is None else min(bound, manifest.kv.max_context)
 
 
 def _context(asked: int | None, exported: int) -> int:

@@ -12,6 +12,7 @@ from graphs import cache_model, plain_model, put_graphs
 from live import sort
 from omniport.export.build import build_bundle
 from omniport.export.targets import find_target
+from omniport.export.validation.run import validate
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.backends import mixed, open_backend, trt, trt_runtime
 from omniport.runtime.backends.cuda import CudaDriver, gpu_capability
@@ -185,6 +186,22 @@ def test_auto(tiny_bundle: Path, tmp_path: Path, gpu: FakeDriver, monkeypatch: p
     assert open_backend("auto", bundle, threads=1).name == "ort-cpu"  # built by another version
     monkeypatch.setattr("omniport.runtime.backends.trt_runtime.installed_runtimes", list)
     assert open_backend("auto", bundle, threads=1).name == "ort-cpu"
+
+
+def test_validate_drives_decoders_in_every_way(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks, single steps, caches cut back and written again: the host code holds. The engine is a stand-in."""
+    bundle = with_engines(tiny_bundle, tmp_path / "b", ["talker"])
+    installed(monkeypatch, bundle, gpu)
+    gpu.put_cost = 1e-5
+    report, _ = validate(bundle.root, tiny_checkpoint, backend="tensorrt-rtx", graphs=("talker",))
+    assert report.ok, [check for check in report.checks if check.status != "pass"]
+    assert len(report.checks) > 10
+    assert "launch" in gpu.done
+    report, _ = validate(bundle.root, tiny_checkpoint, backend="tensorrt-rtx", graphs=("bigvgan",))
+    assert {check.status for check in report.checks} == {"not_run"}
+    assert "no engine of bigvgan" in report.checks[0].message
 
 
 def test_installed() -> None:

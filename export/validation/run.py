@@ -326,7 +326,8 @@ def _environment() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu_name()}
     found["threads"] = str(physical_cores())
-    for package in ("omniport", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy"):
+    packages = ("omniport", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+    for package in (*packages, "cuda-bindings", "onnx", "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

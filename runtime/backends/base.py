@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Backend", "BoundedBackend", "Graph", "KvCache"]
+__all__ = ["Array", "Backend", "BoundedBackend", "Graph", "KvCache", "most_context"]
 
 Array = NDArray[Any]
 
@@ -65,3 +65,9 @@ class BoundedBackend(Protocol):
 
     def max_context(self) -> int | None:
         """Most tokens; None for as many as the bundle's."""
+
+
+def most_context(backend: Backend, exported: int) -> int:
+    """Tokens that KV caches can hold: those that the bundle was exported for, or fewer."""
+    bound = backend.max_context() if isinstance(backend, BoundedBackend) else None
+    return exported if bound is None else min(bound, exported)
