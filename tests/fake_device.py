@@ -10,8 +10,10 @@ it proves buffers, aliasing, dtypes, shapes, captures and errors of the host cod
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,22 +57,25 @@ class FakeDriver:
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self._capturing: dict[int, list[Callable[[], None]]] = {}
         self._next = 0x7000_0000_0000
-        self._handle = 0
+        self._handles = itertools.count(1)
+        self._lock = threading.Lock()
 
     def capability(self) -> str:
         return CAPABILITY
 
     def allocate(self, nbytes: int) -> int:
-        if nbytes > self.room:
-            raise BackendError(f"the GPU has no room for {nbytes:,} bytes more")
-        self.room -= nbytes
-        address = self._next
-        self._next += (nbytes // 256 + 2) * 256  # never beside each other: to write past an end is an error
-        self.memory[address] = np.full(nbytes, 0xFF, np.uint8)
-        return address
+        with self._lock:
+            if nbytes > self.room:
+                raise BackendError(f"the GPU has no room for {nbytes:,} bytes more")
+            self.room -= nbytes
+            address = self._next
+            self._next += (nbytes // 256 + 2) * 256  # never beside each other: to write past an end is an error
+            self.memory[address] = np.full(nbytes, 0xFF, np.uint8)
+            return address
 
     def free(self, address: int) -> None:
-        self.room += len(self.memory.pop(address))
+        with self._lock:
+            self.room += len(self.memory.pop(address))
 
     def allocate_host(self, nbytes: int) -> int:
         memory = np.full(nbytes, 0xFF, np.uint8)
@@ -100,9 +105,9 @@ class FakeDriver:
         self.put(stream, "zero", lambda: memory.fill(0))
 
     def create_stream(self) -> int:
-        self._handle += 1
-        self.streams[self._handle] = []
-        return self._handle
+        handle = next(self._handles)
+        self.streams[handle] = []
+        return handle
 
     def destroy_stream(self, stream: int) -> None:
         del self.streams[stream]
@@ -121,9 +126,9 @@ class FakeDriver:
                 raise BackendError(self.refuse_capture)
         finally:
             captured = self._capturing.pop(stream)
-        self._handle += 1
-        self.graphs[self._handle] = captured
-        return self._handle
+        handle = next(self._handles)
+        self.graphs[handle] = captured
+        return handle
 
     def launch(self, graph: int, stream: int) -> None:
         time.sleep(self.launch_cost)
@@ -148,7 +153,7 @@ class FakeDriver:
     @staticmethod
     def view(memory: Mapping[int, NDArray[np.uint8]], address: int, nbytes: int) -> NDArray[np.uint8]:
         """That many bytes, which have to lie inside one allocation."""
-        for start, held in memory.items():
+        for start, held in tuple(memory.items()):  # other threads allocate meanwhile
             if start <= address < start + max(1, len(held)):
                 assert address + nbytes <= start + len(held), f"{nbytes} bytes at {address:#x} pass the end"
                 return held[address - start : address - start + nbytes]

@@ -15,7 +15,7 @@ from omniport.runtime import engines, graphs, manifest
 from samples import make_samples
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/bundle.md", "docs/design.md", "docs/cli.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/bundle.md", "docs/design.md", "docs/cli.md", "docs/gpu.md")
 STRUCTS = [
     struct
     for module in (manifest, graphs, engines)

@@ -51,6 +51,7 @@ def test_memory_goes_there_and_back() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:.*run on the CPU:RuntimeWarning")
 @pytest.mark.parametrize("backend", gpu_check.BACKENDS)
 def test_tiny_on_the_gpu(
     backend: str, tiny_half_bundles: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
