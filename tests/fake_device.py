@@ -58,7 +58,7 @@ class FakeDriver:
         self._capturing: dict[int, list[Callable[[], None]]] = {}
         self._next = 0x7000_0000_0000
         self._handles = itertools.count(1)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may free while this thread allocates
 
     def capability(self) -> str:
         return CAPABILITY
