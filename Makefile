@@ -1,6 +1,7 @@
 # make test: install into .venv, then linters, types and tests (what CI runs)
 # make demo: install, then export a random-weight model and let it answer a spoken question
 # make docs: write the pages that come from the code
+# make gpu-check: run the tests that need a GPU, then measure this one (docs/results/gpu-NAME.json)
 # make build-matrix: build the engines of real-width graphs for several GPUs, without one (docs/results/build-matrix.md)
 
 SYSTEM_PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -8,7 +9,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint demo docs build-matrix clean
+.PHONY: test lint demo docs build-matrix gpu-check clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -43,6 +44,10 @@ $(MATRIX): | $(INSTALLED)
 
 build-matrix: $(INSTALLED) $(MATRIX)
 	$(PYTHON) scripts/build_matrix.py $(MATRIX)
+
+gpu-check: $(INSTALLED)
+	$(PYTHON) -m pytest -q -m gpu tests/test_gpu.py
+	$(PYTHON) scripts/gpu_check.py
 
 clean:
 	rm -rf $(VENV) demo build .mypy_cache .pytest_cache .ruff_cache

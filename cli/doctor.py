@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
+    "cuda_bindings": ("cuda-bindings",),
+    "onnxruntime_ep_nv_tensorrt_rtx": ("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12"),
     "av": ("av",),
     "PIL": ("pillow",),
     "soundfile": ("soundfile",),
@@ -123,10 +124,12 @@ def _backends(packages: dict[str, str | None], gpus: list[dict[str, str]]) -> li
     gpu = [] if gpus else ["no NVIDIA GPU found (nvidia-smi)"]
     cuda = "this onnxruntime has no CUDA provider: pip uninstall onnxruntime && pip install 'omniport[ort-gpu]'"
     add("ort-cuda", [*ort, *([] if ort or "CUDAExecutionProvider" in providers else [cuda]), *gpu])
+    plugin = "onnxruntime-ep-nv-tensorrt-rtx"
+    absent = packages["onnxruntime_ep_nv_tensorrt_rtx"] is None
+    add("ort-tensorrt-rtx", [*ort, *([f"{plugin} is not installed: pip install {plugin}"] if absent else []), *gpu])
     for name, package, extra in (("tensorrt", "tensorrt", "trt"), ("tensorrt-rtx", "tensorrt_rtx", "rtx")):
-        problems = [] if find_spec("omniport.runtime.backends.trt") else ["not in this release"]
-        if not problems and packages[package] is None:
-            problems.append(f"{package} is not installed: pip install 'omniport[{extra}]'")
+        missing = [needed for needed in (package, "cuda_bindings") if packages[needed] is None]
+        problems = [f"{' and '.join(missing)} not installed: pip install 'omniport[{extra}]'"] if missing else []
         add(name, [*problems, *gpu])
     return rows
 

@@ -22,6 +22,7 @@ class BackendName(str, Enum):
     auto = "auto"
     ort_cpu = "ort-cpu"
     ort_cuda = "ort-cuda"
+    ort_tensorrt_rtx = "ort-tensorrt-rtx"
     tensorrt = "tensorrt"
     tensorrt_rtx = "tensorrt-rtx"
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import open_backend
-from .backends.base import Backend, KvCache
+from .backends.base import Backend, KvCache, most_context
 from .bundle import Bundle
 from .cancel import CancelToken, GuardedBackend
 from .conversation import Conversation
@@ -48,7 +48,7 @@ class OmniSession:
 
     def __init__(self, bundle: Bundle, backend: Backend, *, max_context: int | None = None) -> None:
         self.bundle = bundle
-        self.max_context = _context(max_context, bundle.manifest.kv.max_context)
+        self.max_context = _context(max_context, most_context(backend, bundle.manifest.kv.max_context))
         self.text_codec = TextCodec.from_file(bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens)
         self._backend: Backend | None = backend
         self._shared = _Shared()
@@ -73,11 +73,11 @@ class OmniSession:
 
         Args:
             path: bundle folder.
-            backend: auto, ort-cpu, ort-cuda, tensorrt or tensorrt-rtx.
+            backend: auto, ort-cpu, ort-cuda, ort-tensorrt-rtx, tensorrt or tensorrt-rtx.
             verify: also compare every file's sha256.
             threads: CPU threads of one operator; the physical cores if None.
-            max_context: tokens that a conversation and its reply may take, at most what the bundle was exported for,
-                which it is if None. Fewer take less memory.
+            max_context: tokens that a conversation and its reply may take, at most what the bundle was exported for, or
+                its engines were built for, which it is if None. Fewer take less memory.
 
         Raises:
             UsageError: ``max_context`` is out of range.
@@ -363,14 +363,14 @@ def _context(asked: int | None, exported: int) -> int:
     """Capacity of the KV caches.
 
     Raises:
-        UsageError: more than the bundle was exported for, or no number of tokens.
+        UsageError: more than the bundle was exported or its engines were built for, or no number of tokens.
     """
     if asked is None:
         return exported
     if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= exported:
         raise UsageError(
-            f"max_context is {asked!r}; 1 to {exported} tokens were expected, what the bundle was exported for. Export "
-            "with a larger --max-context for more"
+            f"max_context is {asked!r}; 1 to {exported} tokens were expected, what the bundle was exported for or its "
+            "engines were built for. Export or build with a larger --max-context for more"
         )
     return asked
 

@@ -18,8 +18,10 @@ from .sampling import Sampler
 from .timing import StageTimer
 from .vision import VisionInput
 
-__all__ = ["ThinkerRun", "ThinkerStep", "embed_media", "encode_audio", "encode_vision", "require_room"]
+__all__ = ["VISION_FRAMES", "ThinkerRun", "ThinkerStep", "embed_media", "encode_audio", "encode_vision", "require_room"]
 
+#: frames of one vision call at most: engines are built for as many
+VISION_FRAMES = 8
 #: encoder batches that bound memory; neither encoder's attention crosses what a batch is cut from
 _AUDIO_CHUNKS = 32
 _VISION_SCORES = 1 << 23
@@ -157,7 +159,7 @@ def encode_vision(vision: VisionInput, backend: Backend, timer: StageTimer) -> N
     with timer("load"):
         graph = backend.graph("vision_encoder")
     frames, patches = vision.patches.shape[:2]
-    batch = max(1, _VISION_SCORES // (patches * patches))
+    batch = max(1, min(VISION_FRAMES, _VISION_SCORES // (patches * patches)))
     rows = []
     with timer("vision_encoder"):
         for start in range(0, frames, batch):

@@ -23,6 +23,7 @@ from omniport.cli import main
 from omniport.cli.common import size_text
 from omniport.cli.inspect import kv_bytes_per_1k
 from omniport.cli.wav import WavWriter
+from omniport.runtime.backends import BACKENDS
 from omniport.runtime.errors import CheckFailed, UsageError
 from samples import make_samples
 
@@ -260,7 +261,7 @@ def test_doctor(omniport: Omniport) -> None:
     assert code == 0
     assert facts["memory_bytes"] > 0
     assert facts["packages"]["numpy"] == np.__version__
-    assert {row["name"] for row in facts["backends"]} == {"ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx"}
+    assert {row["name"] for row in facts["backends"]} == set(BACKENDS) - {"auto"}
     code, text, _ = omniport("doctor")
     assert code == 0
     assert "onnxruntime" in text
@@ -355,7 +356,7 @@ def test_run_refuses_bad_input_and_leaves_nothing(omniport: Omniport, tiny_bundl
         refused(omniport("run", tiny_bundle, f"--{kind}", tmp_path / "none", "--speak", out), "none")
     refused(omniport("run", tiny_bundle, *text, "--speak", tmp_path / "no" / "reply.wav"), "reply.wav")
     refused(omniport("run", tiny_bundle, *text, "--speak", tmp_path), "folder")
-    refused(omniport("run", tiny_bundle, *text, "--backend", "tensorrt"), "ort-cpu")
+    refused(omniport("run", tiny_bundle, *text, "--backend", "tensorrt"), "omniport[trt]")
     assert list(tmp_path.iterdir()) == [bad]
 
 

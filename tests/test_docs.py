@@ -23,6 +23,7 @@ PAGES = (
     "docs/design.md",
     "docs/cli.md",
     "docs/export.md",
+    "docs/gpu.md",
     "docs/live.md",
     "docs/talk.md",
 )

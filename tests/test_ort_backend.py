@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -11,10 +14,11 @@ import numpy as np
 import onnx
 import pytest
 from bundles import make_bundle, make_manifest, write_manifest
-from omniport.runtime.backends import BACKENDS, open_backend
+from omniport.runtime.backends import BACKENDS, open_backend, ort_plugin
 from omniport.runtime.backends.onnx_scan import scan_onnx
 from omniport.runtime.backends.ort import OrtBackend, physical_cores
 from omniport.runtime.backends.ort_cache import OrtCache, StaticCache
+from omniport.runtime.backends.ort_placement import host_nodes, record_placement, warn_of_host_nodes
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import BackendError, BundleError, OmniportError
 from omniport.runtime.graphs import GraphSpec, TensorSpec
@@ -203,14 +207,63 @@ def test_only_decoders_have_a_cache(tmp_path: Path) -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def test_engines_come_later_and_unknown_names_are_listed(tmp_path: Path) -> None:
+def test_unknown_names_are_listed(tmp_path: Path) -> None:
     bundle = Bundle.open(make_bundle(tmp_path / "b"))
-    for name in ("tensorrt", "tensorrt-rtx"):
-        assert name in BACKENDS
-        with pytest.raises(BackendError, match="later release"):
-            open_backend(name, bundle)
-    with pytest.raises(BackendError, match=r"'tpu'.*auto, ort-cpu, ort-cuda, tensorrt, tensorrt-rtx"):
+    with pytest.raises(BackendError, match=r"'tpu'.*auto, ort-cpu, ort-cuda, ort-tensorrt-rtx, tensorrt, tensorrt-rtx"):
         open_backend("tpu", bundle)
+    assert "ort-tensorrt-rtx" in BACKENDS
+
+
+def test_the_plugin_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(make_bundle(tmp_path / "b"))
+    monkeypatch.setitem(sys.modules, ort_plugin.MODULE, None)
+    with pytest.raises(BackendError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
+        open_backend("ort-tensorrt-rtx", bundle)
+    files = SimpleNamespace(get_ep_name=lambda: ort_plugin.PROVIDER, get_library_path=lambda: str(tmp_path / "no.so"))
+    monkeypatch.setitem(sys.modules, ort_plugin.MODULE, files)
+    with pytest.raises(BackendError, match=r"cannot load the TensorRT-RTX plugin: .*no\.so"):
+        open_backend("ort-tensorrt-rtx", bundle)
+    empty = SimpleNamespace(get_ep_devices=list, register_execution_provider_library=lambda name, path: None)
+    with pytest.raises(BackendError, match="finds no GPU"):
+        ort_plugin.plugin_devices(empty)
+
+
+def test_work_on_the_host_is_named(tmp_path: Path) -> None:
+    """A session on the CPU, asked as one on a GPU would be: everything but shape arithmetic is named."""
+    import onnxruntime
+
+    bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))
+    options = onnxruntime.SessionOptions()
+    record_placement(options)
+    path = str(bundle.path("graphs/thinker.onnx"))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    found = host_nodes(session)
+    kinds = sorted(kind for kind, _ in found)
+    assert kinds == ["MatMul", "ReduceSum", "Reshape", "TensorScatter", "Transpose"]
+    with pytest.warns(RuntimeWarning, match=r"5 nodes of graph 'thinker' run on the CPU.*CUDA.*1 MatMul") as caught:
+        warn_of_host_nodes("thinker", "CUDAExecutionProvider", found)
+    assert len(caught) == 1
+    warn_of_host_nodes("bigvgan", "CUDAExecutionProvider", found)  # not a hot graph
+    warn_of_host_nodes("thinker", "CUDAExecutionProvider", ())
+    assert host_nodes(SimpleNamespace()) == ()
+
+
+def test_graphs_are_loaded_once_by_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = OrtBackend(bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32")))
+    load, loaded = backend._load, []
+
+    def slow(name: str) -> Any:
+        loaded.append(name)
+        time.sleep(0.05)
+        return load(name)
+
+    monkeypatch.setattr(backend, "_load", slow)
+    threads = [threading.Thread(target=backend.graph, args=("thinker",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loaded == ["thinker"]
 
 
 def test_missing_onnxruntime_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
-from omniport.runtime.backends.base import Backend
+from omniport.runtime.backends.base import Backend, most_context
 from omniport.runtime.bundle import Bundle
 
 from ..checkpoint import Checkpoint
@@ -44,3 +44,8 @@ class Context:
     def full(self) -> bool:
         """Whether the long suite was asked for."""
         return self.suite == "full"
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a decoder's cache can hold here."""
+        return most_context(self.backend, self.bundle.manifest.kv.max_context)

@@ -79,7 +79,7 @@ class _Ways:
             yield from self._both("700 tokens in one call", "long", partial(self._feed, long, (700,)), None)
 
     def _decoder(self) -> Decoder:
-        return Decoder(self.loaded, self.loaded.new_cache(self.context.bundle.manifest.kv.max_context))
+        return Decoder(self.loaded, self.loaded.new_cache(self.context.max_context))
 
     def _in_one_piece(self, tokens: Tokens, ends: Sequence[int]) -> Trail:
         """Each number of tokens in one piece into a new cache."""

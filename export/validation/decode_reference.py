@@ -71,6 +71,6 @@ def token_sequences(context: Context, graph: str) -> dict[str, Tokens]:
     kept, other = tokens(WHOLE), tokens(REWRITTEN - CUT)
     positions = np.concatenate([kept.positions[:, :CUT], kept.positions[:, CUT - 1 : CUT] + 1 + other.positions], 1)
     found = {"kept": kept, "rewritten": Tokens(np.concatenate([kept.embeds[:CUT], other.embeds]), positions)}
-    if context.full and context.bundle.manifest.kv.max_context >= 700:
+    if context.full and context.max_context >= 700:
         found["long"] = tokens(700)
     return found

@@ -126,7 +126,7 @@ def _settings(context: Context) -> _Settings:
 def _no_room(context: Context, inputs: Inputs, settings: _Settings) -> str:
     """Why the bundle's KV cache cannot take a conversation and its reply; empty if it can."""
     reply = max(settings.thinker.max_new_tokens, settings.talker.max_new_tokens) + 2
-    needed, capacity = len(inputs.token_ids) + reply, context.bundle.manifest.kv.max_context
+    needed, capacity = len(inputs.token_ids) + reply, context.max_context
     return "" if needed <= capacity else f"prompt and reply take {needed} tokens, the KV cache holds {capacity}"
 
 

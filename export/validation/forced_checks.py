@@ -75,7 +75,7 @@ def _forced(
 ) -> tuple[Floats, Floats]:
     """Prefill of ``prompt`` rows, then one row at a time: logits [n, V] and hidden [prompt + n - 1, H]."""
     graph = context.backend.graph(name)
-    decoder = Decoder(graph, graph.new_cache(context.bundle.manifest.kv.max_context))
+    decoder = Decoder(graph, graph.new_cache(context.max_context))
     bounds = [0, *range(prompt, len(embeds) + 1)]
     steps = [decoder.forward(embeds[a:b], positions[:, a:b]) for a, b in itertools.pairwise(bounds)]
     hidden = [part for _, part in steps if part is not None]

@@ -216,8 +216,8 @@ def _vision(context: Context, graph: str) -> Iterator[Case]:
 
 
 def _decoder(context: Context, graph: str) -> Iterator[Case]:
-    manifest, spec = context.bundle.manifest, context.bundle.manifest.graphs[graph]
-    capacity, dims = manifest.kv.max_context, spec.dims
+    spec = context.bundle.manifest.graphs[graph]
+    capacity, dims = context.max_context, spec.dims
     lengths = {dims["new_tokens"].min, dims["new_tokens"].opt, 17, 130, *_largest(context, graph, "new_tokens")}
     lengths |= {31, 257} if context.full else set()
     for length in sorted(n for n in lengths if n <= min(capacity, dims["new_tokens"].max)):

@@ -1,4 +1,4 @@
-"""What runs the graphs: ONNX Runtime on the CPU or an NVIDIA GPU."""
+"""What runs the graphs: engines of TensorRT and TensorRT-RTX, or ONNX Runtime on an NVIDIA GPU or the CPU."""
 
 from __future__ import annotations
 
@@ -9,31 +9,64 @@ from ..errors import BackendError
 if TYPE_CHECKING:
     from ..bundle import Bundle
     from .base import Backend
+    from .trt import TrtBackend
 
 __all__ = ["BACKENDS", "open_backend"]
 
-BACKENDS = ("auto", "ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx")
+BACKENDS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
+_ENGINES = ("tensorrt", "tensorrt-rtx")
 
 
 def open_backend(name: str, bundle: Bundle, *, threads: int | None = None) -> Backend:
     """The backend of that name for a bundle; graphs are loaded when first used.
 
     Args:
-        name: one of ``BACKENDS``. ``auto`` takes ``ort-cuda`` where a CUDA device can be used, else ``ort-cpu``.
+        name: one of ``BACKENDS``. ``auto`` takes the engines that this machine can run, with ONNX Runtime for graphs
+            that have none; else ``ort-cuda`` where a CUDA device can be used; else ``ort-cpu``. The backend's own name
+            says what was taken.
         threads: CPU threads of one operator; all physical cores this process may use if None.
 
     Raises:
         BackendError: unknown name, a missing package, or a bundle this backend cannot run; says what to do.
+        BundleError: the bundle's list of engines cannot be trusted.
     """
-    if name in ("tensorrt", "tensorrt-rtx"):
-        raise BackendError(
-            f"backend {name!r} needs engines built from the bundle, which come with a later release; "
-            "'ort-cpu' and 'ort-cuda' run the bundle as it is"
-        )
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; known backends: {', '.join(BACKENDS)}")
+    if name in _ENGINES:
+        from .trt import TrtBackend
+
+        return TrtBackend(bundle, name)
+    engines = _engines_here(bundle) if name == "auto" else None
+    if engines is not None and not engines.missing:
+        return engines
     from .ort import OrtBackend, cuda_usable
 
     if name == "auto":
         name = "ort-cuda" if cuda_usable() else "ort-cpu"
-    return OrtBackend(bundle, device="cuda" if name == "ort-cuda" else "cpu", threads=threads)
+    ort = OrtBackend(bundle, device=name.removeprefix("ort-"), threads=threads)
+    if engines is None:
+        return ort
+    from .mixed import MixedBackend
+
+    return MixedBackend(engines, ort)
+
+
+def _engines_here(bundle: Bundle) -> TrtBackend | None:
+    """The engines of a bundle that this machine can run, of the builder that has more of them; None without any."""
+    from ..engines import list_engines
+    from .cuda import gpu_capability
+    from .trt import TrtBackend
+    from .trt_runtime import installed_runtimes
+
+    capability = gpu_capability()
+    if capability is None:
+        return None
+    listed = {e.record.builder for e in list_engines(bundle).usable if e.record.compute_capability == capability}
+    found: list[TrtBackend] = []
+    for builder in installed_runtimes():
+        if builder in listed:
+            try:
+                found.append(TrtBackend(bundle, builder))
+            except BackendError:  # built by another version, or a package is missing: ONNX Runtime runs the bundle
+                continue
+    return max(found, key=lambda backend: len(backend.engines), default=None)

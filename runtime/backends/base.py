@@ -7,12 +7,12 @@ on the device. All float inputs and outputs other than the cache are float32 wha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Backend", "Graph", "KvCache"]
+__all__ = ["Array", "Backend", "BoundedBackend", "Graph", "KvCache", "most_context"]
 
 Array = NDArray[Any]
 
@@ -58,3 +58,17 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release every graph."""
+
+
+@runtime_checkable
+class BoundedBackend(Protocol):
+    """A backend whose KV caches may hold fewer tokens than the bundle was exported for."""
+
+    def max_context(self) -> int | None:
+        """Most tokens; None for as many as the bundle's."""
+
+
+def most_context(backend: Backend, exported: int) -> int:
+    """Tokens that KV caches can hold: those that the bundle was exported for, or fewer."""
+    bound = backend.max_context() if isinstance(backend, BoundedBackend) else None
+    return exported if bound is None else min(bound, exported)

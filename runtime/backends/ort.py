@@ -1,10 +1,13 @@
-"""ONNX Runtime on the CPU or a CUDA device, with a static KV cache updated in place.
+"""ONNX Runtime on the CPU or an NVIDIA GPU, with a static KV cache updated in place.
 
 A decoder's ``past_*`` input and ``present_*`` output are bound to the very same OrtValue, so TensorScatter writes the
 new rows where the cache lies. If ONNX Runtime cannot do that it copies the whole cache every step and logs the warning
 ``in-place optimization not activated``; warnings therefore stay on.
 
 A concat KV cache is what the last call returned: `omniport.runtime.backends.ort_cache`.
+
+On a GPU the cache stays on the device. What else a graph takes and gives is made or read on the host at every step, so
+it crosses in any case: 8 KB in and one row of logits out for a token.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -25,6 +29,8 @@ from ..graphs import GraphSpec
 from .base import Array, KvCache
 from .onnx_scan import STANDARD_DOMAINS, scan_onnx
 from .ort_cache import GrowingCache, OrtCache, StaticCache
+from .ort_placement import host_nodes, record_placement, warn_of_host_nodes
+from .ort_plugin import PROVIDER, plugin_devices
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["OrtBackend", "OrtGraph", "cuda_usable", "physical_cores"]
 
 _WARNING = 2
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt-rtx": PROVIDER}
 
 
 class OrtGraph:
@@ -114,8 +120,11 @@ class OrtBackend:
     """ONNX Runtime for one bundle.
 
     Args:
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda``, or ``tensorrt-rtx`` (a plugin of ONNX Runtime).
         threads: threads of one operator; the physical cores this process may use if None.
+
+    Attributes:
+        host_nodes: (operator, name) of nodes that a GPU has no kernel for, by loaded graph.
 
     Raises:
         BackendError: onnxruntime or its CUDA provider is missing, or the bundle's precision does not run there.
@@ -127,8 +136,11 @@ class OrtBackend:
         self._device = device
         self._threads = threads if threads is not None else physical_cores()
         self._graphs: dict[str, OrtGraph] = {}
+        self._lock = threading.Lock()
         self._closed = False
         self.name = f"ort-{device}"
+        self.host_nodes: dict[str, tuple[tuple[str, str], ...]] = {}
+        self._plugin = plugin_devices(self._ort) if device == "tensorrt-rtx" else []
         if device == "cuda" and _PROVIDERS["cuda"] not in self._ort.get_available_providers():
             raise BackendError(
                 "the installed onnxruntime has no CUDA provider: pip uninstall onnxruntime, then "
@@ -145,16 +157,18 @@ class OrtBackend:
             BackendError: the bundle has no such graph, the backend is closed, or ONNX Runtime refuses the graph.
             BundleError: the graph uses non-standard operators or data outside the bundle.
         """
-        if self._closed:
-            raise BackendError(f"the {self.name} backend is closed; open the session again")
-        if name not in self._graphs:
-            self._graphs[name] = self._load(name)
-        return self._graphs[name]
+        with self._lock:  # workers ask for their graphs at once
+            if self._closed:
+                raise BackendError(f"the {self.name} backend is closed; open the session again")
+            if name not in self._graphs:
+                self._graphs[name] = self._load(name)
+            return self._graphs[name]
 
     def close(self) -> None:
         """Release every graph."""
-        self._graphs.clear()
-        self._closed = True
+        with self._lock:
+            self._graphs.clear()
+            self._closed = True
 
     def _load(self, name: str) -> OrtGraph:
         known = self._bundle.manifest.graphs
@@ -167,11 +181,7 @@ class OrtBackend:
         path = self._bundle.path(spec.file)
         _check_graph_file(self._bundle, spec, path)
         try:
-            session = self._ort.InferenceSession(
-                str(path),
-                self._options(),
-                providers=list(dict.fromkeys((_PROVIDERS[self._device], _PROVIDERS["cpu"]))),
-            )
+            session = self._session(path)
         except _ort_errors(self._ort) as error:
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} cannot load graph {name!r} ({path}): {_first_line(error)}. "
@@ -183,7 +193,18 @@ class OrtBackend:
                 "run 'omniport doctor', or use backend 'ort-cpu'"
             )
         _check_signature(session, spec)
+        if self._device != "cpu":
+            self.host_nodes[name] = host_nodes(session)
+            warn_of_host_nodes(name, _PROVIDERS[self._device], self.host_nodes[name])
         return OrtGraph(session, spec, self._device, self._ort)
+
+    def _session(self, path: Path) -> Any:
+        options = self._options()
+        if self._plugin:
+            options.add_provider_for_devices(self._plugin, {})
+            return self._ort.InferenceSession(str(path), options)
+        providers = list(dict.fromkeys((_PROVIDERS[self._device], _PROVIDERS["cpu"])))
+        return self._ort.InferenceSession(str(path), options, providers=providers)
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
@@ -192,6 +213,8 @@ class OrtBackend:
         options.log_severity_level = _WARNING
         # Six graphs take turns: threads of one must not spin while another computes.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._device != "cpu":
+            record_placement(options)
         return options
 
 

@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BundleError, OmniportError
-from ..graphs import GraphSpec
+from ..errors import BackendError, BundleError, OmniportError
+from ..graphs import DTYPES, GraphSpec
 
 __all__ = ["GrowingCache", "OrtCache", "StaticCache"]
+
+#: device type, number and vendor (NVIDIA's PCI id) of the memory that a static cache lies in
+_MEMORY: Mapping[str, tuple[Any, ...]] = {"cuda": ("cuda", 0), "tensorrt-rtx": ("gpu", 0, 0x10DE)}
+#: onnx.TensorProto.BFLOAT16, for which numpy has no type
+_BFLOAT16 = 16
 
 
 class OrtCache(ABC):
@@ -20,7 +25,7 @@ class OrtCache(ABC):
 
     Args:
         session: the decoder's InferenceSession.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or ``tensorrt-rtx`` (the provider's plugin).
         module: onnxruntime.
     """
 
@@ -42,13 +47,13 @@ class OrtCache(ABC):
     def take(self, outputs: Mapping[str, Any]) -> None:
         """Keep what a call that went well returned: OrtValues by output name."""
 
-    def _shape(self, source: str, tokens: int) -> tuple[list[int], np.dtype[Any]]:
+    def _shape(self, source: str, tokens: int) -> tuple[list[int], str]:
         """Shape [B, Hkv, tokens, D] and dtype of an input; one conversation, so B = 1."""
         tensor = self._spec.input(source)
         heads, width = tensor.shape[1], tensor.shape[3]
         if not isinstance(heads, int) or not isinstance(width, int):
             raise BundleError(f"input {source!r} has shape {tensor.shape}; fixed heads and width were expected")
-        return [1, heads, tokens, width], np.dtype(tensor.dtype)
+        return [1, heads, tokens, width], tensor.dtype
 
 
 class StaticCache(OrtCache):
@@ -64,11 +69,12 @@ class StaticCache(OrtCache):
                 # Zero pages cost nothing until written; OrtValue uses this memory as it is.
                 value = module.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
             else:
-                value = module.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, device, 0)
+                kind = _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
+                value = module.OrtValue.ortvalue_from_shape_and_type(shape, kind, *_MEMORY[device])
             self.binding.bind_ortvalue_input(source, value)
             self.binding.bind_ortvalue_output(output, value)
             self.values[source] = value
-            self._nbytes += math.prod(shape) * dtype.itemsize
+            self._nbytes += math.prod(shape) * DTYPES[dtype]
 
     @property
     def nbytes(self) -> int:
@@ -91,13 +97,18 @@ class GrowingCache(OrtCache):
         self._length = 0
         for source in spec.cache:
             shape, dtype = self._shape(source, 0)
+            if device not in ("cpu", "cuda") or dtype == "bfloat16":  # cutting it back goes through numpy
+                raise BackendError(
+                    f"graph {spec.name!r} has a growing KV cache in {dtype}, which ONNX Runtime cannot cut back on "
+                    f"{device}: export with --kv static, or build a TensorRT engine"
+                )
             self.values[source] = self._value(np.zeros(shape, dtype))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tokens held."""
         shapes = (self._shape(source, self._length) for source in self.values)
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+        return sum(math.prod(shape) * DTYPES[dtype] for shape, dtype in shapes)
 
     def bind(self, write_index: int) -> Any:
         """A new binding over the first ``write_index`` tokens.

@@ -1,0 +1,112 @@
+"""KV caches that grow, over the stand-in of fake_device.py: TensorRT before 10.15 has no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from fake_device import FakeDriver, FakeRuntime, with_engines
+from graphs import make_model, put_graphs, spec, tensor
+from numpy.typing import NDArray
+from omniport.runtime.backends.trt import TrtBackend
+from omniport.runtime.backends.trt_cache import GrowingTrtCache, cache_outputs
+from omniport.runtime.errors import OmniportError
+from omniport.runtime.graphs import DimRange, GraphSpec
+from onnx import helper, numpy_helper
+
+HEADS, WIDTH = 2, 4
+
+
+def growing_model() -> tuple[onnx.ModelProto, GraphSpec]:
+    """logits: the sum of each head's rows in the cache, weighted by position."""
+    past = tensor("past_key_0", "batch", HEADS, "past", WIDTH)
+    present = tensor("present_key_0", "batch", HEADS, "live", WIDTH)
+    inputs = (
+        tensor("inputs_embeds", "batch", "new_tokens", HEADS * WIDTH),
+        tensor("kv_positions", "live", dtype="int64"),
+        tensor("write_index", "batch", dtype="int64"),
+        past,
+    )
+    outputs = (tensor("logits", "batch", HEADS * WIDTH), present)
+    node = helper.make_node
+    nodes = [
+        node("Reshape", ["inputs_embeds", "split"], ["heads"]),
+        node("Transpose", ["heads"], ["rows"], perm=[0, 2, 1, 3]),
+        node("Concat", ["past_key_0", "rows"], ["present_key_0"], axis=2),
+        node("Add", ["kv_positions", "write_index"], ["places"]),
+        node("Cast", ["places"], ["floats"], to=onnx.TensorProto.FLOAT),
+        node("Unsqueeze", ["floats", "last"], ["column"]),
+        node("Mul", ["present_key_0", "column"], ["weighted"]),
+        node("ReduceSum", ["weighted", "two"], ["sums"], keepdims=0),
+        node("Reshape", ["sums", "flat"], ["logits"]),
+    ]
+    constants = {"split": [0, 0, HEADS, WIDTH], "last": [1], "two": [2], "flat": [1, HEADS * WIDTH]}
+    weights = [numpy_helper.from_array(np.asarray(v, np.int64), k) for k, v in constants.items()]
+    dims = {
+        "batch": DimRange(1, 1, 1),
+        "new_tokens": DimRange(1, 1, 16),
+        "live": DimRange(1, 32, 64),
+        "past": DimRange(1, 31, 63),
+    }
+    return make_model(nodes, inputs, outputs, weights), spec("thinker", inputs, outputs, dims)
+
+
+@pytest.fixture
+def driver() -> FakeDriver:
+    return FakeDriver()
+
+
+@pytest.fixture
+def backend(tmp_path: Path, driver: FakeDriver) -> TrtBackend:
+    root = put_graphs(tmp_path / "bundle", growing_model())
+    bundle = with_engines(root, root, ["thinker"])
+    return TrtBackend(bundle, "tensorrt-rtx", runtime=FakeRuntime(bundle, driver), driver=driver)
+
+
+def run(backend: TrtBackend, cache: Any, rows: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+    feeds = {
+        "inputs_embeds": rows[None, start:],
+        "kv_positions": np.arange(len(rows), dtype=np.int64),
+        "write_index": np.asarray([start], np.int64),
+    }
+    return backend.graph("thinker").run(feeds, cache)["logits"][0]
+
+
+def wanted(rows: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+    sums: NDArray[np.float32] = ((np.arange(len(rows)) + start)[:, None] * rows).sum(0).astype(np.float32)
+    return sums
+
+
+def test_a_cache_that_grows_is_cut_and_grows_again(backend: TrtBackend, driver: FakeDriver) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((16, HEADS * WIDTH)).astype(np.float32)
+    cache = backend.graph("thinker").new_cache(64)
+    assert isinstance(cache, GrowingTrtCache)
+    assert cache.nbytes == 2 * 64 * HEADS * WIDTH * 4
+    for start, stop in ((0, 5), (5, 6), (6, 7), (7, 16)):
+        assert np.allclose(run(backend, cache, rows[:stop], start), wanted(rows[:stop], start), atol=1e-4)
+    assert backend.graph("thinker").decoding is None  # every step has a shape of its own
+    assert "copy_rows" not in driver.done
+    other = np.concatenate([rows[:6], rng.standard_normal((3, HEADS * WIDTH)).astype(np.float32)])
+    assert np.allclose(run(backend, cache, other, 6), wanted(other, 6), atol=1e-4)
+    assert driver.done.count("copy_rows") == 1
+    assert np.allclose(run(backend, cache, rows[:4], 0), wanted(rows[:4], 0), atol=1e-4)
+
+
+def test_places_that_were_never_filled(backend: TrtBackend) -> None:
+    rows = np.ones((8, HEADS * WIDTH), np.float32)
+    cache = backend.graph("thinker").new_cache(8)
+    run(backend, cache, rows[:3], 0)
+    with pytest.raises(OmniportError, match="at place 5 adds 1 tokens"):
+        run(backend, cache, rows[:6], 5)
+    with pytest.raises(OmniportError, match="at place 3 adds 9 tokens to a KV cache of 8"):
+        run(backend, cache, np.ones((12, HEADS * WIDTH), np.float32), 3)
+
+
+def test_which_outputs_are_the_cache() -> None:
+    made = growing_model()[1]
+    assert cache_outputs(made) == {"past_key_0": "present_key_0"}
+    assert cache_outputs(spec("dit", (tensor("x", "batch", 8),), (tensor("y", "batch", 8),))) == {}
