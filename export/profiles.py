@@ -14,13 +14,12 @@ from omniport.runtime.engines import Profile, ShapeRange
 from omniport.runtime.errors import UsageError
 from omniport.runtime.graphs import DimRange, GraphSpec, TensorSpec
 from omniport.runtime.manifest import Manifest
+from omniport.runtime.thinker import VISION_FRAMES
 
 __all__ = ["Limits", "fixed_dims", "graph_dims", "limits_of", "make_profiles", "shape_of"]
 
 _End = Literal["min", "opt", "max"]
 
-#: a vision call takes at most this many frames: the scores of full attention grow with frames times patches squared
-VISION_FRAMES = 8
 #: an audio call takes at most this many chunks of 2 s: what the runtime gives it at a time
 AUDIO_CHUNKS = 32
 #: codec tokens of the longest streamed window: 48 new ones, 24 before them and 12 after (runtime/token2wav.py)

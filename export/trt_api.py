@@ -77,6 +77,8 @@ class Features:
         timing_cache: kernel timings can be kept between builds. TensorRT-RTX times nothing: its calls do nothing.
         native_attention, native_cache: layers of these kinds exist.
         progress: builds report progress and can be cancelled.
+        user_allocation: engines can be made to allocate nothing while they run, without which TensorRT-RTX captures
+            none of them into a CUDA graph.
     """
 
     strong_typing_flag: bool
@@ -87,6 +89,7 @@ class Features:
     native_attention: bool
     native_cache: bool
     progress: bool
+    user_allocation: bool
 
 
 def features_of(builder: str, version: str, attributes: Attributes) -> Features:
@@ -109,6 +112,7 @@ def features_of(builder: str, version: str, attributes: Attributes) -> Features:
         native_attention=has("IAttentionInputLayer", "attention"),
         native_cache=has("LayerType", "KV_CACHE_UPDATE"),
         progress=has("IBuilderConfig", "progress_monitor") and has("IProgressMonitor", "step_complete"),
+        user_allocation=builder == "tensorrt-rtx" and has("BuilderFlag", "REQUIRE_USER_ALLOCATION"),
     )
 
 
@@ -247,6 +251,11 @@ class Api:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(kind, name), 0)
 
+    def require_user_allocation(self, config: Any) -> None:
+        """Let the engine allocate nothing while it runs, where the builder has that."""
+        if self.features.user_allocation:
+            config.set_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
     def make_decomposable(self, layer: Any) -> None:
         """Let an attention be split into several kernels where no fused one exists (FP32, for one)."""
         layer.__class__ = self.module.IAttentionInputLayer  # the network hands out layers by their base class
@@ -254,7 +263,9 @@ class Api:
 
     def flag_names(self) -> tuple[str, ...]:
         """Flags that builds are made with, for the record."""
-        return ("STRONGLY_TYPED", "ATTENTION_DECOMPOSABLE") if self.features.native_attention else ("STRONGLY_TYPED",)
+        flags = {"ATTENTION_DECOMPOSABLE": self.features.native_attention}
+        flags["REQUIRE_USER_ALLOCATION"] = self.features.user_allocation
+        return ("STRONGLY_TYPED", *(name for name, is_set in flags.items() if is_set))
 
     def progress_monitor(self, step: Callable[[float], bool]) -> Any:
         """An IProgressMonitor that calls ``step`` with the share that is done; the build stops when it gives False."""

@@ -104,8 +104,8 @@ def plain_model(name: str = "dit") -> tuple[onnx.ModelProto, GraphSpec]:
     return make_model([matmul()], inputs, outputs, [weight()]), spec(name, inputs, outputs)
 
 
-def put_graphs(root: Path, *graphs: tuple[onnx.ModelProto, GraphSpec]) -> Path:
-    """A bundle folder whose graphs are these, and no others."""
+def put_graphs(root: Path, *graphs: tuple[onnx.ModelProto, GraphSpec], kv: str = "static") -> Path:
+    """A bundle folder whose graphs are these, and no others. ``kv`` is the form of its cache."""
     if not root.exists():
         make_bundle(root, max_context=64)
         for path in (root / "graphs").iterdir():
@@ -113,5 +113,6 @@ def put_graphs(root: Path, *graphs: tuple[onnx.ModelProto, GraphSpec]) -> Path:
     for model, made in graphs:
         onnx.save(model, root / made.file)
     manifest = make_manifest(max_context=64)
-    write_manifest(root, msgspec.structs.replace(manifest, graphs={made.name: made for _, made in graphs}))
+    form = msgspec.structs.replace(manifest.kv, form=kv)
+    write_manifest(root, msgspec.structs.replace(manifest, kv=form, graphs={made.name: made for _, made in graphs}))
     return root

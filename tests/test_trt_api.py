@@ -47,7 +47,7 @@ NEW = OLD | {"mapped_weights", "streamed_engine", "native_attention", "native_ca
         ("tensorrt 10.13.0", OLD | {"mapped_weights"}),
         ("tensorrt 10.15.1", NEW),
         ("tensorrt 11.0.0", NEW - {"strong_typing_flag"}),
-        ("tensorrt-rtx 1.7.1.116", (NEW | {"explicit_capability"}) - {"timing_cache"}),
+        ("tensorrt-rtx 1.7.1.116", (NEW | {"explicit_capability", "user_allocation"}) - {"timing_cache"}),
     ],
 )
 def test_features_of_recorded_sets(name: str, expected: set[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -12,7 +13,7 @@ from fake_device import FakeDriver, FakeRuntime, with_engines
 from graphs import make_model, put_graphs, spec, tensor
 from numpy.typing import NDArray
 from omniport.runtime.backends.trt import TrtBackend
-from omniport.runtime.backends.trt_cache import GrowingTrtCache, cache_outputs
+from omniport.runtime.backends.trt_cache import GrowingTrtCache
 from omniport.runtime.errors import OmniportError
 from omniport.runtime.graphs import DimRange, GraphSpec
 from onnx import helper, numpy_helper
@@ -49,9 +50,11 @@ def growing_model() -> tuple[onnx.ModelProto, GraphSpec]:
         "batch": DimRange(1, 1, 1),
         "new_tokens": DimRange(1, 1, 16),
         "live": DimRange(1, 32, 64),
-        "past": DimRange(1, 31, 63),
+        "past": DimRange(0, 31, 63),
     }
-    return make_model(nodes, inputs, outputs, weights), spec("thinker", inputs, outputs, dims)
+    made = spec("thinker", inputs, outputs, dims)
+    made = msgspec.structs.replace(made, grows={"present_key_0": "past_key_0"})
+    return make_model(nodes, inputs, outputs, weights), made
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def driver() -> FakeDriver:
 
 @pytest.fixture
 def backend(tmp_path: Path, driver: FakeDriver) -> TrtBackend:
-    root = put_graphs(tmp_path / "bundle", growing_model())
+    root = put_graphs(tmp_path / "bundle", growing_model(), kv="concat")
     bundle = with_engines(root, root, ["thinker"])
     return TrtBackend(bundle, "tensorrt-rtx", runtime=FakeRuntime(bundle, driver), driver=driver)
 
@@ -104,9 +107,3 @@ def test_places_that_were_never_filled(backend: TrtBackend) -> None:
         run(backend, cache, rows[:6], 5)
     with pytest.raises(OmniportError, match="at place 3 adds 9 tokens to a KV cache of 8"):
         run(backend, cache, np.ones((12, HEADS * WIDTH), np.float32), 3)
-
-
-def test_which_outputs_are_the_cache() -> None:
-    made = growing_model()[1]
-    assert cache_outputs(made) == {"past_key_0": "present_key_0"}
-    assert cache_outputs(spec("dit", (tensor("x", "batch", 8),), (tensor("y", "batch", 8),))) == {}

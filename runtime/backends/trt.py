@@ -26,7 +26,7 @@ from ..errors import BackendError, BundleError, OmniportError
 from ..graphs import GraphSpec
 from .base import Array, KvCache
 from .cuda import CudaDriver, Driver
-from .trt_cache import GrowingTrtCache, StaticTrtCache, TrtCache, cache_outputs
+from .trt_cache import GrowingTrtCache, StaticTrtCache, TrtCache
 from .trt_lane import Lane, Scratch
 from .trt_runtime import EngineRuntime, LoadedEngine, TrtRuntime
 
@@ -77,7 +77,7 @@ class TrtGraph:
         self.spec = spec
         self.decoding: DecodeTiming | None = None
         self._loaded, self._engine, self._driver = loaded, engine, driver
-        self._cached = cache_outputs(spec)
+        self._cached = spec.cache
         _check_signature(loaded, engine, spec)
         self._inputs = {t.name: t.dtype for t in spec.inputs if t.name not in self._cached}
         self._outputs = {t.name: t.dtype for t in spec.outputs if t.name not in self._cached.values()}

@@ -9,19 +9,7 @@ from ..graphs import DTYPES, GraphSpec
 from .cuda import DeviceBuffer, Driver
 from .trt_lane import Lane
 
-__all__ = ["GrowingTrtCache", "StaticTrtCache", "TrtCache", "cache_outputs"]
-
-
-def cache_outputs(spec: GraphSpec) -> dict[str, str]:
-    """Input that holds the KV cache -> output that is the cache after the call; empty if the graph keeps none.
-
-    In the static form the two are aliases. In the concat form the output is longer than the input, whose length is the
-    dimension ``past``.
-    """
-    if spec.aliases:
-        return {source: output for output, source in spec.aliases.items()}
-    grows = [tensor.name for tensor in spec.inputs if "past" in tensor.shape]
-    return {name: name.replace("past_", "present_", 1) for name in grows}
+__all__ = ["GrowingTrtCache", "StaticTrtCache", "TrtCache"]
 
 
 class TrtCache(ABC):
@@ -29,7 +17,7 @@ class TrtCache(ABC):
 
     def __init__(self, driver: Driver, stream: int, spec: GraphSpec, capacity: int) -> None:
         self._driver, self._stream = driver, stream
-        self._pairs = cache_outputs(spec)
+        self._pairs = spec.cache
         self._geometry = {name: _geometry(spec, name) for name in self._pairs}
         self._capacity = capacity
         #: lanes with a CUDA graph over this cache, by number of positions
