@@ -350,7 +350,10 @@ def test_silence_is_answered_by_nothing(omniport: Omniport, tiny_bundle: Path, t
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_ends_it_cleanly(tiny_bundle: Path, tmp_path: Path, kind: signal.Signals, code: int) -> None:
     soundfile.write(tmp_path / "question.wav", tone(30), 16000)
-    command = [sys.executable, "-c", "from omniport.cli.main import run; run()", "talk", str(tiny_bundle), "--json"]
+    # A shell's background jobs ignore Ctrl-C, and so would what they start.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "from omniport.cli.main import run; run()"
+    command = [sys.executable, "-c", program, "talk", str(tiny_bundle), "--json"]
     command += ["--input-wav", str(tmp_path / "question.wav"), "--output-wav", str(tmp_path / "reply.wav")]
     with subprocess.Popen(
         [*command, "--push-to-talk"],

@@ -26,7 +26,7 @@ from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import BackendError, UsageError
 from omniport.runtime.solver import solve
-from omniport.runtime.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.token2wav import MelPiece, NoiseStream, Token2Wav
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -195,13 +195,13 @@ def test_the_full_suite_has_every_length_and_a_greedy_reply(sound: Context) -> N
 
 def emitting(patch: pytest.MonkeyPatch, change: Callable[[Token2Wav, NDArray[np.float32]], Any]) -> None:
     """Change what leaves ``Token2Wav`` window by window, when streaming."""
-    emit = Token2Wav._emit
+    vocode = Token2Wav.vocode
 
-    def changed(self: Token2Wav, stop: int) -> Any:
-        samples = emit(self, stop)
+    def changed(self: Token2Wav, piece: MelPiece) -> Any:
+        samples = vocode(self, piece)
         return change(self, samples) if self._streaming else samples
 
-    patch.setattr(Token2Wav, "_emit", changed)
+    patch.setattr(Token2Wav, "vocode", changed)
 
 
 def test_first_chunk_repeated(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
