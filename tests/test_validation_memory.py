@@ -14,13 +14,12 @@ import torch
 from numpy.typing import NDArray
 from omniport.export.checkpoint import Checkpoint
 from omniport.export.reference_parts import load_reference, reference_bytes
-from omniport.export.validation import machine, run
+from omniport.export.validation import end_to_end_checks, machine, run, speech_cases
 from omniport.export.validation.memory import give_back, peak_memory
 from omniport.export.validation.turns import TurnsBackend
-from omniport.runtime.backends import open_backend
+from omniport.export.validation.types import PASS
 from omniport.runtime.backends.base import Graph
 from omniport.runtime.backends.ort import physical_cores
-from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import BackendError
 from omniport.runtime.graphs import GRAPH_NAMES
 
@@ -77,7 +76,8 @@ def test_one_team_is_loaded_at_a_time(noted: tuple[TurnsBackend, list[str]]) -> 
     assert backend.name == "noted"
     for name in ("thinker", "talker", "dit", "bigvgan", "thinker"):
         backend.graph(name).run({})
-    assert log == ["thinker of 1", "talker of 1", "close 1", "dit of 2", "bigvgan of 2", "close 2", "thinker of 3"]
+    loads = ["thinker of 2", "talker of 2", "close 2", "dit of 3", "bigvgan of 3", "close 3", "thinker of 4"]
+    assert log == ["close 1", *loads]  # the first one was opened to see that it can be
 
 
 def test_asking_for_a_known_graph_loads_nothing(noted: tuple[TurnsBackend, list[str]]) -> None:
@@ -85,22 +85,31 @@ def test_asking_for_a_known_graph_loads_nothing(noted: tuple[TurnsBackend, list[
     backend, log = noted
     for name in ("thinker", "dit"):
         backend.graph(name)
-    assert log == ["close 1"]
+    before = ["close 1", "close 2"]
+    assert log == before
     graphs = [backend.graph(name) for name in ("thinker", "dit", "thinker")]
-    assert log == ["close 1"]
+    assert log == before
     graphs[1].run({})
-    assert log == ["close 1", "dit of 2"]
+    assert log == [*before, "dit of 3"]
 
 
-def test_a_cache_stays_with_the_graph_that_made_it(noted: tuple[TurnsBackend, list[str]]) -> None:
+def test_a_cache_goes_with_its_team(noted: tuple[TurnsBackend, list[str]]) -> None:
     backend, log = noted
     thinker = backend.graph("thinker")
     cache = thinker.new_cache(8)
+    start, later = ({"write_index": np.full(1, at)} for at in (0, 5))
+    thinker.run(start, cache)
+    thinker.run(later, cache)
     backend.graph("dit").run({})
-    thinker.run({}, cache)
-    assert log == ["close 1", "dit of 2", "thinker of 1"]
+    with pytest.raises(BackendError, match="given up"):
+        thinker.run(later, cache)
+    assert (cache.capacity, cache.nbytes) == (8, 0)
+    thinker.run(start, cache)  # the next reply writes it anew
+    thinker.run(later, cache)
+    runs = [entry for entry in log if not entry.startswith("close")]
+    assert runs == ["thinker of 2", "thinker of 2", "dit of 3", "thinker of 4", "thinker of 4"]
     backend.close()
-    assert log[-1] == "close 2"
+    assert log[-1] == "close 4"
 
 
 def test_what_cannot_be_loaded_shows_at_once(noted: tuple[TurnsBackend, list[str]]) -> None:
@@ -108,33 +117,17 @@ def test_what_cannot_be_loaded_shows_at_once(noted: tuple[TurnsBackend, list[str
         noted[0].graph("missing")
 
 
-def test_turns_compute_what_the_backend_does(tiny_bundle: Path) -> None:
-    """Decoding goes on after its graph had to make room for another."""
-    bundle = Bundle.open(tiny_bundle)
-    width = bundle.manifest.thinker.embedding_size
-    rows = np.random.default_rng(0).standard_normal((1, 6, width), np.float32)
-    mel = np.random.default_rng(1).normal(-5, 2, (1, 80, 7)).astype(np.float32)
-
-    def hidden(backend: Any) -> NDArray[np.float32]:
-        graph = backend.graph("thinker")
-        cache = graph.new_cache(4096)
-        states = []
-        for start, stop in ((0, 4), (4, 6)):
-            feeds = {
-                "inputs_embeds": np.ascontiguousarray(rows[:, start:stop]),
-                "position_ids": np.tile(np.arange(start, stop), (3, 1, 1)),
-                "kv_positions": np.arange(stop),
-                "write_index": np.full(1, start, np.int64),
-            }
-            states.append(graph.run(feeds, cache)["hidden"])
-            assert backend.graph("bigvgan").run({"mel": mel})["wav"].std() > 0
-        return np.concatenate(states, axis=1)
-
-    plain, turns = open_backend("ort-cpu", bundle), TurnsBackend(lambda: open_backend("ort-cpu", bundle))
-    np.testing.assert_array_equal(hidden(turns), hidden(plain))
-    assert hidden(plain).std() > 0.1
-    plain.close()
-    turns.close()
+def test_replies_in_turns_pass(
+    tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A large bundle's conversations, speech and recogniser: graphs come and go, and nothing is missed."""
+    monkeypatch.setattr(machine, "_LARGE", 0)
+    monkeypatch.setattr(end_to_end_checks, "_QUICK", ("audio and image",))
+    monkeypatch.setattr(speech_cases, "QUICK_LENGTHS", (13,))
+    heard = f"{sys.executable} -c \"print('a word')\""
+    report, _ = run.validate(tiny_bundle, tiny_checkpoint, graphs=("thinker", "end_to_end", "speech"), asr=heard)
+    assert [(c.stage, c.name, c.message) for c in report.checks if c.status != PASS] == []
+    assert any("word_error_rate" in check.figures for check in report.checks)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 40])

@@ -54,7 +54,8 @@ class Reference:
     def part(self, graph: str) -> nn.Module:
         """The transformers module behind a graph (see `omniport.export.parity.load_reference`)."""
         if self._name != graph or self._module is None:
-            self.release()
+            self._module = None
+            give_back()  # of the part before, and of what made the inputs
             self._module, self._name = load_reference(self.checkpoint, graph), graph
         return self._module
 

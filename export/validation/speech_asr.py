@@ -139,6 +139,7 @@ def _reply(context: Context, text_tokens: int, codec_tokens: int) -> tuple[str, 
         [{"role": "user", "content": _QUESTION}],
         thinker=SamplingConfig(max_new_tokens=text_tokens),
         talker=talker,
+        window="whole",
     ):
         if isinstance(event, AudioChunk):
             chunks.append(event.samples)

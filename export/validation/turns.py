@@ -1,18 +1,20 @@
 """Graphs that take turns in memory, so that a run needs no more than its largest part.
 
 A reply goes through all six graphs, which together are larger than any part of the reference. Encoders, decoders and
-speech are used one after the other, so only one of these teams is loaded; the next one to run replaces it.
+speech are used one after the other, so only one of these teams is loaded; the next one to run replaces it, and with it
+the KV caches that belong to it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
+from omniport.runtime.errors import BackendError
 
 from .memory import give_back
 
@@ -32,6 +34,9 @@ _TEAMS = {
 class TurnsBackend:
     """A backend that keeps one team of graphs loaded.
 
+    Good for replies whose sound is made when their codes are known (``window="whole"``): where decoders and speech
+    alternate, a decoder that goes on after speech finds its cache gone.
+
     Args:
         make: opens the backend that graphs are loaded with; called again for each turn.
 
@@ -45,7 +50,7 @@ class TurnsBackend:
         self.name = self._backend.name
         self._team = ""
         self._known: set[str] = set()
-        self._makers: WeakKeyDictionary[KvCache, Graph] = WeakKeyDictionary()
+        self._caches: WeakSet[_TurnCache] = WeakSet()
         self._lock = threading.RLock()
 
     def graph(self, name: str) -> Graph:
@@ -59,32 +64,53 @@ class TurnsBackend:
             self._known.add(name)
         return _Turn(self, name)
 
-    def run(self, name: str, feeds: Mapping[str, Array], cache: KvCache | None) -> dict[str, NDArray[np.float32]]:
-        """Run a graph. One with a cache runs where the cache was made: that graph lives as long as its cache."""
-        graph = self._load(name) if cache is None else self._makers[cache]
-        return graph.run(feeds, cache)
+    def run(self, name: str, feeds: Mapping[str, Array], cache: _TurnCache | None) -> dict[str, NDArray[np.float32]]:
+        """Run a graph, loading it first if another team is.
+
+        Raises:
+            BackendError: the cache was filled before another team ran, and what it held is gone.
+        """
+        with self._lock:
+            graph = self._load(name)
+            if cache is not None and cache.held is None:
+                if int(feeds["write_index"][0]) != 0:
+                    raise BackendError(
+                        f"the KV cache of {name!r} was given up when other graphs took its place in memory: finish a "
+                        "reply's codes before its sound"
+                    )
+                cache.held = graph.new_cache(cache.capacity)
+            return graph.run(feeds, None if cache is None else cache.held)
 
     def new_cache(self, name: str, capacity: int) -> KvCache:
         """A cache of a graph, see ``Graph.new_cache``."""
-        graph = self._load(name)
-        cache = graph.new_cache(capacity)
-        self._makers[cache] = graph
+        with self._lock:
+            cache = _TurnCache(self._load(name).new_cache(capacity))
+            self._caches.add(cache)
         return cache
 
     def close(self) -> None:
         """Release every graph, and its memory."""
+        for cache in self._caches:
+            cache.held = None  # before the graph that it belongs to
         self._backend.close()
         give_back()
 
     def _load(self, name: str) -> Graph:
         team = _TEAMS.get(name, name)
         with self._lock:
-            if team != self._team and self._team:
-                self._backend.close()
-                give_back()
-                self._backend = self._make()
-            self._team = team
+            if team != self._team:
+                self.close()
+                self._backend, self._team = self._make(), team
             return self._backend.graph(name)
+
+
+class _TurnCache:
+    """A KV cache, or the place of one that was given up."""
+
+    def __init__(self, held: KvCache) -> None:
+        self.held: KvCache | None = held
+        self.capacity = held.capacity
+        self.nbytes = held.nbytes
 
 
 class _Turn:
@@ -94,6 +120,7 @@ class _Turn:
         self._backend, self._name = backend, name
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
+        assert cache is None or isinstance(cache, _TurnCache)
         return self._backend.run(self._name, feeds, cache)
 
     def new_cache(self, capacity: int) -> KvCache:
