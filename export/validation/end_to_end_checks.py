@@ -155,6 +155,7 @@ def _say(context: Context, backend: Backend, conversation: Conversation, setting
             talker=settings.talker,
             noise=settings.noise if settings.voice is not None else None,
             window="whole",
+            threads=False,  # graphs take turns in memory
         )
     )
     done = events[-1]

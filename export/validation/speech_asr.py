@@ -140,6 +140,7 @@ def _reply(context: Context, text_tokens: int, codec_tokens: int) -> tuple[str, 
         thinker=SamplingConfig(max_new_tokens=text_tokens),
         talker=talker,
         window="whole",
+        threads=False,
     ):
         if isinstance(event, AudioChunk):
             chunks.append(event.samples)

@@ -89,7 +89,8 @@ def _greedy_codes(context: Context, count: int) -> list[int]:
     session = OmniSession(context.bundle, context.backend)
     messages = [{"role": "user", "content": "What can you tell me about the sea?"}]
     try:
-        for event in session.reply(messages, thinker=SamplingConfig(max_new_tokens=24), talker=talker, window="whole"):
+        thinker = SamplingConfig(max_new_tokens=24)
+        for event in session.reply(messages, thinker=thinker, talker=talker, window="whole", threads=False):
             if isinstance(event, Done):
                 return event.codec_ids
     except OmniportError:
