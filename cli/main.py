@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import build, doctor, export, inspect, make_checkpoint, talk, targets, validate, voices
+from . import build, doctor, export, inspect, make_checkpoint, quantize, talk, targets, validate, voices
 from . import run as run_command
 
 __all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_TERMINATED", "app", "run"]
@@ -36,7 +36,19 @@ app = typer.Typer(
     epilog="Example: omniport doctor",
 )
 
-for _module in (make_checkpoint, export, validate, build, targets, inspect, voices, run_command, talk, doctor):
+for _module in (
+    make_checkpoint,
+    export,
+    quantize,
+    validate,
+    build,
+    targets,
+    inspect,
+    voices,
+    run_command,
+    talk,
+    doctor,
+):
     app.command(_module.NAME, epilog=f"Example: {_module.EXAMPLE}")(_module.command)
 
 

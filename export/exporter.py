@@ -19,14 +19,14 @@ from omniport.runtime.errors import ExportError
 from omniport.runtime.graphs import GRAPH_NAMES, GraphSpec
 from omniport.runtime.manifest import FileRecord, Manifest
 from omniport.runtime.solver import rk4_schedule
+from omniport.runtime.staging import check_space, previous_manifest, staging, take_over, unlisted
 
 from .bundle_parts import base_manifest, voice_specs, write_embedding
 from .checkpoint import Checkpoint
 from .graph_defs import PRECISIONS, GraphDefinition, graph_definitions
 from .onnx_export import write_model
-from .reuse import file_record, graph_key, graph_whole, previous_manifest, source_key, unlisted
+from .reuse import file_record, graph_key, graph_whole, source_key
 from .speakers import load_speakers, speaker_vectors, write_voice
-from .staging import check_space, staging, take_over
 from .tokenizer import tokenizer_json
 from .trace import OPSET, trace
 from .weights_check import check_weights, embedding_keys

@@ -50,6 +50,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     if manifest.kv.max_context < 2:
         yield f"kv.max_context is {manifest.kv.max_context}; at least 2 was expected"
     yield from _token_problems(manifest)
+    yield from _quantization_problems(manifest)
 
 
 def _file_problems(manifest: Manifest) -> Iterator[str]:
@@ -146,6 +147,16 @@ def _graph_problems(name: str, graph: GraphSpec) -> Iterator[str]:
     for output, source in graph.aliases.items():
         if output not in outputs or source not in inputs:
             yield f"graph {name!r} aliases output {output!r} to input {source!r}, which are not both there"
+
+
+def _quantization_problems(manifest: Manifest) -> Iterator[str]:
+    if manifest.quantization is None:
+        return
+    if manifest.schema_version < 2:
+        yield f"schema version {manifest.schema_version} has no quantization"
+    for name in (*manifest.quantization.layers, *manifest.quantization.graph_recipes):
+        if name not in GRAPH_NAMES:
+            yield f"quantization names a graph {name!r}; known: {', '.join(GRAPH_NAMES)}"
 
 
 def _decoder_problems(name: str, decoder: DecoderGeometry) -> Iterator[str]:

@@ -19,6 +19,7 @@ __all__ = [
     "FileRecord",
     "KvSpec",
     "Manifest",
+    "Quantization",
     "SamplingConfig",
     "SolverSpec",
     "Source",
@@ -29,7 +30,7 @@ __all__ = [
     "VoiceSpec",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -221,6 +222,20 @@ class VoiceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     file: str
 
 
+class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the weights of this bundle came to be integers."""
+
+    recipe: str
+    precision: str
+    """of the bundle that was quantized: fp32, fp16 or bf16"""
+    keep: tuple[str, ...] = ()
+    """patterns of weights that were kept as they were"""
+    graph_recipes: dict[str, str] = {}
+    """graph -> what it was given instead of what the recipe says"""
+    layers: dict[str, dict[str, str]]
+    """graph -> weight -> scheme, ``none`` for one that could have been quantized and was not"""
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """bundle.json."""
 
@@ -248,4 +263,5 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     voices: tuple[VoiceSpec, ...] = ()
     graphs: dict[str, GraphSpec]
     tokenizer_file: str = "tokenizer.json"
+    quantization: Quantization | None = None
     files: dict[str, FileRecord]
