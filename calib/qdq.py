@@ -33,7 +33,7 @@ def scales_name(weight: str) -> str:
 
 
 class QdqPass(InPlacePass):
-    """Replace weights by integers, scales and DequantizeLinear; one node for each use, which is what fuses.
+    """Replace weights by integers, scales and one DequantizeLinear before the first of their uses.
 
     Needs opset 21, and weights that `find_weights` found in this graph. Leaves new initializers that have a type and a
     shape and no data: `calib.writer` streams them.
@@ -72,12 +72,15 @@ class QdqPass(InPlacePass):
         attributes = {"axis": 1 if weight.layout == CHANNELS_LAST and not scheme.block else 0}
         if scheme.block:
             attributes["block_size"] = scheme.block
-        for node, index in sorted(value.uses(), key=lambda use: str(use[0].name)):
-            name = f"{node.name}/DequantizeLinear"
-            made = ir.node("DequantizeLinear", [integers, scales], attributes, name=name)
-            out = made.outputs[0]
-            out.name, out.dtype, out.shape = f"{name}:0", value.dtype, ir.Shape(weight.shape)
-            graph.insert_before(node, made)
+        uses = list(value.uses())
+        users = {id(node) for node, _ in uses}
+        first = next(node for node in graph if id(node) in users)
+        name = f"{first.name}/DequantizeLinear"
+        made = ir.node("DequantizeLinear", [integers, scales], attributes, name=name)
+        out = made.outputs[0]
+        out.name, out.dtype, out.shape = f"{name}:0", value.dtype, ir.Shape(weight.shape)
+        graph.insert_before(first, made)
+        for node, index in uses:
             node.replace_input_with(index, out)
         del graph.initializers[weight.name]
         for new in (integers, scales):

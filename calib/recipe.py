@@ -76,7 +76,9 @@ class Recipe:
 
 
 _W8 = (Rule("", "w8"),)
-_INT4 = (Rule("", "int4-32"),)
+# an eighth of a layer's weights, whose errors a softmax multiplies, and the talker's first product, which is all that
+# it hears of the thinker: 4 dB of the logits each (docs/quantize.md)
+_INT4 = (Rule(r"self_attn|thinker_to_talker_proj", "w8"), Rule("", "int4-32"))
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -89,7 +91,7 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         Recipe(
             "int4",
-            "INT4 weights, rounded to nearest, in thinker and talker; the other graphs as they are",
+            "INT4 weights, INT8 in attention, in thinker and talker; the other graphs as they are",
             {"thinker": _INT4, "talker": _INT4},
             _INT4,
         ),

@@ -15,7 +15,8 @@ from .weights import CHANNELS_LAST, Stored, row_blocks
 __all__ = ["pack_int4", "quantize", "scale_shape", "scales_from"]
 
 Array = NDArray[Any]
-_LARGEST = {8: 127, 4: 7}
+#: bits -> lowest and highest integer. INT8 leaves -128 out, as is usual; INT4 cannot spare one of 16
+_RANGES = {8: (-127, 127), 4: (-8, 7)}
 _SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
 
 
@@ -44,13 +45,15 @@ def quantize(choice: Choice, source: Stored, advance: Callable[[int], None]) -> 
         for start, stop in row_blocks(source.shape, itemsize, scheme.block):
             rows = _read(source, start, stop, advance)
             groups = rows.reshape(-1, scheme.block, rows.shape[1])  # [K / block, block, N]
-            scales = _scales(np.abs(groups).max(axis=1), scheme.bits, source)
+            scales = _scales(groups.min(axis=1), groups.max(axis=1), scheme.bits, source)
             yield _round(groups, scales[:, None], scheme.bits).reshape(rows.shape), scales
     elif choice.weight.layout == CHANNELS_LAST:
-        largest = np.zeros(source.shape[1], np.float32)
+        low, high = np.zeros((2, source.shape[1]), np.float32)
         for start, stop in row_blocks(source.shape, itemsize):
-            np.maximum(largest, np.abs(_read(source, start, stop, lambda _: None)).max(axis=0), out=largest)
-        scales = _scales(largest, scheme.bits, source)
+            rows = _read(source, start, stop, lambda _: None)
+            np.minimum(low, rows.min(axis=0), out=low)
+            np.maximum(high, rows.max(axis=0), out=high)
+        scales = _scales(low, high, scheme.bits, source)
         for start, stop in row_blocks(source.shape, itemsize):
             rows = _read(source, start, stop, advance)
             yield _round(rows, scales, scheme.bits), scales if start == 0 else None
@@ -58,13 +61,17 @@ def quantize(choice: Choice, source: Stored, advance: Callable[[int], None]) -> 
         for start, stop in row_blocks(source.shape, itemsize):
             rows = _read(source, start, stop, advance)
             flat = rows.reshape(len(rows), -1)
-            scales = _scales(np.abs(flat).max(axis=1), scheme.bits, source)
+            scales = _scales(flat.min(axis=1), flat.max(axis=1), scheme.bits, source)
             yield _round(flat, scales[:, None], scheme.bits).reshape(rows.shape), scales
 
 
-def scales_from(largest: Array, bits: int, dtype: np.dtype[Any]) -> Array:
-    """Scales in ``dtype`` for largest magnitudes in float32. Zeros and denormals become normal: they are divisors."""
-    scales = (largest.astype(np.float32) / np.float32(_LARGEST[bits])).astype(dtype)
+def scales_from(low: Array, high: Array, bits: int, dtype: np.dtype[Any]) -> Array:
+    """The smallest scales, in ``dtype``, that clip neither the lowest nor the highest values (float32).
+
+    Zeros and denormals become the smallest normal number: they are divisors.
+    """
+    lowest, highest = _RANGES[bits]
+    scales = np.maximum(low / np.float32(lowest), high / np.float32(highest)).astype(dtype)
     smallest = np.asarray(_SMALLEST[dtype.name], dtype)
     return np.where(scales < smallest, smallest, scales)
 
@@ -81,14 +88,13 @@ def _read(source: Stored, start: int, stop: int, advance: Callable[[int], None])
     return rows.astype(np.float32, copy=False)
 
 
-def _scales(largest: Array, bits: int, source: Stored) -> Array:
-    if not np.isfinite(largest).all():  # a maximum is NaN or infinite if any value is
+def _scales(low: Array, high: Array, bits: int, source: Stored) -> Array:
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):  # they are NaN or infinite if any value is
         raise BundleError(f"weight {source.name!r} in {source.path} holds values that are not finite: export it again")
-    return scales_from(largest, bits, source.dtype)
+    return scales_from(low, high, bits, source.dtype)
 
 
 def _round(rows: Array, scales: Array, bits: int) -> Array:
     # by the scale as it is stored: a half-precision one may be smaller than what it was rounded from
-    largest = _LARGEST[bits]
     whole = np.rint(rows / scales.astype(np.float32))
-    return np.clip(whole, -largest, largest, out=whole).astype(np.int8)
+    return np.clip(whole, *_RANGES[bits], out=whole).astype(np.int8)

@@ -23,6 +23,7 @@ PAGES = (
     "docs/design.md",
     "docs/cli.md",
     "docs/live.md",
+    "docs/quantize.md",
     "docs/talk.md",
 )
 STRUCTS = [
