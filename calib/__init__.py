@@ -1,0 +1,3 @@
+"""Quantization: recipes, and bundles whose weights are stored as integers."""
+
+__all__: list[str] = []

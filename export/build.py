@@ -18,12 +18,12 @@ from omniport.runtime.errors import BackendError, BuildError, BundleError, Usage
 from omniport.runtime.files import sha256_of
 from omniport.runtime.graphs import GraphSpec
 from omniport.runtime.ranges import limit, overflowing
+from omniport.runtime.staging import check_space
 
 from .aside import run_aside
 from .engine import Built, Progress, build_engine
 from .engine_files import EngineStore, file_record
 from .profiles import Limits, graph_dims, make_profiles
-from .staging import check_space
 from .targets import THIS, Target
 from .trt_api import MODULES, Api, installed_builders, load_api
 

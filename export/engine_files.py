@@ -24,8 +24,7 @@ from omniport.runtime.engines import (
 from omniport.runtime.errors import BuildError, BundleError
 from omniport.runtime.files import sha256_of
 from omniport.runtime.manifest import FileRecord
-
-from .staging import folder_lock
+from omniport.runtime.staging import folder_lock
 
 __all__ = ["EngineStore", "file_record", "replace_file"]
 

@@ -20,6 +20,7 @@ from omniport.runtime.graphs import GraphSpec
 from omniport.runtime.manifest import FileRecord, Manifest, encode_manifest
 from omniport.runtime.ranges import RANGES_FILE, Ranges, encode_ranges, limit, read_ranges
 from omniport.runtime.solver import rk4_schedule
+from omniport.runtime.staging import check_space, previous_manifest, staging, take_over, unlisted
 
 from .bundle_parts import base_manifest, voice_specs, write_embedding
 from .checkpoint import Checkpoint
@@ -28,9 +29,8 @@ from .lowering import OPSETS
 from .mixed import mix
 from .onnx_export import write_model
 from .options import ExportOptions
-from .reuse import file_record, graph_key, graph_whole, previous_manifest, source_key, unlisted
+from .reuse import file_record, graph_key, graph_whole, source_key
 from .speakers import load_speakers, speaker_vectors, write_voice
-from .staging import check_space, staging, take_over
 from .tokenizer import tokenizer_json
 from .trace import trace
 from .weights_check import check_weights, embedding_keys

@@ -13,15 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-from omniport.runtime.bundle import MANIFEST_FILE, read_manifest
-from omniport.runtime.errors import BundleError, ExportError
 from omniport.runtime.graphs import GraphSpec
 from omniport.runtime.manifest import FileRecord, Manifest, SolverSpec
 
 from .checkpoint import Checkpoint
 from .graph_defs import GraphDefinition
 
-__all__ = ["CODE", "file_record", "graph_key", "graph_whole", "previous_manifest", "source_key", "unlisted"]
+__all__ = ["CODE", "file_record", "graph_key", "graph_whole", "source_key"]
 
 _SHARED = (
     "graph_defs.py",
@@ -77,24 +75,6 @@ def graph_key(definition: GraphDefinition, solver: SolverSpec, source: str, kept
     )
 
 
-def previous_manifest(out: Path) -> Manifest | None:
-    """The manifest of the bundle that ``out`` holds, None if there is nothing at all.
-
-    Raises:
-        ExportError: something else is there. It is not for an export to remove.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / MANIFEST_FILE).exists():
-        raise ExportError(f"{out} exists and holds no bundle. Choose another folder, or remove it first.")
-    try:
-        return read_manifest(out)
-    except BundleError as error:
-        raise ExportError(
-            f"{out} holds a bundle that this release cannot read ({error}). Remove the folder, or choose another one."
-        ) from error
-
-
 def graph_whole(out: Path, manifest: Manifest, spec: GraphSpec) -> bool:
     """Whether every file of a graph is what the manifest lists, byte for byte."""
     for file in (spec.file, *spec.data):
@@ -104,12 +84,6 @@ def graph_whole(out: Path, manifest: Manifest, spec: GraphSpec) -> bool:
         if _sha256_file(path) != record.sha256.lower():
             return False
     return True
-
-
-def unlisted(out: Path, manifest: Manifest) -> list[str]:
-    """Files in a bundle's folder that the bundle does not list: somebody else's, to be left there."""
-    found = (path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if not path.is_dir())
-    return [name for name in found if name != MANIFEST_FILE and name not in manifest.files]
 
 
 def file_record(path: Path, advance: Callable[[int], None] | None = None) -> FileRecord:

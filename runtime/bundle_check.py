@@ -49,6 +49,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     if manifest.kv.max_context < 2:
         yield f"kv.max_context is {manifest.kv.max_context}; at least 2 was expected"
     yield from _token_problems(manifest)
+    yield from _quantization_problems(manifest)
 
 
 def _file_problems(manifest: Manifest) -> Iterator[str]:
@@ -161,6 +162,16 @@ def _kv_problems(manifest: Manifest) -> Iterator[str]:
         other, pairs = ("grows", graph.grows) if form == "static" else ("aliases", graph.aliases)
         if pairs:
             yield f"graph {name!r} has {other}, which a {form} KV cache does not go with"
+
+
+def _quantization_problems(manifest: Manifest) -> Iterator[str]:
+    if manifest.quantization is None:
+        return
+    if manifest.schema_version < 2:
+        yield f"schema version {manifest.schema_version} has no quantization"
+    for name in (*manifest.quantization.layers, *manifest.quantization.graph_recipes):
+        if name not in GRAPH_NAMES:
+            yield f"quantization names a graph {name!r}; known: {', '.join(GRAPH_NAMES)}"
 
 
 def _decoder_problems(name: str, decoder: DecoderGeometry) -> Iterator[str]:

@@ -42,7 +42,9 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         file: path of the ONNX file, relative to the bundle.
         data: paths of its external weight files, relative to the bundle.
-        precision: dtype of weights and of the matrix products.
+        precision: dtype of weights and of the matrix products; ``int8`` or ``int4`` (the coarsest) for weights that are
+            stored so.
+        compute: dtype of the values between quantized layers; empty where it is ``precision``.
         dims: range of each symbolic dimension named in the tensor shapes. A shape may also say ``"<k>*<name>"``: k
             times that dimension.
         aliases: output name -> input name, for outputs that share the input's buffer (static KV cache).
@@ -63,11 +65,17 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs_key: str = ""
     grows: dict[str, str] = {}
     float32_values: tuple[str, ...] = ()
+    compute: str = ""
 
     @property
     def cache(self) -> dict[str, str]:
         """Input that holds the KV cache -> output that is the cache after the call, in either form."""
         return {source: output for output, source in (*self.aliases.items(), *self.grows.items())}
+
+    @property
+    def compute_dtype(self) -> str:
+        """Dtype in which the graph computes, whatever its weights are stored in."""
+        return self.compute or self.precision
 
     def input(self, name: str) -> TensorSpec:
         """The input of that name (KeyError if there is none)."""

@@ -20,6 +20,7 @@ __all__ = [
     "FileRecord",
     "KvSpec",
     "Manifest",
+    "Quantization",
     "SamplingConfig",
     "SolverSpec",
     "Source",
@@ -226,6 +227,20 @@ class VoiceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     file: str
 
 
+class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the weights of this bundle came to be integers."""
+
+    recipe: str
+    precision: str
+    """of the bundle that was quantized: fp32, fp16 or bf16"""
+    keep: tuple[str, ...] = ()
+    """patterns of weights that were kept as they were"""
+    graph_recipes: dict[str, str] = {}
+    """graph -> what it was given instead of what the recipe says"""
+    layers: dict[str, dict[str, str]]
+    """graph -> weight -> scheme, ``none`` for one that could have been quantized and was not"""
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """bundle.json."""
 
@@ -254,6 +269,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     graphs: dict[str, GraphSpec]
     tokenizer_file: str = "tokenizer.json"
     ranges_file: str | None = None
+    quantization: Quantization | None = None
     files: dict[str, FileRecord]
 
 

@@ -22,12 +22,12 @@ from omniport.export.build import build_bundle, builder_version, choose_builder
 from omniport.export.build_check import build_memory, check_bundle, memory_needed
 from omniport.export.devices import Device, device_target
 from omniport.export.profiles import Limits, graph_dims, make_profiles
-from omniport.export.staging import folder_lock
 from omniport.export.targets import TARGETS, find_target
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.engines import ENGINES_FILE, find_engine, list_engines, verify_engine
 from omniport.runtime.errors import BackendError, BuildError, BundleError, ExportError, UsageError
 from omniport.runtime.graphs import GRAPH_NAMES, DimRange, GraphSpec
+from omniport.runtime.staging import folder_lock
 from typer.testing import CliRunner
 
 pytest.importorskip("tensorrt_rtx")

@@ -22,11 +22,11 @@ import onnx
 import pytest
 import torch
 from checkpoints import rewritten
-from omniport.export import exporter, staging, trace
+from omniport.export import exporter, trace
 from omniport.export.checkpoint import Checkpoint
 from omniport.export.exporter import export_checkpoint
 from omniport.export.graph_defs import graph_definitions
-from omniport.runtime import Done, OmniSession, SamplingConfig
+from omniport.runtime import Done, OmniSession, SamplingConfig, staging
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import CheckpointError, ExportError, UsageError
 from omniport.runtime.graphs import TEXT_GRAPHS

@@ -169,7 +169,7 @@ class EmulatedBackend:
 
 def is_bfloat16(spec: GraphSpec) -> bool:
     """Whether the graph computes in BF16, or has a BF16 input or output."""
-    return spec.precision == "bfloat16" or any(t.dtype == "bfloat16" for t in (*spec.inputs, *spec.outputs))
+    return spec.compute_dtype == "bfloat16" or any(t.dtype == "bfloat16" for t in (*spec.inputs, *spec.outputs))
 
 
 def load_copy(path: Path, spec: GraphSpec, emulate: bool) -> tuple[ir.Model, GraphSpec]:

@@ -49,7 +49,8 @@ def graph_checks(context: Context) -> Iterator[Check]:
             decoder_references(context, graph)  # for the decode checks, which follow, while the part is loaded
     context.reference.release()
     for graph, listed in cases.items():
-        if context.precision[graph] == "float16" and context.backend.name == "ort-cpu":
+        computes = context.bundle.manifest.graphs[graph].compute_dtype
+        if computes == "float16" and context.backend.name == "ort-cpu":
             yield _rounded(context, listed[-1], wanted[graph, listed[-1].name])
         context.progress(f"{graph}: loading")
         loaded = load_graph(context.backend, graph)

@@ -204,7 +204,7 @@ class _Job:
 
     def _open_whole(self) -> Backend:
         """The backend asked for, with emulation copies where this machine cannot run the graphs as they are."""
-        brain = {name for name, spec in self.bundle.manifest.graphs.items() if spec.precision == "bfloat16"}
+        brain = {name for name, spec in self.bundle.manifest.graphs.items() if spec.compute_dtype == "bfloat16"}
         name = self.backend_name
         if brain and name == "auto":
             from omniport.runtime.backends.ort import cuda_usable

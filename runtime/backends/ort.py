@@ -264,7 +264,7 @@ def _first_line(error: BaseException) -> str:
 
 def _refuse_bfloat16(spec: GraphSpec) -> None:
     tensors = {tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
-    if spec.precision == "bfloat16" or "bfloat16" in tensors:
+    if spec.compute_dtype == "bfloat16" or "bfloat16" in tensors:
         raise BackendError(
             f"graph {spec.name!r} is bfloat16, for which ONNX Runtime has no CPU kernels: export with --precision fp32 "
             "(or fp16) for the CPU, or run this bundle on a GPU"

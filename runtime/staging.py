@@ -20,9 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omniport.runtime.errors import ExportError
+from .bundle import MANIFEST_FILE, read_manifest
+from .errors import BundleError, ExportError
+from .manifest import Manifest
 
-__all__ = ["check_space", "folder_lock", "staging", "take_over"]
+__all__ = ["check_space", "folder_lock", "previous_manifest", "staging", "take_over", "unlisted"]
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -82,6 +84,30 @@ def check_space(out: Path, needed: int) -> None:
             f"{parent} has {free / 1e6:,.0f} MB free and the bundle needs {needed / 1e6:,.0f} MB. Free some space or "
             "choose another folder."
         )
+
+
+def previous_manifest(out: Path) -> Manifest | None:
+    """The manifest of the bundle that ``out`` holds, None if there is nothing at all.
+
+    Raises:
+        ExportError: something else is there. It is not for this program to remove.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / MANIFEST_FILE).exists():
+        raise ExportError(f"{out} exists and holds no bundle. Choose another folder, or remove it first.")
+    try:
+        return read_manifest(out)
+    except BundleError as error:
+        raise ExportError(
+            f"{out} holds a bundle that this release cannot read ({error}). Remove the folder, or choose another one."
+        ) from error
+
+
+def unlisted(out: Path, manifest: Manifest) -> list[str]:
+    """Files in a bundle's folder that the bundle does not list: somebody else's, to be left there."""
+    found = (path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if not path.is_dir())
+    return [name for name in found if name != MANIFEST_FILE and name not in manifest.files]
 
 
 def _sweep(target: Path) -> None:

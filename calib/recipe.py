@@ -1,0 +1,196 @@
+"""Recipes: which weights of which graph are stored in which integers. Frozen data; docs/quantize.md describes them.
+
+A recipe holds an ordered list of rules for each graph; the first whose pattern is found in a weight's name decides. A
+graph without rules stays as it is in the bundle.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from omniport.runtime.errors import UsageError
+from omniport.runtime.graphs import GRAPH_NAMES
+
+from .weights import CHANNELS_LAST, Weight
+
+__all__ = ["NONE", "RECIPES", "SCHEMES", "Choice", "Recipe", "Rule", "Scheme", "choose", "find_recipe", "resolve"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight is stored: symmetric integers (no zero point) and their scales.
+
+    Attributes:
+        bits: 8 or 4; 0 leaves the weight as it is.
+        block: values along K that share a scale; 0 for one scale per output channel.
+    """
+
+    name: str
+    bits: int
+    block: int
+    about: str
+
+    def takes(self, weight: Weight) -> bool:
+        """Whether the weight can be stored so: blocks need [K, N] with K a multiple of the block."""
+        return self.block == 0 or (weight.layout == CHANNELS_LAST and weight.shape[0] % self.block == 0)
+
+
+NONE = Scheme("none", 0, 0, "as it is in the bundle")
+SCHEMES: Mapping[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        NONE,
+        Scheme("w8", 8, 0, "INT8, a scale per output channel"),
+        Scheme("int4-32", 4, 32, "INT4, a scale per 32 values along K"),
+        Scheme("int4-128", 4, 128, "INT4, a scale per 128 values along K"),
+    )
+}
+#: what a weight gets that its scheme cannot take
+_FALLBACK = SCHEMES["w8"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Weights whose name holds ``pattern`` and whose operator is of ``kinds`` get ``scheme``."""
+
+    pattern: str
+    scheme: str
+    kinds: tuple[str, ...] = ("matmul",)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named choice for every graph.
+
+    Attributes:
+        graphs: graph -> its rules; graphs that are not named stay as they are.
+        every: the rules of a graph that is given this recipe by name and has none of its own.
+    """
+
+    name: str
+    about: str
+    graphs: Mapping[str, tuple[Rule, ...]]
+    every: tuple[Rule, ...]
+
+
+_W8 = (Rule("", "w8"),)
+# an eighth of a layer's weights, whose errors a softmax multiplies, and the talker's first product, which is all that
+# it hears of the thinker: 4 dB of the logits each (docs/quantize.md)
+_INT4 = (Rule(r"self_attn|thinker_to_talker_proj", "w8"), Rule("", "int4-32"))
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "w8",
+            "INT8 weights in all matrix products of all graphs; convolutions as they are",
+            # the vocoder is all convolutions, and no runtime has a kernel for one with integer weights alone
+            {name: _W8 for name in GRAPH_NAMES if name != "bigvgan"},
+            (Rule("", "w8", ("matmul", "conv")),),
+        ),
+        Recipe(
+            "int4",
+            "INT4 weights, INT8 in attention, in thinker and talker; the other graphs as they are",
+            {"thinker": _INT4, "talker": _INT4},
+            _INT4,
+        ),
+    )
+}
+
+#: names by which a graph may be said to stay in what it computes in now
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        UsageError: there is none; lists those there are.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"no recipe {name!r}; known: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def resolve(recipe: Recipe, overrides: Mapping[str, str], computes: Mapping[str, str]) -> Recipe:
+    """The recipe with some graphs given another one, or kept.
+
+    Args:
+        overrides: graph -> name of a recipe, ``none``, or the precision it has and is to keep (``fp16``).
+        computes: graph of the bundle -> dtype it computes in.
+
+    Raises:
+        UsageError: a graph that the bundle has not, no such recipe, or a precision that the graph does not have.
+    """
+    graphs = {name: rules for name, rules in recipe.graphs.items() if name in computes}
+    for graph, wanted in overrides.items():
+        if graph not in computes:
+            raise UsageError(f"--graph-recipe: the bundle has no graph {graph!r}; it has {', '.join(computes)}")
+        if wanted in _DTYPES and computes[graph] != _DTYPES[wanted]:
+            raise UsageError(
+                f"--graph-recipe {graph}={wanted}: it computes in {computes[graph]}, and quantizing does not change "
+                f"that. Export with --precision {wanted} and quantize that bundle, or say {graph}=none"
+            )
+        if wanted == NONE.name or wanted in _DTYPES:
+            graphs.pop(graph, None)
+        elif wanted in RECIPES:
+            other = RECIPES[wanted]
+            graphs[graph] = other.graphs.get(graph, other.every)
+        else:
+            known = ", ".join((*RECIPES, NONE.name, *_DTYPES))
+            raise UsageError(f"--graph-recipe {graph}={wanted}: no recipe {wanted!r}; known: {known}")
+    return replace(recipe, graphs=graphs)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A weight and the scheme that was chosen for it."""
+
+    weight: Weight
+    scheme: Scheme
+
+
+def choose(
+    recipe: Recipe, weights: Mapping[str, Sequence[Weight]], keep: Sequence[str] = ()
+) -> dict[str, tuple[Choice, ...]]:
+    """The scheme of every weight of every graph.
+
+    Args:
+        weights: graph -> weights that could be quantized.
+        keep: patterns looked for in ``graph/weight``; what they are found in stays as it is.
+
+    Raises:
+        UsageError: a pattern that is no regular expression, or is found in no weight.
+    """
+    patterns = {text: _compiled(text) for text in keep}
+    unused = set(patterns)
+    chosen: dict[str, tuple[Choice, ...]] = {}
+    for graph, listed in weights.items():
+        row = []
+        for weight in listed:
+            hits = {text for text, pattern in patterns.items() if pattern.search(f"{graph}/{weight.name}")}
+            unused -= hits
+            row.append(Choice(weight, NONE if hits else _scheme(recipe.graphs.get(graph, ()), weight)))
+        chosen[graph] = tuple(row)
+    if unused:
+        example = next((f"{graph}/{row[0].name}" for graph, row in weights.items() if row), "none")
+        raise UsageError(
+            f"--keep {min(unused)!r} is found in the name of no weight; a name is GRAPH/WEIGHT, for example {example!r}"
+        )
+    return chosen
+
+
+def _scheme(rules: Sequence[Rule], weight: Weight) -> Scheme:
+    for rule in rules:
+        if weight.kind in rule.kinds and re.search(rule.pattern, weight.name):
+            scheme = SCHEMES[rule.scheme]
+            return scheme if scheme.takes(weight) else _FALLBACK
+    return NONE
+
+
+def _compiled(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UsageError(f"--keep {text!r} is not a regular expression: {error}") from error
