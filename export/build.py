@@ -251,7 +251,7 @@ def _record(
         dtype=spec.precision,
         profiles=built.profiles,
         fixed_dims=built.fixed,
-        flags=api.flag_names(),
+        flags=api.flag_names(spec.name),
         onnx=graph_files(bundle.manifest, spec.name),
         engine=file_record(engine),
         weights_bytes=built.weights_bytes,

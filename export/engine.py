@@ -134,7 +134,7 @@ def _configure(
 ) -> Any:
     config = parsed.builder.create_builder_config()
     api.set_capability(config, capability)
-    api.require_user_allocation(config)
+    api.require_user_allocation(config, parsed.graph)
     for profile in profiles:
         made = parsed.builder.create_optimization_profile()
         for tensor in parsed.inputs().values():

@@ -64,6 +64,9 @@ INTERESTING = (
 
 Attributes = Mapping[str, Iterable[str]]
 
+#: graphs whose steps are captured into CUDA graphs
+_CAPTURED = ("thinker", "talker")
+
 
 @dataclass(frozen=True)
 class Features:
@@ -251,9 +254,13 @@ class Api:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(kind, name), 0)
 
-    def require_user_allocation(self, config: Any) -> None:
-        """Let the engine allocate nothing while it runs, where the builder has that."""
-        if self.features.user_allocation:
+    def require_user_allocation(self, config: Any, graph: str) -> None:
+        """Let the engine of a decoder allocate nothing while it runs, where the builder has that.
+
+        Only decoding is captured into CUDA graphs. The vision encoder cannot be built so without a GPU: the builder
+        runs out of memory for its largest images (TensorRT-RTX 1.7.1).
+        """
+        if self.features.user_allocation and graph in _CAPTURED:
             config.set_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
     def make_decomposable(self, layer: Any) -> None:
@@ -261,10 +268,10 @@ class Api:
         layer.__class__ = self.module.IAttentionInputLayer  # the network hands out layers by their base class
         layer.attention.decomposable = True
 
-    def flag_names(self) -> tuple[str, ...]:
-        """Flags that builds are made with, for the record."""
+    def flag_names(self, graph: str) -> tuple[str, ...]:
+        """Flags that builds of a graph are made with, for the record."""
         flags = {"ATTENTION_DECOMPOSABLE": self.features.native_attention}
-        flags["REQUIRE_USER_ALLOCATION"] = self.features.user_allocation
+        flags["REQUIRE_USER_ALLOCATION"] = self.features.user_allocation and graph in _CAPTURED
         return ("STRONGLY_TYPED", *(name for name, is_set in flags.items() if is_set))
 
     def progress_monitor(self, step: Callable[[float], bool]) -> Any:

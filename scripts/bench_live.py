@@ -297,6 +297,7 @@ def page(figures: dict[str, Any]) -> str:
         f"the 3B's layer widths, four layers a stack) in FP32 on {environment['processor']}, "
         f"{environment['cores']} cores, "
         f"ONNX Runtime {environment['onnxruntime']}; everything in one process, one thing after the other.",
+        *([figures["note"]] if "note" in figures else []),
         "## First sound",
         f"A reply of {figures['text_tokens']} text tokens and {figures['codes']} codes "
         f"({reply['audio_seconds']:.0f} s of speech):",
@@ -330,9 +331,8 @@ def page(figures: dict[str, Any]) -> str:
             f"| {100 * r['host_share']:.1f} % |"
             for r in figures["overlap"]
         ),
-        "With one thread an operator the other core is free, and the workers overlap; with two, operators "
-        "already keep both "
-        "cores at work, and there is little left to gain. The host's share is the time outside graph runs of "
+        "No more can be gained than the longest worker leaves: token2wav is most of the work. With two threads, "
+        "operators already keep both cores at work. The host's share is the time outside graph runs of "
         "the workers in "
         f"turn. Picking one of {picks['vocabulary']} tokens takes {picks['greedy']:.2f} ms greedily, "
         f"{picks['top_k_40_top_p_0.8']:.1f} ms with top-k 40 and top-p 0.8, {picks['top_p_0.9']:.1f} ms with "
