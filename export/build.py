@@ -203,7 +203,7 @@ def engine_key(bundle: Bundle, spec: GraphSpec, target: Target, builder: str, ve
     parts: list[Any] = [
         {name: record.sha256.lower() for name, record in graph_files(bundle.manifest, spec.name).items()},
         msgspec.to_builtins((spec.inputs, spec.outputs, spec.aliases)),
-        msgspec.to_builtins(make_profiles(spec, graph_dims(spec, limits))),
+        msgspec.to_builtins(make_profiles(spec, graph_dims(spec, limits), limits.image_classes)),
         (builder, version, target.name, target.capability),
         [(name, hashlib.sha256((folder / name).read_bytes()).hexdigest()) for name in _CODE],
     ]

@@ -50,6 +50,7 @@ USED = {
         "infer_shapes",
         "set_device_memory",
         "set_input_shape",
+        "set_optimization_profile_async",
         "set_tensor_address",
         "update_device_memory_size_for_shapes",
     ),
@@ -81,6 +82,9 @@ class EngineTensor:
 
 class ExecutionContext(Protocol):
     """Runs an engine at one set of shapes and addresses at a time."""
+
+    def use_profile(self, index: int, stream: int) -> None:
+        """Take shapes of this profile, not of the first, once the stream is done. BackendError: the engine refuses."""
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Shape of an input from now on. BackendError: the engine does not take it."""
@@ -116,6 +120,15 @@ class LoadedEngine(Protocol):
 
     def context(self, fixed: bool) -> ExecutionContext:
         """A new context; ``fixed``: its shapes are set once, so it is worth specialising for them."""
+
+    def take_kernels(self, kernels: bytes) -> bool:
+        """Use kernels that an earlier process compiled; before the first context, with a device at hand.
+
+        False: they are another environment's, or this engine compiles nothing while it runs.
+        """
+
+    def kernels(self) -> bytes:
+        """The kernels compiled so far; empty if this engine compiles nothing while it runs."""
 
 
 class EngineRuntime(Protocol):
@@ -172,6 +185,7 @@ class _TrtEngine:
 
     def __init__(self, runtime: TrtRuntime, engine: Any) -> None:
         self._runtime, self._engine = runtime, engine
+        self._kernels = _kernel_cache(engine)
         names = [str(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)]
         self._tensors = {name: self._tensor(name) for name in names}
 
@@ -197,10 +211,23 @@ class _TrtEngine:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if fixed else kinds.LAZY
+            if self._kernels is not None:
+                config.set_runtime_cache(self._kernels)
             made = engine.create_execution_context(config)
         if made is None:
             raise BackendError(f"{self._runtime.builder} gives no execution context: {self._runtime.logger.reason()}")
-        return _TrtContext(self._runtime, engine, made)
+        return _TrtContext(self._runtime, engine, made, self._kernels)
+
+    def take_kernels(self, kernels: bytes) -> bool:
+        """See `LoadedEngine`."""
+        taken = self._kernels is not None and bool(self._kernels.deserialize(kernels))
+        self._runtime.logger.take()  # what it says about kernels of another environment is no error
+        return taken
+
+    def kernels(self) -> bytes:
+        """See `LoadedEngine`."""
+        held = None if self._kernels is None else self._kernels.serialize()
+        return b"" if held is None else bytes(memoryview(held))
 
     def _tensor(self, name: str) -> EngineTensor:
         engine = self._engine
@@ -212,8 +239,14 @@ class _TrtEngine:
 class _TrtContext:
     """An IExecutionContext."""
 
-    def __init__(self, runtime: TrtRuntime, engine: Any, context: Any) -> None:
+    def __init__(self, runtime: TrtRuntime, engine: Any, context: Any, kernels: Any) -> None:
         self._runtime, self._engine, self._context = runtime, engine, context
+        self._kernels = kernels  # has to outlive the context
+
+    def use_profile(self, index: int, stream: int) -> None:
+        """See `ExecutionContext`."""
+        if not self._context.set_optimization_profile_async(index, stream):
+            raise BackendError(f"the engine does not take profile {index}: {self._runtime.logger.reason()}")
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """See `ExecutionContext`."""
@@ -249,6 +282,14 @@ class _TrtContext:
         self._runtime.logger.take()
         if not self._context.execute_async_v3(stream):
             raise BackendError(f"{self._runtime.builder} could not run the engine: {self._runtime.logger.reason()}")
+
+
+def _kernel_cache(engine: Any) -> Any:
+    """An engine's IRuntimeCache, still empty; None where engines compile nothing while they run."""
+    if not hasattr(engine, "create_runtime_config"):
+        return None
+    config = engine.create_runtime_config()
+    return config.create_runtime_cache() if hasattr(config, "create_runtime_cache") else None
 
 
 def _import(builder: str) -> Any:
