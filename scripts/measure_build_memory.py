@@ -12,7 +12,9 @@ Ways: ``ours``, as omniport builds: weights by address, mapped pages let go of, 
 - ``level0``: builder optimization level 0;
 - ``one-tactic``: one tactic a layer is tried;
 - ``workspace``: 64 MiB of workspace;
-- ``stripped``: weights left out of the engine, which cannot run until it is refitted.
+- ``stripped``: weights left out of the engine, which cannot run until it is refitted;
+- ``one-arena``: one heap for all threads; ``trim``: one heap that gives memory back at once;
+- ``no-parser``: the parser and the ONNX file's nodes let go of before the build.
 
 Memory is resident memory above that before parsing, sampled every 10 ms: all of it, and the anonymous part alone, which
 the kernel cannot drop and read again.
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,7 +44,8 @@ def measure(bundle: Path, graph: str, target: str, way: str = "ours") -> dict[st
         weights_bytes, engine_bytes, seconds, peak_bytes, anonymous_bytes, layers.
     """
     command = [sys.executable, __file__, "--child", str(bundle), graph, target, way]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, **ENVIRONMENTS.get(way, {})}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -85,6 +89,9 @@ def _child(folder: str, graph: str, target: str, way: str) -> dict[str, Any]:
     def configured(api: Any, parsed: Any, *arguments: Any) -> Any:
         if way.endswith("lean"):
             parsed.builder = _Lean(parsed.builder)
+        if way == "no-parser":
+            parsed.parser = None
+            parsed.onnx_file._model.Clear()
         config = configure(api, parsed, *arguments)
         CONFIGS.get(way, lambda *_: None)(api.module, config)
         return config
@@ -184,7 +191,12 @@ CONFIGS: dict[str, Any] = {
     "workspace": _workspace,
     "stripped": _stripped,
 }
-WAYS = ("ours", "plain", *PROFILES, "lean", "two-lean", *CONFIGS)
+#: way -> settings of glibc's heap
+ENVIRONMENTS: dict[str, dict[str, str]] = {
+    "one-arena": {"MALLOC_ARENA_MAX": "1"},
+    "trim": {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"},
+}
+WAYS = ("ours", "plain", *PROFILES, "lean", "two-lean", *CONFIGS, *ENVIRONMENTS, "no-parser")
 
 
 def main() -> None:
@@ -198,11 +210,13 @@ def main() -> None:
     parser.add_argument("--target", default="rtx-4090")
     parser.add_argument("--ways", default="ours,plain", help=f"comma-separated: {', '.join(WAYS)}")
     options = parser.parse_args()
-    rows = [
-        measure(options.bundle, graph, options.target, way)
-        for graph in options.graphs.split(",")
-        for way in options.ways.split(",")
-    ]
+    rows: list[dict[str, Any]] = []
+    for graph in options.graphs.split(","):
+        for way in options.ways.split(","):
+            try:
+                rows.append(measure(options.bundle, graph, options.target, way))
+            except subprocess.CalledProcessError:  # the reason is on stderr
+                rows.append({"graph": graph, "target": options.target, "way": way, "failed": True})
     print(json.dumps(rows, indent=1))
 
 

@@ -174,6 +174,8 @@ class FakeRuntime:
     """
 
     builder = BUILDER
+    models: Bundle | None = None
+    """whose ONNX graphs to run, if not the bundle's own"""
 
     def __init__(
         self,
@@ -208,7 +210,8 @@ class FakeEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        path = str(runtime.bundle.path(spec.file))
+        models = runtime.models or runtime.bundle
+        path = str(models.path(models.manifest.graphs[spec.name].file))
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         sides = ((spec.inputs, True), (spec.outputs, False))
         self.tensors = {
