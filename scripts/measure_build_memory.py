@@ -41,7 +41,8 @@ def measure(bundle: Path, graph: str, target: str, way: str = "ours") -> dict[st
     """Build one engine in a process of its own.
 
     Returns:
-        weights_bytes, engine_bytes, seconds, peak_bytes, anonymous_bytes, layers.
+        weights_bytes, engine_bytes, seconds, peak_bytes, anonymous_bytes, layers; or failed, the message of a build
+        that did not go well.
     """
     command = [sys.executable, __file__, "--child", str(bundle), graph, target, way]
     environment = {**os.environ, **ENVIRONMENTS.get(way, {})}
@@ -79,6 +80,7 @@ def _child(folder: str, graph: str, target: str, way: str) -> dict[str, Any]:
     from omniport.export.targets import find_target
     from omniport.export.trt_api import load_api
     from omniport.runtime.bundle import Bundle
+    from omniport.runtime.errors import BuildError
 
     bundle, api = Bundle.open(folder), load_api("tensorrt-rtx")
     spec = bundle.manifest.graphs[graph]
@@ -96,6 +98,7 @@ def _child(folder: str, graph: str, target: str, way: str) -> dict[str, Any]:
         CONFIGS.get(way, lambda *_: None)(api.module, config)
         return config
 
+    about = {"graph": graph, "precision": bundle.manifest.precision, "target": target, "way": way}
     sampler = _Sampler()
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -103,13 +106,14 @@ def _child(folder: str, graph: str, target: str, way: str) -> dict[str, Any]:
         mock.patch.object(engine, "_configure", configured),
     ):
         out = Path(scratch) / "engine"
-        built = engine.build_engine(api, bundle.path(spec.file), spec, find_target(target), out)
-        sampler.stop()
+        try:
+            built = engine.build_engine(api, bundle.path(spec.file), spec, find_target(target), out)
+        except BuildError as error:
+            return {**about, "failed": str(error)}
+        finally:
+            sampler.stop()
         return {
-            "graph": graph,
-            "precision": bundle.manifest.precision,
-            "target": target,
-            "way": way,
+            **about,
             "weights_bytes": built.weights_bytes,
             "engine_bytes": out.stat().st_size,
             "seconds": round(built.seconds, 1),
@@ -215,8 +219,8 @@ def main() -> None:
         for way in options.ways.split(","):
             try:
                 rows.append(measure(options.bundle, graph, options.target, way))
-            except subprocess.CalledProcessError:  # the reason is on stderr
-                rows.append({"graph": graph, "target": options.target, "way": way, "failed": True})
+            except subprocess.CalledProcessError as error:  # the reason is on stderr
+                rows.append({"graph": graph, "target": options.target, "way": way, "failed": str(error)})
     print(json.dumps(rows, indent=1))
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import mmap
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from ..errors import BackendError
+from .trt_log import listen
 
 __all__ = [
     "EXTRAS",
@@ -153,28 +153,23 @@ class TrtRuntime:
         BackendError: it is not installed or does not import.
     """
 
-    # TensorRT keeps the first logger that a process gives it for good.
-    _loggers: ClassVar[dict[str, Any]] = {}
-
     def __init__(self, builder: str) -> None:
         self.builder = builder
         self.module = _import(builder)
         self.version = str(self.module.__version__)
-        if builder not in self._loggers:
-            self._loggers[builder] = _make_logger(self.module)
-        self.logger = self._loggers[builder]
+        self.logger, self.messages = listen(builder, self.module)
         self._runtime = self.module.Runtime(self.logger)
         if self._runtime is None:
-            raise BackendError(f"{builder} {self.version} gives no runtime: {self.logger.reason()}")
+            raise BackendError(f"{builder} {self.version} gives no runtime: {self.messages.reason()}")
 
     def load(self, path: Path) -> LoadedEngine:
         """See `EngineRuntime`. The file is mapped: its pages can be dropped once the engine is on the device."""
-        self.logger.take()
+        self.messages.take()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(
-                f"{self.builder} {self.version} cannot load {path}: {self.logger.reason()}. If the GPU is out of "
+                f"{self.builder} {self.version} cannot load {path}: {self.messages.reason()}. If the GPU is out of "
                 "memory, close other programs; otherwise build the engine again (omniport build --force)"
             )
         return _TrtEngine(self, engine)
@@ -215,13 +210,13 @@ class _TrtEngine:
                 config.set_runtime_cache(self._kernels)
             made = engine.create_execution_context(config)
         if made is None:
-            raise BackendError(f"{self._runtime.builder} gives no execution context: {self._runtime.logger.reason()}")
+            raise BackendError(f"{self._runtime.builder} gives no execution context: {self._runtime.messages.reason()}")
         return _TrtContext(self._runtime, engine, made, self._kernels)
 
     def take_kernels(self, kernels: bytes) -> bool:
         """See `LoadedEngine`."""
         taken = self._kernels is not None and bool(self._kernels.deserialize(kernels))
-        self._runtime.logger.take()  # what it says about kernels of another environment is no error
+        self._runtime.messages.take()  # what it says about kernels of another environment is no error
         return taken
 
     def kernels(self) -> bytes:
@@ -246,12 +241,12 @@ class _TrtContext:
     def use_profile(self, index: int, stream: int) -> None:
         """See `ExecutionContext`."""
         if not self._context.set_optimization_profile_async(index, stream):
-            raise BackendError(f"the engine does not take profile {index}: {self._runtime.logger.reason()}")
+            raise BackendError(f"the engine does not take profile {index}: {self._runtime.messages.reason()}")
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """See `ExecutionContext`."""
         if not self._context.set_input_shape(name, shape):
-            raise BackendError(f"the engine does not take {list(shape)} as {name!r}: {self._runtime.logger.reason()}")
+            raise BackendError(f"the engine does not take {list(shape)} as {name!r}: {self._runtime.messages.reason()}")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `ExecutionContext`."""
@@ -262,7 +257,7 @@ class _TrtContext:
     def set_address(self, name: str, address: int) -> None:
         """See `ExecutionContext`."""
         if not self._context.set_tensor_address(name, address):
-            raise BackendError(f"the engine does not take an address for {name!r}: {self._runtime.logger.reason()}")
+            raise BackendError(f"the engine does not take an address for {name!r}: {self._runtime.messages.reason()}")
 
     def scratch_bytes(self) -> int:
         """See `ExecutionContext`."""
@@ -279,9 +274,9 @@ class _TrtContext:
 
     def enqueue(self, stream: int) -> None:
         """See `ExecutionContext`."""
-        self._runtime.logger.take()
+        self._runtime.messages.take()
         if not self._context.execute_async_v3(stream):
-            raise BackendError(f"{self._runtime.builder} could not run the engine: {self._runtime.logger.reason()}")
+            raise BackendError(f"{self._runtime.builder} could not run the engine: {self._runtime.messages.reason()}")
 
 
 def _kernel_cache(engine: Any) -> Any:
@@ -303,28 +298,3 @@ def _import(builder: str) -> Any:
             f"{name} does not import: {type(error).__name__}: {error}. Install it again: "
             f"pip install --force-reinstall 'omniport[{extra}]'"
         ) from error
-
-
-def _make_logger(module: Any) -> Any:
-    wanted = {"INTERNAL_ERROR", "ERROR"}
-
-    class Caught(module.ILogger):  # type: ignore[misc]  # a base class known at run time only
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-            self._errors: list[str] = []
-            self._lock = threading.Lock()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity.name in wanted:
-                with self._lock:
-                    self._errors.append(" ".join(message.split()))
-
-        def take(self) -> list[str]:
-            with self._lock:
-                taken, self._errors = self._errors, []
-            return taken
-
-        def reason(self) -> str:
-            return "; ".join(self.take())[:800] or "it gives no reason"
-
-    return Caught()
