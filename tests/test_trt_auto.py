@@ -181,7 +181,7 @@ def test_validate_auto_takes_engines_of_a_bfloat16_bundle(
     monkeypatch.setattr(FakeRuntime, "models", Bundle.open(tiny_bundle))  # no CPU runs the graph itself
     report, _ = validate(bundle.root, tiny_checkpoint, backend="auto", graphs=("audio_encoder", "vision_encoder"))
     assert report.backend == "tensorrt-rtx (audio_encoder) + ort-cpu"
-    assert report.emulated == ["vision_encoder"]
+    assert report.emulated == ["vision_encoder", "thinker", "talker"]  # all others in BF16
     assert {check.status for check in report.checks} == {"pass"}
     assert {check.stage for check in report.checks} >= {"audio_encoder", "vision_encoder"}
     assert gpu.done.count("engine") > 2

@@ -109,7 +109,8 @@ def engines_here(bundle: Bundle) -> TrtBackend | None:
         except BackendError as error:
             refused[graph] = str(error)
     best = max(found, key=lambda backend: len(backend.engines), default=None)
-    _warn(bundle.root, {graph: why for graph, why in refused.items() if best is None or graph in best.missing})
+    left = [graph for graph in bundle.manifest.graphs if best is None or graph in best.missing]
+    _warn(bundle.root, {graph: refused[graph] for graph in left if graph in refused})
     return best
 
 
