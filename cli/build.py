@@ -68,7 +68,9 @@ def command(
     ] = 3_211_264,
     image_classes: Annotated[
         str,
-        typer.Option(metavar="A,B", help="Pixels of the largest image of each class below that; empty for one class."),
+        typer.Option(
+            metavar="A,B", help="Pixels of the largest image of each class below --max-pixels; empty for one class."
+        ),
     ] = "262144,1048576",
     max_codes: Annotated[
         int | None,

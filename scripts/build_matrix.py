@@ -65,7 +65,7 @@ class Matrix:
         return self._rows.get(key)
 
     def _key(self, bundle: Path, target: str, graph: str) -> str:
-        """The builder, the code that drives it, and what the engine is made from."""
+        """The bundle's precision, the builder, the code that drives it, and what the engine is made from."""
         from omniport.export.build import engine_key
         from omniport.export.profiles import Limits
         from omniport.export.targets import find_target
@@ -73,7 +73,8 @@ class Matrix:
 
         opened = Bundle.open(bundle)
         spec = opened.manifest.graphs[graph]
-        return engine_key(opened, spec, find_target(target), "tensorrt-rtx", self._version, Limits())
+        key = engine_key(opened, spec, find_target(target), "tensorrt-rtx", self._version, Limits())
+        return f"{opened.manifest.precision} {key}"
 
 
 def _engines(bundles: dict[str, Path]) -> Iterator[tuple[Path, str, str]]:
