@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,8 +58,8 @@ def command(
         columns = ("engine", "size", "GPU", "builder", "KV capacity", "built from", "runs here")
         rows = ((*_engine_row(engine), "no" if engine.name in facts["not_here"] else "yes") for engine in built.usable)
         print_table("Engines", columns, rows)
-    for name, reason in facts["not_here"].items():
-        log_console(quiet).print(f"{name} does not run here: {reason}", markup=False)
+    for reason, count in Counter(facts["not_here"].values()).items():
+        log_console(quiet).print(f"not run here ({count}): {reason}", markup=False)
     for reason in built.unusable.values():
         log_console(quiet).print(f"not usable: {reason}", markup=False)
     if verify:

@@ -79,9 +79,7 @@ def test_engines_of_another_version(bundle: Bundle, gpu: FakeDriver, monkeypatch
     said = fallback(bundle)
     assert said.startswith(f"ONNX Runtime runs thinker of {bundle.root} in place of its engine: tensorrt-rtx 1.7.1.116")
     assert "1.8.0 is installed" in said
-    assert said.endswith(
-        f"omniport build {bundle.root} --target this --builder tensorrt-rtx --graphs thinker (so for talker)"
-    )
+    assert said.endswith(f"omniport build {bundle.root} --target this --builder tensorrt-rtx (so for talker)")
 
 
 def test_engines_of_another_gpu(
@@ -145,7 +143,7 @@ def test_inspect_says_which_run_here(
     assert all("1.8.0 is installed. Build it again: omniport build" in reason for reason in reasons.values())
     shown, said = inspect()
     assert "runs here" in " ".join(shown.split())
-    assert "does not run here: tensorrt-rtx 1.7.1.116 built it" in " ".join(said.split())
+    assert " ".join(said.split()).count("not run here (2): tensorrt-rtx 1.7.1.116 built it") == 1
 
 
 # validation

@@ -61,7 +61,7 @@ def installed_version(builder: str) -> str | None:
 def why_not(record: EngineRecord, here: Here, bundle: Path) -> str:
     """Why an engine does not run here, and what mends it; empty if it does."""
     builder = record.builder
-    again = build_line(bundle, "this", builder, (record.graph,))
+    again = build_line(bundle, "this", builder)
     if here.capability is None:
         return "this machine has no NVIDIA GPU that can be used: check nvidia-smi"
     if record.compute_capability != here.capability:
