@@ -79,7 +79,8 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("omniport::split_heads", mutates_args=())
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+    # a copy also where one token leaves nothing to move: outputs must not alias inputs
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 @_split_heads.register_fake
@@ -89,7 +90,7 @@ def _(x: Tensor, heads: int) -> Tensor:
 
 @torch.library.custom_op("omniport::merge_heads", mutates_args=())
 def _merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(-2).contiguous()
+    return x.transpose(1, 2).flatten(-2).clone(memory_format=torch.contiguous_format)
 
 
 @_merge_heads.register_fake
