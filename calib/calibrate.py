@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import msgspec
 from omniport.runtime.errors import UsageError
 
 from .calibration import Calibration, Header, Site
-from .dataset import digest, read_samples
+from .dataset import read_samples
 from .source import Source
 from .stages import Job, Stages
 from .work import SOURCE, work_folder
@@ -80,7 +81,7 @@ def calibrate(
             )
         header = Header(
             fingerprint=source.ckpt.fingerprint,
-            data=digest(rows),
+            data=hashlib.sha256("".join(row.digest for row in rows).encode()).hexdigest(),
             samples=len(rows),
             seed=seed,
             created_by={name: _version(name) for name in ("omniport", "nvidia-modelopt", "torch")},

@@ -17,7 +17,7 @@ from omniport.runtime.prompt import Prompt, build_prompt
 from omniport.runtime.text import TextCodec
 from omniport.runtime.thinker import require_room
 
-__all__ = ["Sample", "digest", "read_samples"]
+__all__ = ["Sample", "read_samples"]
 
 _MEDIA = ("audio", "image", "video")
 
@@ -29,11 +29,14 @@ class Sample:
     Attributes:
         where: file and line, for messages.
         reply: token ids that the thinker is made to say; none if the sample has no reply.
+        digest: sha256 (hex) of messages, reply and media, wherever these lie. What is drawn for a sample depends on it
+            and not on the sample's place, so that ranges do not depend on the order of the samples.
     """
 
     where: str
     messages: Sequence[Mapping[str, Any]]
     reply: tuple[int, ...]
+    digest: str
 
     def prompt(self, manifest: Manifest, codec: TextCodec) -> Prompt:
         """The prompt with its media, as the runtime lays it out: read anew on every call, for it may be large."""
@@ -55,26 +58,21 @@ def read_samples(path: Path, manifest: Manifest, codec: TextCodec, limit: int | 
         where = f"{path}:{number}"
         try:
             entry = parse_entry(line, path.parent, ("reply",))
-            sample = Sample(where, entry["messages"], _reply(entry, codec))
-            prompt = sample.prompt(manifest, codec)
+            prompt = build_prompt(entry["messages"], manifest, codec)
+            reply = _reply(entry, codec)
             # what the talker prefills beside the prompt, and the reply
-            require_room(len(prompt.token_ids), manifest.kv.max_context, 2 + len(sample.reply))
+            require_room(len(prompt.token_ids), manifest.kv.max_context, 2 + len(reply))
         except (ValueError, OmniportError) as error:
             raise UsageError(f"{where}: {error}") from error
-        samples.append(sample)
+        samples.append(Sample(where, entry["messages"], reply, _digest(entry)))
     if not samples:
         raise UsageError(f'{path} holds no sample; at least one line with "messages" was expected')
     return samples
 
 
-def digest(samples: Sequence[Sample]) -> str:
-    """sha256 (hex) of what was read: messages, replies and media, wherever these lie."""
-    found = hashlib.sha256()
-    for sample in samples:
-        messages = [{**message, "content": _contents(message["content"])} for message in sample.messages]
-        part = msgspec.json.encode([messages, sample.reply], order="sorted")
-        found.update(len(part).to_bytes(8, "little") + part)
-    return found.hexdigest()
+def _digest(entry: Mapping[str, Any]) -> str:
+    messages = [{**message, "content": _contents(message["content"])} for message in entry["messages"]]
+    return hashlib.sha256(msgspec.json.encode([messages, entry.get("reply")], order="sorted")).hexdigest()
 
 
 def _contents(content: Any) -> Any:

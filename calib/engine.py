@@ -5,7 +5,7 @@ So memory holds one layer, one call's activations and a little of the spool, wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -54,13 +54,11 @@ class Engine:
         sites: Sequence[SitePlan],
         folder: Path,
         *,
-        keep: Callable[[SitePlan], bool] = lambda _: False,
         unseen: Sequence[str] = (),
         memory: int = MEMORY_BYTES,
     ) -> None:
         """Args:
         folder: for activations. memory: bytes of them that need not go there.
-        keep: sites of which input rows are kept.
         unseen: sites that the caller observes by itself.
         """
         self.name = definition.name
@@ -71,7 +69,7 @@ class Engine:
         self._decodes = bool(definition.past)
         size = sum(tensor.numel() * 4 for tensor in self.module.parameters())
         self._resident = size <= RESIDENT_BYTES
-        self.observers = {site.name: Observer(f"{self.name}/{site.name}", site.axis, keep(site)) for site in sites}
+        self.observers = {site.name: Observer(f"{self.name}/{site.name}", site.axis, site.smooths) for site in sites}
         for name in self.observers:
             if name not in unseen:
                 _watch(self.module, name, self.observers)

@@ -19,13 +19,15 @@ from .clips import choose_clips
 from .lazy import read_rows
 from .observe import Observer
 from .sites import SitePlan
-from .smooth import AWQ_BLOCKS, awq_factors, smooth_factors
+from .smooth import AWQ_BLOCKS, Product, awq_factors, smooth_factors
 
 __all__ = ["Findings"]
 
 _RECORD = "record"
-#: outputs of a product that AWQ's search looks at: evenly spaced where there are more
-_AWQ_OUTPUTS = 4096
+#: outputs of a product that a search looks at: evenly spaced where there are more
+_OUTPUTS = 2048
+#: input channels of the products that are looked at together: about 250 MB of weights
+_GROUP_CHANNELS = 32768
 
 
 class Findings:
@@ -44,14 +46,15 @@ class Findings:
         self._rules, self._reader, self._searches = rules, reader, searches
         folder.mkdir(parents=True, exist_ok=True)
 
-    def keeps_rows(self, site: SitePlan) -> bool:
-        """Whether input rows of a site are needed."""
-        return self._searches and site.smooths
-
     def take(self, observers: dict[str, Observer]) -> None:
         """Finish every site that was seen, and take its observer away."""
+        group: list[tuple[SitePlan, Observer]] = []
         for name in [name for name, observer in observers.items() if observer.count]:
-            self._store(self._finish(self._sites[name][1], observers.pop(name)))
+            group.append((self._sites[name][1], observers.pop(name)))
+            if sum(len(observer.absmax) for _, observer in group) > _GROUP_CHANNELS:
+                self._finish(group)
+                group = []
+        self._finish(group)
 
     def load(self) -> Iterator[Site]:
         """The finished sites in the graph's order; those that were never seen are left out."""
@@ -63,25 +66,28 @@ class Findings:
                 record = msgspec.json.decode(file.metadata()[_RECORD], type=SiteRecord)
                 yield Site(record, {name: file.get_tensor(name) for name in sorted(file.keys())})
 
-    def _finish(self, site: SitePlan, observer: Observer) -> Site:
-        hist, top = observer.hist, float(observer.absmax.max())
-        arrays: dict[str, NDArray[Any]] = {"absmax": observer.absmax, "hist": hist}
-        if site.smooths:
-            arrays["smooth"] = smooth_factors(observer.absmax, self._weight_absmax(site))
-        if self.keeps_rows(site):
-            arrays |= self._search(site, observer.rows)
-        record = SiteRecord(
-            weights=tuple(weight.name for weight in site.weights),
-            kind=site.kind,
-            count=observer.count,
-            clips=choose_clips(hist, top),
-        )
-        return Site(record, arrays)
+    def _finish(self, group: Sequence[tuple[SitePlan, Observer]]) -> None:
+        """Choose scales for some sites at once: Model Optimizer takes longer to begin than for a small product."""
+        products = {site.name: self._product(site, observer) for site, observer in group if site.smooths}
+        smooth = dict(zip(products, smooth_factors(list(products.values())) if products else (), strict=True))
+        for site, observer in group:
+            arrays: dict[str, NDArray[Any]] = {"absmax": observer.absmax, "hist": observer.hist}
+            if site.name in products:
+                arrays |= {"smooth": smooth[site.name], **self._search(products[site.name])}
+            record = SiteRecord(
+                weights=tuple(weight.name for weight in site.weights),
+                kind=site.kind,
+                count=observer.count,
+                clips=choose_clips(arrays["hist"], float(observer.absmax.max())),
+            )
+            self._store(Site(record, arrays))
 
-    def _search(self, site: SitePlan, rows: torch.Tensor) -> dict[str, NDArray[Any]]:
-        blocks = [block for block in AWQ_BLOCKS if rows.shape[1] % block == 0]
-        weight = self._some_outputs(site) if blocks else torch.zeros(0)
-        return {f"awq-{block}": awq_factors(rows, weight, block) for block in blocks}
+    def _product(self, site: SitePlan, observer: Observer) -> Product:
+        return Product(observer.absmax, self._weight_absmax(site), observer.rows, self._some_outputs(site))
+
+    def _search(self, product: Product) -> dict[str, NDArray[Any]]:
+        blocks = [block for block in AWQ_BLOCKS if len(product.absmax) % block == 0] if self._searches else []
+        return {f"awq-{block}": awq_factors(product.rows, product.weight, block) for block in blocks}
 
     def _weight_absmax(self, site: SitePlan) -> NDArray[np.float32]:
         """float32 [K]: largest magnitude of each row of [K, N], over all weights of a site, read in blocks."""
@@ -92,8 +98,8 @@ class Findings:
         return top
 
     def _some_outputs(self, site: SitePlan) -> torch.Tensor:
-        """float32 [n, K]: evenly spaced outputs of all weights of a site, at most about `_AWQ_OUTPUTS`."""
-        stride = -(-sum(weight.shape[1] for weight in site.weights) // _AWQ_OUTPUTS)
+        """float32 [n, K]: evenly spaced outputs of all weights of a site, at most about `_OUTPUTS`."""
+        stride = -(-sum(weight.shape[1] for weight in site.weights) // _OUTPUTS)
         found = []
         for key in self._keys(site):
             for start, _, rows in read_rows(key, self._reader):

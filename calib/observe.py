@@ -22,7 +22,7 @@ _FINE = 32768
 #: values looked at at once
 _PIECE = 1 << 22
 #: input rows kept for searches that need real inputs, and the bytes that they may take
-KEPT_ROWS = 512
+KEPT_ROWS = 256
 _KEPT_BYTES = 8 << 20
 
 

@@ -31,11 +31,13 @@ class Source:
 
     Attributes:
         definitions: the parts in float32, in the order of the model; a decoder's cache grows with its tokens.
+        exported: the same as they are exported by default.
         bundle: without graphs: manifest, embeddings, tokenizer and voices, for the runtime's own code.
     """
 
     ckpt: Checkpoint
     definitions: Mapping[str, GraphDefinition]
+    exported: Mapping[str, GraphDefinition]
     bundle: Bundle
     codec: TextCodec
 
@@ -53,8 +55,9 @@ class Source:
         ckpt = Checkpoint.open(checkpoint)
         context = min(_MAX_CONTEXT, int(ckpt.config.thinker_config.text_config.max_position_embeddings))
         solver = rk4_schedule()
-        definitions = graph_definitions(
-            ckpt.config, "fp32", context, solver, ckpt.tied_embeddings, ops="native", kv_form="concat"
+        definitions, exported = (
+            graph_definitions(ckpt.config, "fp32", context, solver, ckpt.tied_embeddings, kv_form=form)
+            for form in ("concat", "static")
         )
         check_weights(ckpt, definitions.values())
         speakers = load_speakers(ckpt.path / "spk_dict.pt") if ckpt.has_speech else {}
@@ -74,4 +77,4 @@ class Source:
             path.parent.mkdir(exist_ok=True)
             write_embedding(ckpt, part, path, lambda _: None)
         bundle = Bundle(folder, manifest, files)
-        return cls(ckpt, definitions, bundle, TextCodec.from_file(files[_TOKENIZER], manifest.tokens))
+        return cls(ckpt, definitions, exported, bundle, TextCodec.from_file(files[_TOKENIZER], manifest.tokens))

@@ -101,14 +101,14 @@ class Stages:
     def _sites(self, graph: str) -> tuple[SitePlan, ...]:
         if graph not in self._plans:
             self._job.progress(f"reading the graph of {graph}", 0, 1)
-            self._plans[graph] = plan_sites(self._job.source.definitions[graph])
+            self._plans[graph] = plan_sites(self._job.source.exported[graph])
         return self._plans[graph]
 
-    def _engine(self, graph: str, findings: Findings, **options: Any) -> Engine:
+    def _engine(self, graph: str, **options: Any) -> Engine:
         job = self._job
         definition, ckpt = job.source.definitions[graph], job.source.ckpt
         spool = job.work.folder / "spool" / graph
-        return Engine(definition, ckpt, self._sites(graph), spool, keep=findings.keeps_rows, **options)
+        return Engine(definition, ckpt, self._sites(graph), spool, **options)
 
     def _layers(self, engine: Engine, findings: Findings, calls: Callable[[], Iterator[Call]], empty: Call) -> None:
         """Take all calls of a part through its layers, from where an earlier run has come to.
@@ -134,7 +134,7 @@ class Stages:
     def _encoder(self, graph: str) -> None:
         kinds = ("audio",) if graph == "audio_encoder" else ("image", "video")
         findings = self.findings(graph)
-        engine = self._engine(graph, findings, memory=0)
+        engine = self._engine(graph, memory=0)
         places: list[tuple[int, int, list[int]]] = []
 
         def calls() -> Iterator[Call]:
@@ -167,7 +167,7 @@ class Stages:
 
     def _thinker(self) -> None:
         findings = self.findings("thinker")
-        engine = self._engine("thinker", findings, memory=0, unseen=(_HEAD,))
+        engine = self._engine("thinker", memory=0, unseen=(_HEAD,))
         calls = (self._teach(number, sample) for number, sample in enumerate(self._job.samples))
         self._layers(engine, findings, lambda: calls, Call((), _no_caches(self._job.source, "thinker")))
         for number, (sample, hidden) in enumerate(zip(self._job.samples, engine.leave(), strict=True)):
@@ -204,7 +204,7 @@ class Stages:
 
     def _talker(self) -> None:
         findings = self.findings("talker")
-        engine = self._engine("talker", findings)
+        engine = self._engine("talker")
         for number, codes in self._in_groups(engine, "talker", self._codes):
             self._job.work.put(f"codes/{number}", codes)
         findings.take(engine.observers)
@@ -230,7 +230,7 @@ class Stages:
 
     def _dit(self) -> None:
         findings = self.findings("dit")
-        engine = self._engine("dit", findings)
+        engine = self._engine("dit")
         for number, mels in self._in_groups(engine, "dit", self._mels):
             self._job.work.put(f"mels/{number}", len(mels))
             for i, mel in enumerate(mels):
@@ -251,7 +251,7 @@ class Stages:
 
     def _vocoder(self) -> None:
         findings = self.findings("bigvgan")
-        engine = self._engine("bigvgan", findings)
+        engine = self._engine("bigvgan")
         work, total = self._job.work, len(self._speaking)
         for done, number in enumerate(self._speaking):
             self._job.progress("bigvgan", done, total)
@@ -278,13 +278,14 @@ class Stages:
         return GrowingCache(_no_caches(self._job.source, graph), capacity)
 
     def _voice(self, number: int) -> VoiceSpec:
-        """Samples take turns in the voices."""
+        """The voice that a sample speaks with: any of them."""
         voices = self._job.source.manifest.voices
-        return voices[number % len(voices)]
+        return voices[int(self._job.samples[number].digest, 16) % len(voices)]
 
     def _streams(self, number: int) -> list[np.random.Generator]:
         """Sources of randomness of a sample: thinker, talker, noise, as in a reply."""
-        return [np.random.default_rng(s) for s in np.random.SeedSequence([self._job.seed, number]).spawn(3)]
+        entropy = [self._job.seed, int(self._job.samples[number].digest, 16)]
+        return [np.random.default_rng(s) for s in np.random.SeedSequence(entropy).spawn(3)]
 
 
 def _batches(span: MediaSpan) -> Iterator[Mapping[str, Array]]:
