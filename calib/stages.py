@@ -7,6 +7,7 @@ interrupted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -144,12 +145,10 @@ class Stages:
             self._job.work.put(f"{graph}-places", places)
 
         self._layers(engine, findings, calls, Call(()))
-        held: dict[tuple[int, int], list[NDArray[np.float32]]] = {}
-        for (number, place, frames), out in zip(self._job.work.get(f"{graph}-places"), engine.leave(), strict=True):
-            rows = np.concatenate(heard(out.numpy(), frames)) if frames else out.numpy()
-            held.setdefault((number, place), []).append(rows)
-        for (number, place), pieces in held.items():
-            self._job.work.put_array(f"media/{number}-{place}", np.concatenate(pieces))
+        outputs = zip(self._job.work.get(f"{graph}-places"), engine.leave(), strict=True)
+        for (number, place), calls_of_one in itertools.groupby(outputs, lambda found: found[0][:2]):
+            rows = [heard(out.numpy(), frames) if frames else [out.numpy()] for (_, _, frames), out in calls_of_one]
+            self._job.work.put_array(f"media/{number}-{place}", np.concatenate(sum(rows, [])))
         findings.take(engine.observers)
         engine.close()
 

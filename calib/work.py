@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.errors import UsageError
+from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.staging import folder_lock
 
 __all__ = ["SOURCE", "Work", "work_folder"]
@@ -79,7 +79,10 @@ class Work:
 
 @contextmanager
 def work_folder(out: Path) -> Iterator[Work]:
-    """The work folder beside ``out``, for this process alone. It stays when the block raises, and goes when it ends.
+    """The work folder beside ``out``, for this process alone.
+
+    It goes when the block ends, when a check has failed, and when there is nothing in it to go on from; it stays when
+    the block is interrupted.
 
     Raises:
         UsageError: another run writes to the same place, or the folder cannot be made.
@@ -95,5 +98,9 @@ def work_folder(out: Path) -> Iterator[Work]:
     try:
         yield Work(folder)
         shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        if isinstance(error, CheckFailed) or not (folder / _KEY).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         os.close(lock)
