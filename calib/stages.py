@@ -147,8 +147,9 @@ class Stages:
         self._layers(engine, findings, calls, Call(()))
         outputs = zip(self._job.work.get(f"{graph}-places"), engine.leave(), strict=True)
         for (number, place), calls_of_one in itertools.groupby(outputs, lambda found: found[0][:2]):
-            rows = [heard(out.numpy(), frames) if frames else [out.numpy()] for (_, _, frames), out in calls_of_one]
-            self._job.work.put_array(f"media/{number}-{place}", np.concatenate(sum(rows, [])))
+            pieces = [heard(out.numpy(), frames) if frames else [out.numpy()] for (_, _, frames), out in calls_of_one]
+            rows = np.concatenate(list(itertools.chain.from_iterable(pieces)))
+            self._job.work.put_array(f"media/{number}-{place}", rows)
         findings.take(engine.observers)
         engine.close()
 
