@@ -13,7 +13,20 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import build, doctor, export, inspect, make_checkpoint, quantize, ranges, talk, targets, validate, voices
+from . import (
+    build,
+    calibrate,
+    doctor,
+    export,
+    inspect,
+    make_checkpoint,
+    quantize,
+    ranges,
+    talk,
+    targets,
+    validate,
+    voices,
+)
 from . import run as run_command
 
 __all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_TERMINATED", "app", "run"]
@@ -40,6 +53,7 @@ for _module in (
     make_checkpoint,
     export,
     ranges,
+    calibrate,
     quantize,
     validate,
     build,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import attention, merge_heads, rotary_embedding, split_heads
 from ..weights import ExportModule, Linear
 from .layers import GatedMlp, RmsNorm
+from .stack import Context, Stack
 
 __all__ = ["VisionEncoder", "VisionEncoderConfig"]
 
@@ -92,7 +93,7 @@ class _Merger(ExportModule):
         return x
 
 
-class VisionEncoder(ExportModule):
+class VisionEncoder(Stack):
     """Windowed vision transformer (transformers: Qwen2_5OmniVisionEncoder), one image or one video a call.
 
     Patches travel in window order, padded to full windows, through all layers: a window is a batch row, and the few
@@ -116,6 +117,15 @@ class VisionEncoder(ExportModule):
     def forward(self, patches: Tensor, grid_hw: Tensor, window_index: Tensor, window_valid: Tensor) -> Tensor:
         """patches: float32 [T, N, 1176], grid_hw: int64 [N, 2] row and column of each patch, window_index: int64 [W*64]
         patch in each window slot (N where unused), window_valid: bool [W, 64] -> float32 [T*N/4, output]."""
+        x, context = self.enter(patches, grid_hw, window_index, window_valid)
+        return self.leave(self.run_layers(x, context), context)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, Context]:
+        patches, grid_hw, window_index, window_valid = inputs
         frames, count = patches.shape[0], patches.shape[1]
         windows, window = window_valid.shape[0], self.window
         slots = torch.clamp(window_index, max=count - 1)
@@ -128,13 +138,16 @@ class VisionEncoder(ExportModule):
         by_window = (self._windows(by_frame[0]), self._windows(by_frame[1]))
         frame_mask = window_valid.reshape(1, 1, 1, -1).expand(frames, 1, windows * window, -1)
         window_mask = window_valid[None, :, None, None, :].expand(frames, -1, -1, window, -1).flatten(0, 1)
+        return x, (by_frame, frame_mask, by_window, window_mask, window_index, count)
 
-        for index, block in enumerate(self.blocks):
-            if index in self.full:
-                x = block(x, by_frame, frame_mask)
-            else:
-                x = block(self._windows(x), by_window, window_mask).reshape(frames, windows * window, -1)
+    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        by_frame, frame_mask, by_window, window_mask = context[:4]
+        if index in self.full:
+            return self.blocks[index](x, by_frame, frame_mask)
+        return self.blocks[index](self._windows(x), by_window, window_mask).reshape(x.shape[0], x.shape[1], -1)
 
+    def leave(self, x: Tensor, context: Context) -> Tensor:
+        window_index, count = context[4:]
         merged = self.merger(x)  # [T, P/4, output], window order
         return merged.index_select(1, self._raster_order(window_index, count)).flatten(0, 1).float()
 
