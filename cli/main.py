@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import build, doctor, export, inspect, make_checkpoint, quantize, ranges, talk, targets, validate, voices
+from . import build, doctor, export, inspect, make_checkpoint, plan, quantize, ranges, talk, targets, validate, voices
 from . import run as run_command
 
 __all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_TERMINATED", "app", "run"]
@@ -44,6 +44,7 @@ for _module in (
     validate,
     build,
     targets,
+    plan,
     inspect,
     voices,
     run_command,

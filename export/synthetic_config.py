@@ -8,7 +8,7 @@ from typing import Any
 
 from .synthetic_tokenizer import SyntheticTokenizer
 
-__all__ = ["CODEBOOK", "CODEC", "CODEC_VOCAB", "SIZES", "TTS_FROM_END", "Size", "checkpoint_config"]
+__all__ = ["CODEBOOK", "CODEC", "CODEC_VOCAB", "SIZES", "TTS_FROM_END", "Size", "checkpoint_config", "geometry_config"]
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,24 @@ CODEBOOK = 8193
 CODEC = {"pad": 8292, "start": 8293, "end": 8294, "mask": 8296}
 # Where the text-to-speech ids sit, counted back from the end of the 3B's vocabulary (no token has these names).
 TTS_FROM_END = {"pad": 77, "start": 76, "end": 75, "Ethan": 66, "Chelsie": 64}
+
+
+def geometry_config(size: Size) -> dict[str, Any]:
+    """The part of config.json that states sizes: what a plan needs, without the ids of a tokenizer."""
+    return {
+        "model_type": "qwen2_5_omni",
+        "thinker_config": {
+            "audio_config": _audio_config(size),
+            "text_config": _text_config(size),
+            "vision_config": _vision_config(size),
+        },
+        "talker_config": {
+            "embedding_size": size.text["hidden_size"],
+            "vocab_size": CODEC_VOCAB,
+            **_decoder_keys(size.talker),
+        },
+        "token2wav_config": _token2wav_config(size),
+    }
 
 
 def checkpoint_config(size: Size, tokenizer: SyntheticTokenizer) -> dict[str, Any]:
