@@ -126,6 +126,9 @@ def _print_one(plan: TargetPlan) -> None:
     title = f"{plan.model} on {plan.machine.title}: {size_text(plan.machine.usable)} usable, context {plan.context}"
     print_table(title, columns, (_row(row) for row in plan.recipes))
     mapped = next((row.memory.mapped for row in plan.recipes if row.memory is not None), 0)
+    for row in plan.recipes:
+        if row.problem:
+            typer.echo(f"{row.recipe.name}: {row.problem}")
     typer.echo(f"Token tables of {size_text(mapped)} stay in mapped files. codes/s: real time needs 50.")
     chosen = next((row for row in plan.recipes if row.recipe.name == plan.best), None)
     if chosen is None:
@@ -138,7 +141,7 @@ def _print_one(plan: TargetPlan) -> None:
 
 def _row(row: RecipePlan) -> tuple[str, ...]:
     if row.memory is None or row.speed is None:
-        return (row.recipe.name, row.problem)
+        return (row.recipe.name, "-", "-", "-", "-", "no", *["-"] * 6)
     memory, speed = row.memory, row.speed
     return (
         row.recipe.name,

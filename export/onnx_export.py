@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ __all__ = ["write_model"]
 EXTERNAL_BYTES = 1024
 #: bytes of a transposed weight that are put together at once
 PANEL_BYTES = 128 << 20
+#: bytes that are transposed as one, and rows of a tile
+WORD, TILE_ROWS = 8, 256
 
 Array = NDArray[Any]
 
@@ -49,7 +52,7 @@ def write_model(
         the data files (none when every weight is small), with size and sha256.
     """
     data = path.with_name(path.name + ".data")
-    with DataFile(data) as file:
+    with DataFile(data) as file, _one_thread():
         for name, value in model.graph.initializers.items():
             assert value.dtype is not None
             assert value.shape is not None
@@ -71,6 +74,17 @@ def write_model(
     path.write_bytes(ir.to_proto(model).SerializeToString())
     onnx.checker.check_model(str(path))
     return {data: record} if record.size else {}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Convert in one thread: another one writes, and handing pieces of a block to more costs more than it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _pieces(rule: Rule | None, value: ir.Value, reader: WeightReader) -> Iterator[Array]:
@@ -96,15 +110,35 @@ def _transposed(key: str, dtype: torch.dtype, reader: WeightReader) -> Iterator[
     """
     source = reader.shape(key)
     rows, columns = source[0], int(np.prod(source[1:], dtype=np.int64))
-    width = max(1, min(columns, PANEL_BYTES // (rows * dtype.itemsize)))
+    group = WORD // dtype.itemsize
+    width = max(1, PANEL_BYTES // (rows * dtype.itemsize * group)) * group
     for first in range(0, columns, width):
         last = min(columns, first + width)
         panel = torch.empty(last - first, rows, dtype=dtype)
         for start, stop in blocks(source, dtype.itemsize):
-            block = _block(key, start, stop, dtype, reader).reshape(stop - start, columns)[:, first:last]
-            # transposed by itself, then copied row by row: three times as fast as into the panel at once
-            panel[:, start:stop] = block.t().contiguous()
+            block = _block(key, start, stop, dtype, reader).reshape(stop - start, columns)
+            _transpose_into(panel, start, block[:, first:last])
         yield _numpy(panel)
+
+
+def _transpose_into(panel: torch.Tensor, start: int, block: torch.Tensor) -> None:
+    """``panel[:, start : start + rows] = block.t()``, for a block [rows, columns].
+
+    Words of 8 bytes are transposed in tiles that stay in the cache, then the values within a word: twice as fast as
+    value by value, on one core.
+    """
+    group = WORD // block.dtype.itemsize
+    rows, columns = block.shape
+    if columns % group or block.stride(0) % group:
+        panel[:, start : start + rows] = block.t()
+        return
+    value = torch.int16 if block.dtype.itemsize == 2 else torch.int32
+    target = panel.view(value).view(columns // group, group, panel.shape[1])
+    words = block.view(torch.int64)
+    for first in range(0, rows, TILE_ROWS):
+        last = min(rows, first + TILE_ROWS)
+        tile = words[first:last].t().contiguous().view(value).view(columns // group, last - first, group)
+        target[:, :, start + first : start + last] = tile.permute(0, 2, 1)
 
 
 def _block(key: str, start: int, stop: int, dtype: torch.dtype, reader: WeightReader) -> torch.Tensor:

@@ -270,15 +270,24 @@ class _Job:
         """Seconds of one call: everything is read once, and multiplied by every row."""
         shape, machine = self.model.graphs[graph], self.machine
         item = self.itemsize(graph)
-        reading = sum(self.held_matrix(graph, m, item) for m in shape.matrices) + shape.other * item
+        reading = shape.other * item / machine.bandwidth
+        reading += sum(self._reading(graph, matrix, item) for matrix in shape.matrices)
         computing = sum(self._operations(m, rows) / self._rate(graph, m) for m in shape.matrices)
         decoder = self.model.decoders.get(graph)
         if decoder is not None:
-            reading += decoder.cache_elements(context) * item
+            reading += decoder.cache_elements(context) * item / machine.bandwidth
             computing += _scores(decoder, rows, context) / machine.rates[self._own(graph)]
         if rows == 1:  # one row is read, not computed
             computing = 0.0
-        return reading / machine.bandwidth + computing + self._layers(shape) * machine.layer
+        return reading + computing + self._layers(shape) * machine.layer
+
+    def _reading(self, graph: str, matrix: Matrix, item: int) -> float:
+        """Seconds to read weights once, or to unpack them where that takes longer."""
+        seconds = self.held_matrix(graph, matrix, item) / self.machine.bandwidth
+        bits = storage_of(self.recipe, graph, matrix).bits
+        if bits in self.machine.unpacking:
+            return max(seconds, matrix.elements / self.machine.unpacking[bits])
+        return seconds
 
     def _operations(self, matrix: Matrix, rows: int) -> float:
         return 2 * matrix.elements * (matrix.steps * rows or 1)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 from omniport.runtime.backends.ort import physical_cores
 from omniport.runtime.errors import UsageError
 
@@ -35,6 +36,8 @@ NATIVE, UNPACKED_NEW, UNPACKED, CONVOLVED = 0.45, 0.11, 0.3, 0.25
 CPU_READING = 0.85
 #: seconds a layer of a step that are not reading, with two threads
 CPU_LAYER = 150e-6
+#: values of integer weights that a step unpacks for one FP32 operation of a product
+CPU_UNPACKING: Mapping[int, float] = {8: 0.125, 4: 0.125}
 #: rates of products with many rows over that of numpy's FP32 product, by bits of the weights; convolutions apart
 CPU_PRODUCTS: Mapping[str, float] = {"fp32": 0.75, "8": 1.1, "4": 1.0, "convolution": 0.5}
 #: bytes a value of integer weights as MatMulNBits keeps it: with an FP32 scale and a block sum for 32 values
@@ -65,6 +68,8 @@ class Machine:
         formats: number formats that it has.
         rates: operations a second that products reach, by format, and by ``8`` and ``4`` for unpacked weights.
         packed: bytes a value of quantized weights in memory, by bits, where that differs from the file.
+        unpacking: values of quantized weights a second that a step with one row gets through, by bits, where that and
+            not the memory may be what limits it.
         process: bytes of the program itself, where they are not part of what ``usable`` leaves out.
         target: the GPU; None for a CPU.
     """
@@ -79,6 +84,7 @@ class Machine:
     formats: tuple[str, ...]
     rates: Mapping[str, float]
     packed: Mapping[int, float] = field(default_factory=dict)
+    unpacking: Mapping[int, float] = field(default_factory=dict)
     process: int = 0
     target: Target | None = None
 
@@ -166,6 +172,7 @@ def cpu_machine(rates: Rates, memory: int | None = None) -> Machine:
         formats=("fp32", "int8", "int4"),
         rates={name: factor * rates.products for name, factor in CPU_PRODUCTS.items()},
         packed=CPU_PACKED,
+        unpacking={bits: factor * rates.products for bits, factor in CPU_UNPACKING.items()},
         process=CPU_PROCESS,
     )
 
@@ -187,7 +194,7 @@ def measure_rates(seconds: float = 1.5) -> Rates:
     return Rates(read, products)
 
 
-def _seconds_of_reading(blocks: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]) -> float:
+def _seconds_of_reading(blocks: Sequence[NDArray[np.float32]]) -> float:
     threads = [threading.Thread(target=block.max) for block in blocks]
     started = time.perf_counter()
     for thread in threads:

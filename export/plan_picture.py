@@ -12,9 +12,14 @@ from .plan import RecipePlan, TargetPlan
 
 __all__ = ["draw_sweep"]
 
-#: colours of: cannot be had, does not fit, cannot be built there, too slow for speech, real time, best
-_STATES = ("#d9d9d9", "#b2484a", "#d08c60", "#e8d58a", "#8fbf8f", "#2e7d4f")
-_WORDS = ("not possible", "does not fit", "cannot be built there", "slower than speech", "real time", "best")
+#: colours of what a field says
+_STATES = {
+    "not possible": "#d9d9d9",
+    "does not fit": "#c9686a",
+    "cannot be built there": "#d9a27c",
+    "slower than speech": "#ecdc9f",
+    "speaks in real time": "#9ccb9c",
+}
 
 
 def draw_sweep(plans: Sequence[TargetPlan], path: Path) -> None:
@@ -53,31 +58,32 @@ def draw_sweep(plans: Sequence[TargetPlan], path: Path) -> None:
 
 def _fill(axes: Any, plans: Sequence[TargetPlan]) -> None:
     from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Rectangle
 
-    states = [[_state(plan, row) for row in plan.recipes] for plan in plans]
-    axes.imshow(states, cmap=ListedColormap(_STATES), vmin=0, vmax=len(_STATES) - 1, aspect="auto")
+    states = [[_state(row) for row in plan.recipes] for plan in plans]
+    axes.imshow(states, cmap=ListedColormap(list(_STATES.values())), vmin=0, vmax=len(_STATES) - 1, aspect="auto")
     for y, plan in enumerate(plans):
         for x, row in enumerate(plan.recipes):
-            colour = "white" if states[y][x] in (1, len(_STATES) - 1) else "black"
-            axes.text(x, y, _text(row), ha="center", va="center", fontsize=7, color=colour)
+            axes.text(x, y, _text(row), ha="center", va="center", fontsize=7)
+            if row.recipe.name == plan.best:
+                axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, fill=False, linewidth=2))
 
 
 def _legend(figure: Any) -> None:
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=colour, label=word) for colour, word in zip(_STATES, _WORDS, strict=True)]
+    patches = [Patch(color=colour, label=word) for word, colour in _STATES.items()]
+    patches.append(Patch(fill=False, linewidth=2, label="best recipe of a device"))
     figure.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
 
 
-def _state(plan: TargetPlan, row: RecipePlan) -> int:
+def _state(row: RecipePlan) -> int:
     if row.memory is None or row.speed is None:
         return 0
     if not row.fits:
         return 1
     if not row.builds:
         return 2
-    if row.recipe.name == plan.best:
-        return 5
     return 4 if row.speed.real_time else 3
 
 

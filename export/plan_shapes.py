@@ -28,6 +28,7 @@ __all__ = [
     "GraphShape",
     "Matrix",
     "ModelShape",
+    "decoder_graph",
     "find_model",
 ]
 
@@ -155,12 +156,14 @@ def shape_of_config(raw: Mapping[str, Any], name: str) -> ModelShape:
     Raises:
         CheckpointError: not the configuration of a Qwen2.5-Omni model.
     """
+    if raw.get("model_type") != "qwen2_5_omni":
+        raise CheckpointError(f"{name}: config.json describes {raw.get('model_type')!r}; 'qwen2_5_omni' was expected")
     config = normalise_config(raw)
     try:
         return _from_config(config, name)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{name}: config.json lacks {error}, or has another type there; a Qwen2.5-Omni configuration was expected"
+            f"{name}: config.json lacks {error}, or has it in another type; download the file again"
         ) from error
 
 
@@ -174,7 +177,7 @@ def _from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         decoders["talker"] = _decoder_of_config(talker, int(talker["embedding_size"]))
         token2wav = config["token2wav_config"]
         graphs += [_dit(token2wav["dit_config"]), _vocoder(token2wav["bigvgan_config"])]
-    graphs += [_decoder(part, shape) for part, shape in decoders.items()]
+    graphs += [decoder_graph(part, shape) for part, shape in decoders.items()]
     return ModelShape(
         name=name,
         graphs={graph.name: graph for graph in graphs},
@@ -198,7 +201,8 @@ def _decoder_of_config(c: Mapping[str, Any], input_width: int) -> DecoderShape:
     )
 
 
-def _decoder(name: str, d: DecoderShape) -> GraphShape:
+def decoder_graph(name: str, d: DecoderShape) -> GraphShape:
+    """The weights of thinker or talker."""
     inner, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
     matrices = [
         Matrix(ATTENTION, d.width, inner, d.layers),
@@ -305,7 +309,7 @@ def shape_of_bundle(bundle: Bundle) -> ModelShape:
     if manifest.talker is not None:
         decoders["talker"] = _decoder_of_manifest(manifest.talker)
     decoders = {name: shape for name, shape in decoders.items() if name in manifest.graphs}
-    graphs = {name: _decoder(name, shape) for name, shape in decoders.items()}
+    graphs = {name: decoder_graph(name, shape) for name, shape in decoders.items()}
     for name in manifest.graphs:
         if name not in graphs:
             graphs[name] = _graph_of_file(bundle, name)
