@@ -121,8 +121,8 @@ class TargetPlan:
 
     @property
     def best(self) -> str:
-        """The recipe that loses least among those that speak in real time, or else the one that speaks soonest."""
-        working = [row for row in self.recipes if row.works]
+        """The recipe that loses least of those that speak in real time, or else the one that works least on speech."""
+        working = [row for row in self.recipes if row.works and not row.recipe.outlook]
         speaking = [row for row in working if row.speed is not None and row.speed.real_time]
         if speaking:
             return min(speaking, key=lambda row: (_loss(row.recipe), _load(row))).recipe.name

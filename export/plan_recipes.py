@@ -50,6 +50,7 @@ class PlanRecipe:
         graphs: graph -> kind of weight -> storage.
         needs: formats that the machine must have.
         command: what makes such a bundle.
+        outlook: quantize has no such recipe yet; it is planned for all the same, and never recommended.
     """
 
     name: str
@@ -57,6 +58,7 @@ class PlanRecipe:
     precision: str = ""
     graphs: Mapping[str, Mapping[str, Storage]] | None = None
     needs: tuple[str, ...] = ()
+    outlook: bool = False
 
     def graph_precision(self, graph: str, own: str) -> str:
         """fp32, fp16 or bf16: token2wav stays FP32 where the rest is BF16 (export/graph_defs.py)."""
@@ -83,12 +85,14 @@ RECIPES: Mapping[str, PlanRecipe] = {
                 name: {ATTENTION: _INT8, PRODUCT: _INT8, CONVOLUTION: _INT8} for name in (*_ENCODERS, *_LM, *_TOKEN2WAV)
             },
             needs=("int8",),
+            outlook=True,
         ),
         PlanRecipe(
             "fp8",
             _QUANTIZE.format("fp8"),
             graphs={name: {ATTENTION: _FP8, PRODUCT: _FP8} for name in (*_ENCODERS, *_LM, "dit")},
             needs=("fp8",),
+            outlook=True,
         ),
         PlanRecipe("int4", _QUANTIZE.format("int4"), graphs=dict.fromkeys(_LM, _MIXED), needs=("int4", "int8")),
         PlanRecipe(

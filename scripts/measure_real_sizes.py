@@ -2,7 +2,7 @@
 
     python scripts/measure_real_sizes.py make 3b FOLDER
     python scripts/measure_real_sizes.py copy 3b FOLDER
-    python scripts/measure_real_sizes.py export 3b FOLDER [--precision bf16]
+    python scripts/measure_real_sizes.py export 3b FOLDER [--precision bf16] [--graphs thinker]
     python scripts/measure_real_sizes.py quantize 3b FOLDER [--recipe int4] [--graph-recipe GRAPH=RECIPE]
     python scripts/measure_real_sizes.py run 3b FOLDER [--recipe int4]
     python scripts/measure_real_sizes.py page
@@ -23,7 +23,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -48,14 +47,22 @@ def _make(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _copy(options: argparse.Namespace) -> dict[str, Any]:
-    """A plain copy of the checkpoint's files, block by block, as any program would make it."""
+    """A plain copy of the checkpoint's files, block by block, as any program would make it.
+
+    Each copy is flushed and, off the clock, removed before the next one: the disk need not hold all of it twice.
+    """
     target = options.folder / f"{options.size}-copy"
-    target.mkdir()
+    seconds, total = 0.0, 0
     for file in _files(_checkpoint(options)):
-        with open(file, "rb", buffering=0) as source, open(target / file.name, "wb", buffering=0) as out:
+        started = time.perf_counter()
+        with open(file, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
             while block := source.read(BLOCK):
                 out.write(block)
-    return {"path": target, "throw_away": True}
+            os.fsync(out.fileno())
+        seconds += time.perf_counter() - started
+        total += target.stat().st_size
+        target.unlink()
+    return {"synced_seconds": round(seconds, 1), "bytes": total}
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +70,10 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
 
     clock = _StageClock()
     out = options.folder / f"{options.size}-{options.precision}"
-    report = export_checkpoint(_checkpoint(options), out, precision=options.precision, progress=clock.progress)
+    graphs = options.graphs.split(",") if options.graphs else None
+    report = export_checkpoint(
+        _checkpoint(options), out, precision=options.precision, graphs=graphs, progress=clock.progress
+    )
     return {
         "path": out,
         "precision": options.precision,
@@ -202,8 +212,6 @@ def _child(options: argparse.Namespace) -> None:
         _flush(_files(out))
         found["synced_seconds"] = round(time.perf_counter() - started, 1)
         found["bytes"] = sum(file.stat().st_size for file in _files(out))
-        if found.pop("throw_away", False):
-            shutil.rmtree(out)
     # in kB; it also covers the process that started this one, which is small
     found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(found))
@@ -222,7 +230,9 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _variant(options: argparse.Namespace) -> str:
-    return str(options.precision if options.step == "export" else options.recipe)
+    if options.step == "export":
+        return f"{options.precision} {options.graphs}".strip()
+    return str(options.recipe)
 
 
 def page(results: dict[str, Any]) -> str:
@@ -238,6 +248,7 @@ def main() -> None:
     parser.add_argument("size", nargs="?", choices=("small", "3b", "7b"))
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--precision", default="bf16", help="of the bundle that is exported or quantized")
+    parser.add_argument("--graphs", default="", help="export these only, where the disk cannot hold all of them")
     parser.add_argument("--recipe", default="int4")
     parser.add_argument("--graph-recipe", action="append", default=[], metavar="GRAPH=RECIPE")
     parser.add_argument("--tokens", type=int, default=12, help="most text tokens of the reply")
