@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from omniport.runtime.errors import UsageError
 
-from .build_check import BUILD_CONSTANT, BUILD_FACTOR
+from .budget import BUILD_CONSTANT, BUILD_FACTOR
 from .plan_machines import Machine
 from .plan_recipes import RECIPES, PlanRecipe, graph_bytes, matrix_bytes, storage_of
 from .plan_shapes import CONVOLUTION, DecoderShape, GraphShape, Matrix, ModelShape

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from omniport.runtime.backends.ort import physical_cores
 from omniport.runtime.errors import UsageError
 
-from .build_check import memory_usable
+from .budget import memory_usable
 from .targets import TARGETS, THIS, Target, find_target
 
 __all__ = ["CPU", "Machine", "Rates", "cpu_machine", "find_machines", "machine_of", "measure_rates"]
