@@ -30,6 +30,7 @@ __all__ = [
     "ModelShape",
     "decoder_graph",
     "find_model",
+    "shape_of_config",
 ]
 
 #: kinds of weights, as quantization recipes tell them apart (calib/recipe.py)

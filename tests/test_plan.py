@@ -16,7 +16,8 @@ from omniport.cli.quantize import RecipeName
 from omniport.export.plan import RecipePlan, TargetPlan, make_plan
 from omniport.export.plan_machines import Machine, Rates, cpu_machine, find_machines, measure_rates
 from omniport.export.plan_recipes import RECIPES, graph_bytes
-from omniport.export.plan_shapes import ModelShape, find_model
+from omniport.export.plan_shapes import ModelShape, find_model, shape_of_config
+from omniport.export.synthetic_config import SIZES, geometry_config
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
 from typer.testing import CliRunner
@@ -170,25 +171,13 @@ def test_measurements_are_met(script: Any) -> None:
     """What was measured of ``small`` on a CPU, predicted from the rates measured beside it."""
     results = json.loads((ROOT / "docs" / "results" / "plan.json").read_text())
     assert set(results["bundles"]) == {"fp32", "w8", "int4"}
-    model = shape_of_small()
+    model = shape_of_config(geometry_config(SIZES["small"]), "small")
     for recipe, found in results["bundles"].items():
-        plan = make_plan(model, cpu_machine(Rates(**found["rates"]), memory=24 << 30), script.CONTEXT)
-        memory = row(plan, recipe).memory
-        assert memory is not None
-        assert memory.total == pytest.approx(found["peak"], rel=script.MEMORY_LIMIT), recipe
-        for context in script.DECODED_AT:
-            speed = row(make_plan(model, plan.machine, context), recipe).speed
-            assert speed is not None
-            for name, rate in (("thinker", speed.decode), ("talker", speed.codes)):
-                measured = 1 / found["decode"][name]["steps"][str(context)]
-                assert rate == pytest.approx(measured, rel=script.DECODE_LIMIT), (recipe, name, context)
-
-
-def shape_of_small() -> ModelShape:
-    from omniport.export.plan_shapes import shape_of_config
-    from omniport.export.synthetic_config import SIZES, geometry_config
-
-    return shape_of_config(geometry_config(SIZES["small"]), "small")
+        says = script.predicted(model, recipe, found)
+        assert says["memory"] == pytest.approx(found["peak"], rel=script.MEMORY_LIMIT), recipe
+        assert len(says["decode"]) == 4
+        for case, (*_, deviation) in says["decode"].items():
+            assert abs(deviation) < script.DECODE_LIMIT, (recipe, case)
 
 
 def test_page_is_fresh(script: Any) -> None:
