@@ -292,11 +292,13 @@ class _Job:
         self._enter(f"writing {definition.name}")
         path = folder / "graphs" / f"{definition.name}.onnx"
         path.parent.mkdir(exist_ok=True)
-        data = write_model(model, rules, self.ckpt, path, self._advance)
+        written = write_model(model, rules, self.ckpt, path, self._advance)
+        names = {file.relative_to(folder).as_posix(): record for file, record in written.items()}
+        self.records |= names
         spec = GraphSpec(
             name=definition.name,
             file=path.relative_to(folder).as_posix(),
-            data=tuple(file.relative_to(folder).as_posix() for file in data),
+            data=tuple(names),
             precision=definition.precision,
             opset=OPSETS[definition.ops],
             inputs=definition.inputs,
@@ -307,7 +309,7 @@ class _Job:
             float32_values=mixed.float32_values,
             inputs_key=self.keys[definition.name],
         )
-        size = sum(file.stat().st_size for file in data)
+        size = sum(record.size for record in written.values())
         seconds = time.perf_counter() - started
         return spec, GraphReport(definition.name, len(model.graph), size, seconds, False, mixed.overflowing)
 

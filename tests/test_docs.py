@@ -25,6 +25,7 @@ PAGES = (
     "docs/export.md",
     "docs/gpu.md",
     "docs/live.md",
+    "docs/plan.md",
     "docs/quantize.md",
     "docs/talk.md",
 )
