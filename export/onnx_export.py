@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from omniport.runtime.errors import CheckpointError
 
 from .weights import Copy, Rule, Transpose, WeightReader, blocks, evaluate
 
-__all__ = ["write_model"]
+__all__ = ["Pieces", "write_model"]
 
 #: initializers of at least this many bytes go to the data file
 EXTERNAL_BYTES = 1024
@@ -32,9 +33,16 @@ ALIGNMENT = 4096
 Array = NDArray[Any]
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor's bytes, in order, as arrays that are made when they are written."""
+
+    make: Callable[[], Iterator[Array]]
+
+
 def write_model(
     model: ir.Model,
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, Rule | Pieces],
     reader: WeightReader,
     path: Path,
     advance: Callable[[int], None],
@@ -55,11 +63,12 @@ def write_model(
             assert value.shape is not None
             shape = value.shape.numpy()
             nbytes = int(np.prod(shape, dtype=np.int64) * value.dtype.itemsize)
-            if nbytes < EXTERNAL_BYTES:
-                value.const_value = ir.tensor(_small(value, rules.get(name), reader, shape), name=name)
+            rule = rules.get(name)
+            if nbytes < EXTERNAL_BYTES and not isinstance(rule, Pieces):
+                value.const_value = ir.tensor(_small(value, rule, reader, shape), name=name)
                 continue
             offset = -(-offset // ALIGNMENT) * ALIGNMENT
-            _stream(file.fileno(), offset, rules.get(name), value, reader, shape, advance)
+            _stream(file.fileno(), offset, rule, value, reader, shape, advance)
             value.const_value = ir.ExternalTensor(
                 data.name, offset, nbytes, value.dtype, shape=ir.Shape(shape), name=name, base_dir=path.parent
             )
@@ -75,7 +84,7 @@ def write_model(
 def _stream(
     fd: int,
     offset: int,
-    rule: Rule | None,
+    rule: Rule | Pieces | None,
     value: ir.Value,
     reader: WeightReader,
     shape: tuple[int, ...],
@@ -83,6 +92,12 @@ def _stream(
 ) -> None:
     """Write one weight at ``offset``, block by block."""
     assert value.dtype is not None
+    if isinstance(rule, Pieces):
+        for piece in rule.make():
+            _pwrite(fd, piece, offset)
+            offset += piece.nbytes
+            advance(piece.nbytes)
+        return
     dtype = _torch_dtype(value.dtype)
     if not isinstance(rule, Copy | Transpose):
         array = _convert(_whole(value, rule, reader), dtype)

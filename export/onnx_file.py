@@ -31,6 +31,7 @@ _FORMATS: Mapping[int, str] = {
     TensorProto.UINT8: "int8",
     TensorProto.FLOAT4E2M1: "fp4",
 }
+_SMALL_INTEGERS = (TensorProto.INT4, TensorProto.UINT4)
 #: integers of these formats are weights or quantized values only where these operators touch them
 _QUANTIZING = {"QuantizeLinear", "DequantizeLinear"}
 
@@ -84,6 +85,20 @@ class OnnxFile:
                 found.add(kind)
         casts = {a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to"}
         return frozenset(found | {_FORMATS[to] for to in casts if _FORMATS.get(to) in ("fp16", "bf16", "fp8")})
+
+    def zero_points(self) -> list[str]:
+        """Nodes that dequantize 4-bit weights with zero points that are not all zero."""
+        tensors = {tensor.name: tensor for tensor in self._model.graph.initializer}
+        weights = {weight.name: weight for weight in self.weights}
+        found = []
+        for node in self._model.graph.node:
+            name = node.input[2] if node.op_type == "DequantizeLinear" and len(node.input) > 2 else ""
+            if name not in tensors or tensors[name].data_type not in _SMALL_INTEGERS:
+                continue
+            inside = tensors[name].raw_data or tensors[name].int32_data
+            if any(inside) or (name in weights and self.mapped(weights[name]).any()):
+                found.append(node.name)
+        return found
 
     def fix_dims(self, values: Mapping[str, int]) -> None:
         """Give symbolic dimensions of inputs and outputs their value, in memory; the file stays as it is."""

@@ -28,6 +28,8 @@ _SHARED = (
     "onnx_export.py",
     "op_nodes.py",
     "ops.py",
+    "packed.py",
+    "packed_graph.py",
     "passes.py",
     "trace.py",
     "weights.py",
