@@ -181,7 +181,9 @@ class PackedWeight:
     def integers(self, rows: int = 1024) -> Iterator[NDArray[np.int8]]:
         """q - 8, [K, N] in pieces of about so many rows; in `order` if there is one."""
         if self.order is not None:
-            whole = np.concatenate([self._piece(start, stop) for start, stop in self._ranges(rows)])
+            whole = np.empty(self.shape, np.int8)
+            for start, stop in self._ranges(rows):
+                whole[start:stop] = self._piece(start, stop)
             yield from (whole[self.order[start:stop]] for start, stop in self._ranges(rows))
         else:
             yield from (self._piece(start, stop) for start, stop in self._ranges(rows))

@@ -355,3 +355,52 @@ def test_options_that_do_not_go_together(made: Callable[[str], tuple[Path, Meant
     with pytest.raises(ExportError, match="no --zero-points 'drop'; known: keep, separate"):
         export_checkpoint(made("gptq")[0], tmp_path / "out", zero_points="drop")
     assert not (tmp_path / "out").exists()
+
+
+class Reader:
+    """A checkpoint of one packed weight, whose rows are made when they are read."""
+
+    def __init__(self, method: str, rows: int, columns: int, group: int) -> None:
+        self.method, self.rows, self.columns, self.group = method, rows, columns, group
+
+    def __contains__(self, key: str) -> bool:
+        return self.method == "gptq" or not key.endswith("g_idx")
+
+    def dtype(self, key: str) -> str:
+        return "float16" if key.endswith("scales") else "int32"
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        groups = self.rows // self.group
+        packed = (self.rows // 8, self.columns) if self.method == "gptq" else (self.rows, self.columns // 8)
+        shapes = {"qweight": packed, "qzeros": (groups, self.columns // 8), "scales": (groups, self.columns)}
+        return shapes.get(key.rpartition(".")[2], (self.rows,))
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        shape = self.shape(key)
+        if key.endswith("g_idx"):
+            return np.arange(self.rows, dtype=np.int32) % (self.rows // self.group)
+        size = (shape[0] if stop is None else stop) - start
+        return np.full((size, *shape[1:]), 0x77777777, np.int32)
+
+
+@pytest.mark.parametrize(("method", "share"), [("awq", 0.0), ("gptq", 1.0)])
+def test_memory_of_unpacking(method: str, share: float) -> None:
+    """A few pieces; with scattered groups (``gptq`` here), also a byte for each integer."""
+    import tracemalloc
+
+    from omniport.export.packed import find_packed, packed_format
+
+    rows, columns = 16384, 2048
+    raw = {"quantization_config": {"quant_method": method, "bits": 4, "group_size": 128}}
+    reader = Reader(method, rows, columns, 128)
+    keys = {f"m.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")}
+    (weight,) = find_packed(packed_format(raw, Path("none")), keys, reader).values()
+    tracemalloc.start()
+    try:
+        count = sum(piece.size for piece in weight.integers())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == rows * columns
+    pieces = 1024 * columns * 5  # packed, its fields, and what they become
+    assert peak < pieces + share * rows * columns, peak / (rows * columns)
