@@ -102,8 +102,8 @@ def search(
     """Find the fewest parts to keep.
 
     Every part is measured alone, then all of them with a quarter, a half and three quarters kept, and by halving where
-    the target begins to be met: some ``len(parts) + 3 + log2(len(parts))`` measurements. The number found meets the target as
-    measured; one fewer, taken in the same order, does not.
+    the target begins to be met: some ``len(parts) + 3 + log2(len(parts))`` measurements. The number found meets the
+    target as measured; one fewer, taken in the same order, does not.
 
     Args:
         parts: that the recipe quantizes; at least one.
