@@ -24,6 +24,7 @@ PAGES = (
     "docs/cli.md",
     "docs/export.md",
     "docs/gpu.md",
+    "docs/import.md",
     "docs/live.md",
     "docs/plan.md",
     "docs/quantize.md",
