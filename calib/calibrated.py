@@ -13,7 +13,7 @@ from .calibration import Calibration, Site
 from .recipe import Choice
 from .rounding import LARGEST
 from .smoothing import Factors
-from .weights import Weight
+from .weights import CHANNELS_LAST, Weight
 
 __all__ = ["check_sites", "input_scales", "smoothing"]
 
@@ -45,7 +45,7 @@ def check_sites(calibration: Calibration | None, choices: Mapping[str, Sequence[
                     f"with data that {graph} sees, or leave it out with --graph-recipe {graph}=none"
                 )
             lacks = choice.scheme.factors and choice.scheme.factors not in site.arrays
-            if lacks or len(site.arrays["absmax"]) != _inputs(choice.weight):
+            if lacks or len(site.arrays["absmax"]) % _inputs(choice.weight):
                 raise UsageError(
                     f"{what}: the calibration has {', '.join(sorted(site.arrays))} of {len(site.arrays['absmax'])} "
                     f"channels; {choice.scheme.factors or 'absmax'} of {_inputs(choice.weight)} was expected. Run "
@@ -90,5 +90,5 @@ def _site(calibration: Calibration | None, graph: str, choice: Choice) -> Site |
 
 
 def _inputs(weight: Weight) -> int:
-    """Input channels: rows of [K, N], the second dimension of [out, in, ...]."""
-    return weight.shape[0] if weight.layout == "channels_last" else weight.shape[1]
+    """Input channels of each group: rows of [K, N], the second dimension of [out, in, ...]."""
+    return weight.shape[0] if weight.layout == CHANNELS_LAST else weight.shape[1]

@@ -3,15 +3,18 @@
 The layout is the one that ONNX Runtime's CPU provider fuses into one operator (measured, docs/quantize.md) and that
 TensorRT takes: the weight stays [K, N], INT8 with a scale per column (axis 1), INT4 with a scale per block of rows
 (axis 0, block_size). The other factor is rounded by QuantizeLinear with one scale and widened again: ONNX Runtime makes
-one integer product of the two DequantizeLinear and the MatMul. Zero points are zero: TensorRT knows no others.
+one integer product of the two DequantizeLinear and the MatMul, where nothing else reads what QuantizeLinear made. Zero
+points are zero: TensorRT knows no others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from .recipe import Choice
@@ -20,6 +23,7 @@ from .weights import CHANNELS_LAST
 
 __all__ = ["OPSET", "ActivationPass", "QdqPass", "integers_name", "scales_name"]
 
+Array = NDArray[Any]
 #: DequantizeLinear has block_size and INT4 from here on
 OPSET = 21
 _FORMATS = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
@@ -91,9 +95,11 @@ class QdqPass(InPlacePass):
 
 
 class ActivationPass(InPlacePass):
-    """Round what products read: QuantizeLinear and DequantizeLinear, once for all products of a value.
+    """Round what products read: QuantizeLinear and DequantizeLinear before them.
 
-    Needs weights still in place (before `QdqPass`), and their first inputs typed.
+    Half-precision products that read the same value share these. In float32, which runs on CPUs, each has its own, and
+    scales one step apart: ONNX Runtime merges what is equal, and then fuses nothing. Needs weights still in place
+    (before `QdqPass`), and their first inputs typed.
 
     Args:
         choices: those whose scheme has no ``activations`` are left alone.
@@ -119,17 +125,24 @@ class ActivationPass(InPlacePass):
                 _, _, nodes, so_far = groups.get(key, (value, number, [], 0.0))
                 groups[key] = (value, number, [*nodes, node], max(scale, so_far))
         for value, number, nodes, scale in groups.values():
-            _round_input(model.graph, value, number, nodes, scale)
+            assert value.dtype is not None
+            exact = np.asarray(scale, value.dtype.numpy())
+            if value.dtype != ir.DataType.FLOAT:
+                _round_input(model.graph, value, number, nodes, exact)
+                continue
+            for node in nodes:
+                _round_input(model.graph, value, number, [node], exact)
+                exact = np.nextafter(exact, np.float32(np.inf))
         return PassResult(model, bool(groups))
 
 
-def _round_input(graph: ir.Graph, value: ir.Value, number: str, nodes: Sequence[ir.Node], scale: float) -> None:
+def _round_input(graph: ir.Graph, value: ir.Value, number: str, nodes: Sequence[ir.Node], scale: Array) -> None:
     """value -> QuantizeLinear -> DequantizeLinear -> nodes."""
     users = {id(node) for node in nodes}
     first = next(node for node in graph if id(node) in users)
     assert value.dtype is not None
     zero = _constant(graph, f"{number}.zero", np.zeros((), _FORMATS[number].numpy()))
-    scales = _constant(graph, f"{first.name}.scale", np.asarray(scale, value.dtype.numpy()))
+    scales = _constant(graph, f"{first.name}.scale", scale)
     down = ir.node("QuantizeLinear", [value, scales, zero], name=f"{first.name}/QuantizeLinear")
     up = ir.node("DequantizeLinear", [down.outputs[0], scales, zero], name=f"{down.name}/DequantizeLinear")
     for node, dtype in ((down, _FORMATS[number]), (up, value.dtype)):
@@ -140,7 +153,7 @@ def _round_input(graph: ir.Graph, value: ir.Value, number: str, nodes: Sequence[
         node.replace_input_with(0, up.outputs[0])
 
 
-def _constant(graph: ir.Graph, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
+def _constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
         value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))

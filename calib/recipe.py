@@ -97,7 +97,10 @@ _W8 = (Rule("", "w8"),)
 # it hears of the thinker: 4 dB of the logits each (docs/quantize.md)
 _INT4 = (Rule(r"self_attn|thinker_to_talker_proj", "w8"), Rule("", "int4-32"))
 _INT8 = (Rule("", "w8a8-smooth"),)
-_W8A8 = (Rule("", "w8a8", ("matmul", "conv")),)
+_W8A8 = (Rule("", "w8a8"),)
+_FP8 = (Rule("", "fp8"),)
+# the convolutions of the residual blocks: neither the filters that resample, nor the first and the last
+_VOCODER = (Rule(r"\.convs\d\.", "w8a8", ("conv",)),)
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -123,8 +126,15 @@ RECIPES: Mapping[str, Recipe] = {
                 "audio_encoder": _W8A8,
                 "vision_encoder": _W8A8,
                 "dit": _W8A8,
+                "bigvgan": _VOCODER,
             },
             _W8A8,
+        ),
+        Recipe(
+            "fp8",
+            "E4M3 times E4M3 in all matrix products; GPUs from SM89 on",
+            {name: _FP8 for name in GRAPH_NAMES if name != "bigvgan"},
+            _FP8,
         ),
         Recipe(
             "int8-plain",
