@@ -149,7 +149,7 @@ def test_int4_packing_is_that_of_onnx() -> None:
 
 def test_scales_of_tiny_halves_are_no_zeros() -> None:
     tiny = np.asarray([0, 1e-9], np.float32)
-    scales = scales_from(-tiny, tiny, 8, np.dtype(np.float16))
+    scales = scales_from(-tiny, tiny, "int8", np.dtype(np.float16))
     assert (scales == np.float16(2.0**-14)).all()
 
 
