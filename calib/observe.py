@@ -7,6 +7,7 @@ other order, bit for bit.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,6 +130,27 @@ class Observer:
     def rows(self) -> torch.Tensor:
         """float32 [n, K]: at most `KEPT_ROWS` of the inputs, evenly spread over all that came."""
         return torch.cat(self._kept) if self._kept else torch.zeros(0, len(self.absmax))
+
+    def state(self) -> tuple[Any, ...]:
+        """All that was seen, for `restore`."""
+        histogram = self._histogram
+        counts, absmax = torch.from_numpy(histogram.counts), torch.from_numpy(self.absmax)
+        return absmax, self.count, counts, histogram.exponent, self._kept, self._rows, self._stride
+
+    def restore(
+        self,
+        absmax: torch.Tensor,
+        count: int,
+        counts: torch.Tensor,
+        exponent: int | None,
+        kept: list[torch.Tensor],
+        rows: int,
+        stride: int,
+    ) -> None:
+        """Go on from what another observer had seen."""
+        self.absmax, self.count = absmax.numpy(), count
+        self._histogram.counts, self._histogram.exponent = counts.numpy(), exponent
+        self._kept, self._rows, self._stride = kept, rows, stride
 
     def _sample(self, rows: torch.Tensor) -> None:
         """Keep every ``_stride``-th row; when there are too many, every other one of them."""

@@ -1,8 +1,7 @@
 """The stages of a calibration: every part on what the part before it really gave.
 
-Encoders and thinker go a layer at a time over all samples, and can be resumed after every layer. Talker and DiT are run
-by the runtime's own loops, a group of samples in lockstep; each of their stages is done again as a whole when it was
-interrupted.
+Encoders and thinker go a layer at a time over all samples, and can be resumed after every layer. Talker, DiT and
+vocoder are run by the runtime's own loops, a group of samples in lockstep, and can be resumed after every group.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, Backend, KvCache
 from omniport.runtime.decoder import Decoder
 from omniport.runtime.errors import OmniportError
@@ -82,9 +80,9 @@ class Stages:
             "audio_encoder": partial(self._encoder, "audio_encoder"),
             "vision_encoder": partial(self._encoder, "vision_encoder"),
             "thinker": self._thinker,
-            "talker": self._talker,
-            "dit": self._dit,
-            "bigvgan": self._vocoder,
+            "talker": partial(self._speak, "talker", self._codes),
+            "dit": partial(self._speak, "dit", self._mels),
+            "bigvgan": partial(self._speak, "bigvgan", self._sounds),
         }
         for name in GRAPH_NAMES:
             if name in definitions and not self._job.work.done(name):
@@ -202,16 +200,8 @@ class Stages:
         }
         return _call(source, "thinker", feeds, _no_caches(source, "thinker"))
 
-    def _talker(self) -> None:
-        findings = self.findings("talker")
-        engine = self._engine("talker")
-        for number, codes in self._in_groups(engine, "talker", self._codes):
-            self._job.work.put(f"codes/{number}", codes)
-        findings.take(engine.observers)
-        engine.close()
-
-    def _codes(self, number: int, backend: Backend) -> list[int]:
-        """Codec tokens of a sample's speech, sampled as a reply's are."""
+    def _codes(self, number: int, backend: Backend) -> None:
+        """Sample the codec tokens of a sample's speech, as a reply's are."""
         source, work = self._job.source, self._job.work
         manifest, config = source.manifest, source.manifest.talker_sampling
         assert config is not None
@@ -224,51 +214,41 @@ class Stages:
         decoder.forward(rows[:count], positions)
         sampler = talker.sampler(config, self._streams(number)[1])
         tail, highest = int(work.get(f"talk/{number}")), int(positions.max())
-        return list(
-            talker.codes(decoder, tail, highest, iter(rows[count:]), self._voice(number), sampler, StageTimer())
-        )
+        codes = talker.codes(decoder, tail, highest, iter(rows[count:]), self._voice(number), sampler, StageTimer())
+        work.put(f"codes/{number}", list(codes))
 
-    def _dit(self) -> None:
-        findings = self.findings("dit")
-        engine = self._engine("dit")
-        for number, mels in self._in_groups(engine, "dit", self._mels):
-            self._job.work.put(f"mels/{number}", len(mels))
-            for i, mel in enumerate(mels):
-                self._job.work.put_array(f"mels/{number}-{i}", mel)
-        findings.take(engine.observers)
-        engine.close()
-
-    def _mels(self, number: int, backend: Backend) -> list[NDArray[np.float32]]:
-        """Mel windows of a sample's speech, as they go to the vocoder."""
-        source = self._job.source
+    def _mels(self, number: int, backend: Backend) -> None:
+        """Solve the mel windows of a sample's speech, as they go to the vocoder."""
+        source, work = self._job.source, self._job.work
         dit = source.manifest.dit
         assert dit is not None
         _, speaker, reference = source.bundle.voice(self._voice(number).name)
         noise = NoiseStream(None, self._streams(number)[2], dit.mel_dim)
         token2wav = Token2Wav(backend, source.bundle, speaker, reference, noise, "stream", StageTimer())
-        pieces = [piece for code in self._job.work.get(f"codes/{number}") for piece in token2wav.mels(code)]
-        return [piece.mel for piece in (*pieces, *token2wav.last_mels())]
+        pieces = [piece for code in work.get(f"codes/{number}") for piece in token2wav.mels(code)]
+        pieces += token2wav.last_mels()
+        for i, piece in enumerate(pieces):
+            work.put_array(f"mels/{number}-{i}", piece.mel)
+        work.put(f"mels/{number}", len(pieces))
 
-    def _vocoder(self) -> None:
-        findings = self.findings("bigvgan")
-        engine = self._engine("bigvgan")
-        work, total = self._job.work, len(self._speaking)
-        for done, number in enumerate(self._speaking):
-            self._job.progress("bigvgan", done, total)
-            for i in range(work.get(f"mels/{number}")):
-                mel = np.ascontiguousarray(work.array(f"mels/{number}-{i}").T[None])
-                engine.run([_call(self._job.source, "bigvgan", {"mel": mel})])
+    def _sounds(self, number: int, backend: Backend) -> None:
+        """Let the vocoder hear a sample's mel windows."""
+        for i in range(self._job.work.get(f"mels/{number}")):
+            mel = self._job.work.array(f"mels/{number}-{i}")
+            backend.graph("bigvgan").run({"mel": np.ascontiguousarray(mel.T[None])})
+
+    def _speak(self, graph: str, job: Callable[[int, Backend], None]) -> None:
+        """Run a part for all samples that speak, a group in lockstep, from where an earlier run has come to."""
+        work, numbers = self._job.work, self._speaking
+        findings, engine = self.findings(graph), self._engine(graph)
+        lockstep: Lockstep[None]
+        for start in range(work.restore(graph, engine.observers), len(numbers), _GROUP):
+            self._job.progress(graph, start, len(numbers))
+            lockstep = Lockstep(partial(_execute, self._job.source, engine), self._new_cache)
+            lockstep.run([partial(job, number) for number in numbers[start : start + _GROUP]])
+            work.keep(graph, start + _GROUP, engine.observers)
         findings.take(engine.observers)
         engine.close()
-
-    def _in_groups(self, engine: Engine, stage: str, job: Callable[[int, Backend], Any]) -> Iterator[tuple[int, Any]]:
-        """(sample, what the job gave for it) of all samples that speak, a group in lockstep."""
-        numbers = self._speaking
-        for start in range(0, len(numbers), _GROUP):
-            self._job.progress(stage, start, len(numbers))
-            group = numbers[start : start + _GROUP]
-            lockstep: Lockstep[Any] = Lockstep(partial(_execute, self._job.source, engine), self._new_cache)
-            yield from zip(group, lockstep.run([partial(job, number) for number in group]), strict=True)
 
     @property
     def _speaking(self) -> list[int]:

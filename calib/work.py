@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.staging import folder_lock
+
+from .observe import Observer
 
 __all__ = ["SOURCE", "Work", "work_folder"]
 
@@ -69,6 +72,24 @@ class Work:
         """An array that was kept."""
         found: NDArray[Any] = np.load(self.folder / f"{name}.npy")
         return found
+
+    def keep(self, step: str, samples: int, observers: Mapping[str, Observer]) -> None:
+        """Keep how many samples of a step are through, and what its observers have seen, as one file."""
+        path = self.folder / "observers" / f"{step}.pt"
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        torch.save((samples, {name: observer.state() for name, observer in observers.items()}), part)
+        part.replace(path)
+
+    def restore(self, step: str, observers: Mapping[str, Observer]) -> int:
+        """Give observers what they had seen; returns how many samples that were."""
+        path = self.folder / "observers" / f"{step}.pt"
+        if not path.exists():
+            return 0
+        samples, states = torch.load(path, weights_only=True)
+        for name, observer in observers.items():
+            observer.restore(*states[name])
+        return int(samples)
 
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

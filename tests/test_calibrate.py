@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ def command(*arguments: object) -> int:
     return exit_.value.code
 
 
+@pytest.fixture(scope="module", autouse=True)
+def groups_of_one() -> Iterator[None]:
+    """One sample in a group, so that the DiT can be interrupted between two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages_module, "_GROUP", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two samples that reach every part: a spoken question and a picture, and text alone."""
@@ -87,7 +95,7 @@ def calibrated(
             steps["frames"] += [request.feeds["x"].shape[1] for request in requests]
         return execute(source, engine, graph, requests)
 
-    for moment in (("thinker", 2), ("bigvgan", 1), None):
+    for moment in (("thinker", 2), ("dit", 1), None):
         seen: list[tuple[str, int]] = []
 
         def stop(stage: str, done: int, _: int, moment: Any = moment, seen: Any = seen) -> None:

@@ -20,6 +20,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/bundle.md",
     "docs/build.md",
+    "docs/calibrate.md",
     "docs/design.md",
     "docs/cli.md",
     "docs/export.md",

@@ -128,7 +128,7 @@ def test_a_reply_over_the_lowered_graphs(lowered_bundle: Path, tmp_path: Path, d
                 messages += [{"role": "assistant", "content": turns[-1][2].text}, {"role": "user", "content": question}]
             turns.append(sort(session.reply(messages[:1], thinker=THINKER, talker=TALKER)))
             replies.append(turns)
-    for (_, wanted_sound, wanted), (_, sound, got) in zip(*replies, strict=True):
+    for (_, wanted_sound, wanted, *_), (_, sound, got, *_) in zip(*replies, strict=True):
         assert len(wanted.token_ids) > 4
         assert len(wanted.codec_ids) > 10
         assert (got.token_ids, got.codec_ids) == (wanted.token_ids, wanted.codec_ids)
