@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import build, doctor, export, inspect, make_checkpoint, quantize, ranges, talk, targets, validate, voices
+from . import bench, build, doctor, export, inspect, make_checkpoint, quantize, ranges, talk, targets, validate, voices
 from . import run as run_command
 
 __all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_TERMINATED", "app", "run"]
@@ -42,6 +42,7 @@ for _module in (
     ranges,
     quantize,
     validate,
+    bench,
     build,
     targets,
     inspect,
