@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from . import (
+    bench,
     build,
     calibrate,
     doctor,
@@ -57,6 +58,7 @@ for _module in (
     calibrate,
     quantize,
     validate,
+    bench,
     build,
     targets,
     plan,
