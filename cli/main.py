@@ -13,7 +13,20 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import build, doctor, export, inspect, make_checkpoint, quantize, ranges, talk, targets, validate, voices
+from . import (
+    build,
+    doctor,
+    export,
+    inspect,
+    make_checkpoint,
+    quant_report,
+    quantize,
+    ranges,
+    talk,
+    targets,
+    validate,
+    voices,
+)
 from . import run as run_command
 
 __all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_TERMINATED", "app", "run"]
@@ -41,6 +54,7 @@ for _module in (
     export,
     ranges,
     quantize,
+    quant_report,
     validate,
     build,
     targets,

@@ -51,9 +51,7 @@ def command(
     ] = None,
     target_sqnr: Annotated[
         float | None,
-        typer.Option(
-            metavar="DB", help="Keep as few parts of thinker and talker as give their logits this SQNR."
-        ),
+        typer.Option(metavar="DB", help="Keep as few parts of thinker and talker as give their logits this SQNR."),
     ] = None,
     max_kl: Annotated[
         float | None,
@@ -135,9 +133,7 @@ def _target(sqnr: float | None, kl: float | None, data: Path | None, curve: Path
 
     if sqnr is None and kl is None:
         if data is not None or curve is not None:
-            raise UsageError(
-                "--data and --curve go with --target-sqnr or --max-kl: nothing is measured without"
-            )
+            raise UsageError("--data and --curve go with --target-sqnr or --max-kl: nothing is measured without")
         return None
     if curve is not None and not curve.absolute().parent.is_dir():
         raise UsageError(f"--curve {curve}: there is no folder {curve.parent}")
