@@ -25,11 +25,12 @@ from omniport.runtime.backends.base import Backend, Graph
 from omniport.runtime.backends.ort import OrtBackend
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import CheckFailed, UsageError
+from omniport.runtime.events import Done
 from omniport.runtime.graphs import SPEECH_GRAPHS
 from omniport.runtime.manifest import Manifest
 from omniport.runtime.session import OmniSession
 
-__all__ = ["DECODERS", "OUTPUTS", "Calls", "Loss", "Replayed", "loss_of", "record", "replay"]
+__all__ = ["DECODERS", "OUTPUTS", "Calls", "Loss", "Recording", "Replayed", "loss_of", "record", "replay"]
 
 Array = NDArray[Any]
 DECODERS = ("thinker", "talker")
@@ -55,6 +56,15 @@ class Calls:
 
     feeds: list[dict[str, Array]] = field(default_factory=list)
     wanted: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What `record` kept: names of the conversations, calls by graph, codes of a spoken reply."""
+
+    conversations: tuple[str, ...]
+    calls: Mapping[str, Calls]
+    codes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ def record(
     max_codes: int = 32,
     sound: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Calls]:
+) -> Recording:
     """Let a bundle answer conversations and keep what its graphs were given and gave.
 
     Args:
@@ -106,7 +116,7 @@ def record(
         progress: called with the conversation, and the number done and in total.
 
     Returns:
-        calls by graph, of those graphs that had any.
+        calls by graph, of those graphs that had any, and the codes of the first reply that was spoken.
 
     Raises:
         UsageError: the bundle cannot answer, or ``data`` is not usable (names the line).
@@ -117,11 +127,14 @@ def record(
     backend: Backend = recording if sound else _Mute(recording, bundle.manifest)
     with tempfile.TemporaryDirectory() as folder, OmniSession(bundle, backend) as session:
         conversations = _conversations(session, data, Path(folder))
+        codes: list[list[int]] = []
         for number, conversation in enumerate(conversations):
             if progress is not None:
                 progress(f"recording {conversation.name}", number, len(conversations))
-            _answer(session, conversation, max_new_tokens, max_codes)
-        return {name: _calls(name, graph) for name, graph in recording.graphs.items() if graph.calls}
+            codes.append(_answer(session, conversation, max_new_tokens, max_codes))
+        calls = {name: _calls(name, graph) for name, graph in recording.graphs.items() if graph.calls}
+        spoken = next((tuple(ids) for ids in codes if ids), ())
+        return Recording(tuple(c.name for c in conversations), calls, spoken)
 
 
 def replay(graph: Graph, name: str, calls: Calls) -> Replayed:
@@ -175,15 +188,16 @@ def _conversations(session: OmniSession, data: Path | None, folder: Path) -> Seq
     return [c for c in found if all(_MEDIA_GRAPH[medium.kind] in graphs for medium in c.media)]
 
 
-def _answer(session: OmniSession, conversation: Conversation, max_new_tokens: int, max_codes: int) -> None:
+def _answer(session: OmniSession, conversation: Conversation, max_new_tokens: int, max_codes: int) -> list[int]:
+    """Reply; returns the codes of its speech."""
     manifest = session.manifest
     thinker = replace(manifest.thinker_sampling, temperature=0.0, max_new_tokens=max_new_tokens)
     talker = manifest.talker_sampling
     if talker is not None:
         talker = replace(talker, max_new_tokens=max_codes)
     speak = _speaks(manifest)
-    for _ in session.reply(conversation.messages(), speak=speak, thinker=thinker, talker=talker, threads=False):
-        pass
+    events = session.reply(conversation.messages(), speak=speak, thinker=thinker, talker=talker, threads=False)
+    return [code for event in events if isinstance(event, Done) for code in event.codec_ids]
 
 
 def _speaks(manifest: Manifest) -> bool:

@@ -78,7 +78,7 @@ def quantize_to_target(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.search-", dir=folder) as room:
         work = _Work(opened, Path(room), quantize, tuple(keep), chosen)
         quantized = work.quantized()
-        calls = record(opened, data=data, sound=False, progress=progress)
+        calls = record(opened, data=data, sound=False, progress=progress).calls
         for name in quantized:
             searches[name] = work.search(name, calls[name], target, progress)
         kept = tuple(work.pattern(name, part) for name, found in searches.items() for part in found.kept)
