@@ -50,27 +50,37 @@ def smooth_factors(products: Sequence[Product]) -> list[Factors]:
     Of `ALPHAS`, the one whose factors lose least of the product in INT8: weights with a scale per output, the input
     with one scale.
     """
-    best = [(float("inf"), np.ones_like(product.absmax)) for product in products]
-    for alpha in ALPHAS:
-        found = _smoothed(products, alpha)
-        best = [new if new[0] < old[0] else old for old, new in zip(best, found, strict=True)]
-    return [factors for _, factors in best]
+    best = [min(ALPHAS, key=lambda alpha, product=product: _loss(product, alpha)) for product in products]  # type: ignore[misc]
+    found: dict[int, Factors] = {}
+    for alpha in sorted(set(best)):
+        places = [i for i, chosen in enumerate(best) if chosen == alpha]
+        found |= zip(places, _smoothed([products[i] for i in places], alpha), strict=True)
+    return [found[i] for i in range(len(products))]
 
 
-def _smoothed(products: Sequence[Product], alpha: float) -> list[tuple[float, Factors]]:
-    """(error, factors) of products smoothed by Model Optimizer."""
+def _smoothed(products: Sequence[Product], alpha: float) -> list[Factors]:
+    """Factors of products by Model Optimizer.
+
+    They come from two maxima alone, so a product with one output, whose weights are those maxima, stands in for the
+    real one, and one input row for all.
+    """
     mtq = _modelopt()
     config = copy.deepcopy(mtq.INT8_SMOOTHQUANT_CFG)
     config["algorithm"] = {"method": "smoothquant", "alpha": alpha}
-    # Factors come from two maxima alone: one more input and one more output give it those of all there are.
-    shown = [(torch.cat([p.weight, _row(_above_zero(p))]), torch.cat([p.rows, _row(p.absmax)])) for p in products]
-    layers = _quantized(mtq, config, shown)
-    errors = []
-    for layer, product in zip(layers, products, strict=True):
-        with torch.no_grad():
-            lost = layer(product.rows)[:, :-1] - product.rows @ product.weight.T
-        errors.append(float(lost.double().square().mean()))
-    return list(zip(errors, map(_factors, layers), strict=True))
+    layers = _quantized(mtq, config, [(_row(_above_zero(p)), _row(p.absmax)) for p in products])
+    return [_factors(layer) for layer in layers]
+
+
+def _loss(product: Product, alpha: float) -> float:
+    """Squared error of the smoothed product in INT8."""
+    top = torch.from_numpy(np.maximum(product.absmax, np.float32(1e-30)))
+    factors = top**alpha / torch.from_numpy(_above_zero(product)) ** (1 - alpha)
+    step = (top / factors).max() / 127
+    rows = torch.clamp(torch.round(product.rows / factors / step), -127, 127) * step
+    weight = product.weight * factors
+    steps = torch.clamp(weight.abs().amax(dim=1, keepdim=True) / 127, min=1e-30)
+    lost = rows @ (torch.round(weight / steps) * steps).T - product.rows @ product.weight.T
+    return float(lost.double().square().mean())
 
 
 def _above_zero(product: Product) -> Factors:

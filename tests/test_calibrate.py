@@ -126,18 +126,19 @@ def test_interrupted_and_whole_runs_give_the_same_bytes(
     assert (tmp_path / "again.calib").read_bytes() == calibrated.read_bytes()
 
 
-def test_order_of_the_samples_changes_no_range(
-    calibrated: Path, tiny_outlier_checkpoint: Path, data: Path, tmp_path: Path
-) -> None:
+def test_what_is_drawn_for_a_sample_depends_on_it_alone(data: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """With observers that know no order (tests/test_calib_parts.py), ranges do not depend on that of the samples."""
+    codec = TextCodec.from_file(bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens)
     turned = data.with_name("turned.jsonl")
     turned.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
-    other = calibrate(tiny_outlier_checkpoint, turned, tmp_path / "turned.calib", **SPEECH).calibration
-    assert other.header.data != Calibration.load(calibrated).header.data
-    for graph, sites in Calibration.load(calibrated).graphs.items():
-        for mine, theirs in zip(sites, other.graphs[graph], strict=True):
-            assert mine.record == theirs.record
-            for name in ("absmax", "hist"):
-                np.testing.assert_array_equal(mine.arrays[name], theirs.arrays[name])
+    first, second = (read_samples(path, bundle.manifest, codec) for path in (data, turned))
+    assert [sample.digest for sample in first] == [sample.digest for sample in reversed(second)]
+    assert len({sample.digest for sample in first}) == 2
+    (data.parent / "copy.png").write_bytes((data.parent / "tall.png").read_bytes())
+    turned.write_text(data.read_text().replace("tall.png", "copy.png"))
+    assert read_samples(turned, bundle.manifest, codec)[0].digest == first[0].digest
+    (data.parent / "copy.png").write_bytes((data.parent / "wide.png").read_bytes())
+    assert read_samples(turned, bundle.manifest, codec)[0].digest != first[0].digest
 
 
 def test_sites_are_the_weights_of_the_exported_graphs(calibrated: Path, bundle: Bundle) -> None:
