@@ -2,6 +2,7 @@
 
     python scripts/measure_real_sizes.py make 3b FOLDER
     python scripts/measure_real_sizes.py copy 3b FOLDER
+    python scripts/measure_real_sizes.py trace 3b FOLDER [--precision bf16] [--graphs thinker]
     python scripts/measure_real_sizes.py export 3b FOLDER [--precision bf16] [--graphs thinker]
     python scripts/measure_real_sizes.py quantize 3b FOLDER [--recipe int4] [--graph-recipe GRAPH=RECIPE]
     python scripts/measure_real_sizes.py run 3b FOLDER [--recipe int4]
@@ -30,15 +31,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "page"]
+from real_sizes_page import FIELDS, SIZES, page
+
+__all__ = ["main"]
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-STEPS = ("make", "copy", "export", "quantize", "run")
-SIZES = ("small", "3b", "7b")
+STEPS = ("make", "copy", "trace", "export", "quantize", "run")
 BLOCK = 8 << 20
-FIELDS = ("VmRSS", "RssAnon", "RssFile")
 QUESTION_SECONDS = 3.0
-GIB = 1 << 30
 
 
 def _make(options: argparse.Namespace) -> dict[str, Any]:
@@ -64,6 +64,29 @@ def _copy(options: argparse.Namespace) -> dict[str, Any]:
         total += target.stat().st_size
         target.unlink()
     return {"synced_seconds": round(seconds, 1), "bytes": total}
+
+
+def _trace(options: argparse.Namespace) -> dict[str, Any]:
+    """Trace graphs that are not in the cache, which then holds them; no checkpoint is needed."""
+    from omniport.export.config import normalise_config
+    from omniport.export.graph_defs import graph_definitions
+    from omniport.export.synthetic_config import SIZES as KNOWN
+    from omniport.export.synthetic_config import checkpoint_config
+    from omniport.export.synthetic_tokenizer import train_tokenizer
+    from omniport.export.trace import trace
+    from omniport.runtime.solver import rk4_schedule
+    from transformers import AutoConfig
+
+    size = KNOWN[options.size]
+    raw = checkpoint_config(size, train_tokenizer(size.regular_tokens, size.real_ids))
+    config = AutoConfig.for_model(**normalise_config(raw))
+    definitions = graph_definitions(config, options.precision, 8192, rk4_schedule(), False)
+    traced = {}
+    for name in options.graphs.split(",") if options.graphs else definitions:
+        started = time.perf_counter()
+        trace(definitions[name])
+        traced[name] = round(time.perf_counter() - started, 1)
+    return {"traced": traced}
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
@@ -190,6 +213,7 @@ def _memory() -> dict[str, int]:
 _CHILD: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "make": _make,
     "copy": _copy,
+    "trace": _trace,
     "export": _export,
     "quantize": _quantize,
     "run": _run,
@@ -197,13 +221,12 @@ _CHILD: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 
 def _child(options: argparse.Namespace) -> None:
-    sources = {"make": [], "run": []}.get(options.step)
     folder = _checkpoint(options)
     if options.step == "quantize":
         folder = options.folder / f"{options.size}-{options.precision}"
     elif options.step == "run":
         folder = options.folder / f"{options.size}-{options.recipe}"
-    if sources is None or options.step == "run":
+    if folder.exists():
         _drop(_files(folder))
     started = time.perf_counter()
     found = _CHILD[options.step](options)
@@ -213,8 +236,10 @@ def _child(options: argparse.Namespace) -> None:
         _flush(_files(out))
         found["synced_seconds"] = round(time.perf_counter() - started, 1)
         found["bytes"] = sum(file.stat().st_size for file in _files(out))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    found["cpu_seconds"] = round(used.ru_utime + used.ru_stime, 1)
     # in kB; it also covers the process that started this one, which is small
-    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found["peak_bytes"] = used.ru_maxrss * 1024
     print(json.dumps(found))
 
 
@@ -231,130 +256,9 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _variant(options: argparse.Namespace) -> str:
-    if options.step == "export":
+    if options.step in ("export", "trace"):
         return f"{options.precision} {options.graphs}".strip()
     return str(options.recipe)
-
-
-def page(results: dict[str, Any]) -> str:
-    """docs/results/real-sizes.md."""
-    lines = [
-        "# Real sizes",
-        "",
-        "Made by `scripts/measure_real_sizes.py` from real-sizes.json: do not edit by hand. Random weights of the",
-        f"published models' geometry. {results['machine']}, no GPU, shared with other work; ONNX Runtime on the CPU.",
-        "Times include flushing what was written to the disk. Inputs are not in the page cache when a step begins.",
-        "",
-        "## Making and exporting",
-        "",
-        "Limits: 2 GiB of resident memory, and twice the time of copying the checkpoint's files, tracing apart.",
-        "",
-        "| size | step | written | seconds | of it tracing | times a copy | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for size in SIZES:
-        lines += _size_lines(size, results.get(size, {}))
-    lines += _stage_lines(results)
-    lines += _run_lines(results)
-    return "\n".join(lines) + "\n"
-
-
-def _size_lines(size: str, steps: dict[str, Any]) -> list[str]:
-    copied = steps.get("copy", {}).get("synced_seconds")
-    lines = []
-    for name, found in steps.items():
-        if name.startswith("run"):
-            continue
-        tracing = sum(seconds for stage, seconds in found.get("stages", {}).items() if stage.startswith("tracing"))
-        seconds = found["synced_seconds"]
-        ratio = f"{(seconds - tracing) / copied:.2f}" if name.startswith("export") and copied else "-"
-        traced = f"{tracing:.1f}" if "stages" in found else "-"
-        lines.append(
-            f"| {size} | {name.replace(',', ', ')} | {found['bytes'] / 1e9:.2f} GB | {seconds:.1f} | {traced} "
-            f"| {ratio} | {found['peak_bytes'] / GIB:.2f} GiB |"
-        )
-    halves = [found for name, found in steps.items() if name.startswith("export bf16 ")]
-    if len(halves) > 1 and copied:
-        tracing = sum(s for half in halves for stage, s in half["stages"].items() if stage.startswith("tracing"))
-        seconds = sum(half["synced_seconds"] for half in halves)
-        peak = max(half["peak_bytes"] for half in halves) / GIB
-        lines.append(
-            f"| {size} | export bf16, both runs | | {seconds:.1f} | {tracing:.1f} | {(seconds - tracing) / copied:.2f} "
-            f"| {peak:.2f} GiB |"
-        )
-    return lines
-
-
-def _stage_lines(results: dict[str, Any]) -> list[str]:
-    lines = [
-        "",
-        "Where the seconds of an export go:",
-        "",
-        "| size | export | "
-        + " | ".join(("tracing", "writing the thinker", "writing the others", "embeddings", "the rest"))
-        + " |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for size in SIZES:
-        for name, found in results.get(size, {}).items():
-            if not name.startswith("export"):
-                continue
-            stages = found["stages"]
-            tracing = sum(seconds for stage, seconds in stages.items() if stage.startswith("tracing"))
-            thinker = stages.get("writing thinker", 0.0)
-            others = sum(s for stage, s in stages.items() if stage.startswith("writing")) - thinker
-            embeddings = stages.get("embeddings", 0.0)
-            rest = sum(stages.values()) - tracing - thinker - others - embeddings
-            cells = " | ".join(f"{seconds:.1f}" for seconds in (tracing, thinker, others, embeddings, rest))
-            lines.append(f"| {size} | {name.removeprefix('export ').replace(',', ', ')} | {cells} |")
-    return lines
-
-
-def _run_lines(results: dict[str, Any]) -> list[str]:
-    lines = []
-    for size in SIZES:
-        for name, found in results.get(size, {}).items():
-            if name.startswith("run"):
-                lines += _answer_lines(size, found)
-    return lines
-
-
-def _answer_lines(size: str, found: dict[str, Any]) -> list[str]:
-    memory, stats = found["memory"], found["stats"]
-    lines = [
-        "",
-        f"## A spoken question to the {size} in `{found['recipe']}`, on the CPU",
-        "",
-        f"{found['question_seconds']:.0f} s of sound, answered in {stats['text_tokens']} text tokens and",
-        f"{stats['codec_tokens']} codec tokens ({found['samples'] / 24000:.2f} s of speech), with every stage.",
-        f"Opening and loading all graphs took {found['load_seconds']:.0f} s.",
-        "",
-        "| after | resident | anonymous | mapped files | seconds to load |",
-        "|---|---|---|---|---|",
-    ]
-    for step, sizes in memory.items():
-        cells = " | ".join(f"{sizes[field] / 1e6:,.0f} MB" for field in FIELDS)
-        lines.append(f"| {step} | {cells} | {found['loading'].get(step, '-')} |")
-    lines += [
-        "",
-        f"Highest: {found['peak_bytes'] / 1e9:.2f} GB. Anonymous memory is weights that ONNX Runtime packs for its",
-        "products, once; convolutions stay in the mapped file, of which the kernel holds what was touched.",
-        "",
-        "| figure | value |",
-        "|---|---|",
-    ]
-    for key in ("prompt_tokens", "text_tokens", "codec_tokens", "tokens_per_second", "codes_per_second"):
-        lines.append(f"| {key} | {_number(stats[key])} |")
-    for key in ("time_to_first_token", "time_to_first_audio", "total_time", "real_time_factor"):
-        lines.append(f"| {key} | {_number(stats[key])} |")
-    lines += [f"| busy, {stage} | {_number(seconds)} |" for stage, seconds in stats["busy"].items()]
-    return lines
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ def results() -> dict[str, Any]:
 
 
 def test_page_is_fresh(results: dict[str, Any]) -> None:
-    path = ROOT / "scripts" / "measure_real_sizes.py"
-    spec = importlib.util.spec_from_file_location("measure_real_sizes", path)
+    path = ROOT / "scripts" / "real_sizes_page.py"
+    spec = importlib.util.spec_from_file_location("real_sizes_page", path)
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
