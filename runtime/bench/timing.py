@@ -37,8 +37,7 @@ def alternate(
 
 
 def _repeats(run: Callable[[], object], least: float) -> int:
-    run()
-    once = _seconds(run, 1) if least else 1.0
+    once = _seconds(run, 1)
     return max(1, min(20, round(least / max(once, 1e-9))))
 
 
