@@ -131,6 +131,18 @@ RECIPES: Mapping[str, Recipe] = {
             _W8A8,
         ),
         Recipe(
+            "edge-8gb",
+            "INT4 in thinker and talker, INT8 weights in encoders and DiT: the 3B in 8 GB",
+            {"thinker": _INT4, "talker": _INT4, **dict.fromkeys(("audio_encoder", "vision_encoder", "dit"), _W8)},
+            _W8,
+        ),
+        Recipe(
+            "edge-16gb",
+            "INT8 times INT8 in thinker and talker, INT8 weights in encoders and DiT: the 7B in 16 GB",
+            {"thinker": _INT8, "talker": _INT8, **dict.fromkeys(("audio_encoder", "vision_encoder", "dit"), _W8)},
+            _W8,
+        ),
+        Recipe(
             "fp8",
             "E4M3 times E4M3 in all matrix products; GPUs from SM89 on",
             {name: _FP8 for name in GRAPH_NAMES if name != "bigvgan"},
