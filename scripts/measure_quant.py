@@ -149,8 +149,8 @@ Made by `scripts/measure_quant.py` from quant.json: do not edit by hand.
 
 Random-weight checkpoint `{found["bundle"]}`, bundle in {found["precision"]}, quantized with a calibration where a
 recipe does not say *alone*. ONNX Runtime {found["onnxruntime"]} on {found["threads"]} threads of
-{found["processor"]}. All bundles in one process, in turns; times are the best of {found["rounds"]} rounds. Logits: {found["steps"]} steps after a
-prefill of {PREFILL} tokens, against the bundle that was quantized.
+{found["processor"]}. All bundles in one process, in turns; times are the best of {found["rounds"]} rounds.
+Logits: {found["steps"]} steps after a prefill of {PREFILL} tokens, against the bundle that was quantized.
 
 | part | recipe | size, ratio | prefill {PREFILL}, ms | step, ms | times as fast | logits SQNR, dB | same choice |
 |---|---|---|---|---|---|---|---|
