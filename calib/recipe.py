@@ -93,6 +93,8 @@ class Recipe:
 
 
 _W8 = (Rule("", "w8"),)
+# what the first layer gets wrong reaches all others, and small blocks are worth 4 dB (docs/quantize.md)
+_W8_LM = (Rule(r"model\.layers\.0\.", "none"), Rule("", "w8-32"))
 # an eighth of a layer's weights, whose errors a softmax multiplies, and the talker's first product, which is all that
 # it hears of the thinker: 4 dB of the logits each (docs/quantize.md)
 _INT4 = (Rule(r"self_attn|thinker_to_talker_proj", "w8"), Rule("", "int4-32"))
@@ -106,9 +108,9 @@ RECIPES: Mapping[str, Recipe] = {
     for recipe in (
         Recipe(
             "w8",
-            "INT8 weights in all matrix products of all graphs; convolutions as they are",
+            "INT8 weights in matrix products; convolutions and the first layer of thinker and talker as they are",
             # the vocoder is all convolutions, and no runtime has a kernel for one with integer weights alone
-            {name: _W8 for name in GRAPH_NAMES if name != "bigvgan"},
+            {"thinker": _W8_LM, "talker": _W8_LM, **dict.fromkeys(("audio_encoder", "vision_encoder", "dit"), _W8)},
             (Rule("", "w8", ("matmul", "conv")),),
         ),
         Recipe(
@@ -129,6 +131,18 @@ RECIPES: Mapping[str, Recipe] = {
                 "bigvgan": _VOCODER,
             },
             _W8A8,
+        ),
+        Recipe(
+            "edge-8gb",
+            "INT4 in thinker and talker, INT8 weights in encoders and DiT: the 3B in 8 GB",
+            {"thinker": _INT4, "talker": _INT4, **dict.fromkeys(("audio_encoder", "vision_encoder", "dit"), _W8)},
+            _W8,
+        ),
+        Recipe(
+            "edge-16gb",
+            "INT8 times INT8 in thinker and talker, INT8 weights in encoders and DiT: the 7B in 16 GB",
+            {"thinker": _INT8, "talker": _INT8, **dict.fromkeys(("audio_encoder", "vision_encoder", "dit"), _W8)},
+            _W8,
         ),
         Recipe(
             "fp8",

@@ -31,12 +31,14 @@ __all__ = ["calibrate_bundle"]
 SAMPLE = 200_000
 
 
-def calibrate_bundle(root: Path, *, tokens: int = 8, codes: int = 24, most: int | None = None) -> Calibration:
-    """Answer the built-in conversations (the first ``most``) over an FP32 bundle."""
+def calibrate_bundle(
+    root: Path, names: Sequence[str] = ("text", "audio and image"), *, tokens: int = 8, codes: int = 24
+) -> Calibration:
+    """Answer built-in conversations over an FP32 bundle."""
     bundle = Bundle.open(root)
     backend = Observer(bundle)
     with tempfile.TemporaryDirectory() as folder, OmniSession(bundle, backend) as session:
-        conversations = list(standard_conversations(Path(folder)))[:most]
+        conversations = standard_conversations(Path(folder), names)
         for conversation in conversations:
             _answer(session, conversation, tokens, codes)
         header, sites = {}, {}
