@@ -26,6 +26,7 @@ PAGES = (
     "docs/gpu.md",
     "docs/import.md",
     "docs/live.md",
+    "docs/quantize-report.md",
     "docs/quantize.md",
     "docs/talk.md",
 )
