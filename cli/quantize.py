@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
+from .common import (
+    JsonFlag,
+    Progress,
+    QuietFlag,
+    log_console,
+    print_json,
+    print_table,
+    progress_bar,
+    require_extra,
+    size_text,
+)
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -77,27 +88,18 @@ def command(
     require_extra("export", *QUANTIZE_MODULES)
     from omniport.calib.quantize import quantize_bundle
 
+    def make(folder: Path, kept: Sequence[str], recipes: Mapping[str, str], told: Progress | None) -> QuantizeReport:
+        return quantize_bundle(bundle, folder, recipe.value, keep=kept, graph_recipes=recipes, progress=told)
+
     with progress_bar(quiet or json) as progress:
         if target is None:
-            report, found = (
-                quantize_bundle(bundle, out, recipe.value, keep=keep or (), graph_recipes=chosen, progress=progress),
-                None,
-            )
+            report, found = make(out, keep or (), chosen, progress), None
         else:
             require_extra("export", *EXPORT_MODULES)
             from omniport.calib.target import quantize_to_target
 
             found = quantize_to_target(
-                bundle,
-                out,
-                lambda folder, kept, recipes: quantize_bundle(
-                    bundle, folder, recipe.value, keep=kept, graph_recipes=recipes
-                ),
-                target,
-                keep=keep or (),
-                graph_recipes=chosen,
-                data=data,
-                progress=progress,
+                bundle, out, make, target, keep=keep or (), graph_recipes=chosen, data=data, progress=progress
             )
             report = found.written
     if found is not None and curve is not None:
