@@ -20,6 +20,7 @@ __all__ = ["render"]
 _WORST, _DRAWN = 8, 12
 _RATE = 24000
 _NONE = "-"
+_SOUND_HEAD = ("#mel dB", "#wave mel L1", "#MCD dB")
 
 
 def render(report: LossReport, waves: Mapping[str, NDArray[np.float32]], chosen: Mapping[tuple[str, str], str]) -> str:
@@ -54,42 +55,37 @@ def _head(report: LossReport) -> str:
 
 def _recipes(report: LossReport) -> str:
     base = report.bundles[0]
-    head: tuple[str, ...] = (
-        "bundle",
-        "recipe",
-        "#size",
-        "#of",
-        "#thinker dB",
-        "#KL",
-        "#text same",
-        "#talker dB",
-        "#codes same",
-    )
-    head += ("#mel dB", "#wave mel L1", "#MCD dB", "#decode ms", "#times", "#prefill ms", "#times")
-    rows = [_recipe(bundle, base) for bundle in report.bundles]
+    lost = ("bundle", "recipe", "#thinker dB", "#KL", "#text same", "#talker dB", "#codes same", *_SOUND_HEAD)
+    cost = ("bundle", "#size", "#of", "#decode ms", "#times as fast", "#prefill ms", "#times as fast")
     note = (
         '<p class="quiet">Signal to quantization noise of logits and of the mel; share of steps with the same most '
         "likely token under teacher forcing; distance of the waveforms' mel spectra in nepers, and mel-cepstral "
-        "distortion, of the same codes; the thinker's fastest step of one token and its longest prefill, and how many "
-        "times as fast as unquantized.</p>"
+        "distortion, of the same codes. Decode and prefill are the thinker's fastest step of one token and its longest "
+        "call.</p>"
     )
-    return f"<h2>Recipe against recipe</h2>\n{note}\n{table(head, rows)}"
+    tables = table(lost, map(_lost, report.bundles)), table(cost, (_cost(b, base) for b in report.bundles))
+    return f"<h2>Recipe against recipe</h2>\n{note}\n{tables[0]}\n<h3>Size and speed</h3>\n{tables[1]}"
 
 
-def _recipe(bundle: BundleLoss, base: BundleLoss) -> list[str]:
-    thinker, talker = _graph(bundle, "thinker"), _graph(bundle, "talker")
-    first, sound = _graph(base, "thinker"), bundle.sound
-    numbers = [_size(bundle.bytes), f"{bundle.bytes / base.bytes:.2f}", *_decoder(thinker, kl=True), *_decoder(talker)]
-    if sound is None:
+def _lost(bundle: BundleLoss) -> list[str]:
+    numbers = [*_decoder(_graph(bundle, "thinker"), kl=True), *_decoder(_graph(bundle, "talker"))]
+    if bundle.sound is None:
         numbers += [_NONE] * 3
     else:
-        numbers += [_decibels(sound.mel_sqnr_db), figure_text(sound.mel_l1), figure_text(sound.mcd_db)]
+        mel, *distances = (bundle.sound.mel_sqnr_db, bundle.sound.mel_l1, bundle.sound.mcd_db)
+        numbers += [_decibels(mel), *map(figure_text, distances)]
+    return [cell(bundle.name, "name"), cell(bundle.recipe, "name"), *(cell(text, "number") for text in numbers)]
+
+
+def _cost(bundle: BundleLoss, base: BundleLoss) -> list[str]:
+    numbers = [_size(bundle.bytes), f"{bundle.bytes / base.bytes:.2f}"]
+    thinker, first = _graph(bundle, "thinker"), _graph(base, "thinker")
     if thinker is None or first is None or not thinker.step_ms or not thinker.prefill_ms:
         numbers += [_NONE] * 4
     else:
-        numbers += [f"{thinker.step_ms:.1f}", f"{first.step_ms / thinker.step_ms:.2f}"]
-        numbers += [f"{thinker.prefill_ms:.0f}", f"{first.prefill_ms / thinker.prefill_ms:.2f}"]
-    return [cell(bundle.name, "name"), cell(bundle.recipe, "name"), *(cell(text, "number") for text in numbers)]
+        numbers += [f"{thinker.step_ms:.2f}", f"{first.step_ms / thinker.step_ms:.2f}"]
+        numbers += [f"{thinker.prefill_ms:.1f}", f"{first.prefill_ms / thinker.prefill_ms:.2f}"]
+    return [cell(bundle.name, "name"), *(cell(text, "number") for text in numbers)]
 
 
 def _decoder(row: GraphLoss | None, kl: bool = False) -> list[str]:

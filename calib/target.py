@@ -19,9 +19,9 @@ from .search import SearchResult, Target, parts_of, search
 
 __all__ = ["Quantizer", "TargetReport", "curve_json", "quantize_to_target"]
 
-#: writes a quantized bundle: folder, patterns of weights to keep, graph -> recipe
-Quantizer = Callable[[Path, Sequence[str], Mapping[str, str]], QuantizeReport]
 Progress = Callable[[str, int, int], None]
+#: writes a quantized bundle: folder, patterns of weights to keep, graph -> recipe, progress
+Quantizer = Callable[[Path, Sequence[str], Mapping[str, str], Progress | None], QuantizeReport]
 
 
 class TargetReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +83,7 @@ def quantize_to_target(
             searches[name] = work.search(name, calls[name], target, progress)
         kept = tuple(work.pattern(name, part) for name, found in searches.items() for part in found.kept)
         whole = Path(room) / "whole"
-        quantize(whole, (*keep, *kept), chosen)
+        quantize(whole, (*keep, *kept), chosen, None)
         reached = {name: _measure(whole, name, calls[name]) for name in quantized}
         missed = [name for name, loss in reached.items() if not target.met(loss)]
         if missed:
@@ -91,7 +91,7 @@ def quantize_to_target(
                 f"the {missed[0]} as written has {reached[missed[0]].sqnr_db:.2f} dB, although the same choice met "
                 f"{target} while it was searched for. Report this as a bug"
             )
-        written = quantize(out, (*keep, *kept), chosen)
+        written = quantize(out, (*keep, *kept), chosen, progress)
     return TargetReport(target=str(target), searches=searches, reached=reached, keep=kept, written=written)
 
 
@@ -111,7 +111,7 @@ class _Work:
             UsageError: there is none.
         """
         first = self.room / "first"
-        self.quantize(first, self.keep, self.recipes)
+        self.quantize(first, self.keep, self.recipes, None)
         record = Bundle.open(first).manifest.quantization
         assert record is not None
         for name in DECODERS:
@@ -132,7 +132,7 @@ class _Work:
             others = {graph: "none" for graph in self.bundle.manifest.graphs if graph != name}
             patterns = [self.pattern(name, part) for part in self.parts[name] if part in kept]
             own = {graph: recipe for graph, recipe in self.recipes.items() if graph == name}
-            self.quantize(out, (*self.keep, *patterns), others | own)
+            self.quantize(out, (*self.keep, *patterns), others | own, None)
             return _measure(out, name, calls)
 
         def told(what: str, done: int, total: int) -> None:

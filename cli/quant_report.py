@@ -74,10 +74,14 @@ def _row(bundle: BundleLoss) -> list[str]:
     for name in ("thinker", "talker"):
         loss = losses.get(name)
         agreement = None if loss is None else loss.agreement
-        cells += ["-" if loss is None else f"{loss.sqnr_db:.1f}", "-" if agreement is None else f"{agreement:.0%}"]
-    cells.append("-" if bundle.sound is None else f"{bundle.sound.mel_sqnr_db:.1f}")
+        cells += ["-" if loss is None else _decibels(loss.sqnr_db), "-" if agreement is None else f"{agreement:.0%}"]
+    cells.append("-" if bundle.sound is None else _decibels(bundle.sound.mel_sqnr_db))
     step = next((graph.step_ms for graph in bundle.graphs if graph.graph == "thinker"), 0.0)
     return [*cells, f"{step:.1f}"]
+
+
+def _decibels(value: float) -> str:
+    return "exact" if value >= 300 else f"{value:.1f}"
 
 
 def _require_folder(path: Path | None) -> None:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
+from .common import (
+    JsonFlag,
+    Progress,
+    QuietFlag,
+    log_console,
+    print_json,
+    print_table,
+    progress_bar,
+    require_extra,
+    size_text,
+)
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -97,9 +107,7 @@ def command(
 
     calibration = None if calib is None else Calibration.load(calib)
 
-    def make(
-        folder: Path, kept: Sequence[str], recipes: Mapping[str, str], progress: Progress | None = None
-    ) -> QuantizeReport:
+    def make(folder: Path, kept: Sequence[str], recipes: Mapping[str, str], told: Progress | None) -> QuantizeReport:
         return quantize_bundle(
             bundle,
             folder,
@@ -107,7 +115,7 @@ def command(
             keep=kept,
             graph_recipes=recipes,
             calibration=calibration,
-            progress=progress,
+            progress=told,
         )
 
     with progress_bar(quiet or json) as progress:

@@ -28,6 +28,7 @@ PAGES = (
     "docs/import.md",
     "docs/live.md",
     "docs/plan.md",
+    "docs/quantize-report.md",
     "docs/quantize.md",
     "docs/talk.md",
 )

@@ -251,7 +251,7 @@ def test_tensorrt_refuses_zero_points_and_builds_the_rest(exported: Callable[[st
     card = TARGETS["rtx-4090"]
     with pytest.raises(BuildError, match=r"28 weights have zero points.*--zero-points separate"):
         build_bundle(Bundle.open(exported("awq", "keep")), card)
-    for kind, zero_points in (("awq", "separate"), ("gptq", "keep"), ("gptq-desc-act", "separate")):
+    for kind, zero_points in (("gptq", "keep"), ("gptq-desc-act", "separate")):
         (row,) = build_bundle(Bundle.open(exported(kind, zero_points)), card).graphs
         assert row.record.dtype == "int4"
         assert row.record.layers["DEQUANTIZE"] == 28

@@ -112,21 +112,17 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object,
 def test_a_bundle_is_quantized_to_a_target(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The talker's last layer and head of ``tiny``: three parts, so that it takes seconds."""
+    """Half of the talker's last layer, and its head: two parts, so that it takes seconds."""
     (tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "Tell me of the sea."}]}\n')
     out, curve = tmp_path / "out", tmp_path / "curve.json"
-    options = ["--recipe", "int4", "--keep", r"talker/(model\.layers\.[012]|thinker_to)", "--graph-recipe"]
+    options = ["--recipe", "int4", "--keep", r"talker/(model\.layers\.[012]|thinker_to|.*self_attn)", "--graph-recipe"]
     options += ["thinker=none", "--target-sqnr", "23", "--data", tmp_path / "talk.jsonl", "--curve", curve]
     code, text, _ = run(capsys, tiny_bundle, out, *options, "--json")
     assert code == 0
     found = json.loads(text)["search"]
     assert found == json.loads(curve.read_text())
     talker = found["decoders"]["talker"]
-    assert [damage["part"] for damage in talker["damages"]] == [
-        "codec_head",
-        "model.layers.3.mlp",
-        "model.layers.3.self_attn",
-    ]
+    assert [damage["part"] for damage in talker["damages"]] == ["codec_head", "model.layers.3.mlp"]
     assert talker["kept"] == ["codec_head"]
     whole, reached = talker["curve"][0], talker["reached"]
     assert whole["kept"] == 0

@@ -170,11 +170,13 @@ class VisionEncoder(Stack):
         # Row frequencies, then column frequencies: [N, D/2]
         angle = (grid_hw.float().unsqueeze(-1) * self.inv_freq).flatten(1)
         cos, sin = (t.to(x.dtype).expand(frames, -1, -1) for t in (angle.cos(), angle.sin()))
-        return x, ((cos, sin), (windows.split(cos), windows.split(sin)), windows)
+        by_window = (windows.split(cos), windows.split(sin))
+        return x, ((cos, sin), by_window, (windows.slots, windows.order, windows.mask))
 
     def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
         by_frame, by_window, windows = context
-        return self.blocks[index](x, by_frame if index in self.full else by_window, windows)
+        rope = by_frame if index in self.full else by_window
+        return self.blocks[index](x, rope, _Windows(*windows, self.window))
 
     def leave(self, x: Tensor, context: Context) -> Tensor:
         return self.merger(x).flatten(0, 1).float()

@@ -19,7 +19,7 @@ table { border-collapse: collapse; width: 100%; font-size: .86rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e2e8f0; }
 th { border-bottom: 2px solid #a0aec0; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td { overflow-wrap: anywhere; } td.case { min-width: 11rem; }
-td.name, td.status, th { overflow-wrap: normal; white-space: nowrap; }
+td.name, td.number, td.status, th { overflow-wrap: normal; white-space: nowrap; }
 code, pre { font: .82rem/1.4 "DejaVu Sans Mono", monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; border: 1px solid #e2e8f0; padding: .5rem; }
 .verdict { font-weight: 600; padding: .4rem .7rem; border-left: .4rem solid; margin: .8rem 0; }
