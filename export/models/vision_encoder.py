@@ -174,9 +174,9 @@ class VisionEncoder(Stack):
         return x, ((cos, sin), by_window, (windows.slots, windows.order, windows.mask))
 
     def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
-        by_frame, by_window, windows = context
+        by_frame, by_window, (slots, order, mask) = context
         rope = by_frame if index in self.full else by_window
-        return self.blocks[index](x, rope, _Windows(*windows, self.window))
+        return self.blocks[index](x, rope, _Windows(slots, order, mask, self.window))
 
     def leave(self, x: Tensor, context: Context) -> Tensor:
         return self.merger(x).flatten(0, 1).float()
