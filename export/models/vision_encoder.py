@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import attention, merge_heads, rotary_embedding, split_heads
 from ..weights import ExportModule, Linear
 from .layers import GatedMlp, RmsNorm
+from .stack import Context, Stack
 
 __all__ = ["VisionEncoder", "VisionEncoderConfig"]
 
@@ -127,7 +128,7 @@ class _Merger(ExportModule):
         return x
 
 
-class VisionEncoder(ExportModule):
+class VisionEncoder(Stack):
     """Windowed vision transformer (transformers: Qwen2_5OmniVisionEncoder), one image or one video a call.
 
     Patches stay in raster order and go into padded windows, a batch row each, for the windowed layers' attention only.
@@ -151,6 +152,15 @@ class VisionEncoder(ExportModule):
     def forward(self, patches: Tensor, grid_hw: Tensor, window_index: Tensor, window_valid: Tensor) -> Tensor:
         """patches: float32 [T, N, 1176], grid_hw: int64 [N, 2] row and column of each patch, window_index: int64 [W*64]
         patch in each window slot (N where unused), window_valid: bool [W, 64] -> float32 [T*N/4, output]."""
+        x, context = self.enter(patches, grid_hw, window_index, window_valid)
+        return self.leave(self.run_layers(x, context), context)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, Context]:
+        patches, grid_hw, window_index, window_valid = inputs
         frames, count = patches.shape[0], patches.shape[1]
         x = self.patch_embed(patches.to(self.patch_embed.proj.weight.dtype))  # [T, N, E]
         mask = window_valid[None, :, None, None, :].expand(frames, -1, -1, self.window, -1).flatten(0, 1)
@@ -161,9 +171,14 @@ class VisionEncoder(ExportModule):
         angle = (grid_hw.float().unsqueeze(-1) * self.inv_freq).flatten(1)
         cos, sin = (t.to(x.dtype).expand(frames, -1, -1) for t in (angle.cos(), angle.sin()))
         by_window = (windows.split(cos), windows.split(sin))
+        return x, ((cos, sin), by_window, (windows.slots, windows.order, windows.mask))
 
-        for index, block in enumerate(self.blocks):
-            x = block(x, (cos, sin) if index in self.full else by_window, windows)
+    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        by_frame, by_window, (slots, order, mask) = context
+        rope = by_frame if index in self.full else by_window
+        return self.blocks[index](x, rope, _Windows(slots, order, mask, self.window))
+
+    def leave(self, x: Tensor, context: Context) -> Tensor:
         return self.merger(x).flatten(0, 1).float()
 
     def _slot_of_patch(self, window_index: Tensor, count: int) -> Tensor:
