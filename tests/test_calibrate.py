@@ -303,14 +303,15 @@ def observed(bundle: Bundle, data: Path) -> Observed:
 
 
 def test_calibration_sees_what_the_exported_graphs_see(calibrated: Path, observed: Observed) -> None:
-    compared = 0
+    worst: dict[str, float] = {}
     for graph, sites in Calibration.load(calibrated).graphs.items():
         for site in sites:
             wanted, found = observed.graphs[graph].tops[site.name], site.arrays["absmax"]
             assert wanted.max() > 1e-3
-            np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3 * wanted.max(), err_msg=site.name)
-            compared += 1
-    assert compared > 200
+            worst[f"{graph}/{site.name}"] = float(np.abs(found - wanted).max() / wanted.max())
+    assert len(worst) > 200
+    # single precision: the talker's and the DiT's loops feed on what they gave before
+    assert max(worst.values()) < 2e-4, max(worst, key=lambda name: worst[name])
 
 
 def test_one_layer_of_weights_is_in_memory(
