@@ -14,12 +14,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from . import (
+    bench,
     build,
     calibrate,
     doctor,
     export,
     inspect,
     make_checkpoint,
+    plan,
+    quant_report,
     quantize,
     ranges,
     talk,
@@ -55,9 +58,12 @@ for _module in (
     ranges,
     calibrate,
     quantize,
+    quant_report,
     validate,
+    bench,
     build,
     targets,
+    plan,
     inspect,
     voices,
     run_command,

@@ -28,7 +28,7 @@ __all__ = [
 
 
 @torch.library.custom_op("omniport::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -143,12 +143,13 @@ for _op in (_attention, _rotary_embedding, _rms_norm, _tensor_scatter, _anti_ali
     _op.register_fake(_like_first)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Scaled dot-product attention with grouped query heads (ONNX Attention-24).
 
     Args:
         q: [B, Hq, S, D]. k, v: [B, Hkv, L, D], Hq a multiple of Hkv.
-        mask: bool, broadcastable to [B, Hq, S, L], True where attention is allowed.
+        mask: bool, broadcastable to [B, Hq, S, L], True where attention is allowed; None allows it
+            everywhere.
 
     Returns:
         [B, Hq, S, D].

@@ -25,7 +25,10 @@ PAGES = (
     "docs/cli.md",
     "docs/export.md",
     "docs/gpu.md",
+    "docs/import.md",
     "docs/live.md",
+    "docs/plan.md",
+    "docs/quantize-report.md",
     "docs/quantize.md",
     "docs/talk.md",
 )
