@@ -44,7 +44,7 @@ def command(
             progress("verify engines", number, len(built.usable))
             verify_engine(engine)
     manifest = opened.manifest
-    facts = {**summary(manifest, verified=verify), **engine_facts(built)}
+    facts = {**summary(manifest, verified=verify), **engine_facts(built), "not_here": not_here(built)}
     if json:
         print_json(facts)
         return
@@ -55,8 +55,11 @@ def command(
     )
     print_table("Graphs", ("graph", "precision", "opset", "size", "inputs", "outputs"), rows)
     if built.usable:
-        columns = ("engine", "size", "GPU", "builder", "KV capacity", "built from")
-        print_table("Engines", columns, (_engine_row(engine) for engine in built.usable))
+        columns = ("engine", "size", "GPU", "builder", "KV capacity", "built from", "runs here")
+        rows = ((*_engine_row(engine), "no" if engine.name in facts["not_here"] else "yes") for engine in built.usable)
+        print_table("Engines", columns, rows)
+    for reason, count in Counter(facts["not_here"].values()).items():
+        log_console(quiet).print(f"not run here ({count}): {reason}", markup=False)
     for reason in built.unusable.values():
         log_console(quiet).print(f"not usable: {reason}", markup=False)
     if verify:
@@ -90,6 +93,17 @@ def engine_facts(built: Engines) -> dict[str, Any]:
         "engines": {engine.name: msgspec.to_builtins(engine.record) for engine in built.usable},
         "unusable_engines": built.unusable,
     }
+
+
+def not_here(built: Engines) -> dict[str, str]:
+    """Why usable engines do not run on this machine, by their path."""
+    if not built.usable:
+        return {}
+    from omniport.runtime.backends.here import this_machine, why_not
+
+    here = this_machine()
+    reasons = {engine.name: why_not(engine.record, here, engine.bundle) for engine in built.usable}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _engine_row(engine: Engine) -> tuple[str, ...]:

@@ -23,24 +23,29 @@ from .common import (
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
-    from omniport.calib.quantize import QuantizeReport
+    from omniport.calib.quantize import Progress, QuantizeReport
     from omniport.calib.search import Target
     from omniport.calib.target import TargetReport
 
 __all__ = ["EXAMPLE", "NAME", "RecipeName", "command", "curve_dict", "graph_choices", "report_dict"]
 
 NAME = "quantize"
-EXAMPLE = "omniport quantize bundle bundle-w8 --recipe w8"
+EXAMPLE = "omniport quantize bundle bundle-int8 --recipe int8 --calib model.calib"
 
-#: what quantizing weights imports
-QUANTIZE_MODULES = ("onnx", "onnx_ir", "ml_dtypes")
+#: what quantizing imports
+QUANTIZE_MODULES = ("onnx", "onnx_ir", "ml_dtypes", "safetensors")
 
 
 class RecipeName(str, Enum):
     """A recipe of omniport.calib.recipe."""
 
+    int8 = "int8"
     w8 = "w8"
     int4 = "int4"
+    fp8 = "fp8"
+    edge_8gb = "edge-8gb"
+    edge_16gb = "edge-16gb"
+    int8_plain = "int8-plain"
 
 
 def command(
@@ -48,8 +53,19 @@ def command(
     out: Annotated[Path, typer.Argument(help="Bundle folder to write.")],
     recipe: Annotated[
         RecipeName,
-        typer.Option(help="w8: INT8 weights. int4: INT4 weights of thinker and talker. See docs/quantize.md."),
+        typer.Option(
+            help="int8: INT8 times INT8. w8: INT8 weights. int4: INT4 weights of thinker and talker. fp8: for SM89 and "
+            "later. edge-8gb, edge-16gb: for boards of that memory. See docs/quantize.md."
+        ),
     ],
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Calibration of the bundle's checkpoint, as written by omniport calibrate. int8, fp8 and the edge "
+            "recipes need one; w8 and int4 lose less with one.",
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX", help="Leave weights whose GRAPH/WEIGHT name holds this as they are; repeatable."),
@@ -78,18 +94,29 @@ def command(
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Quantize the weights of a bundle.
+    """Quantize a bundle.
 
-    Writes one more standard bundle, which runs, validates and builds like the one it was made from. No data is needed.
-    With a target, parts of thinker and talker are measured one by one and the worst stay as they are.
+    Writes one more standard bundle, which runs, validates and builds like the one it was made from. With a target,
+    parts of thinker and talker are measured one by one and the worst stay as they are.
     """
     chosen = graph_choices(graph_recipe or [])
     target = _target(target_sqnr, max_kl, data, curve)
     require_extra("export", *QUANTIZE_MODULES)
+    from omniport.calib.calibration import Calibration
     from omniport.calib.quantize import quantize_bundle
 
+    calibration = None if calib is None else Calibration.load(calib)
+
     def make(folder: Path, kept: Sequence[str], recipes: Mapping[str, str], told: Progress | None) -> QuantizeReport:
-        return quantize_bundle(bundle, folder, recipe.value, keep=kept, graph_recipes=recipes, progress=told)
+        return quantize_bundle(
+            bundle,
+            folder,
+            recipe.value,
+            keep=kept,
+            graph_recipes=recipes,
+            calibration=calibration,
+            progress=told,
+        )
 
     with progress_bar(quiet or json) as progress:
         if target is None:

@@ -103,7 +103,7 @@ def export_checkpoint(
         kv: form of the KV cache: ``static``, or ``concat`` for runtimes that cannot update one in place.
         keep_fp32: regular expressions searched for in ``GRAPH/module.path``: layers that stay float32 in fp16 and bf16.
         ranges: a ranges.json (`omniport.export.ranges`): what it shows to overflow float16 stays float32, and the
-            file becomes part of the bundle.
+            file becomes part of the bundle. Without it, ranges that ``out`` has stay there and change nothing.
         zero_points: of a GPTQ or AWQ checkpoint: ``keep`` them with the weights, or ``separate`` them into a product of
             their own, for TensorRT.
         progress: called with the stage, and the bytes written so far and in total.
@@ -139,6 +139,7 @@ class _Job:
         self.definitions = self._definitions(options.precision)
         self.keys: dict[str, str] = {}
         self.kept: dict[str, GraphSpec] = {}
+        self.attached: Ranges | None = None
         self.records: dict[str, FileRecord] = {}
         self.strangers: list[str] = []
         self.made: list[str] = []
@@ -196,6 +197,19 @@ class _Job:
             )
         return ranges
 
+    def _held_ranges(self, previous: Manifest | None) -> Ranges | None:
+        """Ranges that the bundle has already, if they are whole and about the graphs that it is going to have.
+
+        They do not steer this export: what they show to overflow is held in float16, and building says so.
+        """
+        path = self.out / RANGES_FILE
+        record = previous.files.get(RANGES_FILE) if previous is not None and previous.ranges_file else None
+        if record is None or not path.is_file() or file_record(path) != record:
+            return None
+        ranges = read_ranges(path)
+        measured = (ranges.fingerprint, ranges.ops, ranges.kv)
+        return ranges if measured == (self.ckpt.fingerprint, self.options.ops, self.options.kv) else None
+
     def choose(self, graphs: Sequence[str] | None, previous: Manifest | None) -> None:
         """Decide which graphs are made and which are taken over."""
         absent = sorted(set(graphs or ()) - set(self.definitions))
@@ -224,6 +238,7 @@ class _Job:
                     f"{self.out} holds a {name} that is damaged, or was made from other weights, with other options or "
                     "by another release: it would not fit to the rest. Export without --graphs, or to a new folder."
                 )
+        self.attached = self.ranges or self._held_ranges(previous)
         if previous is not None:
             self.records = {f: previous.files[f] for spec in self.kept.values() for f in (spec.file, *spec.data)}
             self.strangers = unlisted(self.out, previous)
@@ -276,7 +291,7 @@ class _Job:
         }
         dtype = specs["thinker"].compute_dtype if "thinker" in specs else self.definitions["thinker"].precision
         kv = msgspec.structs.replace(self.manifest.kv, dtype=dtype)
-        ranges = RANGES_FILE if self.ranges is not None else None
+        ranges = RANGES_FILE if self.attached is not None else None
         manifest = msgspec.structs.replace(
             self.manifest, kv=kv, graphs=specs, files=files, ranges_file=ranges, **self._quantization()
         )
@@ -307,11 +322,13 @@ class _Job:
         self._enter(f"writing {definition.name}")
         path = folder / "graphs" / f"{definition.name}.onnx"
         path.parent.mkdir(exist_ok=True)
-        data = write_model(model, filled, self.ckpt, path, self._advance)
+        written = write_model(model, filled, self.ckpt, path, self._advance)
+        names = {file.relative_to(folder).as_posix(): record for file, record in written.items()}
+        self.records |= names
         spec = GraphSpec(
             name=definition.name,
             file=path.relative_to(folder).as_posix(),
-            data=tuple(file.relative_to(folder).as_posix() for file in data),
+            data=tuple(names),
             precision="int4" if schemes else definition.precision,
             compute=definition.precision if schemes else "",
             opset=OPSETS[definition.ops],
@@ -323,7 +340,7 @@ class _Job:
             float32_values=mixed.float32_values,
             inputs_key=self.keys[definition.name],
         )
-        size = sum(file.stat().st_size for file in data)
+        size = sum(record.size for record in written.values())
         seconds = time.perf_counter() - started
         counts = Counter(schemes.values())
         return spec, GraphReport(definition.name, len(model.graph), size, seconds, False, mixed.overflowing, counts)
@@ -351,8 +368,8 @@ class _Job:
         (folder / "tokenizer.json").write_bytes(self.tokenizer)
         if self.voices:
             (folder / "voices").mkdir()
-        if self.ranges is not None:
-            (folder / RANGES_FILE).write_bytes(encode_ranges(self.ranges))
+        if self.attached is not None:
+            (folder / RANGES_FILE).write_bytes(encode_ranges(self.attached))
         for voice in self.voices:
             write_voice(folder / voice.file, self.speakers[voice.name].cond, self.references[voice.name])
 

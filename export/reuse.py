@@ -22,6 +22,7 @@ from .graph_defs import GraphDefinition
 __all__ = ["CODE", "file_record", "graph_key", "graph_whole", "source_key"]
 
 _SHARED = (
+    "data_file.py",
     "graph_defs.py",
     "lowering.py",
     "mixed.py",
