@@ -67,7 +67,7 @@ def layer_losses(base: Bundle, quantized: Bundle, name: str, calls: Calls | None
     if not schemes:
         return []
     before, after = _File(base, name), _File(quantized, name)
-    smoothed = bool(record is not None and getattr(record, "calibration", ""))
+    smoothed = record is not None and bool(record.calibration)
     weights = {weight: _weight_db(before, after, weight, smoothed) for weight in schemes}
     products, outputs = before.outputs(schemes), dict[str, float]()
     if calls is not None:
