@@ -34,6 +34,29 @@ class VisionEncoderConfig:
     rope_theta: float
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """Where the patches of a frame lie among the slots of its attention windows.
+
+    Attributes:
+        slots: int64 [W*window], the patch in each slot, any one where there is none.
+        places: int64 [N], the slot of each patch.
+        size: slots of a window.
+    """
+
+    slots: Tensor
+    places: Tensor
+    size: int
+
+    def split(self, x: Tensor) -> Tensor:
+        """[T, N, E] -> [T*W, window, E]."""
+        return x.index_select(1, self.slots).reshape(-1, self.size, x.shape[-1])
+
+    def join(self, x: Tensor, like: Tensor) -> Tensor:
+        """[T*W, window, E] -> [T, N, E], T as in ``like``."""
+        return x.reshape(like.shape[0], -1, x.shape[-1]).index_select(1, self.places)
+
+
 class _Attention(ExportModule):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -44,10 +67,14 @@ class _Attention(ExportModule):
         self.v = Linear(width, width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        q = rotary_embedding(split_heads(self.q(x), self.heads), *rope)
-        k = rotary_embedding(split_heads(self.k(x), self.heads), *rope)
-        return self.proj(merge_heads(attention(q, k, split_heads(self.v(x), self.heads), mask, self.scale)))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, windows: _Windows | None) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)  # [T, N, E]
+        if windows is not None:
+            q, k, v = windows.split(q), windows.split(k), windows.split(v)  # [T*W, 64, E]
+        q = rotary_embedding(split_heads(q, self.heads), *rope)
+        k = rotary_embedding(split_heads(k, self.heads), *rope)
+        y = merge_heads(attention(q, k, split_heads(v, self.heads), mask, self.scale))
+        return self.proj(y if windows is None else windows.join(y, x))
 
 
 class _Block(ExportModule):
@@ -58,8 +85,8 @@ class _Block(ExportModule):
         self.attn = _Attention(config.width, config.num_heads)
         self.mlp = GatedMlp(config.width, config.ffn, bias=True)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, mask)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, windows: _Windows | None) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, mask, windows)
         return x + self.mlp(self.norm2(x))
 
 
@@ -95,8 +122,9 @@ class _Merger(ExportModule):
 class VisionEncoder(ExportModule):
     """Windowed vision transformer (transformers: Qwen2_5OmniVisionEncoder), one image or one video a call.
 
-    Patches travel in window order, padded to full windows, through all layers: a window is a batch row, and the few
-    full-attention layers see all windows of a frame at once with the padding masked.
+    Patches travel in the order they come in, of which four make a unit that is merged. They are put into windows,
+    padded to full ones, for attention alone: everything else costs as much as there are patches. The few
+    full-attention layers see a whole frame.
     """
 
     prefix = "thinker.visual."
@@ -108,7 +136,7 @@ class VisionEncoder(ExportModule):
         self.blocks = nn.ModuleList([_Block(config) for _ in range(config.num_layers)])
         self.merger = _Merger(config)
         self.full = frozenset(config.full_attention_layers)
-        self.window, self.unit = config.window_patches, config.merge**2
+        self.window = config.window_patches
         quarter = config.width // config.num_heads // 2
         half = torch.arange(0, quarter, 2, dtype=torch.float, device="cpu") / quarter
         self.constant("inv_freq", 1.0 / (config.rope_theta**half))
@@ -117,35 +145,26 @@ class VisionEncoder(ExportModule):
         """patches: float32 [T, N, 1176], grid_hw: int64 [N, 2] row and column of each patch, window_index: int64 [W*64]
         patch in each window slot (N where unused), window_valid: bool [W, 64] -> float32 [T*N/4, output]."""
         frames, count = patches.shape[0], patches.shape[1]
-        windows, window = window_valid.shape[0], self.window
-        slots = torch.clamp(window_index, max=count - 1)
-        x = self.patch_embed(patches.index_select(1, slots).to(self.patch_embed.proj.weight.dtype))  # [T, P, E]
+        x = self.patch_embed(patches.to(self.patch_embed.proj.weight.dtype))  # [T, N, E]
+        windows = _Windows(torch.clamp(window_index, max=count - 1), self._places(window_index, count), self.window)
 
-        # Row frequencies, then column frequencies: [P, D/2]
-        angle = (grid_hw.index_select(0, slots).float().unsqueeze(-1) * self.inv_freq).flatten(1)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        by_frame = (cos.expand(frames, -1, -1), sin.expand(frames, -1, -1))
-        by_window = (self._windows(by_frame[0]), self._windows(by_frame[1]))
-        frame_mask = window_valid.reshape(1, 1, 1, -1).expand(frames, 1, windows * window, -1)
-        window_mask = window_valid[None, :, None, None, :].expand(frames, -1, -1, window, -1).flatten(0, 1)
+        # Row frequencies, then column frequencies: [N, D/2]
+        angle = (grid_hw.float().unsqueeze(-1) * self.inv_freq).flatten(1)
+        cos, sin = (part.to(x.dtype).expand(frames, -1, -1) for part in (angle.cos(), angle.sin()))
+        by_window = (windows.split(cos), windows.split(sin))
+        everywhere = (grid_hw[:, 0] >= 0)[None, None, None, :].expand(frames, 1, count, -1)
+        window_mask = window_valid[None, :, None, None, :].expand(frames, -1, -1, self.window, -1).flatten(0, 1)
 
         for index, block in enumerate(self.blocks):
             if index in self.full:
-                x = block(x, by_frame, frame_mask)
+                x = block(x, (cos, sin), everywhere, None)
             else:
-                x = block(self._windows(x), by_window, window_mask).reshape(frames, windows * window, -1)
+                x = block(x, by_window, window_mask, windows)
+        return self.merger(x).flatten(0, 1).float()
 
-        merged = self.merger(x)  # [T, P/4, output], window order
-        return merged.index_select(1, self._raster_order(window_index, count)).flatten(0, 1).float()
-
-    def _windows(self, x: Tensor) -> Tensor:
-        """[T, W*64, E] -> [T*W, 64, E]."""
-        return x.reshape(-1, self.window, x.shape[-1])
-
-    def _raster_order(self, window_index: Tensor, count: int) -> Tensor:
-        """For each merged unit of the frame, in raster order, its place among the window slots: int64 [N/4]."""
-        unit = window_index.unflatten(0, (-1, self.unit))[:, 0] // self.unit  # N/4 where unused
-        place = torch.arange(unit.shape[0], device=unit.device)
+    def _places(self, window_index: Tensor, count: int) -> Tensor:
+        """The slot of each patch: int64 [N]."""
+        slot = torch.arange(window_index.shape[0], device=window_index.device)
         # Unused slots all land on one extra entry, which is cut off.
-        order = torch.zeros(count // self.unit + 1, dtype=torch.int64, device=unit.device)
-        return order.scatter(0, unit, place)[: count // self.unit]
+        order = torch.zeros(count + 1, dtype=torch.int64, device=window_index.device)
+        return order.scatter(0, window_index, slot)[:count]
