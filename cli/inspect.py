@@ -13,7 +13,7 @@ from .common import JsonFlag, QuietFlag, log_console, print_json, print_table, p
 if TYPE_CHECKING:
     from omniport.runtime.engines import Engine, Engines
     from omniport.runtime.graphs import TensorSpec
-    from omniport.runtime.manifest import DecoderGeometry, Manifest
+    from omniport.runtime.manifest import DecoderGeometry, Manifest, Quantization
 
 __all__ = ["EXAMPLE", "NAME", "command", "engine_facts", "kv_bytes_per_1k", "summary"]
 
@@ -140,6 +140,8 @@ def _overview(manifest: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]
         ("size", size_text(facts["bytes"])),
         ("context", f"{manifest.kv.max_context} tokens, {manifest.kv.form} KV cache in {manifest.kv.dtype}"),
     ]
+    if manifest.quantization is not None:
+        rows.append(("quantized", _quantization(manifest.quantization)))
     for name, geometry in (("thinker", manifest.thinker), ("talker", manifest.talker)):
         if geometry is None:
             continue
@@ -151,6 +153,15 @@ def _overview(manifest: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]
         rows.append(("speech", f"{manifest.vocoder.sample_rate} Hz"))
     rows.append(("voices", ", ".join(facts["voices"]) or "none: this bundle writes text and does not speak"))
     return rows
+
+
+def _quantization(record: Quantization) -> str:
+    """Recipe, or the method of the checkpoint, and how the weights of each graph are stored."""
+    parts = []
+    for graph, layers in record.layers.items():
+        counts = Counter(layers.values())
+        parts.append(f"{graph} " + ", ".join(f"{count} {scheme}" for scheme, count in sorted(counts.items())))
+    return f"{record.recipe}, from {record.precision}: {'; '.join(parts)}"
 
 
 def _tensors(*sides: tuple[TensorSpec, ...]) -> list[str]:

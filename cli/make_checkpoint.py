@@ -21,13 +21,18 @@ class Size(str, Enum):
 
     tiny = "tiny"
     small = "small"
+    b3 = "3b"
+    b7 = "7b"
 
 
 def command(
     out: Annotated[Path, typer.Argument(help="Folder to make; it must not exist or be empty.")],
     size: Annotated[
         Size,
-        typer.Option(help="tiny: under 10 M parameters. small: the 3B's layer widths, 4 layers a stack, about 1.4 B."),
+        typer.Option(
+            help="tiny: under 10 M parameters. small: the 3B's layer widths, 4 layers a stack, about 1.4 B. "
+            "3b, 7b: the geometry of the published models, 11 and 22 GB."
+        ),
     ] = Size.tiny,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,
     outliers: Annotated[

@@ -16,6 +16,7 @@ from omniport.runtime.errors import BackendError, BuildError
 from omniport.runtime.graphs import DTYPES
 from omniport.runtime.manifest import DecoderGeometry
 
+from .budget import BUILD_CONSTANT, BUILD_FACTOR, memory_usable
 from .build import check_bundle_precision, on_device, require_ranges
 from .engine import Progress, build_engine, check_precision
 from .network import LOWERED
@@ -31,14 +32,7 @@ __all__ = [
     "cache_bytes",
     "check_bundle",
     "memory_needed",
-    "memory_usable",
 ]
-
-#: what the system, the driver and this program take of a unified memory; of a GPU's own memory the driver alone
-UNIFIED_RESERVE, GPU_RESERVE = 2 * (1 << 30), 1 << 29
-#: memory of a build over the graph's weights, and a constant, which the vocoder's 10,000 layers set: measured with
-#: TensorRT-RTX (docs/results/build-matrix.md)
-BUILD_FACTOR, BUILD_CONSTANT = 2.0, 750_000_000
 
 
 @dataclass(frozen=True)
@@ -125,11 +119,6 @@ def check_bundle(
         if not target.built_anywhere
         else f"omniport build {bundle.root} --target {target.name}",
     )
-
-
-def memory_usable(target: Target) -> int:
-    """Bytes of the target's memory that engines may take."""
-    return target.memory_bytes - (UNIFIED_RESERVE if target.unified else GPU_RESERVE)
 
 
 def build_memory(bundle: Bundle, graphs: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from omniport.runtime.errors import BundleError
 from onnx import TensorProto
 
-__all__ = ["OnnxFile", "Weight", "open_onnx"]
+__all__ = ["OnnxFile", "Operand", "Weight", "open_onnx"]
 
 #: ONNX element type -> the number format that a target must have for it
 _FORMATS: Mapping[int, str] = {
@@ -31,8 +31,13 @@ _FORMATS: Mapping[int, str] = {
     TensorProto.UINT8: "int8",
     TensorProto.FLOAT4E2M1: "fp4",
 }
+_SMALL_INTEGERS = (TensorProto.INT4, TensorProto.UINT4)
 #: integers of these formats are weights or quantized values only where these operators touch them
 _QUANTIZING = {"QuantizeLinear", "DequantizeLinear"}
+
+
+#: operators that a weight passes on its way to the one that multiplies it
+_PASSING = {"DequantizeLinear", "Cast", "Transpose"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,23 @@ class Weight:
     file: Path
     offset: int
     length: int
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An initializer by what uses it.
+
+    Attributes:
+        operator: type of the first node that reads it, looked for behind DequantizeLinear, Cast and Transpose.
+        stride: of that node along its first axis, where it is a convolution.
+        scale: it is the scale of quantized weights.
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    operator: str
+    stride: int = 1
+    scale: bool = False
 
 
 class OnnxFile:
@@ -84,6 +106,38 @@ class OnnxFile:
                 found.add(kind)
         casts = {a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to"}
         return frozenset(found | {_FORMATS[to] for to in casts if _FORMATS.get(to) in ("fp16", "bf16", "fp8")})
+
+    def operands(self) -> list[Operand]:
+        """The initializers in the order of the nodes that read them; one that nothing reads is left out."""
+        dims = {tensor.name: tuple(tensor.dims) for tensor in self._model.graph.initializer}
+        readers: dict[str, Any] = {}
+        for node in self._model.graph.node:
+            for name in node.input:
+                readers.setdefault(name, node)
+        found = []
+        for node in self._model.graph.node:
+            for name in node.input:
+                if name in dims and readers[name] is node:
+                    end = node
+                    while end.op_type in _PASSING and end.output[0] in readers:
+                        end = readers[end.output[0]]
+                    scale = node.op_type == "DequantizeLinear" and name != node.input[0]
+                    found.append(Operand(name, dims[name], end.op_type, _stride(end), scale))
+        return found
+
+    def zero_points(self) -> list[str]:
+        """Nodes that dequantize 4-bit weights with zero points that are not all zero."""
+        tensors = {tensor.name: tensor for tensor in self._model.graph.initializer}
+        weights = {weight.name: weight for weight in self.weights}
+        found = []
+        for node in self._model.graph.node:
+            name = node.input[2] if node.op_type == "DequantizeLinear" and len(node.input) > 2 else ""
+            if name not in tensors or tensors[name].data_type not in _SMALL_INTEGERS:
+                continue
+            inside = tensors[name].raw_data or tensors[name].int32_data
+            if any(inside) or (name in weights and self.mapped(weights[name]).any()):
+                found.append(node.name)
+        return found
 
     def fix_dims(self, values: Mapping[str, int]) -> None:
         """Give symbolic dimensions of inputs and outputs their value, in memory; the file stays as it is."""
@@ -147,6 +201,11 @@ def open_onnx(path: Path) -> OnnxFile:
     except (OSError, ValueError, Exception) as error:
         raise BundleError(f"cannot read {path} as ONNX: {error}. Copy or export the bundle again") from error
     return OnnxFile(path, model)
+
+
+def _stride(node: Any) -> int:
+    found = [attribute.ints[0] for attribute in node.attribute if attribute.name == "strides" and attribute.ints]
+    return int(found[0]) if found else 1
 
 
 def _length(tensor: TensorProto, where: Mapping[str, str]) -> int:

@@ -22,12 +22,15 @@ from .graph_defs import GraphDefinition
 __all__ = ["CODE", "file_record", "graph_key", "graph_whole", "source_key"]
 
 _SHARED = (
+    "data_file.py",
     "graph_defs.py",
     "lowering.py",
     "mixed.py",
     "onnx_export.py",
     "op_nodes.py",
     "ops.py",
+    "packed.py",
+    "packed_graph.py",
     "passes.py",
     "trace.py",
     "weights.py",

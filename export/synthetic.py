@@ -1,7 +1,8 @@
 """Random-weight Qwen2.5-Omni checkpoints in the exact Hugging Face layout.
 
 ``tiny`` is for tests: every structural feature of the real model in under 10 M parameters, control tokens at other
-ids. ``small`` is for benchmarks: the 3B's layer widths and vocabulary with 4 layers in each stack.
+ids. ``small`` is for benchmarks: the 3B's layer widths and vocabulary with 4 layers in each stack. ``3b`` and ``7b``
+have the geometry of the published models, for measurements at full size.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from omniport.runtime.errors import ExportError, UsageError
+from omniport.runtime.staging import check_space
 
 from .synthetic_config import CODEBOOK, CODEC, CODEC_VOCAB, SIZES, TTS_FROM_END, Size, checkpoint_config
 from .synthetic_tokenizer import SyntheticTokenizer, train_tokenizer, write_text_files
@@ -34,7 +36,8 @@ def make_checkpoint(
 
     Args:
         out: folder to make; it must not exist, or be empty.
-        size: ``tiny`` (under 10 M parameters) or ``small`` (the 3B's widths, 1.4 B parameters, 2.8 GB).
+        size: ``tiny`` (under 10 M parameters), ``small`` (the 3B's widths, 1.4 B parameters, 2.8 GB), ``3b`` (5.5 B,
+            11 GB) or ``7b`` (10.7 B, 22 GB).
         seed: same seed, same bytes.
         outliers: plant large activation channels and key biases in thinker and talker, as trained Qwen2.5 has them.
         progress: called with (tensor name, bytes done, bytes in all).
@@ -44,7 +47,8 @@ def make_checkpoint(
 
     Raises:
         UsageError: unknown size, or ``out`` is a file or a folder with something in it.
-        ExportError: the files cannot be written, or the export extra is not installed. Nothing is left behind.
+        ExportError: the disk has too little space, the files cannot be written, or the export extra is not installed.
+            Nothing is left behind.
     """
     out = Path(out)
     if size not in SIZES:
@@ -83,6 +87,7 @@ def _write(folder: Path, size: Size, seed: int, outliers: bool, progress: Progre
     _write_speakers(folder / "spk_dict.pt", size, seed)
     scaling = _scaling(size, tokenizer, seed, outliers)
     shapes = _shapes(folder)
+    check_space(folder, 2 * sum(map(math.prod, shapes.values())), "checkpoint")
     write_shards(folder, shapes, scaling, seed=seed, shard_bytes=size.shard_bytes, progress=progress)
 
 
@@ -172,7 +177,7 @@ def _write_speakers(path: Path, size: Size, seed: int) -> None:
         smooth = np.stack([np.convolve(column, np.ones(9) / 3.0, mode="valid") for column in mel.T], axis=1)
         mel = smooth * 0.9 + np.linspace(*tilt, 80)
         voices[name] = {
-            "bos_token": size.vocab_size - TTS_FROM_END[name],
+            "bos_token": size.tts_end - TTS_FROM_END[name],
             "cond": torch.from_numpy(draw.standard_normal((1, 192)).astype(np.float32)),
             "ref_mel": torch.from_numpy(mel[None].astype(np.float32)),
         }

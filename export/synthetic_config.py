@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .synthetic_tokenizer import SyntheticTokenizer
 
-__all__ = ["CODEBOOK", "CODEC", "CODEC_VOCAB", "SIZES", "TTS_FROM_END", "Size", "checkpoint_config"]
+__all__ = ["CODEBOOK", "CODEC", "CODEC_VOCAB", "SIZES", "TTS_FROM_END", "Size", "checkpoint_config", "geometry_config"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Size:
     regular_tokens: int
     real_ids: bool
     vocab_size: int
+    tts_end: int
+    """text-to-speech ids count back from here: the end of the 3B's vocabulary, in the 7B's larger one too"""
     shard_bytes: int
     wave_gain: float
     text: Mapping[str, Any]
@@ -28,105 +30,136 @@ class Size:
     vocoder_channels: int
 
 
-SIZES: Mapping[str, Size] = {
-    "tiny": Size(
-        regular_tokens=768,
-        real_ids=False,
-        vocab_size=1024,
-        shard_bytes=4 << 20,
-        wave_gain=0.09,
-        text={
-            "hidden_size": 128,
-            "intermediate_size": 320,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "mrope_section": [4, 6, 6],
-            # not the real 1e6, with which heads this narrow would hardly turn with an image's width
-            "rope_theta": 10000.0,
-        },
-        audio={"d_model": 96, "encoder_attention_heads": 4, "encoder_ffn_dim": 192, "encoder_layers": 2},
-        vision={
-            "depth": 4,
-            "hidden_size": 64,
-            "intermediate_size": 172,
-            "num_heads": 2,
-            "fullatt_block_indexes": [1, 3],
-        },
-        talker={
-            "hidden_size": 96,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "mrope_section": [8, 8, 0],
-            "rope_theta": 10000.0,
-        },
-        dit={
-            "hidden_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "head_dim": 32,
-            "emb_dim": 64,
-            "look_ahead_layers": [2],
-            "look_backward_layers": [0, 3],
-            "enc_channels": [32, 32, 32, 32, 96],
-            "enc_attention_channels": 16,
-            "enc_se_channels": 16,
-        },
-        vocoder_channels=128,
-    ),
-    "small": Size(
-        regular_tokens=1024,
-        real_ids=True,
-        vocab_size=151936,
-        shard_bytes=1 << 30,
-        wave_gain=0.08,
-        text={
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "mrope_section": [16, 24, 24],
-            "rope_theta": 1000000.0,
-        },
-        audio={"d_model": 1280, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "encoder_layers": 4},
-        vision={
-            "depth": 4,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "fullatt_block_indexes": [1, 3],
-        },
-        talker={
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "mrope_section": [16, 16, 0],
-            "rope_theta": 1000000.0,
-        },
-        dit={
-            "hidden_size": 1024,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 16,
-            "head_dim": 64,
-            "emb_dim": 512,
-            "look_ahead_layers": [2],
-            "look_backward_layers": [0, 3],
-            "enc_channels": [256, 256, 256, 256, 768],
-            "enc_attention_channels": 64,
-            "enc_se_channels": 64,
-        },
-        vocoder_channels=1536,
-    ),
-}
+_TINY = Size(
+    regular_tokens=768,
+    real_ids=False,
+    vocab_size=1024,
+    tts_end=1024,
+    shard_bytes=4 << 20,
+    wave_gain=0.09,
+    text={
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "mrope_section": [4, 6, 6],
+        # not the real 1e6, with which heads this narrow would hardly turn with an image's width
+        "rope_theta": 10000.0,
+    },
+    audio={"d_model": 96, "encoder_attention_heads": 4, "encoder_ffn_dim": 192, "encoder_layers": 2},
+    vision={
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_heads": 2,
+        "fullatt_block_indexes": [1, 3],
+    },
+    talker={
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mrope_section": [8, 8, 0],
+        "rope_theta": 10000.0,
+    },
+    dit={
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "head_dim": 32,
+        "emb_dim": 64,
+        "look_ahead_layers": [2],
+        "look_backward_layers": [0, 3],
+        "enc_channels": [32, 32, 32, 32, 96],
+        "enc_attention_channels": 16,
+        "enc_se_channels": 16,
+    },
+    vocoder_channels=128,
+)
+_SMALL = Size(
+    regular_tokens=1024,
+    real_ids=True,
+    vocab_size=151936,
+    tts_end=151936,
+    shard_bytes=1 << 30,
+    wave_gain=0.08,
+    text={
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "mrope_section": [16, 24, 24],
+        "rope_theta": 1000000.0,
+    },
+    audio={"d_model": 1280, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "encoder_layers": 4},
+    vision={
+        "depth": 4,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "fullatt_block_indexes": [1, 3],
+    },
+    talker={
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "mrope_section": [16, 16, 0],
+        "rope_theta": 1000000.0,
+    },
+    dit={
+        "hidden_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "head_dim": 64,
+        "emb_dim": 512,
+        "look_ahead_layers": [2],
+        "look_backward_layers": [0, 3],
+        "enc_channels": [256, 256, 256, 256, 768],
+        "enc_attention_channels": 64,
+        "enc_se_channels": 64,
+    },
+    vocoder_channels=1536,
+)
+# Qwen2.5-Omni-3B and -7B: the encoders and token2wav are the same, and so are the widths of small
+_3B = replace(
+    _SMALL,
+    shard_bytes=5 * 10**9,
+    text={**_SMALL.text, "num_hidden_layers": 36},
+    audio={**_SMALL.audio, "encoder_layers": 32},
+    vision={**_SMALL.vision, "depth": 32, "fullatt_block_indexes": [7, 15, 23, 31]},
+    talker={**_SMALL.talker, "num_hidden_layers": 24},
+    dit={**_SMALL.dit, "num_hidden_layers": 22, "look_ahead_layers": [10], "look_backward_layers": [0, 20]},
+)
+_7B = replace(
+    _3B,
+    vocab_size=152064,
+    text={
+        **_3B.text,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    talker={
+        **_3B.talker,
+        "intermediate_size": 18944,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "mrope_section": [16, 24, 24],
+    },
+)
+SIZES: Mapping[str, Size] = {"tiny": _TINY, "small": _SMALL, "3b": _3B, "7b": _7B}
 
-# Ids of the talker's own vocabulary are the real ones in both sizes.
+# Ids of the talker's own vocabulary are the real ones in all sizes.
 CODEC_VOCAB = 8448
 CODEBOOK = 8193
 CODEC = {"pad": 8292, "start": 8293, "end": 8294, "mask": 8296}
@@ -134,9 +167,27 @@ CODEC = {"pad": 8292, "start": 8293, "end": 8294, "mask": 8296}
 TTS_FROM_END = {"pad": 77, "start": 76, "end": 75, "Ethan": 66, "Chelsie": 64}
 
 
+def geometry_config(size: Size) -> dict[str, Any]:
+    """The part of config.json that states sizes: what a plan needs, without the ids of a tokenizer."""
+    return {
+        "model_type": "qwen2_5_omni",
+        "thinker_config": {
+            "audio_config": _audio_config(size),
+            "text_config": _text_config(size),
+            "vision_config": _vision_config(size),
+        },
+        "talker_config": {
+            "embedding_size": size.text["hidden_size"],
+            "vocab_size": CODEC_VOCAB,
+            **_decoder_keys(size.talker),
+        },
+        "token2wav_config": _token2wav_config(size),
+    }
+
+
 def checkpoint_config(size: Size, tokenizer: SyntheticTokenizer) -> dict[str, Any]:
     """config.json with the keys that the published checkpoints have."""
-    tts = {name: size.vocab_size - back for name, back in TTS_FROM_END.items()}
+    tts = {name: size.tts_end - back for name, back in TTS_FROM_END.items()}
     ids = tokenizer.controls
     shared = {
         "audio_token_index": ids["<|AUDIO|>"],

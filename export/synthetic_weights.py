@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +26,8 @@ Progress = Callable[[str, int, int], None]
 """called with (what, done, total)"""
 
 _BLOCK_ELEMENTS = 1 << 22
+#: threads that draw tensors
+_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -213,12 +217,10 @@ def write_shards(
     shard_bytes: int,
     progress: Progress | None = None,
 ) -> None:
-    """Write bfloat16 safetensors shards and their index; never holds more than one block of one tensor.
+    """Write bfloat16 safetensors shards and their index; never holds more than a block of a tensor in each thread.
 
     The file layout is the safetensors format: little-endian header length, JSON header, then the data.
     """
-    import ml_dtypes
-
     sizes = {key: 2 * math.prod(shape) for key, shape in shapes.items()}
     total = sum(sizes.values())
     shards = _split(sizes, shard_bytes)
@@ -226,21 +228,48 @@ def write_shards(
     done = 0
     for number, keys in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for key in keys:
-            header[key] = {"dtype": "BF16", "shape": shapes[key], "data_offsets": [end, end + sizes[key]]}
-            end += sizes[key]
-            weight_map[key] = name
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        with open(folder / name, "wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for key in keys:
-                for block in tensor_blocks(key, shapes[key], plan_tensor(key, shapes[key], scaling), seed):
-                    file.write(block.astype(ml_dtypes.bfloat16).tobytes())
-                    done += 2 * block.size
-                if progress is not None:
-                    progress(key, done, total)
+        weight_map |= dict.fromkeys(keys, name)
+        for key in _write_shard(folder / name, {key: shapes[key] for key in keys}, scaling, seed):
+            done += sizes[key]
+            if progress is not None:
+                progress(key, done, total)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], scaling: Scaling, seed: int) -> Iterator[str]:
+    """Write one shard; yields the keys, in order, as they are written. Tensors are drawn in two threads."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for key, shape in shapes.items():
+        offsets[key], size = end, 2 * math.prod(shape)
+        end += size
+        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [offsets[key], end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(_THREADS) as pool:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+        def write(key: str) -> str:
+            position = 8 + len(encoded) + offsets[key]
+            for block in tensor_blocks(key, shapes[key], plan_tensor(key, shapes[key], scaling), seed):
+                position += _write_bfloat16(file.fileno(), block, position)
+            return key
+
+        try:
+            yield from pool.map(write, shapes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write_bfloat16(fd: int, block: NDArray[np.float32], position: int) -> int:
+    """Write a block as bfloat16 at a position; the number of bytes."""
+    import ml_dtypes
+
+    view = block.astype(ml_dtypes.bfloat16).reshape(-1).view(np.uint8).data
+    size = len(view)
+    while view:
+        written = os.pwrite(fd, view, position)
+        view, position = view[written:], position + written
+    return size

@@ -4,7 +4,9 @@ Figures are public: NVIDIA's data sheets and module specifications, TensorRT's a
 JetPack's release notes (docs/build.md says which was looked up where, and which was not); bandwidths called measured
 come from the reports named in docs/design.md, section 6. Dense
 tensor-core rates are for FP16 with FP32 accumulation; for Orin they are tensor cores times clock times 512, which is a
-quarter of the sparse INT8 figure that its data sheets give for the GPU.
+quarter of the sparse INT8 figure that its data sheets give for the GPU. Rates of 8-bit formats follow from the same
+sources: INT8 is twice FP16 where FP16 runs at full speed with FP32 accumulation (data-centre GPUs and Jetson) and four
+times on GeForce, where that runs at half speed; FP8 with FP32 accumulation is twice FP16.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ class Target:
         precisions: number formats that its tensor cores (or, for fp32, its other cores) compute in or unpack from.
         jetpacks: releases that exist for it, oldest first; none for a GPU that takes any TensorRT.
         name_parts: words of the driver's device name, one of which this machine's GPU has.
+        int8_factor: dense INT8 operations for one in FP16.
     """
 
     name: str
@@ -77,6 +80,17 @@ class Target:
     measured_bandwidth: float | None = None
     jetpacks: tuple[JetPack, ...] = ()
     name_parts: tuple[str, ...] = ()
+    int8_factor: float = 2.0
+
+    @property
+    def int8_ops(self) -> float | None:
+        """Dense INT8 operations a second on the tensor cores; None without them."""
+        return None if self.fp16_flops is None or "int8" not in self.precisions else self.int8_factor * self.fp16_flops
+
+    @property
+    def fp8_flops(self) -> float | None:
+        """Dense FP8 operations a second with FP32 accumulation; None without them."""
+        return None if self.fp16_flops is None or "fp8" not in self.precisions else 2 * self.fp16_flops
 
     @property
     def sm(self) -> str:
@@ -167,6 +181,7 @@ def _gpu(
         fp16_flops=tflops * 1e12,
         precisions=precisions_of(capability),
         name_parts=("gb10",) if unified else (title.split()[-1].lower(),),
+        int8_factor=4.0 if title.startswith("GeForce") else 2.0,
     )
 
 

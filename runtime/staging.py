@@ -73,15 +73,15 @@ def take_over(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def check_space(out: Path, needed: int) -> None:
-    """ExportError if the disk that ``out`` will be on has less than ``needed`` bytes free."""
+def check_space(out: Path, needed: int, what: str = "bundle") -> None:
+    """ExportError if the disk that ``out`` will be on has less than ``needed`` bytes free for ``what``."""
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ExportError(
-            f"{parent} has {free / 1e6:,.0f} MB free and the bundle needs {needed / 1e6:,.0f} MB. Free some space or "
+            f"{parent} has {free / 1e6:,.0f} MB free and the {what} needs {needed / 1e6:,.0f} MB. Free some space or "
             "choose another folder."
         )
 

@@ -6,9 +6,12 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,9 @@ import pytest
 import torch
 from omniport.export import synthetic, synthetic_weights
 from omniport.export.synthetic import SIZES, hub_key, make_checkpoint
+from omniport.export.synthetic_config import checkpoint_config
 from omniport.export.synthetic_tokenizer import CONTROL_TOKENS, train_tokenizer
-from omniport.export.synthetic_weights import Plan, tensor_blocks
+from omniport.export.synthetic_weights import Plan, Scaling, tensor_blocks, write_shards
 from omniport.runtime.errors import ExportError, UsageError
 from transformers import AutoTokenizer, PreTrainedModel, Qwen2_5OmniForConditionalGeneration, WhisperFeatureExtractor
 
@@ -192,6 +196,62 @@ def test_small_puts_control_tokens_at_the_real_ids() -> None:
     assert sorted(trained.vocab.values()) == list(range(151643))
     expected = {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|AUDIO|>": 151646, "<|IMAGE|>": 151655}
     assert {token: trained.controls[token] for token in expected} == expected
+
+
+# --- the published sizes -------------------------------------------------------------------------------------
+
+
+def published(size: str) -> dict[str, Any]:
+    return checkpoint_config(SIZES[size], train_tokenizer(SIZES[size].regular_tokens, real_ids=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "text", "talker", "parameters"),
+    [
+        # docs/design.md, section 4, and the sizes that the hub gives for the published checkpoints
+        ("3b", (2048, 36, 16, 2, 11008, 151936), (896, 24, 14, 2, 64, 4864), 5_537_120_640),
+        ("7b", (3584, 28, 28, 4, 18944, 152064), (896, 24, 12, 4, 128, 18944), 10_732_225_408),
+    ],
+)
+def test_published_geometry(
+    tmp_path: Path, size: str, text: tuple[int, ...], talker: tuple[int, ...], parameters: int
+) -> None:
+    config = published(size)
+    names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    thinker, voice = config["thinker_config"], config["talker_config"]
+    got = [thinker["text_config"][name] for name in (*names, "intermediate_size", "vocab_size")]
+    assert tuple(got) == text
+    assert tuple(voice[name] for name in (*names, "head_dim", "intermediate_size")) == talker
+    assert voice["embedding_size"] == text[0]
+    assert (thinker["audio_config"]["encoder_layers"], thinker["vision_config"]["depth"]) == (32, 32)
+    dit = config["token2wav_config"]["dit_config"]
+    assert (dit["depth"], dit["look_ahead_layers"], dit["look_backward_layers"]) == (22, [10], [0, 20])
+    # the ids do not move with the 7B's larger vocabulary
+    assert voice["tts_text_end_token_id"] == 151861
+    assert thinker["audio_token_index"] == 151646
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert sum(map(math.prod, synthetic._shapes(tmp_path).values())) == parameters
+
+
+def test_published_size_needs_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """21 GB are asked for before a byte of them is written."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20 * 10**9))
+    with pytest.raises(ExportError, match=r"20,000 MB free and the checkpoint needs 21,464 MB"):
+        make_checkpoint(tmp_path / "out", size="7b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_are_written_in_bounded_memory(tmp_path: Path) -> None:
+    """Two weights of 50 MB take no more than blocks of them: 4 M values each as they are drawn, and in BF16."""
+    scaling = Scaling(text_rows={}, codec_rows={}, codec_std=1.0, wave_gain=1.0)
+    shapes = {f"thinker.model.layers.0.mlp.{name}_proj.weight": (6144, 4096) for name in ("up", "gate")}
+    tracemalloc.start()
+    write_shards(tmp_path, shapes, scaling, seed=0, shard_bytes=1 << 30)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    (shard,) = tmp_path.glob("*.safetensors")
+    assert shard.stat().st_size > 2 * 2 * 6144 * 4096
+    assert peak < 72 << 20
 
 
 def test_feature_extractor_takes_five_minutes(tiny_checkpoint: Path) -> None:

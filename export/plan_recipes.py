@@ -1,0 +1,135 @@
+"""How many bytes weights take: number formats and recipes, as export and quantize store them.
+
+Mirrors calib/recipe.py, which this package may not import; a test compares the sizes with bundles that were quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .plan_shapes import ATTENTION, CONVOLUTION, PRODUCT, GraphShape, Matrix
+
+__all__ = ["RECIPES", "PlanRecipe", "Storage", "graph_bytes", "matrix_bytes", "storage_of"]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one weight is stored.
+
+    Attributes:
+        bits: of a value; 0 for the graph's own precision.
+        block: values along K that share a scale; 0 for one scale per output channel.
+        arithmetic: format that products are computed in; empty for the graph's own.
+    """
+
+    bits: int = 0
+    block: int = 0
+    arithmetic: str = ""
+
+
+_PLAIN = Storage()
+_W8 = Storage(8)
+_INT4 = Storage(4, 32)
+_INT8 = Storage(8, 0, "int8")
+_FP8 = Storage(8, 0, "fp8")
+
+_LM = ("thinker", "talker")
+_ENCODERS = ("audio_encoder", "vision_encoder")
+_TOKEN2WAV = ("dit", "bigvgan")
+_MIXED = {ATTENTION: _W8, PRODUCT: _INT4}
+_ALL_W8 = {ATTENTION: _W8, PRODUCT: _W8}
+_W8_BLOCKS = {ATTENTION: Storage(8, 32), PRODUCT: Storage(8, 32)}
+
+
+@dataclass(frozen=True)
+class PlanRecipe:
+    """A precision, or a recipe of quantize over a bundle of the machine's own precision.
+
+    Attributes:
+        precision: of everything that is not quantized; empty for the machine's own: fp32 on a CPU, fp16 on a GPU.
+        graphs: graph -> kind of weight -> storage.
+        needs: formats that the machine must have.
+        keeps_first: the first layer of thinker and talker is not quantized.
+        command: what makes such a bundle.
+        outlook: quantize has no such recipe yet; it is planned for all the same, and never recommended.
+    """
+
+    name: str
+    command: str
+    precision: str = ""
+    graphs: Mapping[str, Mapping[str, Storage]] | None = None
+    needs: tuple[str, ...] = ()
+    outlook: bool = False
+    keeps_first: bool = False
+
+    def graph_precision(self, graph: str, own: str) -> str:
+        """fp32, fp16 or bf16: token2wav stays FP32 where the rest is BF16 (export/graph_defs.py)."""
+        chosen = self.precision or own
+        return "fp32" if chosen == "bf16" and graph in _TOKEN2WAV else chosen
+
+
+_EXPORT = "omniport export CHECKPOINT BUNDLE --precision {}"
+_QUANTIZE = "omniport quantize BUNDLE OUT --recipe {}"
+_SMALL = " ".join(f"--graph-recipe {graph}=w8" for graph in (*_ENCODERS, "dit"))
+RECIPES: Mapping[str, PlanRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        PlanRecipe("fp32", _EXPORT.format("fp32"), "fp32", needs=("fp32",)),
+        PlanRecipe("fp16", _EXPORT.format("fp16"), "fp16", needs=("fp16",)),
+        PlanRecipe("bf16", _EXPORT.format("bf16"), "bf16", needs=("bf16",)),
+        PlanRecipe(
+            "w8",
+            _QUANTIZE.format("w8"),
+            graphs={**dict.fromkeys(_LM, _W8_BLOCKS), **dict.fromkeys((*_ENCODERS, "dit"), _ALL_W8)},
+            needs=("int8",),
+            keeps_first=True,
+        ),
+        PlanRecipe(
+            "int8",
+            _QUANTIZE.format("int8"),
+            graphs={
+                name: {ATTENTION: _INT8, PRODUCT: _INT8, CONVOLUTION: _INT8} for name in (*_ENCODERS, *_LM, *_TOKEN2WAV)
+            },
+            needs=("int8",),
+            outlook=True,
+        ),
+        PlanRecipe(
+            "fp8",
+            _QUANTIZE.format("fp8"),
+            graphs={name: {ATTENTION: _FP8, PRODUCT: _FP8} for name in (*_ENCODERS, *_LM, "dit")},
+            needs=("fp8",),
+            outlook=True,
+        ),
+        PlanRecipe("int4", _QUANTIZE.format("int4"), graphs=dict.fromkeys(_LM, _MIXED), needs=("int4", "int8")),
+        PlanRecipe(
+            "int4+w8",
+            f"{_QUANTIZE.format('int4')} {_SMALL}",
+            graphs={**dict.fromkeys(_LM, _MIXED), **dict.fromkeys((*_ENCODERS, "dit"), _ALL_W8)},
+            needs=("int4", "int8"),
+        ),
+    )
+}
+
+
+def storage_of(recipe: PlanRecipe, graph: str, matrix: Matrix) -> Storage:
+    """How a weight is stored; blocks that do not divide K fall back to a scale per channel, as in quantize."""
+    if matrix.first and recipe.keeps_first:
+        return _PLAIN
+    storage = (recipe.graphs or {}).get(graph, {}).get(matrix.kind, _PLAIN)
+    return _W8 if storage.block and matrix.k % storage.block else storage
+
+
+def matrix_bytes(matrix: Matrix, storage: Storage, itemsize: int) -> int:
+    """Bytes of values and scales in the file; ``itemsize`` is the graph's own, of scales as well."""
+    if not storage.bits:
+        return matrix.elements * itemsize
+    blocks = storage.block and (storage.bits < 8 or itemsize == 4)  # INT8 in blocks is for float32 alone
+    scales = matrix.elements // storage.block if blocks else matrix.n * matrix.count
+    return matrix.elements * storage.bits // 8 + scales * itemsize
+
+
+def graph_bytes(shape: GraphShape, recipe: PlanRecipe, itemsize: int) -> int:
+    """Bytes of a graph's weights under a recipe."""
+    matrices = sum(matrix_bytes(m, storage_of(recipe, shape.name, m), itemsize) for m in shape.matrices)
+    return matrices + shape.other * itemsize + shape.fixed * 4

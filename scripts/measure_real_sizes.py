@@ -1,0 +1,290 @@
+"""Measure the published models' sizes: making, copying, exporting, quantizing, and answering a spoken question.
+
+    python scripts/measure_real_sizes.py make 3b FOLDER
+    python scripts/measure_real_sizes.py copy 3b FOLDER
+    python scripts/measure_real_sizes.py trace 3b FOLDER [--precision bf16] [--graphs thinker]
+    python scripts/measure_real_sizes.py export 3b FOLDER [--precision bf16] [--graphs thinker]
+    python scripts/measure_real_sizes.py quantize 3b FOLDER [--recipe int4] [--graph-recipe GRAPH=RECIPE]
+    python scripts/measure_real_sizes.py run 3b FOLDER [--recipe int4]
+    python scripts/measure_real_sizes.py page
+
+FOLDER takes the checkpoint, ``3b``, and the bundles, ``3b-bf16`` and ``3b-int4``: 12 to 45 GB. Every step runs in a
+process of its own and adds its figures to docs/results/real-sizes.json; ``page`` writes real-sizes.md from it. Before a
+step its input is dropped from the page cache, and after it what was written is flushed to the disk: both count as
+``synced_seconds``, so that neither a copy nor an export gains from what the memory happens to hold.
+
+Memory is resident memory as the kernel counts it: the high-water mark of the process, and after loading the anonymous
+part, which cannot be dropped and read again, apart from the mapped files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from real_sizes_page import FIELDS, SIZES, page
+
+__all__ = ["main"]
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+STEPS = ("make", "copy", "trace", "export", "quantize", "run")
+BLOCK = 8 << 20
+QUESTION_SECONDS = 3.0
+
+
+def _make(options: argparse.Namespace) -> dict[str, Any]:
+    from omniport.export.synthetic import make_checkpoint
+
+    return {"path": make_checkpoint(_checkpoint(options), options.size)}
+
+
+def _copy(options: argparse.Namespace) -> dict[str, Any]:
+    """A plain copy of the checkpoint's files, block by block, as any program would make it.
+
+    Each copy is flushed and, off the clock, removed before the next one: the disk need not hold all of it twice.
+    """
+    target = options.folder / f"{options.size}-copy"
+    seconds, total = 0.0, 0
+    for file in _files(_checkpoint(options)):
+        started = time.perf_counter()
+        with open(file, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
+            while block := source.read(BLOCK):
+                out.write(block)
+            os.fsync(out.fileno())
+        seconds += time.perf_counter() - started
+        total += target.stat().st_size
+        target.unlink()
+    return {"synced_seconds": round(seconds, 1), "bytes": total}
+
+
+def _trace(options: argparse.Namespace) -> dict[str, Any]:
+    """Trace graphs that are not in the cache, which then holds them; no checkpoint is needed."""
+    from omniport.export.config import normalise_config
+    from omniport.export.graph_defs import graph_definitions
+    from omniport.export.synthetic_config import SIZES as KNOWN
+    from omniport.export.synthetic_config import checkpoint_config
+    from omniport.export.synthetic_tokenizer import train_tokenizer
+    from omniport.export.trace import trace
+    from omniport.runtime.solver import rk4_schedule
+    from transformers import AutoConfig
+
+    size = KNOWN[options.size]
+    raw = checkpoint_config(size, train_tokenizer(size.regular_tokens, size.real_ids))
+    config = AutoConfig.for_model(**normalise_config(raw))
+    definitions = graph_definitions(config, options.precision, 8192, rk4_schedule(), False)
+    traced = {}
+    for name in options.graphs.split(",") if options.graphs else definitions:
+        started = time.perf_counter()
+        trace(definitions[name])
+        traced[name] = round(time.perf_counter() - started, 1)
+    return {"traced": traced}
+
+
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    from omniport.export.exporter import export_checkpoint
+
+    clock = _StageClock()
+    out = options.folder / f"{options.size}-{options.precision}"
+    graphs = options.graphs.split(",") if options.graphs else None
+    report = export_checkpoint(
+        _checkpoint(options), out, precision=options.precision, graphs=graphs, progress=clock.progress
+    )
+    return {
+        "path": out,
+        "precision": options.precision,
+        "stages": clock.stop(),
+        "weight_bytes": {graph.name: graph.weight_bytes for graph in report.graphs},
+    }
+
+
+def _quantize(options: argparse.Namespace) -> dict[str, Any]:
+    from omniport.calib.quantize import quantize_bundle
+
+    source = options.folder / f"{options.size}-{options.precision}"
+    out = options.folder / f"{options.size}-{options.recipe}"
+    chosen = dict(text.split("=") for text in options.graph_recipe)
+    report = quantize_bundle(source, out, options.recipe, graph_recipes=chosen)
+    return {
+        "path": out,
+        "precision": options.precision,
+        "recipe": options.recipe,
+        "graph_recipes": chosen,
+        "weight_bytes": {graph.name: graph.bytes_after for graph in report.graphs},
+    }
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    """Open the bundle, load every graph, and answer a spoken question in speech."""
+    import numpy as np
+    from omniport.runtime.manifest import SamplingConfig
+    from omniport.runtime.session import OmniSession
+
+    memory = {"start": _memory()}
+    started = time.perf_counter()
+    session = OmniSession.open(options.folder / f"{options.size}-{options.recipe}", backend="ort-cpu", max_context=2048)
+    loading = {}
+    for name in session.bundle.manifest.graphs:
+        begun = time.perf_counter()
+        session.backend.graph(name)
+        loading[name] = round(time.perf_counter() - begun, 1)
+        memory[name] = _memory()
+    loaded = time.perf_counter() - started
+    draw = np.random.default_rng(0)
+    voice = (0.1 * draw.standard_normal(int(16000 * QUESTION_SECONDS))).astype(np.float32)
+    done, samples = None, 0
+    limits = {"max_new_tokens": options.tokens}
+    for event in session.reply(
+        [{"role": "user", "content": [{"type": "audio", "audio": (voice, 16000)}]}],
+        thinker=SamplingConfig(**limits),
+        talker=SamplingConfig(max_new_tokens=options.codes),
+    ):
+        samples += len(getattr(event, "samples", ()))
+        done = event
+    memory["answered"] = _memory()
+    stats = done.stats  # type: ignore[union-attr]
+    return {
+        "recipe": options.recipe,
+        "load_seconds": round(loaded, 1),
+        "loading": loading,
+        "memory": memory,
+        "question_seconds": QUESTION_SECONDS,
+        "samples": samples,
+        "stats": {key: value for key, value in vars(stats).items() if key != "workers"},
+    }
+
+
+class _StageClock:
+    """Seconds spent in each stage that a progress callback names."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._stage, self._since = "start", time.perf_counter()
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._turn(stage)
+
+    def stop(self) -> dict[str, float]:
+        self._turn("end")
+        return {stage: round(seconds, 2) for stage, seconds in self._seconds.items()}
+
+    def _turn(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._since
+        self._stage, self._since = stage, now
+
+
+def _checkpoint(options: argparse.Namespace) -> Path:
+    return Path(options.folder) / str(options.size)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _drop(files: Iterable[Path]) -> None:
+    """Let the kernel forget what it holds of these files."""
+    for file in files:
+        with open(file, "rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _flush(files: Iterable[Path]) -> None:
+    for file in files:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _memory() -> dict[str, int]:
+    from omniport.export.memory import resident
+
+    return {field: resident(field) for field in FIELDS}
+
+
+_CHILD: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "make": _make,
+    "copy": _copy,
+    "trace": _trace,
+    "export": _export,
+    "quantize": _quantize,
+    "run": _run,
+}
+
+
+def _child(options: argparse.Namespace) -> None:
+    folder = _checkpoint(options)
+    if options.step == "quantize":
+        folder = options.folder / f"{options.size}-{options.precision}"
+    elif options.step == "run":
+        folder = options.folder / f"{options.size}-{options.recipe}"
+    if folder.exists():
+        _drop(_files(folder))
+    started = time.perf_counter()
+    found = _CHILD[options.step](options)
+    found["seconds"] = round(time.perf_counter() - started, 1)
+    out = found.pop("path", None)
+    if out is not None:
+        _flush(_files(out))
+        found["synced_seconds"] = round(time.perf_counter() - started, 1)
+        found["bytes"] = sum(file.stat().st_size for file in _files(out))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    found["cpu_seconds"] = round(used.ru_utime + used.ru_stime, 1)
+    # in kB; it also covers the process that started this one, which is small
+    found["peak_bytes"] = used.ru_maxrss * 1024
+    print(json.dumps(found))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    done = subprocess.run([sys.executable, __file__, "--child", *sys.argv[1:]], stdout=subprocess.PIPE, check=True)
+    found = json.loads(done.stdout)
+    path = RESULTS / "real-sizes.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    key = options.step if options.step in ("make", "copy") else f"{options.step} {_variant(options)}"
+    results.setdefault(options.size, {})[key] = found
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def _variant(options: argparse.Namespace) -> str:
+    if options.step in ("export", "trace"):
+        return f"{options.precision} {options.graphs}".strip()
+    return str(options.recipe)
+
+
+def main() -> None:
+    """The command line."""
+    child = sys.argv[1:2] == ["--child"]
+    parser = argparse.ArgumentParser(description="Measure the published models' sizes.")
+    parser.add_argument("step", choices=(*STEPS, "page"))
+    parser.add_argument("size", nargs="?", choices=SIZES)
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--precision", default="bf16", help="of the bundle that is exported or quantized")
+    parser.add_argument("--graphs", default="", help="export these only, where the disk cannot hold all of them")
+    parser.add_argument("--recipe", default="int4")
+    parser.add_argument("--graph-recipe", action="append", default=[], metavar="GRAPH=RECIPE")
+    parser.add_argument("--tokens", type=int, default=12, help="most text tokens of the reply")
+    parser.add_argument("--codes", type=int, default=50, help="most codec tokens of the reply")
+    options = parser.parse_args(sys.argv[2:] if child else None)
+    if options.step == "page":
+        found = json.loads((RESULTS / "real-sizes.json").read_text())
+        (RESULTS / "real-sizes.md").write_text(page(found))
+    elif options.folder is None:
+        parser.error("give a size and a folder")
+    elif child:
+        _child(options)
+    else:
+        _measure(options)
+
+
+if __name__ == "__main__":
+    main()
