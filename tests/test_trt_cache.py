@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from fake_device import FakeDriver, FakeRuntime, with_engines
+from fake_device import FakeDriver, FakeRuntime, feeds_of, with_engines
 from graphs import make_model, put_graphs, spec, tensor
 from live import sort
 from numpy.typing import NDArray
@@ -115,10 +115,10 @@ def test_places_that_were_never_filled(backend: TrtBackend) -> None:
 
 
 def test_a_reply_over_the_lowered_graphs(lowered_bundle: Path, tmp_path: Path, driver: FakeDriver) -> None:
-    """Whole turns over the graphs of --ops decomposed --kv concat: caches grow, are cut back, and grow again."""
+    """Whole replies over the graphs of --ops decomposed --kv concat, and a cache that is cut back and grows again."""
     bundle = with_engines(lowered_bundle, tmp_path / "bundle", ["thinker", "talker", "dit", "bigvgan"])
     engines = TrtBackend(bundle, "tensorrt-rtx", runtime=FakeRuntime(bundle, driver), driver=driver)
-    replies = []
+    replies, logits = [], []
     for backend in (open_backend("ort-cpu", bundle, threads=1), engines):
         with OmniSession(bundle, backend, max_context=512) as session:
             messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the sea like at night?"}]
@@ -129,12 +129,20 @@ def test_a_reply_over_the_lowered_graphs(lowered_bundle: Path, tmp_path: Path, d
             turns.append(sort(session.reply(messages[:1], thinker=THINKER, talker=TALKER)))
             replies.append(turns)
             caches = [backend.graph(name).new_cache(64) for name in ("thinker", "talker")]
+            places = ((20, 0), (1, 20), (1, 21), (1, 15), (3, 16), (1, 19))  # the fourth gives seven tokens up
+            for seed, (count, start) in enumerate(places):
+                feeds = feeds_of(engines, count, start, seed)
+                logits.append(backend.graph("thinker").run(feeds, caches[0])["logits"])
     for (_, wanted_sound, wanted, *_), (_, sound, got, *_) in zip(*replies, strict=True):
         assert len(wanted.token_ids) > 4
         assert len(wanted.codec_ids) > 10
         assert (got.token_ids, got.codec_ids) == (wanted.token_ids, wanted.codec_ids)
         assert float(np.std(wanted_sound)) > 1e-3
         assert np.allclose(sound, wanted_sound, atol=1e-2 * float(np.std(wanted_sound)))
+    for exact, made in zip(logits[:6], logits[6:], strict=True):
+        assert float(np.std(exact)) > 1e-2
+        assert np.allclose(made, exact, atol=1e-4 * float(np.std(exact)))
+    assert driver.done.count("copy_rows") == 2 * bundle.manifest.thinker.num_layers
     assert all(isinstance(cache, GrowingTrtCache) for cache in caches)
     assert driver.done.count("engine") > 60
     assert "launch" not in driver.done  # every step has a shape of its own
