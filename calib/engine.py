@@ -56,10 +56,12 @@ class Engine:
         *,
         unseen: Sequence[str] = (),
         memory: int = MEMORY_BYTES,
+        again: bool = True,
     ) -> None:
         """Args:
         folder: for activations. memory: bytes of them that need not go there.
         unseen: sites that the caller observes by itself.
+        again: calls will follow calls, so that a small part had better stay in memory.
         """
         self.name = definition.name
         self.module = cast(Stack, definition.module())
@@ -68,7 +70,7 @@ class Engine:
         self._lazy = LazyWeights(self.module, reader, str(self.module.prefix))
         self._decodes = bool(definition.past)
         size = sum(tensor.numel() * 4 for tensor in self.module.parameters())
-        self._resident = size <= RESIDENT_BYTES
+        self._resident = again and size <= RESIDENT_BYTES
         self.observers = {site.name: Observer(f"{self.name}/{site.name}", site.axis, site.smooths) for site in sites}
         for name in self.observers:
             if name not in unseen:

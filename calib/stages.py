@@ -133,7 +133,7 @@ class Stages:
     def _encoder(self, graph: str) -> None:
         kinds = ("audio",) if graph == "audio_encoder" else ("image", "video")
         findings = self.findings(graph)
-        engine = self._engine(graph, memory=0)
+        engine = self._engine(graph, memory=0, again=False)
         places: list[tuple[int, int, list[int]]] = []
 
         def calls() -> Iterator[Call]:
@@ -165,7 +165,7 @@ class Stages:
 
     def _thinker(self) -> None:
         findings = self.findings("thinker")
-        engine = self._engine("thinker", memory=0, unseen=(_HEAD,))
+        engine = self._engine("thinker", memory=0, again=False, unseen=(_HEAD,))
         calls = (self._teach(number, sample) for number, sample in enumerate(self._job.samples))
         self._layers(engine, findings, lambda: calls, Call((), _no_caches(self._job.source, "thinker")))
         for number, (sample, hidden) in enumerate(zip(self._job.samples, engine.leave(), strict=True)):
