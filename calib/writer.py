@@ -17,7 +17,7 @@ from .recipe import Choice
 from .rounding import pack_int4, quantize
 from .weights import Stored, row_blocks
 
-__all__ = ["write_quantized"]
+__all__ = ["ALIGNMENT", "write_quantized"]
 
 #: file offsets of weights, so that runtimes can map them
 ALIGNMENT = 4096
