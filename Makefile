@@ -3,13 +3,14 @@
 # make docs: write the pages that come from the code
 # make gpu-check: run the tests that need a GPU, then measure this one (docs/results/gpu-NAME.json)
 # make build-matrix: build the engines of real-width graphs for several GPUs, without one (docs/results/build-matrix.md)
+# make bench-check: measure the real-width model and compare its ratios with docs/results/bench.json, within a noise band
 
 SYSTEM_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint demo docs build-matrix gpu-check clean
+.PHONY: test lint demo docs build-matrix bench-check gpu-check clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -44,6 +45,12 @@ $(MATRIX): | $(INSTALLED)
 
 build-matrix: $(INSTALLED) $(MATRIX)
 	$(PYTHON) scripts/build_matrix.py $(MATRIX)
+
+$(MATRIX)-fp32: | $(MATRIX)
+	$(VENV)/bin/omniport export $(MATRIX) $@
+
+bench-check: $(INSTALLED) $(MATRIX)-fp32
+	$(PYTHON) scripts/bench_check.py $(MATRIX)-fp32 $(MATRIX)
 
 gpu-check: $(INSTALLED)
 	$(PYTHON) -m pytest -q -m gpu tests/test_gpu.py

@@ -1,35 +1,33 @@
-"""DequantizeLinear before the products: the graph side of quantizing weights.
+"""DequantizeLinear before the products: the graph side of quantizing weights and what they multiply.
 
 The layout is the one that ONNX Runtime's CPU provider fuses into one operator (measured, docs/quantize.md) and that
 TensorRT takes: the weight stays [K, N], INT8 with a scale per column (axis 1), INT4 with a scale per block of rows
-(axis 0, block_size). No zero points: TensorRT knows none.
+(axis 0, block_size). The other factor is rounded by QuantizeLinear with one scale and widened again: ONNX Runtime makes
+one integer product of the two DequantizeLinear and the MatMul, where nothing else reads what QuantizeLinear made. Zero
+points are zero: TensorRT knows no others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+from omniport.runtime.integers import integers_name, scales_name
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from .recipe import Choice
 from .rounding import scale_shape
 from .weights import CHANNELS_LAST
 
-__all__ = ["OPSET", "QdqPass", "integers_name", "scales_name"]
+__all__ = ["OPSET", "ActivationPass", "QdqPass"]
 
+Array = NDArray[Any]
 #: DequantizeLinear has block_size and INT4 from here on
 OPSET = 21
-
-
-def integers_name(weight: str) -> str:
-    """Initializer that holds a weight's integers."""
-    return f"{weight}.integers"
-
-
-def scales_name(weight: str) -> str:
-    """Initializer that holds a weight's scales."""
-    return f"{weight}.scales"
+_FORMATS = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 class QdqPass(InPlacePass):
@@ -63,8 +61,8 @@ class QdqPass(InPlacePass):
     def _replace(self, graph: ir.Graph, choice: Choice) -> None:
         weight, scheme = choice.weight, choice.scheme
         value = graph.initializers[weight.name]
-        kind = ir.DataType.INT8 if scheme.bits == 8 else ir.DataType.INT4
-        integers = ir.Value(name=integers_name(weight.name), type=ir.TensorType(kind), shape=ir.Shape(weight.shape))
+        kind = ir.TensorType(_FORMATS[scheme.format])
+        integers = ir.Value(name=integers_name(weight.name), type=kind, shape=ir.Shape(weight.shape))
         assert value.dtype is not None
         scales = ir.Value(
             name=scales_name(weight.name), type=ir.TensorType(value.dtype), shape=ir.Shape(scale_shape(choice))
@@ -85,3 +83,70 @@ class QdqPass(InPlacePass):
         del graph.initializers[weight.name]
         for new in (integers, scales):
             graph.initializers.add(new)
+
+
+class ActivationPass(InPlacePass):
+    """Round what products read: QuantizeLinear and DequantizeLinear before them.
+
+    Half-precision products that read the same value share these. In float32, which runs on CPUs, each has its own, and
+    scales one step apart: ONNX Runtime merges what is equal, and then fuses nothing. Needs weights still in place
+    (before `QdqPass`), and their first inputs typed.
+
+    Args:
+        choices: those whose scheme has no ``activations`` are left alone.
+        scales: weight -> scale of its other factor, positive.
+    """
+
+    def __init__(self, choices: Sequence[Choice], scales: Mapping[str, float]) -> None:
+        self.choices = [choice for choice in choices if choice.scheme.activations]
+        self.scales = scales
+
+    def requires(self, model: ir.Model) -> None:
+        bad = [c.weight.name for c in self.choices if not self.scales.get(c.weight.name, 0) > 0]
+        if bad:
+            raise PreconditionError(f"no scale for what {bad} multiply")
+
+    def call(self, model: ir.Model) -> PassResult:
+        groups: dict[tuple[int, str], tuple[ir.Value, str, list[ir.Node], float]] = {}
+        for choice in self.choices:
+            for node, _ in model.graph.initializers[choice.weight.name].uses():
+                value, number = node.inputs[0], choice.scheme.format
+                assert value is not None
+                key, scale = (id(value), number), self.scales[choice.weight.name]
+                _, _, nodes, so_far = groups.get(key, (value, number, [], 0.0))
+                groups[key] = (value, number, [*nodes, node], max(scale, so_far))
+        for value, number, nodes, scale in groups.values():
+            assert value.dtype is not None
+            exact = np.asarray(scale, value.dtype.numpy())
+            if value.dtype != ir.DataType.FLOAT:
+                _round_input(model.graph, value, number, nodes, exact)
+                continue
+            for node in nodes:
+                _round_input(model.graph, value, number, [node], exact)
+                exact = np.nextafter(exact, np.float32(np.inf))
+        return PassResult(model, bool(groups))
+
+
+def _round_input(graph: ir.Graph, value: ir.Value, number: str, nodes: Sequence[ir.Node], scale: Array) -> None:
+    """value -> QuantizeLinear -> DequantizeLinear -> nodes."""
+    users = {id(node) for node in nodes}
+    first = next(node for node in graph if id(node) in users)
+    assert value.dtype is not None
+    zero = _constant(graph, f"{number}.zero", np.zeros((), _FORMATS[number].numpy()))
+    scales = _constant(graph, f"{first.name}.scale", scale)
+    down = ir.node("QuantizeLinear", [value, scales, zero], name=f"{first.name}/QuantizeLinear")
+    up = ir.node("DequantizeLinear", [down.outputs[0], scales, zero], name=f"{down.name}/DequantizeLinear")
+    for node, dtype in ((down, _FORMATS[number]), (up, value.dtype)):
+        out = node.outputs[0]
+        out.name, out.dtype, out.shape = f"{node.name}:0", dtype, value.shape
+    graph.insert_before(first, [down, up])
+    for node in nodes:
+        node.replace_input_with(0, up.outputs[0])
+
+
+def _constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+        graph.initializers.add(value)
+    return graph.initializers[name]

@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import msgspec
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 from omniport.runtime.backends.onnx_scan import STANDARD_DOMAINS, scan_onnx
 from omniport.runtime.bundle import MANIFEST_FILE, Bundle
 from omniport.runtime.errors import BundleError, UsageError
@@ -26,8 +28,11 @@ from omniport.runtime.graphs import GraphSpec
 from omniport.runtime.manifest import SCHEMA_VERSION, FileRecord, Quantization
 from omniport.runtime.staging import check_space, previous_manifest, staging, take_over, unlisted
 
-from .qdq import OPSET
+from .calibrated import check_sites, input_scales, smoothing
+from .calibration import Calibration
+from .qdq import OPSET, ActivationPass
 from .recipe import Choice, choose, find_recipe, resolve
+from .smoothing import SmoothPass
 from .weights import Stored, find_weights, stored
 from .writer import ALIGNMENT, write_quantized
 
@@ -66,9 +71,10 @@ def quantize_bundle(
     *,
     keep: Sequence[str] = (),
     graph_recipes: Mapping[str, str] | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Quantize the weights of a bundle; no data is needed.
+    """Quantize a bundle.
 
     A bundle that is at ``out`` already is replaced; files there that it does not list are kept.
 
@@ -78,15 +84,17 @@ def quantize_bundle(
         recipe: name in `omniport.calib.recipe.RECIPES`.
         keep: patterns of weights (``graph/weight``) that stay as they are.
         graph_recipes: graph -> another recipe's name, ``none``, or the precision it has.
+        calibration: needed by recipes that round what weights multiply; others smooth by it.
         progress: called with the stage, and the bytes of weights read so far and in total.
 
     Raises:
         BundleError: the bundle is damaged, or quantized already.
-        UsageError: no such recipe, a graph or pattern that fits nothing, or nothing to do.
+        UsageError: no such recipe, a graph or pattern that fits nothing, nothing to do, or a calibration that is
+            missing, of another checkpoint, or without a weight that needs it.
         ExportError: ``out`` cannot be written, holds something else, or the disk is full.
     """
     started = time.perf_counter()
-    job = _Job(Path(bundle), Path(out), recipe, keep, graph_recipes or {}, progress)
+    job = _Job(Path(bundle), Path(out), recipe, keep, graph_recipes or {}, calibration, progress)
     job.prepare()
     with staging(job.out) as folder:
         report = job.write(folder)
@@ -104,10 +112,12 @@ class _Job:
         recipe: str,
         keep: Sequence[str],
         overrides: Mapping[str, str],
+        calibration: Calibration | None,
         progress: Progress | None,
     ) -> None:
         self.recipe = find_recipe(recipe)
         self.out, self.keep, self.overrides, self.progress = out, tuple(keep), dict(overrides), progress
+        self.calibration = calibration
         self.bundle = Bundle.open(root)
         self.manifest = self.bundle.manifest
         self.stage, self.done, self.total = "", 0, 0
@@ -132,6 +142,9 @@ class _Job:
             for name, spec in specs.items()
         }
         self.choices = choose(recipe, found, self.keep)
+        if self.calibration is not None:
+            self.calibration.check(self.manifest.source.fingerprint, self.bundle.root)
+        check_sites(self.calibration, self.choices)
         self.made = [name for name in specs if any(choice.scheme.bits for choice in self.choices[name])]
         if not self.made:
             raise UsageError(f"recipe {self.recipe.name} quantizes no weight of {self.bundle.root}: nothing to do")
@@ -202,14 +215,17 @@ class _Job:
         model = self._model(spec)
         path = folder / spec.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = write_quantized(model, choices, self._sources(spec, model), path, self._advance)
-        bits = min(choice.scheme.bits for choice in choices if choice.scheme.bits)
+        sources = self._sources(spec, model)
+        smoothed = SmoothPass(choices, smoothing(self.calibration, spec.name, choices), _reader(model, sources))
+        smoothed(model)
+        ActivationPass(choices, input_scales(self.calibration, spec.name, choices, smoothed.factors))(model)
+        data = write_quantized(model, choices, sources, path, self._advance, smoothed.factors)
         made = msgspec.structs.replace(
             spec,
             data=tuple(file.relative_to(folder).as_posix() for file in data),
-            precision=f"int{bits}",
+            precision=_coarsest(choices),
             compute=spec.compute_dtype,
-            inputs_key=_key(spec, choices),
+            inputs_key=_key(spec, choices, self.calibration),
         )
         self._enter("checksums")
         records = {
@@ -222,6 +238,7 @@ class _Job:
         return Quantization(
             recipe=self.recipe.name,
             precision=self.manifest.precision,
+            calibration=_digest(self.calibration),
             keep=self.keep,
             graph_recipes=self.overrides,
             layers={
@@ -258,7 +275,29 @@ class _Job:
             self.progress(self.stage, min(self.done, self.total), self.total)
 
 
-def _key(spec: GraphSpec, choices: Sequence[Choice]) -> str:
+def _reader(model: ir.Model, sources: Mapping[str, Stored]) -> Callable[[str], NDArray[Any]]:
+    """Reads a small initializer, wherever it lies."""
+
+    def read(name: str) -> NDArray[Any]:
+        if name in sources:
+            return sources[name].read(0, sources[name].shape[0])
+        value = model.graph.initializers[name].const_value
+        assert value is not None
+        return value.numpy()
+
+    return read
+
+
+def _coarsest(choices: Sequence[Choice]) -> str:
+    """Format of the fewest bits, integers before floats."""
+    return min((c.scheme for c in choices if c.scheme.bits), key=lambda s: (s.bits, s.float8)).format
+
+
+def _digest(calibration: Calibration | None) -> str:
+    return "" if calibration is None else hashlib.sha256(calibration.encode()).hexdigest()
+
+
+def _key(spec: GraphSpec, choices: Sequence[Choice], calibration: Calibration | None) -> str:
     """sha256 over what a quantized graph is made from; never the key of an export, which would take it over."""
     chosen = sorted((choice.weight.name, choice.scheme.name) for choice in choices)
-    return hashlib.sha256(msgspec.json.encode([spec.inputs_key, chosen])).hexdigest()
+    return hashlib.sha256(msgspec.json.encode([spec.inputs_key, chosen, _digest(calibration)])).hexdigest()

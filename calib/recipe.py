@@ -1,4 +1,4 @@
-"""Recipes: which weights of which graph are stored in which integers. Frozen data; docs/quantize.md describes them.
+"""Recipes: how the weights of which graph are stored and multiplied. Frozen data; docs/quantize.md describes them.
 
 A recipe holds an ordered list of rules for each graph; the first whose pattern is found in a weight's name decides. A
 graph without rules stays as it is in the bundle.
@@ -20,21 +20,38 @@ __all__ = ["NONE", "RECIPES", "SCHEMES", "Choice", "Recipe", "Rule", "Scheme", "
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight is stored: symmetric integers (no zero point) and their scales.
+    """How one weight is stored, and what it is multiplied with: symmetric (no zero point), with scales.
 
     Attributes:
         bits: 8 or 4; 0 leaves the weight as it is.
         block: values along K that share a scale; 0 for one scale per output channel.
+        float8: 8 bits are E4M3, not an integer.
+        activations: the other factor is rounded to 8 bits of the same kind, with one scale that calibration chose.
+        clip: way in which that scale was chosen (`omniport.calib.calibration.CLIPS`).
+        factors: array of a calibration by whose numbers input channels are smoothed, where there is a calibration.
     """
 
     name: str
     bits: int
     block: int
     about: str
+    float8: bool = False
+    activations: bool = False
+    clip: str = "max"
+    factors: str = ""
+
+    @property
+    def format(self) -> str:
+        """``int8``, ``int4`` or ``fp8``; empty for weights that stay as they are."""
+        return "fp8" if self.float8 else f"int{self.bits}" if self.bits else ""
 
     def takes(self, weight: Weight) -> bool:
-        """Whether the weight can be stored so: blocks need [K, N] with K a multiple of the block."""
-        return self.block == 0 or (weight.layout == CHANNELS_LAST and weight.shape[0] % self.block == 0)
+        """Whether the weight can be stored so: blocks need [K, N] with K a multiple of the block.
+
+        INT8 in blocks is for float32, which runs on CPUs: TensorRT-RTX widens most of it (docs/quantize.md).
+        """
+        fits = weight.layout == CHANNELS_LAST and weight.shape[0] % max(1, self.block) == 0
+        return self.block == 0 or (fits and (self.bits < 8 or weight.dtype == "float32"))
 
 
 NONE = Scheme("none", 0, 0, "as it is in the bundle")
@@ -42,9 +59,13 @@ SCHEMES: Mapping[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         NONE,
-        Scheme("w8", 8, 0, "INT8, a scale per output channel"),
-        Scheme("int4-32", 4, 32, "INT4, a scale per 32 values along K"),
-        Scheme("int4-128", 4, 128, "INT4, a scale per 128 values along K"),
+        Scheme("w8", 8, 0, "INT8, a scale per output channel", factors="smooth"),
+        Scheme("w8-32", 8, 32, "INT8, a scale per 32 values along K", factors="smooth"),
+        Scheme("int4-32", 4, 32, "INT4, a scale per 32 values along K", factors="awq-32"),
+        Scheme("int4-128", 4, 128, "INT4, a scale per 128 values along K", factors="awq-128"),
+        Scheme("w8a8", 8, 0, "INT8 times INT8, a scale per output channel and one", activations=True, clip="mse"),
+        Scheme("w8a8-smooth", 8, 0, "as w8a8, input channels smoothed", activations=True, factors="smooth"),
+        Scheme("fp8", 8, 0, "E4M3 times E4M3, a scale per output channel and one", float8=True, activations=True),
     )
 }
 #: what a weight gets that its scheme cannot take
@@ -76,17 +97,24 @@ class Recipe:
 
 
 _W8 = (Rule("", "w8"),)
+# what the first layer gets wrong reaches all others, and small blocks are worth 4 dB (docs/quantize.md)
+_W8_LM = (Rule(r"model\.layers\.0\.", "none"), Rule("", "w8-32"))
 # an eighth of a layer's weights, whose errors a softmax multiplies, and the talker's first product, which is all that
 # it hears of the thinker: 4 dB of the logits each (docs/quantize.md)
 _INT4 = (Rule(r"self_attn|thinker_to_talker_proj", "w8"), Rule("", "int4-32"))
+_INT8 = (Rule("", "w8a8-smooth"),)
+_W8A8 = (Rule("", "w8a8"),)
+_FP8 = (Rule("", "fp8"),)
+# the convolutions of the residual blocks: neither the filters that resample, nor the first and the last
+_VOCODER = (Rule(r"\.convs\d\.", "w8a8", ("conv",)),)
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(
             "w8",
-            "INT8 weights in all matrix products of all graphs; convolutions as they are",
+            "INT8 weights in matrix products; convolutions and the first layer of thinker and talker as they are",
             # the vocoder is all convolutions, and no runtime has a kernel for one with integer weights alone
-            {name: _W8 for name in GRAPH_NAMES if name != "bigvgan"},
+            {"thinker": _W8_LM, "talker": _W8_LM, **dict.fromkeys(("audio_encoder", "vision_encoder", "dit"), _W8)},
             (Rule("", "w8", ("matmul", "conv")),),
         ),
         Recipe(
@@ -94,6 +122,43 @@ RECIPES: Mapping[str, Recipe] = {
             "INT4 weights, INT8 in attention, in thinker and talker; the other graphs as they are",
             {"thinker": _INT4, "talker": _INT4},
             _INT4,
+        ),
+        Recipe(
+            "int8",
+            "INT8 times INT8: smoothed in thinker and talker, plain in encoders and DiT",
+            {
+                "thinker": _INT8,
+                "talker": _INT8,
+                "audio_encoder": _W8A8,
+                "vision_encoder": _W8A8,
+                "dit": _W8A8,
+                "bigvgan": _VOCODER,
+            },
+            _W8A8,
+        ),
+        Recipe(
+            "edge-8gb",
+            "INT4 in thinker and talker, INT8 weights in encoders and DiT: the 3B in 8 GB",
+            {"thinker": _INT4, "talker": _INT4, **dict.fromkeys(("audio_encoder", "vision_encoder", "dit"), _W8)},
+            _W8,
+        ),
+        Recipe(
+            "edge-16gb",
+            "INT8 times INT8 in thinker and talker, INT8 weights in encoders and DiT: the 7B in 16 GB",
+            {"thinker": _INT8, "talker": _INT8, **dict.fromkeys(("audio_encoder", "vision_encoder", "dit"), _W8)},
+            _W8,
+        ),
+        Recipe(
+            "fp8",
+            "E4M3 times E4M3 in all matrix products; GPUs from SM89 on",
+            {name: _FP8 for name in GRAPH_NAMES if name != "bigvgan"},
+            _FP8,
+        ),
+        Recipe(
+            "int8-plain",
+            "INT8 times INT8 without smoothing, to compare with",
+            {name: (Rule("", "w8a8"),) for name in GRAPH_NAMES if name != "bigvgan"},
+            _W8A8,
         ),
     )
 }

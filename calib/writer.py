@@ -11,10 +11,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from omniport.runtime.integers import integers_name, pack_int4, scales_name
 
-from .qdq import QdqPass, integers_name, scales_name
+from .qdq import QdqPass
 from .recipe import Choice
-from .rounding import pack_int4, quantize
+from .rounding import quantize
+from .smoothing import Factors
 from .weights import Stored, row_blocks
 
 __all__ = ["ALIGNMENT", "write_quantized"]
@@ -29,12 +31,14 @@ def write_quantized(
     sources: Mapping[str, Stored],
     path: Path,
     advance: Callable[[int], None],
+    factors: Mapping[str, Factors] | None = None,
 ) -> list[Path]:
     """Quantize ``model`` in place and write ``path`` and its data file; check the result with ``onnx.checker``.
 
     Args:
         sources: where the weights lie that are not inside the model.
         advance: called with the number of bytes read, after each block.
+        factors: weight -> what it is multiplied by before it is rounded.
 
     Returns:
         the data files.
@@ -48,7 +52,7 @@ def write_quantized(
     with open(data, "wb", buffering=0) as file:
         out = _DataFile(file.fileno(), data)
         for name, choice in chosen.items():
-            out.quantized(model.graph, choice, sources[name], advance)
+            out.quantized(model.graph, choice, sources[name], advance, (factors or {}).get(name, Factors()))
         for name, value in model.graph.initializers.items():
             if isinstance(value.const_value, ir.ExternalTensor) and name in sources:
                 out.copied(value, sources[name], advance)
@@ -67,12 +71,14 @@ class _DataFile:
         self._fd, self._path = fd, path
         self.end = 0
 
-    def quantized(self, graph: ir.Graph, choice: Choice, source: Stored, advance: Callable[[int], None]) -> None:
+    def quantized(
+        self, graph: ir.Graph, choice: Choice, source: Stored, advance: Callable[[int], None], factors: Factors
+    ) -> None:
         """Integers at one place, then scales, which are small enough to be held."""
         value, scales = (graph.initializers[name(choice.weight.name)] for name in (integers_name, scales_name))
         start, kept = self._aligned(), []
         self.end = start
-        for rows, found in quantize(choice, source, advance):
+        for rows, found in quantize(choice, source, advance, factors):
             self._append(pack_int4(rows) if choice.scheme.bits == 4 else rows)
             if found is not None:
                 kept.append(found)

@@ -66,6 +66,12 @@ def command(
     max_pixels: Annotated[
         int, typer.Option(metavar="N", min=1, help="Largest image that the vision engine takes.")
     ] = 3_211_264,
+    image_classes: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B", help="Pixels of the largest image of each class below --max-pixels; empty for one class."
+        ),
+    ] = "262144,1048576",
     max_codes: Annotated[
         int | None,
         typer.Option(metavar="N", help="Longest window of speech in codec tokens; 84 are enough to stream."),
@@ -89,7 +95,7 @@ def command(
 
     opened, machine = Bundle.open(bundle), find_target(target)
     require_extra("rtx" if machine.built_anywhere else "trt", "onnx")
-    limits = limits_of(opened.manifest, max_context, max_pixels, max_codes)
+    limits = limits_of(opened.manifest, max_context, max_pixels, max_codes, _pixels(image_classes))
     asked = precision.value if precision is not None else None
     if check:
         _check(opened, machine, asked, wanted, limits, json, quiet)
@@ -111,6 +117,20 @@ def command(
         print_json(report_dict(report))
     else:
         _print(report)
+
+
+def _pixels(text: str) -> tuple[int, ...]:
+    """Numbers out of ``a,b``.
+
+    Raises:
+        UsageError: something else is in it.
+    """
+    from omniport.runtime.errors import UsageError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--image-classes {text}: numbers of pixels separated by commas were expected")
+    return tuple(int(part) for part in parts)
 
 
 def _print(report: BuildReport) -> None:

@@ -37,6 +37,13 @@ class Ops(str, Enum):
     decomposed = "decomposed"
 
 
+class ZeroPoints(str, Enum):
+    """Where zero points of packed checkpoints go."""
+
+    keep = "keep"
+    separate = "separate"
+
+
 class Kv(str, Enum):
     """Form of the KV cache."""
 
@@ -71,12 +78,17 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Ranges from omniport ranges: FP16 graphs keep in FP32 what overflows."),
     ] = None,
+    zero_points: Annotated[
+        ZeroPoints,
+        typer.Option(help="Of GPTQ and AWQ checkpoints. separate: a product of their own, for TensorRT."),
+    ] = ZeroPoints.keep,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Export a checkpoint to a bundle.
 
-    The bundle holds one ONNX file per model part, and beside them all that the runtime needs.
+    The bundle holds one ONNX file per model part, and beside them all that the runtime needs. Weights of GPTQ and AWQ
+    checkpoints stay the integers that they are.
     """
     wanted = graph_list(graphs)
     require_extra("export", *EXPORT_MODULES)
@@ -93,6 +105,7 @@ def command(
             kv=kv.value,
             keep_fp32=tuple(keep_fp32 or ()),
             ranges=ranges,
+            zero_points=zero_points.value,
             progress=progress,
         )
     if json:
@@ -112,6 +125,9 @@ def command(
                 f"{', '.join(row.overflowing[:3])}{' ...' if len(row.overflowing) > 3 else ''}",
                 markup=False,
             )
+        if row.schemes:
+            counts = ", ".join(f"{count} {name}" for name, count in sorted(row.schemes.items()))
+            log_console(quiet).print(f"{row.name}: linear layers as the checkpoint packs them: {counts}", markup=False)
     log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav")
 
 
@@ -144,6 +160,7 @@ def report_dict(report: ExportReport) -> dict[str, Any]:
                 "seconds": round(graph.seconds, 3),
                 "skipped": graph.skipped,
                 "overflowing": list(graph.overflowing),
+                "weights": dict(graph.schemes),
             }
             for graph in report.graphs
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from .common import JsonFlag, QuietFlag, log_console, print_json, print_table, p
 if TYPE_CHECKING:
     from omniport.runtime.engines import Engine, Engines
     from omniport.runtime.graphs import TensorSpec
-    from omniport.runtime.manifest import DecoderGeometry, Manifest
+    from omniport.runtime.manifest import DecoderGeometry, Manifest, Quantization
 
 __all__ = ["EXAMPLE", "NAME", "command", "engine_facts", "kv_bytes_per_1k", "summary"]
 
@@ -43,7 +44,7 @@ def command(
             progress("verify engines", number, len(built.usable))
             verify_engine(engine)
     manifest = opened.manifest
-    facts = {**summary(manifest, verified=verify), **engine_facts(built)}
+    facts = {**summary(manifest, verified=verify), **engine_facts(built), "not_here": not_here(built)}
     if json:
         print_json(facts)
         return
@@ -54,8 +55,11 @@ def command(
     )
     print_table("Graphs", ("graph", "precision", "opset", "size", "inputs", "outputs"), rows)
     if built.usable:
-        columns = ("engine", "size", "GPU", "builder", "KV capacity", "built from")
-        print_table("Engines", columns, (_engine_row(engine) for engine in built.usable))
+        columns = ("engine", "size", "GPU", "builder", "KV capacity", "built from", "runs here")
+        rows = ((*_engine_row(engine), "no" if engine.name in facts["not_here"] else "yes") for engine in built.usable)
+        print_table("Engines", columns, rows)
+    for reason, count in Counter(facts["not_here"].values()).items():
+        log_console(quiet).print(f"not run here ({count}): {reason}", markup=False)
     for reason in built.unusable.values():
         log_console(quiet).print(f"not usable: {reason}", markup=False)
     if verify:
@@ -89,6 +93,17 @@ def engine_facts(built: Engines) -> dict[str, Any]:
         "engines": {engine.name: msgspec.to_builtins(engine.record) for engine in built.usable},
         "unusable_engines": built.unusable,
     }
+
+
+def not_here(built: Engines) -> dict[str, str]:
+    """Why usable engines do not run on this machine, by their path."""
+    if not built.usable:
+        return {}
+    from omniport.runtime.backends.here import this_machine, why_not
+
+    here = this_machine()
+    reasons = {engine.name: why_not(engine.record, here, engine.bundle) for engine in built.usable}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _engine_row(engine: Engine) -> tuple[str, ...]:
@@ -125,6 +140,8 @@ def _overview(manifest: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]
         ("size", size_text(facts["bytes"])),
         ("context", f"{manifest.kv.max_context} tokens, {manifest.kv.form} KV cache in {manifest.kv.dtype}"),
     ]
+    if manifest.quantization is not None:
+        rows.append(("quantized", _quantization(manifest.quantization)))
     for name, geometry in (("thinker", manifest.thinker), ("talker", manifest.talker)):
         if geometry is None:
             continue
@@ -136,6 +153,15 @@ def _overview(manifest: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]
         rows.append(("speech", f"{manifest.vocoder.sample_rate} Hz"))
     rows.append(("voices", ", ".join(facts["voices"]) or "none: this bundle writes text and does not speak"))
     return rows
+
+
+def _quantization(record: Quantization) -> str:
+    """Recipe, or the method of the checkpoint, and how the weights of each graph are stored."""
+    parts = []
+    for graph, layers in record.layers.items():
+        counts = Counter(layers.values())
+        parts.append(f"{graph} " + ", ".join(f"{count} {scheme}" for scheme, count in sorted(counts.items())))
+    return f"{record.recipe}, from {record.precision}: {'; '.join(parts)}"
 
 
 def _tensors(*sides: tuple[TensorSpec, ...]) -> list[str]:

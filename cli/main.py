@@ -13,7 +13,23 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import build, doctor, export, inspect, make_checkpoint, plan, quantize, ranges, talk, targets, validate, voices
+from . import (
+    bench,
+    build,
+    calibrate,
+    doctor,
+    export,
+    inspect,
+    make_checkpoint,
+    plan,
+    quant_report,
+    quantize,
+    ranges,
+    talk,
+    targets,
+    validate,
+    voices,
+)
 from . import run as run_command
 
 __all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_TERMINATED", "app", "run"]
@@ -40,8 +56,11 @@ for _module in (
     make_checkpoint,
     export,
     ranges,
+    calibrate,
     quantize,
+    quant_report,
     validate,
+    bench,
     build,
     targets,
     plan,

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
+from .common import (
+    JsonFlag,
+    Progress,
+    QuietFlag,
+    log_console,
+    print_json,
+    print_table,
+    progress_bar,
+    require_extra,
+    size_text,
+)
+from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
-    from omniport.calib.quantize import QuantizeReport
+    from omniport.calib.quantize import Progress, QuantizeReport
+    from omniport.calib.search import Target
+    from omniport.calib.target import TargetReport
 
-__all__ = ["EXAMPLE", "NAME", "RecipeName", "command", "graph_choices", "report_dict"]
+__all__ = ["EXAMPLE", "NAME", "RecipeName", "command", "curve_dict", "graph_choices", "report_dict"]
 
 NAME = "quantize"
-EXAMPLE = "omniport quantize bundle bundle-w8 --recipe w8"
+EXAMPLE = "omniport quantize bundle bundle-int8 --recipe int8 --calib model.calib"
 
-#: what quantizing weights imports
-QUANTIZE_MODULES = ("onnx", "onnx_ir", "ml_dtypes")
+#: what quantizing imports
+QUANTIZE_MODULES = ("onnx", "onnx_ir", "ml_dtypes", "safetensors")
 
 
 class RecipeName(str, Enum):
     """A recipe of omniport.calib.recipe."""
 
+    int8 = "int8"
     w8 = "w8"
     int4 = "int4"
+    fp8 = "fp8"
+    edge_8gb = "edge-8gb"
+    edge_16gb = "edge-16gb"
+    int8_plain = "int8-plain"
 
 
 def command(
@@ -34,8 +53,19 @@ def command(
     out: Annotated[Path, typer.Argument(help="Bundle folder to write.")],
     recipe: Annotated[
         RecipeName,
-        typer.Option(help="w8: INT8 weights. int4: INT4 weights of thinker and talker. See docs/quantize.md."),
+        typer.Option(
+            help="int8: INT8 times INT8. w8: INT8 weights. int4: INT4 weights of thinker and talker. fp8: for SM89 and "
+            "later. edge-8gb, edge-16gb: for boards of that memory. See docs/quantize.md."
+        ),
     ],
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Calibration of the bundle's checkpoint, as written by omniport calibrate. int8, fp8 and the edge "
+            "recipes need one; w8 and int4 lose less with one.",
+        ),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX", help="Leave weights whose GRAPH/WEIGHT name holds this as they are; repeatable."),
@@ -46,21 +76,63 @@ def command(
             metavar="GRAPH=RECIPE", help="Give one graph another recipe, or none, or the precision it has; repeatable."
         ),
     ] = None,
+    target_sqnr: Annotated[
+        float | None,
+        typer.Option(metavar="DB", help="Keep as few parts of thinker and talker as give their logits this SQNR."),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="As --target-sqnr, by the divergence of the choice of the next token."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="JSONL", help="Conversations that a target is measured on; built-in ones without it."),
+    ] = None,
+    curve: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what a target cost, point by point, as JSON.")
+    ] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Quantize the weights of a bundle.
+    """Quantize a bundle.
 
-    Writes one more standard bundle, which runs, validates and builds like the one it was made from. No data is needed.
+    Writes one more standard bundle, which runs, validates and builds like the one it was made from. With a target,
+    parts of thinker and talker are measured one by one and the worst stay as they are.
     """
     chosen = graph_choices(graph_recipe or [])
+    target = _target(target_sqnr, max_kl, data, curve)
     require_extra("export", *QUANTIZE_MODULES)
+    from omniport.calib.calibration import Calibration
     from omniport.calib.quantize import quantize_bundle
 
+    calibration = None if calib is None else Calibration.load(calib)
+
+    def make(folder: Path, kept: Sequence[str], recipes: Mapping[str, str], told: Progress | None) -> QuantizeReport:
+        return quantize_bundle(
+            bundle,
+            folder,
+            recipe.value,
+            keep=kept,
+            graph_recipes=recipes,
+            calibration=calibration,
+            progress=told,
+        )
+
     with progress_bar(quiet or json) as progress:
-        report = quantize_bundle(bundle, out, recipe.value, keep=keep or (), graph_recipes=chosen, progress=progress)
+        if target is None:
+            report, found = make(out, keep or (), chosen, progress), None
+        else:
+            require_extra("export", *EXPORT_MODULES)
+            from omniport.calib.target import quantize_to_target
+
+            found = quantize_to_target(
+                bundle, out, make, target, keep=keep or (), graph_recipes=chosen, data=data, progress=progress
+            )
+            report = found.written
+    if found is not None and curve is not None:
+        _write_curve(curve, found)
     if json:
-        print_json(report_dict(report))
+        print_json(report_dict(report) | ({} if found is None else {"search": curve_dict(found)}))
         return
     rows = (
         (
@@ -75,7 +147,54 @@ def command(
     )
     columns = ("graph", "precision", "weights", "before", "after", "ratio")
     print_table(f"Quantized to {report.path} ({report.recipe})", columns, rows)
+    if found is not None:
+        _print_search(found)
     log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav", markup=False)
+
+
+def _target(sqnr: float | None, kl: float | None, data: Path | None, curve: Path | None) -> Target | None:
+    """The target asked for; None without one.
+
+    Raises:
+        UsageError: two targets, or options that go with one.
+    """
+    from omniport.runtime.errors import UsageError
+
+    if sqnr is None and kl is None:
+        if data is not None or curve is not None:
+            raise UsageError("--data and --curve go with --target-sqnr or --max-kl: nothing is measured without")
+        return None
+    if curve is not None and not curve.absolute().parent.is_dir():
+        raise UsageError(f"--curve {curve}: there is no folder {curve.parent}")
+    from omniport.calib.search import Target
+
+    return Target(sqnr, kl)
+
+
+def curve_dict(found: TargetReport) -> dict[str, Any]:
+    """The trade-off as plain JSON values."""
+    from omniport.calib.target import curve_json
+
+    return curve_json(found)
+
+
+def _write_curve(path: Path, found: TargetReport) -> None:
+    import json
+
+    from omniport.export.validation.report import write_file
+
+    write_file(path, json.dumps(curve_dict(found), indent=1).encode() + b"\n")
+
+
+def _print_search(found: TargetReport) -> None:
+    rows = []
+    for name, result in found.searches.items():
+        loss = found.reached[name]
+        kept = ", ".join(result.kept) or "-"
+        shown = (f"{loss.sqnr_db:.1f}", f"{loss.kl:.3g}", f"{loss.agreement:.0%}")
+        rows.append((name, f"{len(result.kept)} of {len(result.damages)}", *shown, kept))
+    columns = ("decoder", "parts kept", "SQNR dB", "KL", "same choice", "kept")
+    print_table(f"Target: {found.target}", columns, rows)
 
 
 def graph_choices(texts: list[str]) -> dict[str, str]:

@@ -34,6 +34,7 @@ class Replier:
     greedy: bool = False
     max_new_tokens: int | None = None
     max_speech: float | None = None
+    solver: str = "rk4"
     json: bool = False
     quiet: bool = False
 
@@ -55,7 +56,7 @@ class Replier:
         from .sampling import sampling
 
         thinker, talker = sampling(self.session.manifest, self.greedy, self.max_new_tokens, self.max_speech)
-        options = {"speak": speak is not None, "voice": self.voice, "seed": self.seed}
+        options = {"speak": speak is not None, "voice": self.voice, "seed": self.seed, "solver": self.solver}
         return options | {"thinker": thinker, "talker": talker}
 
     def _show(self, begin: Callable[[], Iterator[Event]], speak: Path | None) -> Done:

@@ -10,7 +10,7 @@ import typer
 
 from .common import JsonFlag, QuietFlag
 
-__all__ = ["EXAMPLE", "NAME", "BackendName", "command", "user_message"]
+__all__ = ["EXAMPLE", "NAME", "BackendName", "SolverName", "command", "user_message"]
 
 NAME = "run"
 EXAMPLE = "omniport run bundle --audio question.wav --image picture.png --speak reply.wav"
@@ -27,6 +27,14 @@ class BackendName(str, Enum):
     tensorrt_rtx = "tensorrt-rtx"
 
 
+class SolverName(str, Enum):
+    """Solvers of speech (omniport.runtime.solver)."""
+
+    rk4 = "rk4"
+    midpoint = "midpoint"
+    euler = "euler"
+
+
 def command(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
     text: Annotated[str, typer.Option(help="What the user writes.")] = "",
@@ -39,6 +47,9 @@ def command(
     ] = None,
     voice: Annotated[str | None, typer.Option(help="Voice of the spoken reply (see omniport voices).")] = None,
     speak: Annotated[Path | None, typer.Option(metavar="OUT.wav", help="Speak the reply into this WAV file.")] = None,
+    solver: Annotated[
+        SolverName, typer.Option(help="Solver of speech: rk4 as the reference, the others faster and less exact.")
+    ] = SolverName.rk4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Pick the likeliest token, in speech too.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens at most.")] = None,
@@ -70,7 +81,9 @@ def command(
     with OmniSession.open(bundle, backend=backend.value) as session:
         if speak is not None:
             session.bundle.find_voice(voice)  # refused once and at the start, not at every turn of a conversation
-        replier = Replier(session, voice, seed, greedy, max_new_tokens, max_speech, json=json, quiet=quiet)
+        replier = Replier(
+            session, voice, seed, greedy, max_new_tokens, max_speech, solver=solver.value, json=json, quiet=quiet
+        )
         if message["content"]:
             replier.reply([*messages, message], speak)
         else:

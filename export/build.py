@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from omniport.runtime.backends.here import installed_version
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.engines import EngineRecord, engine_path, graph_files
 from omniport.runtime.errors import BackendError, BuildError, BundleError, UsageError
@@ -25,7 +26,7 @@ from .engine import Built, Progress, build_engine
 from .engine_files import EngineStore, file_record
 from .profiles import Limits, graph_dims, make_profiles
 from .targets import THIS, Target
-from .trt_api import MODULES, Api, installed_builders, load_api
+from .trt_api import Api, installed_builders, load_api
 
 __all__ = [
     "BuildReport",
@@ -188,13 +189,7 @@ def on_device(target: Target, bundle: str) -> str:
 
 def builder_version(builder: str) -> str:
     """Version of an installed builder, from its metadata; the package itself is imported only where there is none."""
-    module = MODULES[builder]
-    for name in (builder, f"{builder}-cu13", f"{builder}-cu12", module):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return load_api(builder).version
+    return installed_version(builder) or load_api(builder).version
 
 
 def engine_key(bundle: Bundle, spec: GraphSpec, target: Target, builder: str, version: str, limits: Limits) -> str:
@@ -203,7 +198,7 @@ def engine_key(bundle: Bundle, spec: GraphSpec, target: Target, builder: str, ve
     parts: list[Any] = [
         {name: record.sha256.lower() for name, record in graph_files(bundle.manifest, spec.name).items()},
         msgspec.to_builtins((spec.inputs, spec.outputs, spec.aliases)),
-        msgspec.to_builtins(make_profiles(spec, graph_dims(spec, limits))),
+        msgspec.to_builtins(make_profiles(spec, graph_dims(spec, limits), limits.image_classes)),
         (builder, version, target.name, target.capability),
         [(name, hashlib.sha256((folder / name).read_bytes()).hexdigest()) for name in _CODE],
     ]

@@ -18,6 +18,7 @@ from omniport.runtime.errors import CheckpointError
 
 from .config import load_config, read_json
 from .hub import Progress, locate
+from .packed import PackedFormat, PackedWeight, find_packed, packed_format
 from .safetensors_reader import SafetensorsFile
 
 __all__ = ["IGNORED_WEIGHTS", "Checkpoint"]
@@ -44,20 +45,37 @@ _RENAMES: Sequence[tuple[str, str]] = (
 class Checkpoint:
     """An opened checkpoint. Tensor names are the hub's, whichever way the file stores them.
 
+    A weight that is stored packed (GPTQ, AWQ) shows as the float32 tensor that it stands for, under its usual name; its
+    parts can be read too, and are not listed.
+
     Attributes:
         name: folder name, or the id as given.
         path: the local folder.
         config: ``transformers.Qwen2_5OmniConfig``, normalised (see `omniport.export.config`).
         fingerprint: sha256 (hex) over config.json, every weight file's header and size, and 64 bytes of each tensor
             (two fine-tunes of one model have equal headers).
+        packing: how packed weights are stored; None in an unquantized checkpoint.
+        packed: those weights by name.
     """
 
-    def __init__(self, name: str, path: Path, config: Any, files: Sequence[SafetensorsFile]) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        config: Any,
+        files: Sequence[SafetensorsFile],
+        packing: PackedFormat | None = None,
+    ) -> None:
         self.name = name
         self.path = path
         self.config = config
         self._files = tuple(files)
         self._where = _index_tensors(files)
+        self.packing = packing
+        self.packed: dict[str, PackedWeight] = {}
+        self.packed = find_packed(packing, set(self._where), self)
+        parts = tuple(f"{weight.module}." for weight in self.packed.values())
+        self._hidden = {key for key in self._where if key.startswith(parts) and not key.endswith(".bias")}
         self.fingerprint = _fingerprint(path / "config.json", self._files)
 
     @classmethod
@@ -76,7 +94,8 @@ class Checkpoint:
         config = load_config(path)
         if progress is not None:
             progress(f"reading weight headers of {name}")
-        return cls(name, path, config, _open_weights(path))
+        packing = packed_format(read_json(path / "config.json"), path)
+        return cls(name, path, config, _open_weights(path), packing)
 
     @property
     def has_speech(self) -> bool:
@@ -89,19 +108,24 @@ class Checkpoint:
         return "thinker.lm_head.weight" not in self
 
     def __contains__(self, key: str) -> bool:
-        return key in self._where
+        return key in self._where or key in self.packed
 
     def keys(self) -> list[str]:
-        """Names of all stored tensors, sorted."""
-        return sorted(self._where)
+        """Names of all tensors, sorted; a packed weight counts as one."""
+        return sorted((self._where.keys() - self._hidden) | self.packed.keys())
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor. CheckpointError if it is missing."""
+        if key in self.packed:
+            rows, columns = self.packed[key].shape
+            return columns, rows
         file, stored = self._find(key)
         return file.entries[stored].shape
 
     def dtype(self, key: str) -> str:
         """Name of the stored dtype (``bfloat16``, ``float32``, ...). CheckpointError if the tensor is missing."""
+        if key in self.packed:
+            return "float32"
         file, stored = self._find(key)
         return file.entries[stored].dtype.name
 
@@ -114,6 +138,8 @@ class Checkpoint:
             CheckpointError: no such tensor, or the file changed since it was opened.
             ValueError: the rows are not within the tensor.
         """
+        if key in self.packed:
+            return self.packed[key].dequantized(start, self.shape(key)[0] if stop is None else stop)
         file, stored = self._find(key)
         return file.read(stored, start, stop)
 
@@ -129,6 +155,8 @@ class Checkpoint:
                 f"weight {key!r} of {self.name} has shape {list(got)}, expected {list(wanted)} from config.json: the "
                 "configuration and the weights do not belong together."
             )
+        if key in self.packed:
+            self.packed[key].check()
         dtype = self.dtype(key)
         if dtype not in ("float32", "float16", "bfloat16"):
             raise CheckpointError(
@@ -145,7 +173,12 @@ class Checkpoint:
         if not self.has_speech:
             patterns.append(r"(talker|token2wav)\..*")
         ignored = re.compile("|".join(patterns))
-        return [key for key in self.keys() if key not in used and not ignored.fullmatch(key)]
+        return [key for key in self.keys() if key not in used and not ignored.fullmatch(key) and not self._empty(key)]
+
+    def _empty(self, key: str) -> bool:
+        """Whether it is a bias of zeros, which packers give to layers that have none."""
+        packed = key.endswith(".bias") and f"{key.removesuffix('.bias')}.weight" in self.packed
+        return packed and not self.read(key).any()
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON object stored beside the weights, None if there is no such file. CheckpointError if it is not one."""

@@ -49,7 +49,7 @@ def load_config(folder: Path) -> Any:
     """The checkpoint's configuration: a normalised ``transformers.Qwen2_5OmniConfig``.
 
     Raises:
-        CheckpointError: no config.json, another architecture, a quantized checkpoint, or values that cannot be.
+        CheckpointError: no config.json, another architecture, or values that cannot be.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -74,6 +74,8 @@ def normalise_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of config.json's object with the key names of transformers 5. CheckpointError on contradicting names."""
     config = copy.deepcopy(dict(raw))
     thinker = _section(config, "thinker_config")
+    for section in (config, thinker):
+        section.pop("quantization_config", None)  # `omniport.export.packed` reads it; weights are given dequantized
     _normalise_rope(_section(thinker, "text_config"), outer=thinker, multimodal=True)
     _normalise_rope(_section(config, "talker_config"), multimodal=True)
     dit = _section(_section(config, "token2wav_config"), "dit_config")
@@ -98,13 +100,6 @@ def _check_architecture(raw: Mapping[str, Any], path: Path) -> None:
         )
     if not isinstance(raw.get("thinker_config"), dict):
         raise CheckpointError(f"{path} has no thinker_config. Download the file again.")
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise CheckpointError(
-            f"{path} describes a checkpoint that is already quantized ({method!r}). Export from the BF16 checkpoint: "
-            "omniport quantizes by itself."
-        )
 
 
 def _section(parent: dict[str, Any], name: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def build_engine(
     onnx_file = open_onnx(graph)
     check_precision(spec.name, onnx_file.formats(), target, api.builder)
     dims = graph_dims(spec, limits)
-    fixed, profiles = fixed_dims(dims), make_profiles(spec, dims)
+    fixed, profiles = fixed_dims(dims), make_profiles(spec, dims, limits.image_classes)
 
     def work(cancelled: threading.Event) -> Parsed:
         parsed = parse(api, onnx_file, spec, fixed)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 from omniport.runtime.bundle import MANIFEST_FILE
 from omniport.runtime.errors import ExportError
 from omniport.runtime.graphs import GraphSpec
-from omniport.runtime.manifest import FileRecord, Manifest, encode_manifest
+from omniport.runtime.manifest import FileRecord, Manifest, Quantization, encode_manifest
 from omniport.runtime.ranges import RANGES_FILE, Ranges, encode_ranges, limit, read_ranges
 from omniport.runtime.solver import rk4_schedule
 from omniport.runtime.staging import check_space, previous_manifest, staging, take_over, unlisted
@@ -29,6 +31,8 @@ from .lowering import OPSETS
 from .mixed import mix
 from .onnx_export import write_model
 from .options import ExportOptions
+from .packed_graph import OPSET as PACKED_OPSET
+from .packed_graph import import_packed
 from .reuse import file_record, graph_key, graph_whole, source_key
 from .speakers import load_speakers, speaker_vectors, write_voice
 from .tokenizer import tokenizer_json
@@ -48,6 +52,7 @@ class GraphReport:
     Attributes:
         skipped: it was taken over unchanged from the bundle that was there.
         overflowing: nodes that stay float32 because their measured range is too large for float16.
+        schemes: how the linear layers of a packed checkpoint are stored -> how many; empty where it packs none.
     """
 
     name: str
@@ -56,6 +61,7 @@ class GraphReport:
     seconds: float
     skipped: bool
     overflowing: tuple[str, ...] = ()
+    schemes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,6 +84,7 @@ def export_checkpoint(
     kv: str = "static",
     keep_fp32: Sequence[str] = (),
     ranges: Path | None = None,
+    zero_points: str = "keep",
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a checkpoint to the bundle folder ``out``.
@@ -96,7 +103,9 @@ def export_checkpoint(
         kv: form of the KV cache: ``static``, or ``concat`` for runtimes that cannot update one in place.
         keep_fp32: regular expressions searched for in ``GRAPH/module.path``: layers that stay float32 in fp16 and bf16.
         ranges: a ranges.json (`omniport.export.ranges`): what it shows to overflow float16 stays float32, and the
-            file becomes part of the bundle.
+            file becomes part of the bundle. Without it, ranges that ``out`` has stay there and change nothing.
+        zero_points: of a GPTQ or AWQ checkpoint: ``keep`` them with the weights, or ``separate`` them into a product of
+            their own, for TensorRT.
         progress: called with the stage, and the bytes written so far and in total.
 
     Raises:
@@ -104,7 +113,7 @@ def export_checkpoint(
         ExportError: wrong options, or a disk that is full; nothing is left behind.
     """
     started = time.perf_counter()
-    options = ExportOptions(precision, max_context, ops, kv, tuple(keep_fp32), ranges)
+    options = ExportOptions(precision, max_context, ops, kv, tuple(keep_fp32), ranges, zero_points)
     options.check(graphs)
     out = Path(out)
     previous = previous_manifest(out)
@@ -130,9 +139,11 @@ class _Job:
         self.definitions = self._definitions(options.precision)
         self.keys: dict[str, str] = {}
         self.kept: dict[str, GraphSpec] = {}
+        self.attached: Ranges | None = None
         self.records: dict[str, FileRecord] = {}
         self.strangers: list[str] = []
         self.made: list[str] = []
+        self.layers: dict[str, dict[str, str]] = {}
         self.stage, self.done, self.total = "", 0, 0
 
     def _definitions(self, precision: str) -> dict[str, GraphDefinition]:
@@ -150,6 +161,11 @@ class _Job:
     def prepare(self) -> None:
         """Check the weights and make the small parts: they fail in a second, not after minutes of tracing."""
         self._enter("checking the checkpoint")
+        if self.ckpt.packed and OPSETS[self.options.ops] < PACKED_OPSET:
+            raise ExportError(
+                f"{self.ckpt.name} holds INT4 weights, which need opset {PACKED_OPSET} or later: leave --ops native, "
+                "or export from the unquantized checkpoint"
+            )
         self.weight_bytes = check_weights(self.ckpt, self.definitions.values())
         self.tokenizer = tokenizer_json(self.ckpt)
         self.speakers = load_speakers(self.ckpt.path / "spk_dict.pt") if self.ckpt.has_speech else {}
@@ -181,6 +197,19 @@ class _Job:
             )
         return ranges
 
+    def _held_ranges(self, previous: Manifest | None) -> Ranges | None:
+        """Ranges that the bundle has already, if they are whole and about the graphs that it is going to have.
+
+        They do not steer this export: what they show to overflow is held in float16, and building says so.
+        """
+        path = self.out / RANGES_FILE
+        record = previous.files.get(RANGES_FILE) if previous is not None and previous.ranges_file else None
+        if record is None or not path.is_file() or file_record(path) != record:
+            return None
+        ranges = read_ranges(path)
+        measured = (ranges.fingerprint, ranges.ops, ranges.kv)
+        return ranges if measured == (self.ckpt.fingerprint, self.options.ops, self.options.kv) else None
+
     def choose(self, graphs: Sequence[str] | None, previous: Manifest | None) -> None:
         """Decide which graphs are made and which are taken over."""
         absent = sorted(set(graphs or ()) - set(self.definitions))
@@ -199,6 +228,8 @@ class _Job:
                 known = {self.keys[name]} if wanted else self._keys_of_any_precision(name, source)
                 if held[name].inputs_key in known and graph_whole(self.out, previous, held[name]):
                     self.kept[name] = held[name]
+                    if previous.quantization is not None and name in previous.quantization.layers:
+                        self.layers[name] = previous.quantization.layers[name]
                     continue
             if wanted:
                 self.made.append(name)
@@ -207,6 +238,7 @@ class _Job:
                     f"{self.out} holds a {name} that is damaged, or was made from other weights, with other options or "
                     "by another release: it would not fit to the rest. Export without --graphs, or to a new folder."
                 )
+        self.attached = self.ranges or self._held_ranges(previous)
         if previous is not None:
             self.records = {f: previous.files[f] for spec in self.kept.values() for f in (spec.file, *spec.data)}
             self.strangers = unlisted(self.out, previous)
@@ -219,7 +251,7 @@ class _Job:
 
     def _key(self, definition: GraphDefinition, source: str) -> str:
         """The graph's key; options that make a half-precision graph partly float32 count where there is one."""
-        kept: list[object] = []
+        kept: list[object] = [self.options.zero_points] if self.ckpt.packed else []
         if definition.precision != "float32":
             kept += self.options.keep_fp32
         if definition.precision == "float16" and self.ranges is not None:
@@ -257,15 +289,25 @@ class _Job:
             for path in sorted(folder.rglob("*"))
             if path.is_file() and (name := path.relative_to(folder).as_posix())
         }
-        dtype = (specs["thinker"] if "thinker" in specs else self.definitions["thinker"]).precision
+        dtype = specs["thinker"].compute_dtype if "thinker" in specs else self.definitions["thinker"].precision
         kv = msgspec.structs.replace(self.manifest.kv, dtype=dtype)
-        ranges = RANGES_FILE if self.ranges is not None else None
-        manifest = msgspec.structs.replace(self.manifest, kv=kv, graphs=specs, files=files, ranges_file=ranges)
+        ranges = RANGES_FILE if self.attached is not None else None
+        manifest = msgspec.structs.replace(
+            self.manifest, kv=kv, graphs=specs, files=files, ranges_file=ranges, **self._quantization()
+        )
         (folder / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
         for name in self.strangers:
             if not (folder / name).exists():
                 take_over(self.out / name, folder / name)
         return report
+
+    def _quantization(self) -> dict[str, Any]:
+        """Fields of the manifest that say that weights are integers, if any are."""
+        if self.ckpt.packing is None or not self.layers:
+            return {}
+        method = self.ckpt.packing.method
+        record = Quantization(recipe=method, precision=self.options.precision, layers=self.layers)
+        return {"precision": method, "quantization": record}
 
     def _make_graph(self, definition: GraphDefinition, folder: Path) -> tuple[GraphSpec, GraphReport]:
         started = time.perf_counter()
@@ -274,17 +316,21 @@ class _Job:
         mixed = mix(
             model, definition.name, definition.precision, self.options.patterns, self._measured(definition.name)
         )
+        filled, schemes = import_packed(model, rules, self.ckpt.packed, self.options.zero_points == "separate")
+        if schemes:
+            self.layers[definition.name] = schemes
         self._enter(f"writing {definition.name}")
         path = folder / "graphs" / f"{definition.name}.onnx"
         path.parent.mkdir(exist_ok=True)
-        written = write_model(model, rules, self.ckpt, path, self._advance)
+        written = write_model(model, filled, self.ckpt, path, self._advance)
         names = {file.relative_to(folder).as_posix(): record for file, record in written.items()}
         self.records |= names
         spec = GraphSpec(
             name=definition.name,
             file=path.relative_to(folder).as_posix(),
             data=tuple(names),
-            precision=definition.precision,
+            precision="int4" if schemes else definition.precision,
+            compute=definition.precision if schemes else "",
             opset=OPSETS[definition.ops],
             inputs=definition.inputs,
             outputs=definition.outputs,
@@ -296,7 +342,8 @@ class _Job:
         )
         size = sum(record.size for record in written.values())
         seconds = time.perf_counter() - started
-        return spec, GraphReport(definition.name, len(model.graph), size, seconds, False, mixed.overflowing)
+        counts = Counter(schemes.values())
+        return spec, GraphReport(definition.name, len(model.graph), size, seconds, False, mixed.overflowing, counts)
 
     def _measured(self, name: str) -> dict[str, float] | None:
         """Ranges of one graph; None if the export has none.
@@ -321,8 +368,8 @@ class _Job:
         (folder / "tokenizer.json").write_bytes(self.tokenizer)
         if self.voices:
             (folder / "voices").mkdir()
-        if self.ranges is not None:
-            (folder / RANGES_FILE).write_bytes(encode_ranges(self.ranges))
+        if self.attached is not None:
+            (folder / RANGES_FILE).write_bytes(encode_ranges(self.attached))
         for voice in self.voices:
             write_voice(folder / voice.file, self.speakers[voice.name].cond, self.references[voice.name])
 

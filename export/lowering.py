@@ -55,9 +55,10 @@ def _attention_nodes(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
     x = op.Mul(q, _narrow(op.Constant(value_float=scale), q))
     if groups > 1:
         x = op.Reshape(x, op.Constant(value_ints=[0, kv_heads, -1, width]))
-        mask = op.Concat(*[mask] * groups, axis=2)
-    scores = op.MatMul(x, op.Transpose(k, perm=[0, 1, 3, 2]))
-    scores = op.Where(mask, _wide(scores, q), op.Constant(value_float=_MASKED))
+    scores = _wide(op.MatMul(x, op.Transpose(k, perm=[0, 1, 3, 2])), q)
+    if mask is not None:
+        mask = op.Concat(*[mask] * groups, axis=2) if groups > 1 else mask
+        scores = op.Where(mask, scores, op.Constant(value_float=_MASKED))
     y = op.MatMul(_narrow(op.Softmax(scores, axis=-1), v), v)
     return y if groups == 1 else op.Reshape(y, op.Constant(value_ints=[0, heads, -1, width]))
 

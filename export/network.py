@@ -106,10 +106,11 @@ def parse(api: Api, onnx_file: OnnxFile, spec: GraphSpec, fixed: Mapping[str, in
         fixed: symbolic dimensions that get their value before parsing.
 
     Raises:
-        BuildError: an operator or node the parser does not take, an unused input, an output of another dtype or shape
-            than the spec's, or a cache that is not updated in place.
+        BuildError: an operator, node or zero point the parser does not take, an unused input, an output of another
+            dtype or shape than the spec's, or a cache that is not updated in place.
     """
     check_operators(api, onnx_file, spec)
+    _check_zero_points(api, onnx_file, spec)
     api.messages()
     onnx_file.fix_dims(fixed)
     parsed = Parsed(api, onnx_file, spec.name)
@@ -138,6 +139,16 @@ def check_operators(api: Api, onnx_file: OnnxFile, spec: GraphSpec) -> None:
         raise BuildError(
             f"{spec.name} needs a newer {api.builder} than {api.version}, which does not parse {', '.join(lacking)}. "
             f"Upgrade it, or export with older operators: {LOWERED}"
+        )
+
+
+def _check_zero_points(api: Api, onnx_file: OnnxFile, spec: GraphSpec) -> None:
+    found = onnx_file.zero_points()
+    if found:
+        raise BuildError(
+            f"{spec.name}: {len(found)} weights have zero points, as AWQ and asymmetric GPTQ checkpoints do "
+            f"({found[0]}), and {api.builder} takes symmetric integers only. Export the checkpoint again with "
+            "--zero-points separate, which computes the same with a second, small product"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from omniport.runtime.manifest import FileRecord
 from .data_file import DataFile
 from .weights import Copy, Rule, Transpose, WeightReader, blocks, evaluate
 
-__all__ = ["write_model"]
+__all__ = ["Pieces", "write_model"]
 
 #: initializers of at least this many bytes go to the data file
 EXTERNAL_BYTES = 1024
@@ -36,9 +37,16 @@ WORD, TILE_ROWS = 8, 256
 Array = NDArray[Any]
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor's bytes, in order, as arrays that are made when they are written."""
+
+    make: Callable[[], Iterator[Array]]
+
+
 def write_model(
     model: ir.Model,
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, Rule | Pieces],
     reader: WeightReader,
     path: Path,
     advance: Callable[[int], None],
@@ -58,11 +66,12 @@ def write_model(
             assert value.shape is not None
             shape = value.shape.numpy()
             nbytes = int(np.prod(shape, dtype=np.int64) * value.dtype.itemsize)
-            if nbytes < EXTERNAL_BYTES:
-                value.const_value = ir.tensor(_small(value, rules.get(name), reader, shape), name=name)
+            rule = rules.get(name)
+            if nbytes < EXTERNAL_BYTES and not isinstance(rule, Pieces):
+                value.const_value = ir.tensor(_small(value, rule, reader, shape), name=name)
                 continue
             offset = file.align()
-            for piece in _pieces(rules.get(name), value, reader):
+            for piece in _pieces(rule, value, reader):
                 file.append(piece)
                 advance(piece.nbytes)
             value.const_value = ir.ExternalTensor(
@@ -87,9 +96,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _pieces(rule: Rule | None, value: ir.Value, reader: WeightReader) -> Iterator[Array]:
+def _pieces(rule: Rule | Pieces | None, value: ir.Value, reader: WeightReader) -> Iterator[Array]:
     """One weight as it is to be stored, in pieces that follow one another."""
     assert value.dtype is not None
+    if isinstance(rule, Pieces):
+        yield from rule.make()
+        return
     dtype = _torch_dtype(value.dtype)
     if isinstance(rule, Transpose):
         yield from _transposed(rule.key, dtype, reader)

@@ -31,6 +31,7 @@ _FORMATS: Mapping[int, str] = {
     TensorProto.UINT8: "int8",
     TensorProto.FLOAT4E2M1: "fp4",
 }
+_SMALL_INTEGERS = (TensorProto.INT4, TensorProto.UINT4)
 #: integers of these formats are weights or quantized values only where these operators touch them
 _QUANTIZING = {"QuantizeLinear", "DequantizeLinear"}
 
@@ -122,6 +123,20 @@ class OnnxFile:
                         end = readers[end.output[0]]
                     scale = node.op_type == "DequantizeLinear" and name != node.input[0]
                     found.append(Operand(name, dims[name], end.op_type, _stride(end), scale))
+        return found
+
+    def zero_points(self) -> list[str]:
+        """Nodes that dequantize 4-bit weights with zero points that are not all zero."""
+        tensors = {tensor.name: tensor for tensor in self._model.graph.initializer}
+        weights = {weight.name: weight for weight in self.weights}
+        found = []
+        for node in self._model.graph.node:
+            name = node.input[2] if node.op_type == "DequantizeLinear" and len(node.input) > 2 else ""
+            if name not in tensors or tensors[name].data_type not in _SMALL_INTEGERS:
+                continue
+            inside = tensors[name].raw_data or tensors[name].int32_data
+            if any(inside) or (name in weights and self.mapped(weights[name]).any()):
+                found.append(node.name)
         return found
 
     def fix_dims(self, values: Mapping[str, int]) -> None:

@@ -38,7 +38,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _attention_node(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
-    return op.Attention(q, k, v, mask, scale=scale)[0]
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    return op.Attention(*inputs, scale=scale)[0]
 
 
 def _rotary_node(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:

@@ -20,6 +20,7 @@ __all__ = [
     "reshape_like",
     "rms_norm",
     "rotary_embedding",
+    "snake_inputs",
     "split_blocks",
     "split_heads",
     "tensor_scatter",
@@ -27,7 +28,7 @@ __all__ = [
 
 
 @torch.library.custom_op("omniport::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -62,11 +63,8 @@ def _tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tenso
 def _anti_aliased_snake(
     x: Tensor, up: Tensor, down: Tensor, alpha: Tensor, inverse_beta: Tensor, even: Tensor, odd: Tensor
 ) -> Tensor:
-    channels = x.shape[1]
-    u = F.conv1d(F.pad(x, (3, 3), mode="replicate"), up, groups=channels)
-    u = u + inverse_beta * torch.sin(u * alpha).square()
-    first, last = u[:, :, :1].index_select(1, even), u[:, :, -1:].index_select(1, odd)
-    return F.conv1d(torch.cat((first, first, first, u, last, last, last), dim=2), down, groups=channels)
+    _, u = snake_inputs(x, up, alpha, inverse_beta, even, odd)
+    return F.conv1d(u, down, groups=x.shape[1])
 
 
 @torch.library.custom_op("omniport::linear", mutates_args=())
@@ -81,7 +79,8 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("omniport::split_heads", mutates_args=())
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+    # a copy also where one token leaves nothing to move: outputs must not alias inputs
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 @_split_heads.register_fake
@@ -91,7 +90,7 @@ def _(x: Tensor, heads: int) -> Tensor:
 
 @torch.library.custom_op("omniport::merge_heads", mutates_args=())
 def _merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(-2).contiguous()
+    return x.transpose(1, 2).flatten(-2).clone(memory_format=torch.contiguous_format)
 
 
 @_merge_heads.register_fake
@@ -144,12 +143,13 @@ for _op in (_attention, _rotary_embedding, _rms_norm, _tensor_scatter, _anti_ali
     _op.register_fake(_like_first)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Scaled dot-product attention with grouped query heads (ONNX Attention-24).
 
     Args:
         q: [B, Hq, S, D]. k, v: [B, Hkv, L, D], Hq a multiple of Hkv.
-        mask: bool, broadcastable to [B, Hq, S, L], True where attention is allowed.
+        mask: bool, broadcastable to [B, Hq, S, L], True where attention is allowed; None allows it
+            everywhere.
 
     Returns:
         [B, Hq, S, D].
@@ -201,6 +201,17 @@ def anti_aliased_snake(
         [B, C, T].
     """
     return _anti_aliased_snake(x, up, down, alpha, inverse_beta, even, odd)
+
+
+def snake_inputs(
+    x: Tensor, up: Tensor, alpha: Tensor, inverse_beta: Tensor, even: Tensor, odd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the two convolutions of `anti_aliased_snake` see: [B, C, T + 6] and [B, 2C, T + 6]. Not for tracing."""
+    padded = F.pad(x, (3, 3), mode="replicate")
+    u = F.conv1d(padded, up, groups=x.shape[1])
+    u = u + inverse_beta * torch.sin(u * alpha).square()
+    first, last = u[:, :, :1].index_select(1, even), u[:, :, -1:].index_select(1, odd)
+    return padded, torch.cat((first, first, first, u, last, last, last), dim=2)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from omniport.runtime.manifest import KV_FORMS
 
 from .graph_defs import PRECISIONS, GraphDefinition
 from .lowering import OPS
+from .packed_graph import ZERO_POINTS
 
 __all__ = ["ExportOptions"]
 
@@ -28,6 +29,7 @@ class ExportOptions:
         kv: form of the KV cache, ``static`` or ``concat``.
         keep_fp32: regular expressions searched for in ``GRAPH/module.path``: layers that stay float32.
         ranges: a ranges.json; float16 graphs keep in float32 what it shows to overflow.
+        zero_points: of a GPTQ or AWQ checkpoint (`omniport.export.packed_graph.ZERO_POINTS`).
     """
 
     precision: str = "fp32"
@@ -36,6 +38,7 @@ class ExportOptions:
     kv: str = "static"
     keep_fp32: tuple[str, ...] = ()
     ranges: Path | None = None
+    zero_points: str = "keep"
 
     @property
     def patterns(self) -> list[re.Pattern[str]]:
@@ -50,6 +53,7 @@ class ExportOptions:
             ("precision", self.precision, PRECISIONS),
             ("--ops", self.ops, OPS),
             ("--kv", self.kv, KV_FORMS),
+            ("--zero-points", self.zero_points, ZERO_POINTS),
         ):
             if value not in known:
                 raise ExportError(f"no {what} {value!r}; known: {', '.join(known)}")

@@ -1,12 +1,14 @@
 """Optimization profiles: the shapes that an engine takes, from a graph's spec.
 
-One profile a graph. A second one (new_tokens = 1) for the decoders was measured and not taken: a builder keeps weights
-once for each profile (docs/build.md has the figures).
+The vision encoder has a profile for each class of images, the other graphs one. A second one (new_tokens = 1) for the
+decoders was measured and not taken: there the builder keeps weights once for each profile (docs/build.md has the
+figures).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -16,7 +18,7 @@ from omniport.runtime.graphs import DimRange, GraphSpec, TensorSpec
 from omniport.runtime.manifest import Manifest
 from omniport.runtime.thinker import VISION_FRAMES
 
-__all__ = ["Limits", "fixed_dims", "graph_dims", "limits_of", "make_profiles", "shape_of"]
+__all__ = ["IMAGE_CLASSES", "Limits", "fixed_dims", "graph_dims", "limits_of", "make_profiles", "shape_of"]
 
 _End = Literal["min", "opt", "max"]
 
@@ -25,6 +27,10 @@ AUDIO_CHUNKS = 32
 #: codec tokens of the longest streamed window: 48 new ones, 24 before them and 12 after (runtime/token2wav.py)
 STREAM_CODES = 84
 _FRAMES_PER_CODE = 2
+#: pixels of the largest image of each class; what is larger is one class more
+IMAGE_CLASSES = (1 << 18, 1 << 20)
+#: embeddings of squares of 28 pixels in each
+_CLASS_UNITS = tuple(pixels // 28**2 for pixels in IMAGE_CLASSES)
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,15 +40,23 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         max_context: capacity of the KV cache in tokens; the bundle's by default.
         max_units: embeddings of the largest image; 4,096 are 3.2 megapixels in squares of 28 pixels.
         max_codes: codec tokens of the longest window of speech; what the bundle allows by default.
+        image_classes: embeddings of the largest image of each class below ``max_units``.
     """
 
     max_context: int | None = None
     max_units: int = 4096
     max_codes: int | None = None
+    image_classes: tuple[int, ...] = _CLASS_UNITS
 
 
-def limits_of(manifest: Manifest, max_context: int | None, max_pixels: int, max_codes: int | None = None) -> Limits:
-    """Limits with the image's size in pixels.
+def limits_of(
+    manifest: Manifest,
+    max_context: int | None,
+    max_pixels: int,
+    max_codes: int | None = None,
+    image_classes: Sequence[int] = IMAGE_CLASSES,
+) -> Limits:
+    """Limits with the images' sizes in pixels.
 
     Raises:
         UsageError: not one embedding's worth of pixels, or too few codes to stream.
@@ -50,9 +64,15 @@ def limits_of(manifest: Manifest, max_context: int | None, max_pixels: int, max_
     if max_codes is not None and max_codes < STREAM_CODES:
         raise UsageError(f"--max-codes {max_codes}: at least {STREAM_CODES} was expected, a window of streamed speech")
     square = (manifest.vision.patch_size * manifest.vision.merge_size) ** 2
-    if max_pixels < square:
-        raise UsageError(f"--max-pixels {max_pixels}: at least {square} was expected, the pixels of one embedding")
-    return Limits(max_context=max_context, max_units=max_pixels // square, max_codes=max_codes)
+    for option, pixels in (("--max-pixels", max_pixels), *(("--image-classes", edge) for edge in image_classes)):
+        if pixels < square:
+            raise UsageError(f"{option} {pixels}: at least {square} was expected, the pixels of one embedding")
+    return Limits(
+        max_context=max_context,
+        max_units=max_pixels // square,
+        max_codes=max_codes,
+        image_classes=tuple(sorted({edge // square for edge in image_classes})),
+    )
 
 
 def graph_dims(spec: GraphSpec, limits: Limits) -> dict[str, DimRange]:
@@ -93,10 +113,14 @@ def _limit_cache(spec: GraphSpec, dims: dict[str, DimRange], limits: Limits) -> 
 
 
 def _limit_vision(dims: dict[str, DimRange], limits: Limits) -> None:
-    units = dims["units"] = _capped(dims["units"], limits.max_units)
+    dims["frames"] = _capped(dims["frames"], VISION_FRAMES)
+    _cap_units(dims, limits.max_units)
+
+
+def _cap_units(dims: dict[str, DimRange], most: int) -> None:
+    units = dims["units"] = _capped(dims["units"], most)
     # a window covers 4 x 4 units; the longest strip of units fills its windows to a quarter
     dims["windows"] = _capped(dims["windows"], max(1, -(-units.max // 4)))
-    dims["frames"] = _capped(dims["frames"], VISION_FRAMES)
     if "tokens" in dims:
         dims["tokens"] = _capped(dims["tokens"], units.max * dims["frames"].max)
 
@@ -106,8 +130,38 @@ def fixed_dims(dims: Mapping[str, DimRange]) -> dict[str, int]:
     return {"capacity": dims["capacity"].max} if "capacity" in dims else {}
 
 
-def make_profiles(spec: GraphSpec, dims: Mapping[str, DimRange]) -> tuple[Profile, ...]:
-    """The profiles of a graph's engine."""
+def make_profiles(
+    spec: GraphSpec, dims: Mapping[str, DimRange], image_classes: Sequence[int] = ()
+) -> tuple[Profile, ...]:
+    """The profiles of a graph's engine: the first that takes a shape is the one made for it, and the last takes all.
+
+    Args:
+        image_classes: embeddings of the largest image of each class, ascending. Those of ``dims`` or more are left out.
+    """
+    edges = [units for units in image_classes if units < dims["units"].max] if "units" in dims else []
+    if not edges:
+        return (_profile("all", spec, dims),)
+    least, found = 1, []
+    for most in (*edges, dims["units"].max):
+        found.append(_profile(f"images of up to {most}", spec, _image_class(dims, least, most)))
+        least = most
+    return tuple(found)
+
+
+def _image_class(dims: Mapping[str, DimRange], least: int, most: int) -> dict[str, DimRange]:
+    """Dimensions of images of up to ``most`` embeddings, best at those in the middle between there and ``least``."""
+    found = dict(dims)
+    _cap_units(found, most)
+    best = max(found["units"].opt, math.isqrt(least * most))
+    side = math.isqrt(best - 1) + 1  # of a square image
+    for name, opt in (("units", best), ("windows", (-(-side // 4)) ** 2), ("tokens", best)):
+        if name in found:
+            span = found[name]
+            found[name] = DimRange(span.min, min(max(opt, span.min), span.max), span.max)
+    return found
+
+
+def _profile(name: str, spec: GraphSpec, dims: Mapping[str, DimRange]) -> Profile:
     inputs = {
         tensor.name: ShapeRange(
             min=shape_of(tensor, dims, "min"), opt=shape_of(tensor, dims, "opt"), max=shape_of(tensor, dims, "max")
@@ -115,7 +169,7 @@ def make_profiles(spec: GraphSpec, dims: Mapping[str, DimRange]) -> tuple[Profil
         for tensor in spec.inputs
         if any(isinstance(dim, str) for dim in tensor.shape)
     }
-    return (Profile(name="all", dims=dict(dims), inputs=inputs),)
+    return Profile(name=name, dims=dict(dims), inputs=inputs)
 
 
 def shape_of(tensor: TensorSpec, dims: Mapping[str, DimRange], end: _End) -> tuple[int, ...]:

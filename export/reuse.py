@@ -29,6 +29,8 @@ _SHARED = (
     "onnx_export.py",
     "op_nodes.py",
     "ops.py",
+    "packed.py",
+    "packed_graph.py",
     "passes.py",
     "trace.py",
     "weights.py",

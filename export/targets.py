@@ -1,7 +1,8 @@
 """The machines that engines are built for: what they have, and who can build for them.
 
 Figures are public: NVIDIA's data sheets and module specifications, TensorRT's and TensorRT-RTX's support matrices, and
-JetPack's release notes; bandwidths called measured come from the reports named in docs/design.md, section 6. Dense
+JetPack's release notes (docs/build.md says which was looked up where, and which was not); bandwidths called measured
+come from the reports named in docs/design.md, section 6. Dense
 tensor-core rates are for FP16 with FP32 accumulation; for Orin they are tensor cores times clock times 512, which is a
 quarter of the sparse INT8 figure that its data sheets give for the GPU. Rates of 8-bit formats follow from the same
 sources: INT8 is twice FP16 where FP16 runs at full speed with FP32 accumulation (data-centre GPUs and Jetson) and four
@@ -17,6 +18,7 @@ from omniport.runtime.errors import UsageError
 __all__ = [
     "PRECISION_NAMES",
     "RTX_CAPABILITIES",
+    "RTX_RUNS_ON",
     "TARGETS",
     "THIS",
     "JetPack",
@@ -31,6 +33,9 @@ PRECISION_NAMES = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp4")
 
 #: compute capabilities that tensorrt-rtx compiles for, on any machine (ComputeCapability of tensorrt_rtx 1.7)
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+
+#: those of them that TensorRT-RTX is made to run on: 8.0 is a data-centre GPU. Source: its support matrices, 1.0 to 1.5
+RTX_RUNS_ON = ("7.5", "8.6", "8.9", "12.0", "12.1")
 
 #: the name of the machine's own GPU, see `omniport.export.devices`
 THIS = "this"
@@ -95,12 +100,12 @@ class Target:
     @property
     def built_anywhere(self) -> bool:
         """Whether tensorrt-rtx builds its engines on any machine; if not, they are built on the machine itself."""
-        return self.capability in RTX_CAPABILITIES and not self.on_device_only
+        return not self.on_device_only
 
     @property
     def on_device_only(self) -> bool:
         """Whether engines come from the TensorRT on the machine: Jetson boards and data-centre GPUs."""
-        return bool(self.jetpacks) or self.capability not in RTX_CAPABILITIES
+        return bool(self.jetpacks) or self.capability not in RTX_RUNS_ON
 
     @property
     def builder(self) -> str:
@@ -111,8 +116,8 @@ class Target:
 def precisions_of(capability: str) -> tuple[str, ...]:
     """Number formats of a compute capability's tensor cores.
 
-    Source: "Hardware and Precision" tables of the support matrices of TensorRT 10.15 and TensorRT-RTX 1.4. Turing's
-    INT8 is TensorRT's alone: TensorRT-RTX gives 7.5 FP32 and FP16 only.
+    Source: "Hardware and Precision" tables of the support matrices of TensorRT 10.15 and TensorRT-RTX 1.4 and 1.5.
+    Turing's INT8 is TensorRT's alone: TensorRT-RTX gives 7.5 FP32 and FP16 only. Its INT8 and INT4 are for weights.
     """
     number = tuple(int(part) for part in capability.split("."))
     found = ["fp32"]
@@ -132,12 +137,21 @@ def precisions_of(capability: str) -> tuple[str, ...]:
 
 
 _ORIN = (JetPack("6.2", "10.3"), JetPack("7.2", "10.16"))
+# TensorRT 11.4.1 names AGX Orin and Thor, and no other Orin
+_AGX_ORIN = (*_ORIN, JetPack("7.2.2", "11.4"))
 _THOR = (JetPack("7.1", "10.13"), JetPack("7.2", "10.16"), JetPack("7.2.2", "11.4"))
 
 
 def _jetson(
-    name: str, title: str, gib: int, bandwidth: float, tflops: float, measured: float | None = None, thor: bool = False
+    name: str,
+    title: str,
+    gib: int,
+    bandwidth: float,
+    tflops: float,
+    measured: float | None = None,
+    jetpacks: tuple[JetPack, ...] = _ORIN,
 ) -> Target:
+    thor = jetpacks is _THOR
     capability = "11.0" if thor else "8.7"
     return Target(
         name=name,
@@ -149,7 +163,7 @@ def _jetson(
         measured_bandwidth=None if measured is None else measured * GB,
         fp16_flops=tflops * 1e12,
         precisions=precisions_of(capability),
-        jetpacks=_THOR if thor else _ORIN,
+        jetpacks=jetpacks,
         name_parts=("thor",) if thor else ("orin",),
     )
 
@@ -179,9 +193,9 @@ TARGETS: dict[str, Target] = {
         _jetson("jetson-orin-nano-8gb", "Jetson Orin Nano 8GB", 8, 102.4, 17),
         _jetson("jetson-orin-nx-8gb", "Jetson Orin NX 8GB", 8, 102.4, 19),
         _jetson("jetson-orin-nx-16gb", "Jetson Orin NX 16GB", 16, 102.4, 19),
-        _jetson("jetson-agx-orin-32gb", "Jetson AGX Orin 32GB", 32, 204.8, 27),
-        _jetson("jetson-agx-orin-64gb", "Jetson AGX Orin 64GB", 64, 204.8, 42.5, measured=153),
-        _jetson("jetson-agx-thor", "Jetson AGX Thor (T5000)", 128, 273, 258, measured=257, thor=True),
+        _jetson("jetson-agx-orin-32gb", "Jetson AGX Orin 32GB", 32, 204.8, 27, jetpacks=_AGX_ORIN),
+        _jetson("jetson-agx-orin-64gb", "Jetson AGX Orin 64GB", 64, 204.8, 42.5, measured=153, jetpacks=_AGX_ORIN),
+        _jetson("jetson-agx-thor", "Jetson AGX Thor (T5000)", 128, 273, 258, measured=257, jetpacks=_THOR),
         # GeForce specifications; architecture white papers of Turing, Ampere GA102, Ada and Blackwell for the rates
         _gpu("rtx-2080", "GeForce RTX 2080", "7.5", 8, 448, 40.3),
         _gpu("rtx-3090", "GeForce RTX 3090", "8.6", 24, 936, 71),

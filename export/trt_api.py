@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
+from omniport.runtime.backends.trt_log import listen
 from omniport.runtime.errors import BackendError
 
 __all__ = [
@@ -209,27 +209,18 @@ class PhaseStack:
 
 
 class Api:
-    """A loaded package, with its messages caught.
-
-    TensorRT keeps the first logger that a process gives it for good, so there is one for all builds and it hands
-    messages to whichever build is running.
-    """
-
-    _loggers: ClassVar[dict[str, Any]] = {}
+    """A loaded package, with its messages caught."""
 
     def __init__(self, builder: str, module: Any) -> None:
         self.builder = builder
         self.module = module
         self.version = str(module.__version__)
         self.features = features_of(builder, self.version, attributes_of(module))
-        if builder not in self._loggers:
-            self._loggers[builder] = _make_logger(module)
-        self.logger = self._loggers[builder]
+        self.logger, self._messages = listen(builder, module)
 
     def messages(self) -> list[tuple[str, str]]:
         """Warnings and errors since the last call: (severity, text). Empties the list."""
-        caught: list[tuple[str, str]] = self.logger.take()
-        return caught
+        return self._messages.take()
 
     def create_network(self, builder: Any) -> Any:
         """An empty, strongly typed network."""
@@ -281,28 +272,6 @@ class Api:
     def stream_writer(self, write: Callable[[Any], int]) -> Any:
         """An IStreamWriter over ``write``, which gives the bytes it took; what it raises is kept as ``error``."""
         return _make_writer(self.module, write)
-
-
-def _make_logger(module: Any) -> Any:
-    wanted = {"INTERNAL_ERROR", "ERROR", "WARNING"}
-
-    class Caught(module.ILogger):  # type: ignore[misc]  # a base class known at run time only
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-            self._messages: list[tuple[str, str]] = []
-            self._lock = threading.Lock()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity.name in wanted:
-                with self._lock:
-                    self._messages.append((severity.name, message))
-
-        def take(self) -> list[tuple[str, str]]:
-            with self._lock:
-                taken, self._messages = self._messages, []
-            return taken
-
-    return Caught()
 
 
 def _make_monitor(module: Any, step: Callable[[float], bool]) -> Any:

@@ -12,6 +12,7 @@ from omniport.runtime.errors import CheckpointError
 
 from .checkpoint import Checkpoint
 from .graph_defs import GraphDefinition
+from .packed_graph import check_scales, packed_rules, stored_bytes
 from .speakers import speaker_keys
 from .weights import Compute, Constant, Copy, Rule
 
@@ -28,7 +29,7 @@ def check_weights(ckpt: Checkpoint, definitions: Iterable[GraphDefinition]) -> d
     """Every weight is there with the right shape, and none is left over.
 
     Returns:
-        bytes of weights of each graph, in its precision.
+        bytes of weights of each graph, in its precision or, about, as packed in the checkpoint.
 
     Raises:
         CheckpointError: names the weight that is missing, wrong-shaped, quantized, or belongs to nothing.
@@ -37,9 +38,14 @@ def check_weights(ckpt: Checkpoint, definitions: Iterable[GraphDefinition]) -> d
     for definition in definitions:
         module = definition.module()
         tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-        for name, rule in module.named_rules(str(module.prefix)):
+        rules = dict(module.named_rules(str(module.prefix)))
+        for name, rule in rules.items():
             used.update(_check_rule(ckpt, rule, tensors[name]))
-        sizes[definition.name] = sum(tensor.nbytes for tensor in tensors.values())
+        packed = packed_rules(rules, ckpt.packed)
+        for weight in packed.values():
+            check_scales(weight, definition.precision)
+        floats = sum(tensor.nbytes for name, tensor in tensors.items() if name not in packed)
+        sizes[definition.name] = floats + sum(map(stored_bytes, packed.values()))
     shapes = _embedding_shapes(ckpt)
     for part, key in embedding_keys(ckpt).items():
         ckpt.expect(key, shapes[part])

@@ -228,11 +228,13 @@ class VoiceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the weights of this bundle came to be integers."""
+    """How this bundle came to be quantized."""
 
     recipe: str
     precision: str
     """of the bundle that was quantized: fp32, fp16 or bf16"""
+    calibration: str = ""
+    """sha256 of the calibration file; empty if none was used"""
     keep: tuple[str, ...] = ()
     """patterns of weights that were kept as they were"""
     graph_recipes: dict[str, str] = {}

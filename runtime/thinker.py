@@ -18,7 +18,18 @@ from .sampling import Sampler
 from .timing import StageTimer
 from .vision import VisionInput
 
-__all__ = ["VISION_FRAMES", "ThinkerRun", "ThinkerStep", "embed_media", "encode_audio", "encode_vision", "require_room"]
+__all__ = [
+    "VISION_FRAMES",
+    "ThinkerRun",
+    "ThinkerStep",
+    "audio_batches",
+    "embed_media",
+    "encode_audio",
+    "encode_vision",
+    "heard",
+    "require_room",
+    "vision_batches",
+]
 
 #: frames of one vision call at most: engines are built for as many
 VISION_FRAMES = 8
@@ -138,36 +149,49 @@ def embed_media(span: MediaSpan, backend: Backend, timer: StageTimer) -> NDArray
     return rows
 
 
+def audio_batches(chunks: NDArray[np.float32], frames: NDArray[np.int64]) -> Iterator[dict[str, Array]]:
+    """What the audio encoder is called with for encoder chunks [C, n_mels, chunk_frames], one call after the other."""
+    for start in range(0, len(frames), _AUDIO_CHUNKS):
+        yield {
+            "mel": np.ascontiguousarray(chunks[start : start + _AUDIO_CHUNKS], np.float32),
+            "frames": np.ascontiguousarray(frames[start : start + _AUDIO_CHUNKS]),
+        }
+
+
+def vision_batches(vision: VisionInput) -> Iterator[dict[str, Array]]:
+    """What the vision encoder is called with for one picture or video, one call after the other."""
+    frames, patches = vision.patches.shape[:2]
+    batch = max(1, min(VISION_FRAMES, _VISION_SCORES // (patches * patches)))
+    for start in range(0, frames, batch):
+        yield {
+            "patches": np.ascontiguousarray(vision.patches[start : start + batch], np.float32),
+            "grid_hw": vision.grid_hw,
+            "window_index": vision.window_index,
+            "window_valid": vision.window_valid,
+        }
+
+
 def encode_audio(
     chunks: NDArray[np.float32], frames: NDArray[np.int64], backend: Backend, timer: StageTimer
 ) -> NDArray[np.float32]:
     """Embeddings float32 [n, H] of encoder chunks [C, n_mels, chunk_frames] with ``frames`` [C] valid ones each."""
     with timer("load"):
         graph = backend.graph("audio_encoder")
-    rows = []
     with timer("audio_encoder"):
-        for start in range(0, len(frames), _AUDIO_CHUNKS):
-            counts = np.ascontiguousarray(frames[start : start + _AUDIO_CHUNKS])
-            mel = np.ascontiguousarray(chunks[start : start + _AUDIO_CHUNKS], np.float32)
-            embeds = graph.run({"mel": mel, "frames": counts})["embeds"]
-            rows += [chunk[: audio_tokens(int(count))] for chunk, count in zip(embeds, counts, strict=True)]
+        rows = [
+            row for feeds in audio_batches(chunks, frames) for row in heard(graph.run(feeds)["embeds"], feeds["frames"])
+        ]
     return np.concatenate(rows)
+
+
+def heard(embeds: NDArray[np.float32], frames: Iterable[int]) -> list[NDArray[np.float32]]:
+    """The rows [n, H] of each chunk of one call that stand for its valid frames."""
+    return [chunk[: audio_tokens(int(count))] for chunk, count in zip(embeds, frames, strict=True)]
 
 
 def encode_vision(vision: VisionInput, backend: Backend, timer: StageTimer) -> NDArray[np.float32]:
     """Embeddings float32 [T*N/4, H] of one picture or video."""
     with timer("load"):
         graph = backend.graph("vision_encoder")
-    frames, patches = vision.patches.shape[:2]
-    batch = max(1, min(VISION_FRAMES, _VISION_SCORES // (patches * patches)))
-    rows = []
     with timer("vision_encoder"):
-        for start in range(0, frames, batch):
-            feeds: dict[str, Array] = {
-                "patches": np.ascontiguousarray(vision.patches[start : start + batch], np.float32),
-                "grid_hw": vision.grid_hw,
-                "window_index": vision.window_index,
-                "window_valid": vision.window_valid,
-            }
-            rows.append(graph.run(feeds)["embeds"])
-    return np.concatenate(rows)
+        return np.concatenate([graph.run(feeds)["embeds"] for feeds in vision_batches(vision)])

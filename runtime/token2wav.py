@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .backends.base import Backend
 from .bundle import Bundle
 from .errors import BundleError, OmniportError, UsageError
-from .solver import solve
+from .solver import Solver, solve, with_method
 from .timing import StageTimer
 
 __all__ = ["WINDOWS", "MelPiece", "NoiseStream", "SpeechWindows", "Token2Wav", "Window"]
@@ -115,10 +115,11 @@ class Token2Wav:
     Args:
         speaker: float32 [192]. reference: float32 [128].
         window: ``stream``, ``whole``, or windows of one's own.
+        solver: of the ODE, see `omniport.runtime.solver`.
 
     Raises:
         BundleError: the bundle does not speak.
-        UsageError: an unknown window, or windows that do not fit the DiT's blocks.
+        UsageError: an unknown window or solver, or one that does not fit this bundle's DiT.
     """
 
     def __init__(
@@ -130,12 +131,14 @@ class Token2Wav:
         noise: NoiseStream,
         window: Window,
         timer: StageTimer,
+        solver: Solver = "rk4",
     ) -> None:
         manifest = bundle.manifest
         if manifest.dit is None or manifest.vocoder is None or manifest.solver is None:
             raise BundleError(f"{bundle.root} has no DiT and vocoder: it was exported from a checkpoint without speech")
         self._backend = backend
-        self._dit, self._vocoder, self._solver = manifest.dit, manifest.vocoder, manifest.solver
+        self._dit, self._vocoder = manifest.dit, manifest.vocoder
+        self._solver = with_method(manifest.solver, solver)
         self._speaker, self._reference = speaker[None], reference[None]
         self._noise = noise
         self._timer = timer

@@ -1,9 +1,12 @@
 """Build every graph of a checkpoint in several precisions for several GPUs, and write down what came of it.
 
-    python scripts/build_matrix.py CHECKPOINT [--work FOLDER] [--precisions fp16,bf16,fp32] [--out docs/results]
+    python scripts/build_matrix.py CHECKPOINT [--work FOLDER] [--precisions fp16,bf16,fp32] [--recipes w8,int4]
+        [--bundles fp8=FOLDER] [--most N] [--out docs/results]
 
-Needs no GPU: nothing is run. Each engine is built in a process of its own and thrown away. Exported bundles are made in
-``--work`` (a temporary folder by default) and reused if they are there. Writes build-matrix.json and build-matrix.md.
+Needs no GPU: nothing is run. Each engine is built in a process of its own and thrown away. Exported and quantized
+bundles are made in ``--work`` (a temporary folder by default) and reused if they are there; ``--bundles`` names others,
+made with calibration for one. Rows are kept in ``--work`` too: with ``--most`` the script ends after so many builds,
+and the next call goes on from there. Writes build-matrix.json and build-matrix.md when every row is there.
 """
 
 from __future__ import annotations
@@ -14,11 +17,11 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NATIVE", "TARGETS", "main", "render"]
+__all__ = ["NATIVE", "TARGETS", "Matrix", "main", "make_bundles", "render"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -29,22 +32,71 @@ NATIVE = {"KV_CACHE_UPDATE": "cache", "ATTENTION_INPUT": "attention", "ROTARY_EM
 Row = dict[str, Any]
 
 
-def build_all(checkpoint: Path, work: Path, precisions: Sequence[str]) -> list[Row]:
-    """Export and build; one row an engine."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from measure_build_memory import measure
+class Matrix:
+    """The rows of a table, kept in a folder while they are made.
 
-    rows = []
-    for precision in precisions:
-        bundle = work / precision
-        if not (bundle / "bundle.json").exists():
-            command = [sys.executable, "-c", "from omniport.cli.main import run; run()"]
-            subprocess.run([*command, "export", str(checkpoint), str(bundle), "--precision", precision], check=True)
+    Args:
+        most: builds at most.
+    """
+
+    def __init__(self, work: Path, most: int) -> None:
+        from omniport.export.build import builder_version
+
+        self._path, self._left = work / "rows.json", most
+        self._version = builder_version("tensorrt-rtx")
+        self._rows: dict[str, Row] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def rows(self, bundles: dict[str, Path]) -> list[Row] | None:
+        """One row for each engine of each bundle; None if some were left for the next call."""
+        found = [self._row(bundle, target, graph) for bundle, target, graph in _engines(bundles)]
+        return None if None in found else [row for row in found if row is not None]
+
+    def _row(self, bundle: Path, target: str, graph: str) -> Row | None:
+        key = self._key(bundle, target, graph)
+        if key not in self._rows and self._left:
+            from measure_build_memory import measure
+
+            self._left -= 1
+            print(f"{bundle.name} {target} {graph}", file=sys.stderr, flush=True)
+            self._rows[key] = measure(bundle, graph, target)
+            scratch = self._path.with_suffix(".new")
+            scratch.write_text(json.dumps(self._rows))
+            scratch.replace(self._path)
+        return self._rows.get(key)
+
+    def _key(self, bundle: Path, target: str, graph: str) -> str:
+        """The bundle's precision, the builder, the code that drives it, and what the engine is made from."""
+        from omniport.export.build import engine_key
+        from omniport.export.profiles import Limits
+        from omniport.export.targets import find_target
+        from omniport.runtime.bundle import Bundle
+
+        opened = Bundle.open(bundle)
+        spec = opened.manifest.graphs[graph]
+        key = engine_key(opened, spec, find_target(target), "tensorrt-rtx", self._version, Limits())
+        return f"{opened.manifest.precision} {key}"
+
+
+def _engines(bundles: dict[str, Path]) -> Iterator[tuple[Path, str, str]]:
+    for bundle in bundles.values():
         for target in TARGETS:
             for graph in json.loads((bundle / "bundle.json").read_text())["graphs"]:
-                print(f"{precision} {target} {graph}", file=sys.stderr, flush=True)
-                rows.append(measure(bundle, graph, target))
-    return rows
+                yield bundle, target, graph
+
+
+def make_bundles(checkpoint: Path, work: Path, precisions: Sequence[str], recipes: Sequence[str]) -> dict[str, Path]:
+    """Export and quantize what is not there yet; the bundle of each precision and recipe."""
+    for precision in dict.fromkeys([*precisions, *(["fp32"] if recipes else [])]):
+        _omniport(work / precision, "export", str(checkpoint), str(work / precision), "--precision", precision)
+    for recipe in recipes:
+        _omniport(work / recipe, "quantize", str(work / "fp32"), str(work / recipe), "--recipe", recipe)
+    return {name: work / name for name in (*precisions, *recipes)}
+
+
+def _omniport(made: Path, *arguments: str) -> None:
+    if not (made / "bundle.json").exists():
+        command = [sys.executable, "-c", "from omniport.cli.main import run; run()"]
+        subprocess.run([*command, *arguments], check=True)
 
 
 def fp8_rows() -> list[Row]:
@@ -74,7 +126,7 @@ def fp8_rows() -> list[Row]:
 
 def render(document: dict[str, Any]) -> str:
     """The page."""
-    rows: list[Row] = document["engines"]
+    rows: list[Row] = [row for row in document["engines"] if "failed" not in row]
     over = [row["engine_bytes"] - row["weights_bytes"] for row in rows]
     ratios = [row["engine_bytes"] / row["weights_bytes"] for row in rows]
     lines = [
@@ -102,6 +154,10 @@ def render(document: dict[str, Any]) -> str:
             f"| {(engine - weights) / 1e6:.1f} | {row['seconds']} | {row['peak_bytes'] / weights:.2f} "
             f"| {row['anonymous_bytes'] / weights:.2f} | {native} |"
         )
+    refused = [row for row in document["engines"] if "failed" in row]
+    if refused:
+        lines += ["", "Not built:", "", "| precision | GPU | graph | message |", "|---|---|---|---|"]
+        lines += [f"| {row['precision']} | {row['sm']} | {row['graph']} | {row['failed']} |" for row in refused]
     lines += ["", "FP8, one matrix product with Q/DQ on both sides:", "", "| GPU | built | message |", "|---|---|---|"]
     lines += [f"| {r['sm']} | {'yes' if r['built'] else 'no'} | {r['message'] or ''} |" for r in document["fp8"]]
     return "\n".join(lines) + "\n"
@@ -111,23 +167,41 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Build every graph of a checkpoint for several GPUs.")
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--work", type=Path, help="folder for the exported bundles; kept")
-    parser.add_argument("--precisions", default=",".join(PRECISIONS))
+    parser.add_argument("--work", type=Path, help="folder for exported bundles and rows; kept")
+    parser.add_argument("--precisions", type=_names, default=PRECISIONS, help="comma-separated")
+    parser.add_argument("--recipes", type=_names, default=(), help="comma-separated recipes of omniport quantize")
+    parser.add_argument("--bundles", type=_names, default=(), help="comma-separated NAME=FOLDER of other bundles")
+    parser.add_argument("--most", type=int, default=10**6, help="builds of this call at most; goes with --work")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "scripts"))
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work or Path(scratch)
+        bundles = make_bundles(options.checkpoint, work, options.precisions, options.recipes)
+        bundles |= {name: Path(folder) for name, _, folder in (entry.partition("=") for entry in options.bundles)}
+        rows = Matrix(work, options.most).rows(bundles)
+    if rows is None:
+        print("some builds are left: call again with the same --work", file=sys.stderr)
+        return
+    _write(options.out, rows)
+
+
+def _write(out: Path, rows: list[Row]) -> None:
     from omniport.export.build import builder_version
     from omniport.export.targets import find_target
 
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = build_all(options.checkpoint, options.work or Path(scratch), options.precisions.split(","))
     document = {
         "builder": f"tensorrt-rtx {builder_version('tensorrt-rtx')}",
         "machine": f"{platform.system()} {platform.machine()}, {_cpu()}",
         "engines": [{**row, "sm": find_target(row["target"]).sm} for row in rows],
         "fp8": [{**row, "sm": find_target(row["target"]).sm} for row in fp8_rows()],
     }
-    (options.out / "build-matrix.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (options.out / "build-matrix.md").write_text(render(document), encoding="utf-8")
+    (out / "build-matrix.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (out / "build-matrix.md").write_text(render(document), encoding="utf-8")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _cpu() -> str:

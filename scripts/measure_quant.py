@@ -1,12 +1,13 @@
 """Measure quantized bundles beside the bundle they were made from; writes docs/results/quant.md and quant.json.
 
-    python scripts/measure_quant.py BUNDLE FOLDER [--recipes w8,int4] [--steps 12] [--rounds 4]
+    python scripts/measure_quant.py BUNDLE FOLDER --calib FILE [--recipes int8,w8,int4] [--steps 12] [--rounds 4]
     python scripts/measure_quant.py --page
 
-FOLDER takes the quantized bundles; those that are there are used. One process measures everything, and speed in turns,
-one bundle after the other, so that whatever else the machine does falls on all of them. Loss is the SQNR of logits and
-of hidden states against BUNDLE over the same tokens, drawn from the vocabulary with a fixed seed and fed one by one
-after a prefill; decode is the time of one such step, the best of all rounds.
+FOLDER takes the quantized bundles; those that are there are used. ``RECIPE-alone`` is a recipe without the
+calibration. One process measures everything, and speed in turns, one bundle after the other, so that whatever else the
+machine does falls on all of them. Loss is the SQNR of logits against BUNDLE over the same tokens, drawn from the
+vocabulary with a fixed seed and fed one by one after a prefill; decode is the time of one such step, the best of all
+rounds. Of the DiT it is the SQNR of the mel for random codes, of the vocoder that of its samples for BUNDLE's mel.
 """
 
 from __future__ import annotations
@@ -19,27 +20,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omniport.calib.calibration import Calibration
 from omniport.calib.quantize import quantize_bundle
 from omniport.runtime.backends.ort import OrtBackend, physical_cores
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.decoder import Decoder
+from speech_loss import measure_speech, sqnr
 
-__all__ = ["main", "page", "sqnr"]
+__all__ = ["main", "page"]
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 LM_PARTS = ("thinker", "talker")
 PREFILL = 256
-#: what issue and design ask for: size of thinker and talker, decode speed, thinker logits' SQNR in dB
-ASKED = {"w8": (None, 2.5, 35.0), "int4": (0.20, 3.5, None)}
-
-
-def sqnr(got: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """Energy of the reference over energy of the difference, in dB."""
-    wanted64 = wanted.astype(np.float64)
-    energy = float((wanted64**2).sum())
-    if energy == 0:
-        raise SystemExit("the reference has no energy: nothing is measured")
-    return 10 * float(np.log10(energy / ((got - wanted64) ** 2).sum()))
+#: codec tokens that are spoken: 1.2 seconds
+CODES = 60
+#: what issue and design ask for: size of thinker and talker, decode and prefill speed, thinker logits' SQNR in dB
+ASKED = {"w8": (None, 2.5, None, 35.0), "int8": (None, 2.8, 1.5, 22.0), "int4": (0.20, 3.5, None, None)}
 
 
 class Part:
@@ -101,7 +97,18 @@ def sizes(root: Path) -> dict[str, int]:
     return found | {"all": sum(record.size for record in manifest.files.values())}
 
 
-def measure(base: Path, folder: Path, recipes: list[str], steps: int, rounds: int) -> dict[str, Any]:
+def make(base: Path, out: Path, recipe: str, calibration: Calibration | None) -> float:
+    """Quantize a bundle unless it is there; seconds."""
+    if out.exists():
+        return 0.0
+    name = recipe.removesuffix("-alone")
+    used = calibration if name == recipe else None
+    return round(quantize_bundle(base, out, name, calibration=used).seconds, 1)
+
+
+def measure(
+    base: Path, folder: Path, recipes: list[str], calibration: Calibration | None, steps: int, rounds: int
+) -> dict[str, Any]:
     """Everything that the page shows."""
     import onnxruntime
 
@@ -109,8 +116,7 @@ def measure(base: Path, folder: Path, recipes: list[str], steps: int, rounds: in
     seconds = {}
     for recipe in recipes:
         roots[recipe] = folder / f"{base.name}-{recipe}"
-        if not roots[recipe].exists():
-            seconds[recipe] = round(quantize_bundle(base, roots[recipe], recipe).seconds, 1)
+        seconds[recipe] = make(base, roots[recipe], recipe, calibration)
     threads = physical_cores()
     return {
         "bundle": Bundle.open(base).manifest.source.name,
@@ -123,6 +129,7 @@ def measure(base: Path, folder: Path, recipes: list[str], steps: int, rounds: in
         "quantize_seconds": seconds,
         "sizes": {key: sizes(root) for key, root in roots.items()},
         "parts": {name: measure_part(roots, name, threads, steps, rounds) for name in LM_PARTS},
+        "speech": measure_speech(roots, threads, CODES),
     }
 
 
@@ -140,10 +147,10 @@ def page(found: dict[str, Any]) -> str:
 
 Made by `scripts/measure_quant.py` from quant.json: do not edit by hand.
 
-Random-weight checkpoint `{found["bundle"]}`, bundle in {found["precision"]}, quantized without data. ONNX Runtime
-{found["onnxruntime"]} on {found["threads"]} threads of {found["processor"]}. All bundles in one process, in turns;
-times are the best of {found["rounds"]} rounds. Logits: {found["steps"]} steps after a prefill of {PREFILL} tokens,
-against the bundle that was quantized.
+Random-weight checkpoint `{found["bundle"]}`, bundle in {found["precision"]}, quantized with a calibration where a
+recipe does not say *alone*. ONNX Runtime {found["onnxruntime"]} on {found["threads"]} threads of
+{found["processor"]}. All bundles in one process, in turns; times are the best of {found["rounds"]} rounds.
+Logits: {found["steps"]} steps after a prefill of {PREFILL} tokens, against the bundle that was quantized.
 
 | part | recipe | size, ratio | prefill {PREFILL}, ms | step, ms | times as fast | logits SQNR, dB | same choice |
 |---|---|---|---|---|---|---|---|
@@ -159,21 +166,44 @@ against the bundle that was quantized.
             size = f"{found['sizes'][key][part] / 1e6:,.0f} MB, {ratio:.3f}"
             times = f"{row['prefill'] * 1e3:,.0f} | {row['decode'] * 1e3:.1f} | {faster:.2f}"
             rows.append(f"| {part} | {name} | {size} | {times} | {loss} |")
-    return head + "\n".join(rows) + "\n\n" + _asked(found)
+    return head + "\n".join(rows) + "\n\n" + _speech(found) + "\n" + _asked(found)
+
+
+def _speech(found: dict[str, Any]) -> str:
+    lines = [
+        "Graphs outside the decoders, and the whole bundle, embeddings included. Mel and samples: each graph alone,",
+        f"{CODES} random codec tokens, SQNR in dB; a dash where the recipe leaves the graph as it is.",
+        "",
+        "| recipe | audio encoder | vision encoder | DiT | vocoder | six graphs | bundle | mel | samples |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = found["sizes"]["base"]
+    for key, row in found["speech"].items():
+        sizes = found["sizes"][key]
+        graphs = [name for name in base if name != "all"]
+        ratios = [sizes[n] / base[n] for n in ("audio_encoder", "vision_encoder", "dit", "bigvgan")]
+        ratios += [sum(sizes[n] for n in graphs) / sum(base[n] for n in graphs), sizes["all"] / base["all"]]
+        losses = [f"{row[name]:.1f}" if name in row else "-" for name in ("mel", "wave")]
+        lines.append(f"| {key} | " + " | ".join([*(f"{ratio:.3f}" for ratio in ratios), *losses]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _asked(found: dict[str, Any]) -> str:
-    lines = ["| recipe | thinker and talker, ratio | thinker decode | thinker logits SQNR |", "|---|---|---|---|"]
-    for key in found["sizes"]:
+    lines = [
+        "| recipe | thinker and talker, ratio | thinker decode | thinker prefill | thinker logits SQNR |",
+        "|---|---|---|---|---|",
+    ]
+    thinker, sizes = found["parts"]["thinker"], found["sizes"]
+    for key in sizes:
         if key == "base":
             continue
-        size, speed, loss = ASKED.get(key, (None, None, None))
-        both = [sum(found["sizes"][k][part] for part in LM_PARTS) for k in (key, "base")]
-        thinker = found["parts"]["thinker"]
-        faster = thinker["base"]["decode"] / thinker[key]["decode"]
+        size, decode, prefill, loss = ASKED.get(key, (None, None, None, None))
+        both = [sum(sizes[k][part] for part in LM_PARTS) for k in (key, "base")]
+        faster = [thinker["base"][what] / thinker[key][what] for what in ("decode", "prefill")]
         cells = (
             f"{both[0] / both[1]:.3f}" + (f" (asked: at most {size})" if size else ""),
-            f"{faster:.2f}x" + (f" (asked: {speed}x)" if speed else ""),
+            f"{faster[0]:.2f}x" + (f" (asked: {decode}x)" if decode else ""),
+            f"{faster[1]:.2f}x" + (f" (asked: {prefill}x)" if prefill else ""),
             f"{thinker[key]['sqnr']:.1f} dB" + (f" (asked: {loss} dB)" if loss else ""),
         )
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
@@ -185,7 +215,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure quantized bundles.")
     parser.add_argument("bundle", nargs="?", type=Path)
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--recipes", default="w8,int4")
+    parser.add_argument("--recipes", default="int8,w8,int4,int8-plain,w8-alone,int4-alone")
+    parser.add_argument("--calib", type=Path)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--page", action="store_true", help="only write the page from quant.json")
@@ -195,7 +226,8 @@ def main() -> None:
         if options.bundle is None or options.folder is None:
             parser.error("give BUNDLE and FOLDER, or --page")
         recipes = options.recipes.split(",")
-        found = measure(options.bundle, options.folder, recipes, options.steps, options.rounds)
+        calibration = Calibration.load(options.calib) if options.calib else None
+        found = measure(options.bundle, options.folder, recipes, calibration, options.steps, options.rounds)
         place.write_text(json.dumps(found, indent=1) + "\n")
     (RESULTS / "quant.md").write_text(page(json.loads(place.read_text())))
 

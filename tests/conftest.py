@@ -72,6 +72,14 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_outlier_bundle(tiny_outlier_checkpoint: Path) -> Path:
+    """``tiny_outlier_checkpoint`` exported in float32. Read only."""
+    from omniport.export.exporter import export_checkpoint
+
+    return _once("tiny-outlier-bundle", lambda out: export_checkpoint(tiny_outlier_checkpoint, out, max_context=4096))
+
+
+@pytest.fixture(scope="session")
 def tiny_half_bundles(tiny_checkpoint: Path) -> dict[str, Path]:
     """``tiny_checkpoint`` exported in fp16 and bf16. Read only: tests that change files copy them first."""
     from omniport.export.exporter import export_checkpoint

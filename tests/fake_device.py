@@ -26,7 +26,7 @@ from omniport.export.engine_files import EngineStore, file_record
 from omniport.export.profiles import Limits, fixed_dims, graph_dims, make_profiles, shape_of
 from omniport.runtime.backends.trt_runtime import EngineTensor
 from omniport.runtime.bundle import Bundle
-from omniport.runtime.engines import EngineRecord, engine_path, graph_files
+from omniport.runtime.engines import EngineRecord, Profile, engine_path, graph_files, list_engines
 from omniport.runtime.errors import BackendError
 from omniport.runtime.graphs import DimRange, GraphSpec
 
@@ -39,6 +39,7 @@ class FakeDriver:
 
     Attributes:
         done: names of what was carried out, in order.
+        name: the device's.
         room: bytes that can still be allocated.
         refuse_capture: message with which captures fail.
         refuse_after: captures that are made before that.
@@ -47,6 +48,7 @@ class FakeDriver:
 
     def __init__(self, room: int = 1 << 40) -> None:
         self.done: list[str] = []
+        self.name = "Stand-in 4090"
         self.room = room
         self.refuse_capture = ""
         self.refuse_after = 0
@@ -62,6 +64,9 @@ class FakeDriver:
 
     def capability(self) -> str:
         return CAPABILITY
+
+    def device_name(self) -> str:
+        return self.name
 
     def allocate(self, nbytes: int) -> int:
         with self._lock:
@@ -165,13 +170,26 @@ class FakeRuntime:
 
     Args:
         capturable: what contexts say of themselves.
+        compiles: engines compile a kernel for each shape that they meet.
     """
 
     builder = BUILDER
+    models: Bundle | None = None
+    """whose ONNX graphs to run, if not the bundle's own"""
 
-    def __init__(self, bundle: Bundle, driver: FakeDriver, version: str = VERSION, capturable: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        driver: FakeDriver,
+        version: str = VERSION,
+        capturable: bool = True,
+        compiles: bool = False,
+    ) -> None:
         self.version = version
         self.capturable = capturable
+        self.compiles = compiles
+        self.compiled: list[str] = []
+        self.refused: list[bytes] = []
         self.loaded: list[str] = []
         self.contexts: list[FakeContext] = []
         self.bundle, self.driver = bundle, driver
@@ -179,18 +197,21 @@ class FakeRuntime:
     def load(self, path: Path) -> FakeEngine:
         assert path.read_bytes() == stand_in(path.stem), "only what was written as an engine is loaded"
         self.loaded.append(path.stem)
-        return FakeEngine(self, self.bundle.manifest.graphs[path.stem])
+        record = next(e.record for e in list_engines(self.bundle).usable if e.path == path)
+        return FakeEngine(self, self.bundle.manifest.graphs[path.stem], record.profiles)
 
 
 class FakeEngine:
     """The ONNX graph of one spec in ONNX Runtime."""
 
-    def __init__(self, runtime: FakeRuntime, spec: GraphSpec) -> None:
-        self.runtime, self.spec = runtime, spec
+    def __init__(self, runtime: FakeRuntime, spec: GraphSpec, profiles: Sequence[Profile]) -> None:
+        self.runtime, self.spec, self.profiles = runtime, spec, profiles
+        self.known: set[str] = set()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        path = str(runtime.bundle.path(spec.file))
+        models = runtime.models or runtime.bundle
+        path = str(models.path(models.manifest.graphs[spec.name].file))
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         sides = ((spec.inputs, True), (spec.outputs, False))
         self.tensors = {
@@ -201,6 +222,26 @@ class FakeEngine:
 
     def aliased_input(self, output: str) -> str | None:
         return self.spec.aliases.get(output)
+
+    def take_kernels(self, kernels: bytes) -> bool:
+        assert not self.runtime.contexts, "kernels come before contexts"
+        head, *names = kernels.decode().split("\n")
+        if head != f"kernels {self.runtime.version}":
+            self.runtime.refused.append(kernels)
+            return False
+        self.known.update(names)
+        return True
+
+    def kernels(self) -> bytes:
+        if not self.runtime.compiles:
+            return b""
+        return "\n".join([f"kernels {self.runtime.version}", *sorted(self.known)]).encode()
+
+    def compile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        name = f"{self.spec.name} {sorted(shapes.items())}"
+        if name not in self.known:
+            self.known.add(name)
+            self.runtime.compiled.append(name)
 
     def context(self, fixed: bool) -> FakeContext:
         made = FakeContext(self, fixed)
@@ -216,9 +257,16 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
-        self.calls = 0
+        self.calls = self.profile = 0
+
+    def use_profile(self, index: int, stream: int) -> None:
+        assert not self.shapes, "shapes belong to the profile that was used when they were set"
+        self.engine.runtime.driver.put(stream, "profile", lambda: None)
+        self.profile = index
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        spans = self.engine.profiles[self.profile].inputs.get(name)
+        assert spans is None or all(a <= n <= b for a, n, b in zip(spans.min, shape, spans.max, strict=True)), name
         assert len(shape) == len(self.engine.spec.input(name).shape)
         self.shapes[name] = shape
 
@@ -249,6 +297,7 @@ class FakeContext:
         inputs = {t.name: self._memory(t.name, t.dtype, self.shapes[t.name]) for t in spec.inputs}
         outputs = {t.name: self._memory(t.name, t.dtype, self.shape(t.name)) for t in spec.outputs}
         self.calls += 1
+        self.engine.compile(self.shapes)
 
         def run() -> None:
             made = self.engine.session.run(list(outputs), {name: array.copy() for name, array in inputs.items()})
@@ -301,7 +350,8 @@ def with_engines(
     with store.held():
         for name in graphs if graphs is not None else opened.manifest.graphs:
             spec = opened.manifest.graphs[name]
-            dims = graph_dims(spec, limits or Limits(max_context=min(1024, opened.manifest.kv.max_context)))
+            within = limits or Limits(max_context=min(1024, opened.manifest.kv.max_context), image_classes=(12, 64))
+            dims = graph_dims(spec, within)
             place = engine_path(builder, "rtx-4090", opened.manifest.precision, name)
             scratch = store.scratch(place)
             scratch.write_bytes(stand_in(name))
@@ -313,7 +363,7 @@ def with_engines(
                 compute_capability=capability,
                 precision=opened.manifest.precision,
                 dtype=spec.precision,
-                profiles=make_profiles(spec, dims),
+                profiles=make_profiles(spec, dims, within.image_classes),
                 fixed_dims=fixed_dims(dims),
                 flags=("STRONGLY_TYPED",),
                 onnx=graph_files(opened.manifest, name),
@@ -326,3 +376,15 @@ def with_engines(
             )
             store.put(place, scratch, record)
     return opened
+
+
+def feeds_of(backend: Any, count: int, start: int = 0, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """A thinker call of ``count`` tokens after ``start``."""
+    width = backend._bundle.manifest.thinker.embedding_size
+    embeds = np.random.default_rng(seed).standard_normal((1, count, width)).astype(np.float32)
+    return {
+        "inputs_embeds": embeds,
+        "position_ids": np.tile(np.arange(start, start + count, dtype=np.int64), (3, 1, 1)),
+        "kv_positions": np.arange(start + count, dtype=np.int64),
+        "write_index": np.asarray([start], np.int64),
+    }

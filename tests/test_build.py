@@ -21,12 +21,12 @@ from omniport.cli.main import app
 from omniport.export.build import build_bundle, builder_version, choose_builder
 from omniport.export.build_check import build_memory, check_bundle, memory_needed
 from omniport.export.devices import Device, device_target
-from omniport.export.profiles import Limits, graph_dims, make_profiles
+from omniport.export.profiles import Limits
 from omniport.export.targets import TARGETS, find_target
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.engines import ENGINES_FILE, find_engine, list_engines, verify_engine
 from omniport.runtime.errors import BackendError, BuildError, BundleError, ExportError, UsageError
-from omniport.runtime.graphs import GRAPH_NAMES, DimRange, GraphSpec
+from omniport.runtime.graphs import GRAPH_NAMES, DimRange
 from omniport.runtime.staging import folder_lock
 from typer.testing import CliRunner
 
@@ -370,69 +370,6 @@ def test_the_machines_own_gpu(bundle: Path) -> None:
     assert report.graphs[0].path == bundle / "engines/tensorrt-rtx-this-fp32/dit.engine"
     found = find_engine(Bundle.open(bundle), "dit", builder="tensorrt-rtx", version=report.version, capability="8.6")
     assert found.record.target == "this"
-
-
-# profiles
-
-
-def vision_spec() -> GraphSpec:
-    inputs = (tensor("patches", "frames", "4*units", 1176), tensor("valid", "windows", 64))
-    dims = {
-        "frames": DimRange(1, 1, 384),
-        "units": DimRange(1, 256, 16384),
-        "windows": DimRange(1, 16, 1200),
-        "tokens": DimRange(1, 256, 32768),
-    }
-    return spec("vision_encoder", inputs, (tensor("embeds", "tokens", 64),), dims)
-
-
-def test_profiles_of_the_vision_encoder() -> None:
-    (profile,) = make_profiles(vision_spec(), graph_dims(vision_spec(), Limits(max_units=1024)))
-    assert profile.dims["units"] == DimRange(1, 256, 1024)
-    assert profile.dims["windows"] == DimRange(1, 16, 256)  # a strip of one row fills a window to a quarter
-    assert profile.dims["frames"].max == 8
-    assert profile.inputs["patches"].min == (1, 4, 1176)
-    assert profile.inputs["patches"].opt == (1, 1024, 1176)
-    assert profile.inputs["patches"].max == (8, 4096, 1176)
-    small = graph_dims(vision_spec(), Limits(max_units=16))
-    assert small["units"] == DimRange(1, 16, 16)
-    assert small["tokens"].max == 128
-
-
-def test_profiles_of_audio_and_speech() -> None:
-    audio = spec("audio_encoder", (tensor("mel", "chunks", 128, 200),), (), {"chunks": DimRange(1, 1, 150)})
-    assert graph_dims(audio, Limits())["chunks"] == DimRange(1, 1, 32)
-    dit = spec("dit", (tensor("codes", "batch", "codes"),), (), {"codes": DimRange(1, 60, 4096)})
-    vocoder = spec("bigvgan", (tensor("mel", "batch", 80, "frames"),), (), {"frames": DimRange(2, 116, 8192)})
-    assert graph_dims(dit, Limits()) == dit.dims
-    assert graph_dims(vocoder, Limits()) == vocoder.dims
-    assert graph_dims(dit, Limits(max_codes=84))["codes"] == DimRange(1, 60, 84)
-    assert graph_dims(vocoder, Limits(max_codes=84))["frames"] == DimRange(2, 116, 168)
-
-
-def test_a_streamed_window_fits_what_max_codes_asks_for_at_least() -> None:
-    from omniport.export.profiles import STREAM_CODES
-    from omniport.runtime.manifest import DitGeometry, VocoderGeometry
-
-    dit, vocoder = DitGeometry(), VocoderGeometry()
-    block = dit.block_size // dit.repeats
-    assert 48 + (dit.look_back_blocks + dit.look_ahead_blocks) * block == STREAM_CODES
-    assert 48 * dit.repeats + 2 * vocoder.context_frames <= STREAM_CODES * dit.repeats
-
-
-def test_profiles_of_a_cache_that_grows_add_up() -> None:
-    inputs = (tensor("x", "batch", "new_tokens", 8), tensor("past_key_0", "batch", 2, "past", 8))
-    dims = {
-        "batch": DimRange(1, 1, 1),
-        "new_tokens": DimRange(1, 1, 512),
-        "live": DimRange(1, 1024, 8192),
-        "past": DimRange(0, 1023, 8191),
-    }
-    made = graph_dims(spec("thinker", inputs, (), dims), Limits())
-    assert made["live"].max == made["past"].max + made["new_tokens"].max
-    assert make_profiles(spec("thinker", inputs, (), dims), made)[0].inputs["past_key_0"].min == (1, 2, 0, 8)
-    capped = graph_dims(spec("thinker", inputs, (), dims), Limits(max_context=1000))
-    assert capped["past"] == DimRange(0, 999, 999)
 
 
 # what can be proven without the target

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
+import inspect
 import json
 import os
 import resource
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import make_manifest
-from omniport.cli import main
+from omniport.cli import export, main
 from omniport.cli.common import size_text
 from omniport.cli.inspect import kv_bytes_per_1k
 from omniport.cli.wav import WavWriter
@@ -552,3 +554,28 @@ def test_wheel_adds_the_optimum_sub_command(tmp_path: Path) -> None:
     assert failed.returncode == 2
     assert "no graph named vocoder" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_the_optimum_sub_command_hands_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    register = pytest.importorskip("optimum.commands.register.register_omniport")
+    parser = argparse.ArgumentParser()
+    register.OmniportExportCommand.parse_args(parser)
+    ours = set(inspect.signature(export.command).parameters)
+    assert {action.dest for action in parser._actions} == ours | {"help"}
+    calls: list[list[str]] = []
+    monkeypatch.setattr(main, "run", calls.append)
+    line = (
+        "model out --precision fp16 --graphs dit --max-context 64 --ops decomposed --kv concat --keep-fp32 a.* "
+        "--keep-fp32 b --ranges r.json --json --quiet"
+    )
+    for arguments in (line.split(), ["model", "out"]):
+        command = register.OmniportExportCommand.__new__(register.OmniportExportCommand)
+        command.args = parser.parse_args(arguments)
+        command.run()
+    assert calls[0] == [
+        "export",
+        *("--precision", "fp16", "--max-context", "64", "--ops", "decomposed", "--kv", "concat", "--graphs", "dit"),
+        *("--keep-fp32=a.*", "--keep-fp32=b", "--ranges", "r.json", "--json", "--quiet", "--", "model", "out"),
+    ]
+    assert calls[1][-3:] == ["--", "model", "out"]
+    assert not {"--keep-fp32", "--ranges", "--json"} & set(calls[1])

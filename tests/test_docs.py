@@ -18,14 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
+    "docs/bench.md",
     "docs/bundle.md",
     "docs/build.md",
+    "docs/calibrate.md",
     "docs/design.md",
     "docs/cli.md",
     "docs/export.md",
     "docs/gpu.md",
+    "docs/import.md",
     "docs/live.md",
     "docs/plan.md",
+    "docs/quantize-report.md",
     "docs/quantize.md",
     "docs/talk.md",
 )

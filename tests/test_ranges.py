@@ -18,6 +18,7 @@ from omniport.export.build import build_bundle, require_ranges
 from omniport.export.exporter import ExportReport, export_checkpoint
 from omniport.export.parity import TOLERANCES, check_bundle
 from omniport.export.ranges import measure_ranges, store_ranges
+from omniport.export.reuse import file_record
 from omniport.export.targets import find_target
 from omniport.export.validation.emulate import EmulatedBackend
 from omniport.export.validation.replay import RecordingBackend
@@ -25,8 +26,9 @@ from omniport.export.validation.run import validate
 from omniport.export.validation.types import FAIL
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bundle import Bundle, read_manifest
 from omniport.runtime.errors import BuildError, BundleError, CheckFailed, ExportError, UsageError
+from omniport.runtime.manifest import encode_manifest
 from omniport.runtime.ranges import Ranges, encode_ranges, limit, overflowing, read_ranges
 
 DOWN = "model.layers.1.mlp.down_proj/MatMul:0"
@@ -136,6 +138,36 @@ def test_ranges_put_into_a_bundle_show_what_overflows(narrow: Path, measured: Pa
     assert not any("norm" in layer.name for layer in found), "norms are float32 and give small values"
     store_ranges(bundle, read_ranges(measured))
     assert Bundle.open(bundle, verify=True).manifest == opened.manifest
+
+
+def test_ranges_stay_in_a_bundle_that_is_exported_again(
+    loud: Path, narrow: Path, measured: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(narrow, tmp_path / "bundle"))
+    store_ranges(bundle, read_ranges(measured))
+    (row,) = export(loud, bundle, precision="fp16").graphs
+    assert row.skipped  # they change nothing about the graph
+    opened = Bundle.open(bundle, verify=True)
+    assert opened.manifest.ranges_file == "ranges.json"
+    assert (bundle / "ranges.json").read_bytes() == measured.read_bytes()
+    with pytest.raises(BuildError, match="values in float16"):
+        require_ranges(opened, "thinker")
+
+
+@pytest.mark.parametrize("why", ["damaged", "other"])
+def test_ranges_that_do_not_belong_are_left_out(
+    loud: Path, narrow: Path, measured: Path, tmp_path: Path, why: str
+) -> None:
+    bundle = Path(shutil.copytree(narrow, tmp_path / "bundle"))
+    store_ranges(bundle, read_ranges(measured))
+    path = changed(read_ranges(measured), bundle / "ranges.json", kv="concat")
+    if why == "other":  # whole, and about graphs with other nodes
+        manifest = read_manifest(bundle)
+        files = {**manifest.files, "ranges.json": file_record(path)}
+        (bundle / "bundle.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=files)))
+    export(loud, bundle, precision="fp16")
+    assert Bundle.open(bundle, verify=True).manifest.ranges_file is None
+    assert not (bundle / "ranges.json").exists()
 
 
 def test_the_margin_counts(narrow: Path, measured: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_every_target_is_there_and_complete() -> None:
         ("rtx-2080", "7.5", {"fp16", "int8"}, {"bf16", "fp8"}, "tensorrt-rtx"),
         ("rtx-3090", "8.6", {"bf16", "int4"}, {"fp8"}, "tensorrt-rtx"),
         ("rtx-4090", "8.9", {"fp8"}, {"fp4"}, "tensorrt-rtx"),
-        ("a100", "8.0", {"bf16"}, {"fp8"}, "tensorrt-rtx"),
+        ("a100", "8.0", {"bf16"}, {"fp8"}, "tensorrt"),
         ("h200", "9.0", {"fp8"}, {"fp4"}, "tensorrt"),
         ("dgx-spark", "12.1", {"fp8", "fp4"}, set(), "tensorrt-rtx"),
     ],
@@ -57,6 +57,19 @@ def test_what_targets_have(name: str, capability: str, has: set[str], lacks: set
     assert not lacks & set(target.precisions)
     assert target.builder == builder
     assert target.built_anywhere == (builder == "tensorrt-rtx")
+
+
+def test_releases_of_jetson_boards() -> None:
+    """TensorRT 11.4 names AGX Orin and Thor; what else there is of Orin stays with 10.x."""
+    newest = {name: TARGETS[f"jetson-{name}"].jetpacks[-1].tensorrt for name in JETSON}
+    assert {name for name, tensorrt in newest.items() if tensorrt == "11.4"} == {
+        "agx-orin-32gb",
+        "agx-orin-64gb",
+        "agx-thor",
+    }
+    for target in TARGETS.values():
+        versions = [tuple(map(int, release.tensorrt.split("."))) for release in target.jetpacks]
+        assert versions == sorted(versions)
 
 
 def test_unknown_target_lists_the_known_ones() -> None:

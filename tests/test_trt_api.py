@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import random
 import subprocess
@@ -21,6 +22,7 @@ from omniport.export.trt_api import (
     too_old_for,
     version_numbers,
 )
+from omniport.runtime.backends.trt_runtime import TrtRuntime
 from omniport.runtime.errors import BackendError
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(
@@ -116,6 +118,28 @@ def test_missing_and_broken_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.import_module", broken)
     with pytest.raises(BackendError, match=r"tensorrt does not import: OSError: libnvinfer.*force-reinstall"):
         load_api("tensorrt")
+
+
+def test_builds_and_runs_share_the_logger_and_not_the_messages() -> None:
+    module: Any = pytest.importorskip("tensorrt_rtx")
+    api, runtime = load_api("tensorrt-rtx"), TrtRuntime("tensorrt-rtx")
+    assert api.logger is runtime.logger is load_api("tensorrt-rtx").logger
+    api.messages()
+    runtime.messages.take()
+    severity = module.ILogger.Severity
+    for level, text in ((severity.ERROR, "it\n is broken"), (severity.WARNING, "careful"), (severity.INFO, "hello")):
+        api.logger.log(level, text)
+    assert api.messages() == [("ERROR", "it\n is broken"), ("WARNING", "careful")]
+    assert api.messages() == []
+    assert runtime.messages.reason() == "it is broken"
+    assert runtime.messages.reason() == "it gives no reason"
+    for _ in range(2000):
+        api.logger.log(severity.ERROR, "again")
+    assert len(runtime.messages.take()) == 1000
+    before = len(api.logger.listeners)
+    del runtime
+    gc.collect()
+    assert len(api.logger.listeners) < before
 
 
 def test_an_unknown_capability_lists_the_known_ones() -> None:

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_device import VERSION, FakeDriver, FakeRuntime, with_engines
+from fake_device import FakeDriver, FakeRuntime, feeds_of, with_engines
 from live import film, sort, voice
 from numpy.typing import NDArray
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
-from omniport.runtime.backends.trt import TrtBackend, TrtGraph, positions_bucket
+from omniport.runtime.backends.trt import TrtBackend, positions_bucket
 from omniport.runtime.backends.trt_cache import StaticTrtCache
 from omniport.runtime.backends.trt_lane import from_bfloat16, to_bfloat16
 from omniport.runtime.bundle import Bundle
-from omniport.runtime.errors import BackendError, BundleError, OmniportError, UsageError
+from omniport.runtime.errors import BackendError
+from omniport.runtime.vision import image_input
 
 THINKER = SamplingConfig(max_new_tokens=12)
 TALKER = SamplingConfig(max_new_tokens=26, temperature=0.0)
@@ -62,17 +63,6 @@ def close(got: NDArray[np.float32], wanted: NDArray[np.float32], within: float) 
     rms = float(np.sqrt(np.mean(wanted.astype(np.float64) ** 2)))
     assert rms > 1e-3, "the reference is silent: nothing is compared"
     return got.shape == wanted.shape and float(np.abs(got - wanted).max()) < within * rms
-
-
-def feeds_of(backend: TrtBackend, count: int, start: int = 0, seed: int = 0) -> dict[str, NDArray[Any]]:
-    width = backend._bundle.manifest.thinker.embedding_size
-    embeds = np.random.default_rng(seed).standard_normal((1, count, width)).astype(np.float32)
-    return {
-        "inputs_embeds": embeds,
-        "position_ids": np.tile(np.arange(start, start + count, dtype=np.int64), (3, 1, 1)),
-        "kv_positions": np.arange(start + count, dtype=np.int64),
-        "write_index": np.asarray([start], np.int64),
-    }
 
 
 def steps(backend: Any, cache: Any, prompt: int = 250, count: int = 10) -> list[NDArray[np.float32]]:
@@ -291,112 +281,23 @@ def test_bfloat16_is_rounded_as_it_should_be() -> None:
     assert np.isnan(wanted).sum() > 100
 
 
-# what is loaded, and what is not
+# profiles
 
 
-def opened(bundle: Bundle, driver: FakeDriver, version: str = VERSION) -> TrtBackend:
-    return TrtBackend(bundle, "tensorrt-rtx", runtime=FakeRuntime(bundle, driver, version), driver=driver)
-
-
-def test_engines_for_other_machines_are_not_loaded(bundle: Bundle, driver: FakeDriver, tmp_path: Path) -> None:
-    line = f"omniport build {bundle.root} --target this --builder tensorrt-rtx"
-    with pytest.raises(BackendError, match=rf"no engine for tensorrt-rtx 1\.8\.0 on compute capability 8\.9.*{line}"):
-        opened(bundle, driver, "1.8.0")
-    other = with_engines(bundle.root, tmp_path / "other", ["thinker"], capability="12.0")
-    made = opened(other, driver)
-    assert set(made.missing) == {"thinker"}
-    with pytest.raises(
-        BackendError, match=r"is for tensorrt-rtx 1\.7\.1\.116 on 12\.0.*--target this.*--graphs thinker"
-    ):
-        made.graph("thinker")
-    assert made.graph("talker").spec.name == "talker"
-    with pytest.raises(BackendError, match="pip install 'omniport\\[trt\\]'"):
-        TrtBackend(bundle, "tensorrt")
-
-
-def test_a_changed_engine_is_not_loaded(bundle: Bundle, driver: FakeDriver, tmp_path: Path) -> None:
-    changed = with_engines(bundle.root, tmp_path / "changed", ["dit"])
-    made = opened(changed, driver)
-    path = made.engines["dit"].path
-    data = path.read_bytes()
-    path.unlink()
-    path.write_bytes(data[::-1])
-    with pytest.raises(BundleError, match=r"sha256.*not loaded.*--force"):
-        made.graph("dit")
-    assert "dit" not in made._runtime.loaded  # type: ignore[attr-defined]
-    path.unlink()
-    with pytest.raises(BackendError, match="no engine of dit"):
-        opened(changed, driver).graph("dit")
-
-
-def test_an_engine_of_another_graph_is_not_run(bundle: Bundle, driver: FakeDriver) -> None:
-    made = opened(bundle, driver)
-    load = made._runtime.load
-
-    def wrong(path: Path) -> Any:
-        engine: Any = load(path)
-        tensors = dict(engine.tensors)
-        del tensors["step"]
-        engine.tensors = tensors
-        return engine
-
-    made._runtime.load = wrong  # type: ignore[method-assign]
-    with pytest.raises(BundleError, match=r"does not have the inputs and outputs of graph 'dit' \(step \(int64\)"):
-        made.graph("dit")
-
-    def swapped(path: Path) -> Any:
-        engine: Any = load(path)
-        engine.aliased_input = lambda output: "past_value_0"
-        return engine
-
-    made._runtime.load = swapped  # type: ignore[method-assign]
-    with pytest.raises(BundleError, match=r"writes 'present_key_0' over 'past_value_0'; 'past_key_0' was expected"):
-        made.graph("thinker")
-
-
-def test_shapes_that_an_engine_was_not_built_for(bundle: Bundle, backend: TrtBackend) -> None:
-    graph = backend.graph("bigvgan")
-    with pytest.raises(BackendError, match=r"'mel' .* is \[1, 80, 1\].*built for \[1, 80, 2\] to .*omniport build"):
-        graph.run({"mel": np.zeros((1, 80, 1), np.float32)})
-    thinker = backend.graph("thinker")
-    with pytest.raises(BackendError, match=r"1025 tokens was asked for.*max_context=1024.*--max-context 1025"):
-        thinker.new_cache(1025)
-    assert thinker.new_cache(10).capacity == 1024
-    with pytest.raises(UsageError, match=r"1 to 1024 tokens were expected.*engines were built for"):
-        OmniSession(bundle, backend, max_context=2000)
-
-
-def test_misuse_is_refused(bundle: Bundle, backend: TrtBackend) -> None:
-    dit, thinker = backend.graph("dit"), backend.graph("thinker")
-    assert isinstance(dit, TrtGraph)
-    with pytest.raises(BackendError, match="keeps no KV cache"):
-        dit.new_cache(10)
-    with pytest.raises(OmniportError, match="NoneType as its cache"):
-        thinker.run(feeds_of(backend, 1))
-    with pytest.raises(OmniportError, match="StaticTrtCache as its cache"):
-        backend.graph("bigvgan").run({"mel": np.zeros((1, 80, 4), np.float32)}, thinker.new_cache(10))
-    with pytest.raises(OmniportError, match=r"got \['mel'\]; it takes"):
-        dit.run({"mel": np.zeros(3)})
-    with pytest.raises(OmniportError, match="is float64; float32 was expected"):
-        backend.graph("bigvgan").run({"mel": np.zeros((1, 80, 4))})
-    with pytest.raises(OmniportError, match="adds 30 tokens to a KV cache of 1024"):
-        thinker.run(feeds_of(backend, 30, 1000), thinker.new_cache(10))
-    with pytest.raises(BackendError, match="has no graph 'vocoder'"):
-        backend.graph("vocoder")
-    backend.close()
-    with pytest.raises(BackendError, match="closed"):
-        dit.run({name: np.zeros(1, np.float32) for name in ("x",)} | feeds_of_dit(bundle))
-    with pytest.raises(BackendError, match="closed"):
-        backend.graph("dit")
-
-
-def feeds_of_dit(bundle: Bundle) -> dict[str, NDArray[Any]]:
-    geometry = bundle.manifest.dit
-    assert geometry is not None
-    return {
-        "x": np.zeros((1, 8, geometry.mel_dim), np.float32),
-        "codes": np.zeros((1, 4), np.int64),
-        "speaker": np.zeros((1, geometry.speaker_dim), np.float32),
-        "reference": np.zeros((1, geometry.reference_dim), np.float32),
-        "step": np.zeros(1, np.int64),
-    }
+def test_images_of_each_class_have_a_context_with_its_profile(bundle: Bundle, driver: FakeDriver) -> None:
+    """with_engines puts the edges of its classes at 12 and 64 embeddings; the stand-in refuses what is beyond."""
+    runtime = FakeRuntime(bundle, driver)
+    backend = TrtBackend(bundle, "tensorrt-rtx", runtime=runtime, driver=driver)
+    ort = open_backend("ort-cpu", bundle, threads=1).graph("vision_encoder")
+    for height, width in ((84, 112), (84, 112), (224, 224), (252, 280), (84, 84)):
+        pixels = np.random.default_rng(height).integers(0, 255, (height, width, 3), np.uint8)
+        vision = image_input(pixels, bundle.manifest.vision)
+        feeds = {
+            "patches": vision.patches,
+            "grid_hw": vision.grid_hw,
+            "window_index": vision.window_index,
+            "window_valid": vision.window_valid,
+        }
+        assert close(backend.graph("vision_encoder").run(feeds)["embeds"], ort.run(feeds)["embeds"], 1e-4)
+    assert [context.profile for context in runtime.contexts] == [0, 1, 2]
+    assert [context.calls for context in runtime.contexts] == [3, 1, 1]

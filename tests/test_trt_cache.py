@@ -11,7 +11,10 @@ import onnx
 import pytest
 from fake_device import FakeDriver, FakeRuntime, with_engines
 from graphs import make_model, put_graphs, spec, tensor
+from live import sort
 from numpy.typing import NDArray
+from omniport.runtime import OmniSession, SamplingConfig
+from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.trt import TrtBackend
 from omniport.runtime.backends.trt_cache import GrowingTrtCache
 from omniport.runtime.errors import OmniportError
@@ -19,6 +22,8 @@ from omniport.runtime.graphs import DimRange, GraphSpec
 from onnx import helper, numpy_helper
 
 HEADS, WIDTH = 2, 4
+THINKER = SamplingConfig(max_new_tokens=8)
+TALKER = SamplingConfig(max_new_tokens=16, temperature=0.0)
 
 
 def growing_model() -> tuple[onnx.ModelProto, GraphSpec]:
@@ -107,3 +112,29 @@ def test_places_that_were_never_filled(backend: TrtBackend) -> None:
         run(backend, cache, rows[:6], 5)
     with pytest.raises(OmniportError, match="at place 3 adds 9 tokens to a KV cache of 8"):
         run(backend, cache, np.ones((12, HEADS * WIDTH), np.float32), 3)
+
+
+def test_a_reply_over_the_lowered_graphs(lowered_bundle: Path, tmp_path: Path, driver: FakeDriver) -> None:
+    """Whole turns over the graphs of --ops decomposed --kv concat: caches grow, are cut back, and grow again."""
+    bundle = with_engines(lowered_bundle, tmp_path / "bundle", ["thinker", "talker", "dit", "bigvgan"])
+    engines = TrtBackend(bundle, "tensorrt-rtx", runtime=FakeRuntime(bundle, driver), driver=driver)
+    replies = []
+    for backend in (open_backend("ort-cpu", bundle, threads=1), engines):
+        with OmniSession(bundle, backend, max_context=512) as session:
+            messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the sea like at night?"}]
+            turns = []
+            for question in ("And by day?", "And in winter?"):
+                turns.append(sort(session.reply(messages, thinker=THINKER, talker=TALKER)))
+                messages += [{"role": "assistant", "content": turns[-1][2].text}, {"role": "user", "content": question}]
+            turns.append(sort(session.reply(messages[:1], thinker=THINKER, talker=TALKER)))
+            replies.append(turns)
+            caches = [backend.graph(name).new_cache(64) for name in ("thinker", "talker")]
+    for (_, wanted_sound, wanted, *_), (_, sound, got, *_) in zip(*replies, strict=True):
+        assert len(wanted.token_ids) > 4
+        assert len(wanted.codec_ids) > 10
+        assert (got.token_ids, got.codec_ids) == (wanted.token_ids, wanted.codec_ids)
+        assert float(np.std(wanted_sound)) > 1e-3
+        assert np.allclose(sound, wanted_sound, atol=1e-2 * float(np.std(wanted_sound)))
+    assert all(isinstance(cache, GrowingTrtCache) for cache in caches)
+    assert driver.done.count("engine") > 60
+    assert "launch" not in driver.done  # every step has a shape of its own

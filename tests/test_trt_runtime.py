@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_device import CAPABILITY, VERSION, FakeDriver, FakeRuntime, with_engines
 from graphs import cache_model, plain_model, put_graphs
-from live import sort
 from omniport.export.build import build_bundle
 from omniport.export.targets import find_target
-from omniport.export.validation.run import validate
-from omniport.runtime import OmniSession, SamplingConfig
-from omniport.runtime.backends import mixed, open_backend, trt, trt_runtime
+from omniport.runtime.backends import open_backend, trt_runtime
 from omniport.runtime.backends.cuda import CudaDriver, gpu_capability
 from omniport.runtime.backends.trt_runtime import USED, TrtRuntime, installed_runtimes
 from omniport.runtime.bundle import Bundle
@@ -144,71 +140,5 @@ def test_captures_always_end() -> None:
     assert "cudaGetLastError" in api.calls
 
 
-# auto
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    """A machine whose GPU and engines are stand-ins."""
-    driver = FakeDriver()
-    monkeypatch.setattr("omniport.runtime.backends.cuda.gpu_capability", lambda: CAPABILITY)
-    monkeypatch.setattr(trt, "CudaDriver", lambda: driver)
-    return driver
-
-
-def installed(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, driver: FakeDriver, version: str = VERSION) -> None:
-    monkeypatch.setattr(trt, "TrtRuntime", lambda builder: FakeRuntime(bundle, driver, version))
-
-
-def says(session: OmniSession) -> tuple[str, str]:
-    messages = [{"role": "user", "content": "Hello"}]
-    done = sort(session.reply(messages, thinker=SamplingConfig(max_new_tokens=4), speak=False))[2]
-    return done.stats.backend, done.text
-
-
-def test_auto(tiny_bundle: Path, tmp_path: Path, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = OmniSession.open(tiny_bundle, "ort-cpu", threads=1)
-    wanted = says(plain)[1]
-    assert wanted
-    assert open_backend("auto", plain.bundle).name == "ort-cpu"  # a GPU, and no engines
-    bundle = with_engines(tiny_bundle, tmp_path / "b", ["thinker", "talker"])
-    installed(monkeypatch, bundle, gpu)
-    some = OmniSession.open(bundle.root, threads=1)
-    assert isinstance(some.backend, mixed.MixedBackend)
-    assert says(some) == ("tensorrt-rtx (thinker, talker) + ort-cpu", wanted)
-    assert some.max_context == 1024
-    some.close()
-    with_engines(tiny_bundle, bundle.root, ["audio_encoder", "vision_encoder", "dit", "bigvgan"])
-    every = OmniSession.open(bundle.root)
-    assert says(every) == ("tensorrt-rtx", wanted)
-    every.close()
-    installed(monkeypatch, bundle, gpu, version="1.8.0")
-    assert open_backend("auto", bundle, threads=1).name == "ort-cpu"  # built by another version
-    monkeypatch.setattr("omniport.runtime.backends.trt_runtime.installed_runtimes", list)
-    assert open_backend("auto", bundle, threads=1).name == "ort-cpu"
-
-
-def test_validate_drives_decoders_in_every_way(
-    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chunks, single steps, caches cut back and written again: the host code holds. The engine is a stand-in."""
-    bundle = with_engines(tiny_bundle, tmp_path / "b", ["talker"])
-    installed(monkeypatch, bundle, gpu)
-    gpu.put_cost = 1e-5
-    report, _ = validate(bundle.root, tiny_checkpoint, backend="tensorrt-rtx", graphs=("talker",))
-    assert report.ok, [check for check in report.checks if check.status != "pass"]
-    assert len(report.checks) > 10
-    assert "launch" in gpu.done
-    report, _ = validate(bundle.root, tiny_checkpoint, backend="tensorrt-rtx", graphs=("bigvgan",))
-    assert {check.status for check in report.checks} == {"not_run"}
-    assert "no engine of bigvgan" in report.checks[0].message
-
-
 def test_installed() -> None:
     assert "tensorrt-rtx" in installed_runtimes()
-
-
-@no_gpu
-def test_auto_without_a_gpu_does_not_look_at_engines(tiny_bundle: Path, tmp_path: Path) -> None:
-    bundle = with_engines(tiny_bundle, tmp_path / "b", ["thinker"])
-    assert open_backend("auto", bundle, threads=1).name == "ort-cpu"

@@ -36,6 +36,8 @@ class OmniportExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         parser.add_argument("--max-context", type=int, default=8192, metavar="N", help="KV cache capacity in tokens")
         parser.add_argument("--ops", choices=("native", "decomposed"), default="native", help="operators of the graphs")
         parser.add_argument("--kv", choices=("static", "concat"), default="static", help="form of the KV cache")
+        parser.add_argument("--keep-fp32", action="append", default=[], metavar="REGEX", help="layers that stay FP32")
+        parser.add_argument("--ranges", metavar="FILE", help="ranges.json: FP16 graphs keep in FP32 what overflows")
         parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of text")
         parser.add_argument("--quiet", action="store_true", help="print no progress on stderr")
 
@@ -47,6 +49,8 @@ class OmniportExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         command = ["export", "--precision", args.precision, "--max-context", str(args.max_context)]
         command += ["--ops", args.ops, "--kv", args.kv]
         command += ["--graphs", args.graphs] if args.graphs else []
+        command += [f"--keep-fp32={pattern}" for pattern in args.keep_fp32]
+        command += ["--ranges", args.ranges] if args.ranges else []
         command += [flag for flag, wanted in (("--json", args.json), ("--quiet", args.quiet)) if wanted]
         run([*command, "--", args.checkpoint, args.out])
 

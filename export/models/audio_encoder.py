@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops import attention, merge_heads, split_heads
 from ..weights import ExportModule, Linear
 from .layers import LayerNorm
+from .stack import Context, Stack
 
 __all__ = ["AudioEncoder", "AudioEncoderConfig"]
 
@@ -79,7 +80,7 @@ def _sinusoids(length: int, width: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
-class AudioEncoder(ExportModule):
+class AudioEncoder(Stack):
     """Whisper-style encoder over a batch of chunks (transformers: Qwen2_5OmniAudioEncoder).
 
     Attention never crosses a chunk, so a clip is a batch of chunks and one chunk at a time gives the same result.
@@ -102,6 +103,15 @@ class AudioEncoder(ExportModule):
 
         Rows past the clip's end hold no meaning; the caller keeps the valid ones.
         """
+        x, context = self.enter(mel, frames)
+        return self.leave(self.run_layers(x, context), context)
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, Context]:
+        mel, frames = inputs
         # Padding must be zero before each convolution, or its neighbours would see it.
         frame = torch.arange(mel.shape[2], device=mel.device)
         valid = (frame[None, :] < frames[:, None]).unsqueeze(1).to(self.proj.weight.dtype)  # [C, 1, 200]
@@ -111,8 +121,12 @@ class AudioEncoder(ExportModule):
         slot = torch.arange(x.shape[1], device=mel.device)
         mask = ((2 * slot[None, :] < frames[:, None]) | (slot[None, :] == 0))[:, None, None, :]
         mask = mask.expand(-1, 1, x.shape[1], -1)
-        for layer in self.layers:
-            x = layer(x, mask)
+        return x, (mask,)
+
+    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        return self.layers[index](x, *context)
+
+    def leave(self, x: Tensor, context: Context) -> Tensor:
         x = x.unflatten(1, (-1, 2))
         x = (x[:, :, 0] + x[:, :, 1]) / 2
         return self.proj(self.ln_post(x)).float()

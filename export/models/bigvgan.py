@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ops import anti_aliased_snake
 from ..weights import Compute, ExportModule, WeightReader
+from .stack import Context, Stack
 
 __all__ = ["BigVgan", "BigVganConfig"]
 
@@ -134,7 +135,7 @@ class _ResidualBlock(ExportModule):
         return x
 
 
-class BigVgan(ExportModule):
+class BigVgan(Stack):
     """Vocoder (transformers: Qwen2_5OmniToken2WavBigVGANModel)."""
 
     prefix = "token2wav.code2wav_bigvgan_model."
@@ -163,14 +164,28 @@ class BigVgan(ExportModule):
 
     def forward(self, mel: Tensor) -> Tensor:
         """mel: float32 [B, 80, T] natural-log amplitudes -> float32 [B, hop*T] samples in -1..1."""
+        x, context = self.enter(mel)
+        return self.leave(self.run_layers(x, context), context)
+
+    @property
+    def depth(self) -> int:
+        return len(self.ups)
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, Context]:
+        (mel,) = inputs
         # exp, 20 log10, -20 dB and the 115 dB range of the reference are one affine map, clipped.
         decibel = mel * (20 / math.log(10)) - REFERENCE_DB
         x = torch.clamp(2 * (decibel - MIN_DB) / -MIN_DB - 1, -1, 1).to(self.conv_post.weight.dtype)
-        x = self.conv_pre(x)
-        for i, up in enumerate(self.ups):
-            x = up(x)
-            pairs = (getattr(self, f"even_{i}"), getattr(self, f"odd_{i}"))
-            branches = [self.resblocks[i * self.kinds + j](x, pairs) for j in range(self.kinds)]
-            x = sum(branches[1:], branches[0]) / self.kinds
-        x = self.conv_post(self.activation_post(x, pairs))
+        return self.conv_pre(x), ()
+
+    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        x = self.ups[index](x)
+        branches = [self.resblocks[index * self.kinds + j](x, self._pairs(index)) for j in range(self.kinds)]
+        return sum(branches[1:], branches[0]) / self.kinds
+
+    def _pairs(self, index: int) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"even_{index}"), getattr(self, f"odd_{index}")
+
+    def leave(self, x: Tensor, context: Context) -> Tensor:
+        x = self.conv_post(self.activation_post(x, self._pairs(self.depth - 1)))
         return torch.clamp(x.float(), -1, 1).squeeze(1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops import attention, merge_heads, pad_to_blocks, reshape_like, rotary_embedding, split_blocks, split_heads
 from ..weights import Compute, ExportModule, Linear, Rule, WeightReader
+from .stack import Context, Stack
 
 __all__ = ["Dit", "DitConfig"]
 
@@ -189,7 +190,7 @@ class _InputEmbedding(ExportModule):
         return self.proj(x)
 
 
-class Dit(ExportModule):
+class Dit(Stack):
     """Velocity at one time point, classifier-free guidance included (transformers: Qwen2_5OmniToken2WavDiTModel).
 
     Constants leave the loop: the voice's ECAPA vector is an input computed once per voice, and time embedding and
@@ -219,6 +220,15 @@ class Dit(ExportModule):
     def forward(self, x: Tensor, codes: Tensor, speaker: Tensor, reference: Tensor, step: Tensor) -> Tensor:
         """x: float32 [B, T, 80], codes: int64 [B, T/2], speaker: float32 [B, 192], reference: float32 [B, 128],
         step: int64 [1] -> velocity float32 [B, T, 80]."""
+        x, context = self.enter(x, codes, speaker, reference, step)
+        return self.leave(self.run_layers(x, context), context)
+
+    @property
+    def depth(self) -> int:
+        return len(self.transformer_blocks)
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, Context]:
+        x, codes, speaker, reference, step = inputs
         config, frames = self.config, x.shape[1]
         dtype = self.proj_out.weight.dtype
         h = pad_to_blocks(self.input_embed(self._embed(x, codes, speaker, reference).to(dtype)), config.block_size)
@@ -226,12 +236,17 @@ class Dit(ExportModule):
         angle = (frame.float().unsqueeze(-1) * self.inv_freq).unsqueeze(0).expand(h.shape[0], -1, -1)
         rope = (angle.cos().to(dtype), angle.sin().to(dtype))
         valid = (frame < frames).to(dtype)[None, :, None].expand(h.shape[0], -1, -1)
-        for block in self.transformer_blocks:
-            h = block(h, step, rope, valid)
+        return h, (step, rope, valid, frames)
+
+    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        return self.transformer_blocks[index](x, *context[:3])
+
+    def leave(self, x: Tensor, context: Context) -> Tensor:
+        step, frames, dtype = context[0], context[3], self.proj_out.weight.dtype
         scale, shift = self.final_modulation.index_select(0, step)[0].to(dtype).unbind(0)
-        h = self.proj_out(F.layer_norm(h, (config.width,), scale, shift, EPS))[:, :frames].float()
-        guided, null = h[: x.shape[0]], h[x.shape[0] :]
-        return guided + (guided - null) * config.guidance_scale
+        x = self.proj_out(F.layer_norm(x, (self.config.width,), scale, shift, EPS))[:, :frames].float()
+        guided, null = x[: x.shape[0] // 2], x[x.shape[0] // 2 :]
+        return guided + (guided - null) * self.config.guidance_scale
 
     def _embed(self, x: Tensor, codes: Tensor, speaker: Tensor, reference: Tensor) -> Tensor:
         """Concatenated inputs [2B, T, mel+reference+code+speaker]: first half with the voice, second half without."""

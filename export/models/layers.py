@@ -6,6 +6,7 @@ Shapes: B batch, S new tokens, L live cache length, M cache capacity, H heads, D
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import attention, merge_heads, rms_norm, rotary_embedding, split_heads, tensor_scatter
 from ..weights import ExportModule, Linear
+from .stack import Context, Stack
 
 __all__ = ["Decoder", "DecoderConfig", "GatedMlp", "LayerNorm", "RmsNorm"]
 
@@ -139,7 +141,7 @@ class _MultimodalRope(ExportModule):
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-class Decoder(ExportModule):
+class Decoder(Stack):
     """Qwen2 decoder stack with TMRoPE over KV caches (transformers: Qwen2_5OmniThinkerTextModel, TalkerModel)."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -160,11 +162,27 @@ class Decoder(ExportModule):
         after the final norm [B, S, E], and the caches with the new tokens written.
 
         In the concat form, past is [B, Hkv, L - S, D] and comes back as [B, Hkv, L, D]."""
+        x, context = self.enter(x, position_ids, kv_positions, write_index, past)
+        x = self.run_layers(x, context)
+        return self.leave(x, context), context[-1]
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    def enter(self, *inputs: Any) -> tuple[Tensor, Context]:
+        """As ``forward``; the context ends with the caches: those of a layer are replaced when it has run."""
+        x, position_ids, kv_positions, write_index, past = inputs
         rope = self.rope(position_ids, x.dtype)
         row = write_index[:, None] + torch.arange(x.shape[1], device=x.device)
         mask = (kv_positions[None, None, :] <= row[:, :, None]).unsqueeze(1)  # [B, 1, S, L]
-        present: list[Tensor] = []
-        for i, layer in enumerate(self.layers):
-            x, key, value = layer(x, rope, mask, write_index, (past[2 * i], past[2 * i + 1]))
-            present += [key, value]
-        return self.norm(x), present
+        return x, (rope, mask, write_index, list(past))
+
+    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        rope, mask, write_index, caches = context
+        past = (caches[2 * index], caches[2 * index + 1])
+        x, caches[2 * index], caches[2 * index + 1] = self.layers[index](x, rope, mask, write_index, past)
+        return x
+
+    def leave(self, x: Tensor, context: Context) -> Tensor:
+        return self.norm(x)

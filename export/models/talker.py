@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ..weights import ExportModule, Linear
+from ..weights import Linear
 from .layers import Decoder, DecoderConfig
+from .stack import Context, Stack
 
 __all__ = ["Talker"]
 
 
-class Talker(ExportModule):
+class Talker(Stack):
     """Projection, decoder and codec head (transformers: Qwen2_5OmniTalkerForConditionalGeneration)."""
 
     prefix = "talker."
@@ -32,4 +35,25 @@ class Talker(ExportModule):
         """inputs_embeds: float32 [B, S, thinker width] -> logits float32 [B, codec vocabulary], caches."""
         x = self.thinker_to_talker_proj(inputs_embeds.to(self.codec_head.weight.dtype))
         hidden, present = self.model(x, position_ids, kv_positions, write_index, past)
-        return self.codec_head(hidden[:, -1]).float(), *present
+        return self.logits(hidden), *present
+
+    @property
+    def depth(self) -> int:
+        return self.model.depth
+
+    def enter(self, *inputs: Any) -> tuple[Tensor, Context]:
+        """As ``forward``; the context ends with the caches, see ``Decoder.enter``."""
+        inputs_embeds, *rest = inputs
+        x = self.thinker_to_talker_proj(inputs_embeds.to(self.codec_head.weight.dtype))
+        return self.model.enter(x, *rest)
+
+    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        return self.model.run_layer(index, x, context)
+
+    def leave(self, x: Tensor, context: Context) -> Tensor:
+        """The hidden state after the final norm; ``logits`` takes it on."""
+        return self.model.leave(x, context)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [B, S, E] -> float32 logits [B, V] of the last token."""
+        return self.codec_head(hidden[:, -1]).float()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..weights import ExportModule, Linear, Transpose
+from ..weights import Linear, Transpose
 from .layers import Decoder, DecoderConfig
+from .stack import Context, Stack
 
 __all__ = ["Thinker"]
 
 
-class Thinker(ExportModule):
+class Thinker(Stack):
     """Decoder and head over embeddings (transformers: Qwen2_5OmniThinkerForConditionalGeneration, language part).
 
     The token-embedding table is not part of the graph: the runtime looks rows up in a mapped file.
@@ -37,5 +40,25 @@ class Thinker(ExportModule):
         """inputs_embeds: float32 [B, S, E] -> float32 logits [B, V] of the last token, hidden [B, S, E]; caches."""
         x = inputs_embeds.to(self.lm_head.weight.dtype)
         hidden, present = self.model(x, position_ids, kv_positions, write_index, past)
-        logits = self.lm_head(hidden[:, -1])
-        return logits.float(), hidden.to(torch.float32), *present
+        return self.logits(hidden), hidden.to(torch.float32), *present
+
+    @property
+    def depth(self) -> int:
+        return self.model.depth
+
+    def enter(self, *inputs: Any) -> tuple[Tensor, Context]:
+        """As ``forward``; the context ends with the caches, see ``Decoder.enter``."""
+        inputs_embeds, *rest = inputs
+        x = inputs_embeds.to(self.lm_head.weight.dtype)
+        return self.model.enter(x, *rest)
+
+    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        return self.model.run_layer(index, x, context)
+
+    def leave(self, x: Tensor, context: Context) -> Tensor:
+        """The hidden state after the final norm; ``logits`` takes it on."""
+        return self.model.leave(x, context)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [B, S, E] -> float32 logits [B, V] of the last token."""
+        return self.lm_head(hidden[:, -1]).float()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import attention, merge_heads, rotary_embedding, split_heads
 from ..weights import ExportModule, Linear
 from .layers import GatedMlp, RmsNorm
+from .stack import Context, Stack
 
 __all__ = ["VisionEncoder", "VisionEncoderConfig"]
 
@@ -34,32 +35,67 @@ class VisionEncoderConfig:
     rope_theta: float
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """Where windows lie in the raster: the gather into padded windows, and the one back.
+
+    Attributes:
+        slots: int64 [W*64], the patch in each window slot; some patch where none is. order: int64 [N], each patch's
+            slot. mask: bool [T*W, 1, 64, 64]. size: slots of a window.
+    """
+
+    slots: Tensor
+    order: Tensor
+    mask: Tensor
+    size: int
+
+    def split(self, x: Tensor) -> Tensor:
+        """[T, N, E] -> [T*W, 64, E]."""
+        return x.index_select(1, self.slots).reshape(-1, self.size, x.shape[-1])
+
+    def join(self, x: Tensor, frames: int) -> Tensor:
+        """[T*W, 64, E] -> [T, N, E]."""
+        return x.reshape(frames, -1, x.shape[-1]).index_select(1, self.order)
+
+
 class _Attention(ExportModule):
-    def __init__(self, width: int, heads: int) -> None:
+    """Attention within windows, or among all patches of a frame.
+
+    Only attention itself sees padded windows: everything around it runs on the patches that there are, and attention
+    among all of a frame needs no mask.
+    """
+
+    def __init__(self, width: int, heads: int, full: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.full = heads, full
         self.scale = (width // heads) ** -0.5
         self.q = Linear(width, width)
         self.k = Linear(width, width)
         self.v = Linear(width, width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        q = rotary_embedding(split_heads(self.q(x), self.heads), *rope)
-        k = rotary_embedding(split_heads(self.k(x), self.heads), *rope)
-        return self.proj(merge_heads(attention(q, k, split_heads(self.v(x), self.heads), mask, self.scale)))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], windows: _Windows) -> Tensor:
+        # x: [T, N, E]; rope: [T, N, D/2], of windows [T*W, 64, D/2]
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if not self.full:
+            q, k, v = windows.split(q), windows.split(k), windows.split(v)
+        q = rotary_embedding(split_heads(q, self.heads), *rope)
+        k = rotary_embedding(split_heads(k, self.heads), *rope)
+        y = attention(q, k, split_heads(v, self.heads), None if self.full else windows.mask, self.scale)
+        y = merge_heads(y)
+        return self.proj(y if self.full else windows.join(y, x.shape[0]))
 
 
 class _Block(ExportModule):
-    def __init__(self, config: VisionEncoderConfig) -> None:
+    def __init__(self, config: VisionEncoderConfig, full: bool) -> None:
         super().__init__()
         self.norm1 = RmsNorm(config.width, EPS)
         self.norm2 = RmsNorm(config.width, EPS)
-        self.attn = _Attention(config.width, config.num_heads)
+        self.attn = _Attention(config.width, config.num_heads, full)
         self.mlp = GatedMlp(config.width, config.ffn, bias=True)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, mask)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], windows: _Windows) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, windows)
         return x + self.mlp(self.norm2(x))
 
 
@@ -92,11 +128,10 @@ class _Merger(ExportModule):
         return x
 
 
-class VisionEncoder(ExportModule):
+class VisionEncoder(Stack):
     """Windowed vision transformer (transformers: Qwen2_5OmniVisionEncoder), one image or one video a call.
 
-    Patches travel in window order, padded to full windows, through all layers: a window is a batch row, and the few
-    full-attention layers see all windows of a frame at once with the padding masked.
+    Patches stay in raster order and go into padded windows, a batch row each, for the windowed layers' attention only.
     """
 
     prefix = "thinker.visual."
@@ -104,10 +139,11 @@ class VisionEncoder(ExportModule):
 
     def __init__(self, config: VisionEncoderConfig) -> None:
         super().__init__()
+        full = frozenset(config.full_attention_layers)
         self.patch_embed = _PatchEmbed(config.patch_values, config.width)
-        self.blocks = nn.ModuleList([_Block(config) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([_Block(config, i in full) for i in range(config.num_layers)])
         self.merger = _Merger(config)
-        self.full = frozenset(config.full_attention_layers)
+        self.full = full
         self.window, self.unit = config.window_patches, config.merge**2
         quarter = config.width // config.num_heads // 2
         half = torch.arange(0, quarter, 2, dtype=torch.float, device="cpu") / quarter
@@ -116,36 +152,42 @@ class VisionEncoder(ExportModule):
     def forward(self, patches: Tensor, grid_hw: Tensor, window_index: Tensor, window_valid: Tensor) -> Tensor:
         """patches: float32 [T, N, 1176], grid_hw: int64 [N, 2] row and column of each patch, window_index: int64 [W*64]
         patch in each window slot (N where unused), window_valid: bool [W, 64] -> float32 [T*N/4, output]."""
+        x, context = self.enter(patches, grid_hw, window_index, window_valid)
+        return self.leave(self.run_layers(x, context), context)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    def enter(self, *inputs: Tensor) -> tuple[Tensor, Context]:
+        patches, grid_hw, window_index, window_valid = inputs
         frames, count = patches.shape[0], patches.shape[1]
-        windows, window = window_valid.shape[0], self.window
+        x = self.patch_embed(patches.to(self.patch_embed.proj.weight.dtype))  # [T, N, E]
+        mask = window_valid[None, :, None, None, :].expand(frames, -1, -1, self.window, -1).flatten(0, 1)
         slots = torch.clamp(window_index, max=count - 1)
-        x = self.patch_embed(patches.index_select(1, slots).to(self.patch_embed.proj.weight.dtype))  # [T, P, E]
+        windows = _Windows(slots, self._slot_of_patch(window_index, count), mask, self.window)
 
-        # Row frequencies, then column frequencies: [P, D/2]
-        angle = (grid_hw.index_select(0, slots).float().unsqueeze(-1) * self.inv_freq).flatten(1)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        by_frame = (cos.expand(frames, -1, -1), sin.expand(frames, -1, -1))
-        by_window = (self._windows(by_frame[0]), self._windows(by_frame[1]))
-        frame_mask = window_valid.reshape(1, 1, 1, -1).expand(frames, 1, windows * window, -1)
-        window_mask = window_valid[None, :, None, None, :].expand(frames, -1, -1, window, -1).flatten(0, 1)
+        # Row frequencies, then column frequencies: [N, D/2]
+        angle = (grid_hw.float().unsqueeze(-1) * self.inv_freq).flatten(1)
+        cos, sin = (t.to(x.dtype).expand(frames, -1, -1) for t in (angle.cos(), angle.sin()))
+        by_window = (windows.split(cos), windows.split(sin))
+        return x, ((cos, sin), by_window, (windows.slots, windows.order, windows.mask))
 
-        for index, block in enumerate(self.blocks):
-            if index in self.full:
-                x = block(x, by_frame, frame_mask)
-            else:
-                x = block(self._windows(x), by_window, window_mask).reshape(frames, windows * window, -1)
+    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        by_frame, by_window, (slots, order, mask) = context
+        rope = by_frame if index in self.full else by_window
+        return self.blocks[index](x, rope, _Windows(slots, order, mask, self.window))
 
-        merged = self.merger(x)  # [T, P/4, output], window order
-        return merged.index_select(1, self._raster_order(window_index, count)).flatten(0, 1).float()
+    def leave(self, x: Tensor, context: Context) -> Tensor:
+        return self.merger(x).flatten(0, 1).float()
 
-    def _windows(self, x: Tensor) -> Tensor:
-        """[T, W*64, E] -> [T*W, 64, E]."""
-        return x.reshape(-1, self.window, x.shape[-1])
+    def _slot_of_patch(self, window_index: Tensor, count: int) -> Tensor:
+        """For each patch of the frame, in raster order, its place among the window slots: int64 [N].
 
-    def _raster_order(self, window_index: Tensor, count: int) -> Tensor:
-        """For each merged unit of the frame, in raster order, its place among the window slots: int64 [N/4]."""
+        The patches of a merged unit lie side by side in both orders, so that units are inverted and not patches."""
         unit = window_index.unflatten(0, (-1, self.unit))[:, 0] // self.unit  # N/4 where unused
         place = torch.arange(unit.shape[0], device=unit.device)
         # Unused slots all land on one extra entry, which is cut off.
         order = torch.zeros(count // self.unit + 1, dtype=torch.int64, device=unit.device)
-        return order.scatter(0, unit, place)[: count // self.unit]
+        first = order.scatter(0, unit, place)[: count // self.unit] * self.unit
+        return (first[:, None] + torch.arange(self.unit, device=unit.device)).flatten()

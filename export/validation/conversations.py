@@ -29,7 +29,16 @@ from omniport.runtime.vision import load_image
 from ..frontends import SPEECH_PROMPT
 from .inputs import RATE, picture, voice
 
-__all__ = ["Conversation", "Film", "Medium", "film", "read_conversations", "standard_conversations"]
+__all__ = [
+    "Conversation",
+    "Film",
+    "Medium",
+    "film",
+    "parse_entry",
+    "read_conversations",
+    "read_lines",
+    "standard_conversations",
+]
 
 _FPS = 2.0
 
@@ -183,19 +192,11 @@ def read_conversations(path: Path, manifest: Manifest, codec: TextCodec) -> list
     Raises:
         UsageError: names the file and the line, and says what is wrong there.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"cannot read {path}: {error}. A UTF-8 file with one JSON object a line was expected"
-        ) from error
     conversations = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         where = f"{path}:{number}"
         try:
-            messages = _parse(line, path.parent)
+            messages = parse_entry(line, path.parent)["messages"]
             build_prompt(messages, manifest, codec)
             conversations.append(_conversation(messages, manifest, f"{path.name}:{number}", where))
         except (ValueError, OmniportError) as error:
@@ -205,19 +206,39 @@ def read_conversations(path: Path, manifest: Manifest, codec: TextCodec) -> list
     return conversations
 
 
-def _parse(line: str, folder: Path) -> Any:
-    """The messages of one line, media paths made absolute."""
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number, line) of every line of a file that holds anything.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"cannot read {path}: {error}. A UTF-8 file with one JSON object a line was expected"
+        ) from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def parse_entry(line: str, folder: Path, optional: Sequence[str] = ()) -> dict[str, Any]:
+    """The object of one line: ``messages``, their media's paths made absolute, and what else it may hold.
+
+    Raises:
+        ValueError: it is something else.
+    """
     entry = json.loads(line)
-    if not isinstance(entry, dict) or set(entry) != {"messages"}:
+    if not isinstance(entry, dict) or not {"messages"} <= set(entry) <= {"messages", *optional}:
         found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise ValueError(f'found {found}; one object with the key "messages" was expected')
+        more = f", and {', '.join(optional)} if wanted," if optional else ""
+        raise ValueError(f'found {found}; one object with the key "messages"{more} was expected')
     for message in entry["messages"] if isinstance(entry["messages"], list) else []:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else []:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("audio", "image", "video") and isinstance(part.get(kind), str):
                 part[kind] = str(folder / part[kind])
-    return entry["messages"]
+    return entry
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]], manifest: Manifest, name: str, where: str) -> Conversation:

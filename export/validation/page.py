@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import plots
+from .html import cell, code, image, mark, page, short, status, table
 from .report import at_least, figure_text, stage_rows
 from .types import FAIL, NOT_RUN, Check, ValidationReport
 
@@ -23,38 +24,6 @@ _REPLY = "reply"  # the spoken reply that a recogniser heard
 _RATE = 24000
 _TEXTS = ("text", "heard")
 _LAYER = re.compile(r"layer (\d+),")
-_WORDS = {"pass": "holds", "fail": "fails", "not_run": "not run"}
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #1a202c; background: #fff; max-width: 62rem;
-  margin: 1.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 1.8rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
-table { border-collapse: collapse; width: 100%; font-size: .86rem; }
-th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e2e8f0; }
-th { border-bottom: 2px solid #a0aec0; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td { overflow-wrap: anywhere; } td.case { min-width: 11rem; }
-td.name, td.status, th { overflow-wrap: normal; white-space: nowrap; }
-code, pre { font: .82rem/1.4 "DejaVu Sans Mono", monospace; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; border: 1px solid #e2e8f0; padding: .5rem; }
-.verdict { font-weight: 600; padding: .4rem .7rem; border-left: .4rem solid; margin: .8rem 0; }
-.pass { color: #22543d; } .fail { color: #9b2c2c; font-weight: 600; } .not_run { color: #744210; }
-.verdict.pass { border-color: #38a169; background: #f0fff4; }
-.verdict.fail { border-color: #e53e3e; background: #fff5f5; }
-img { width: 100%; height: auto; } figure { margin: .4rem 0 1rem; }
-.players { display: flex; gap: .5rem; } .players div { flex: 1; font-size: .8rem; }
-audio { width: 100%; height: 2.2rem; }
-.quiet { color: #4a5568; font-size: .86rem; }
-@page { size: A4; margin: 14mm; }
-@media print {
-  body { font-size: 9.5pt; margin: 0; max-width: none; padding: 0; }
-  audio, .players { display: none; }
-  figure, .block { break-inside: avoid; } h2, h3, .quiet { break-after: avoid; } tr { break-inside: avoid; }
-  thead { display: table-header-group; } table { font-size: 8pt; } td.case { min-width: 9rem; }
-  td code { font-size: 6.8pt; white-space: nowrap; }
-}
-"""
 
 
 def render(report: ValidationReport, artifacts: Mapping[str, NDArray[Any]]) -> str:
@@ -76,13 +45,8 @@ def render(report: ValidationReport, artifacts: Mapping[str, NDArray[Any]]) -> s
         _limits(report),
         _surroundings(report),
     ]
-    title = f"Validation of {escape(report.bundle)}"
     body = "\n".join(section for section in sections if section)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n'
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return page(f"Validation of {report.bundle}", body)
 
 
 def _head(report: ValidationReport) -> str:
@@ -113,26 +77,26 @@ def _summary(report: ValidationReport) -> str:
         worst = row.worst
         rows.append(
             (
-                _cell(row.stage + (" (emulated)" if row.emulated else ""), "name"),
-                _status(row.status),
-                _cell(row.checks, "number"),
-                _cell(row.failed or "", "number"),
-                _cell(row.not_run or "", "number"),
-                _cell(worst.text if worst else "", "name"),
-                _cell(worst.check if worst else ""),
+                cell(row.stage + (" (emulated)" if row.emulated else ""), "name"),
+                status(row.status),
+                cell(row.checks, "number"),
+                cell(row.failed or "", "number"),
+                cell(row.not_run or "", "number"),
+                cell(worst.text if worst else "", "name"),
+                cell(worst.check if worst else ""),
             )
         )
     head = ("graph or stage", "", "#checks", "#failed", "#not run", "closest to its limit", "in")
-    return "<h2>Summary</h2>\n" + _table(head, rows)
+    return "<h2>Summary</h2>\n" + table(head, rows)
 
 
 def _failures(report: ValidationReport) -> str:
     parts = []
-    for status, title in ((FAIL, "What fails"), (NOT_RUN, "What did not run")):
-        checks = [check for check in report.checks if check.status == status]
+    for wanted, title in ((FAIL, "What fails"), (NOT_RUN, "What did not run")):
+        checks = [check for check in report.checks if check.status == wanted]
         if checks:
-            rows = [(_cell(c.stage, "name"), _cell(c.name), _cell(c.message or _beyond(c))) for c in checks]
-            parts.append(f"<h2>{title}</h2>\n" + _table(("stage", "check", "why"), rows))
+            rows = [(cell(c.stage, "name"), cell(c.name), cell(c.message or _beyond(c))) for c in checks]
+            parts.append(f"<h2>{title}</h2>\n" + table(("stage", "check", "why"), rows))
     return "\n".join(parts)
 
 
@@ -152,7 +116,7 @@ def _by_layer(report: ValidationReport) -> str:
         points = [_layer(check) or 0 for check in checks]
         bounds = [check.limits.get(ERROR_FIGURE, np.nan) for check in checks]
         picture = plots.layers(stage, points, [_error(check) for check in checks], bounds, _axis())
-        parts.append(f"<h3>{escape(stage)}</h3>\n{_image(picture, f'error by layer of {stage}')}")
+        parts.append(f"<h3>{escape(stage)}</h3>\n{image(picture, f'error by layer of {stage}')}")
     if not parts:
         parts = ['<p class="quiet">Not measured in this run: --trace thinker and --trace talker do.</p>']
     return "<h2>Error by layer</h2>\n" + "\n".join(parts)
@@ -164,9 +128,9 @@ def _by_case(report: ValidationReport) -> str:
     for stage, checks in _grouped(measured).items():
         names = [check.name for check in checks]
         bounds = [check.limits[ERROR_FIGURE] for check in checks]
-        picture = plots.bars(_short(names), [_error(check) for check in checks], bounds, _axis())
+        picture = plots.bars(short(names), [_error(check) for check in checks], bounds, _axis())
         alternative = f"error by case of {stage}"
-        parts.append(f'<div class="block"><h3>{escape(stage)}</h3>\n{_image(picture, alternative)}</div>')
+        parts.append(f'<div class="block"><h3>{escape(stage)}</h3>\n{image(picture, alternative)}</div>')
     note = '<p class="quiet">Relative root mean square of the difference; the grey mark is the limit.</p>\n'
     return "<h2>Error by case</h2>\n" + note + "\n".join(parts) if parts else ""
 
@@ -185,10 +149,10 @@ def _sounds(report: ValidationReport, artifacts: Mapping[str, NDArray[Any]]) -> 
             f'<div>{role}<br><audio controls src="{plots.sound_uri(samples, _RATE)}"></audio></div>'
             for role, samples in named
         )
-        picture = _image(plots.spectrograms(named, _RATE), f"spectrograms of {check.name}")
+        picture = image(plots.spectrograms(named, _RATE), f"spectrograms of {check.name}")
         words = "".join(f"<p>{key}: {escape(str(check.figures[key]))}</p>" for key in _TEXTS if key in check.figures)
         parts.append(
-            f'<div class="block"><h3>{escape(check.name)} {_mark(check.status)}</h3>\n{picture}\n'
+            f'<div class="block"><h3>{escape(check.name)} {mark(check.status)}</h3>\n{picture}\n'
             f'<div class="players">{players}</div>{words}</div>'
         )
     return "<h2>Speech</h2>\n" + "\n".join(parts) if parts else ""
@@ -199,11 +163,11 @@ def _alignments(report: ValidationReport) -> str:
     replies = [check for check in report.checks if check.stage == "end_to_end" and "equal" in check.figures]
     rows = [
         (
-            _cell(check.name),
-            _status(check.status),
-            _cell(figure_text(check.figures.get("count")), "number"),
-            _cell(figure_text(check.figures["equal"]), "number"),
-            _cell(figure_text(check.figures.get("choice_gap")), "number"),
+            cell(check.name),
+            status(check.status),
+            cell(figure_text(check.figures.get("count")), "number"),
+            cell(figure_text(check.figures["equal"]), "number"),
+            cell(figure_text(check.figures.get("choice_gap")), "number"),
         )
         for check in replies
     ]
@@ -213,12 +177,12 @@ def _alignments(report: ValidationReport) -> str:
             f"{key}:\n  {text}" for key, text in check.figures.items() if isinstance(text, str) and "tokens" in key
         ]
         if lines:
-            heading = f"{escape(check.name)}: around the first difference {_mark(check.status)}"
+            heading = f"{escape(check.name)}: around the first difference {mark(check.status)}"
             parts.append(f'<div class="block"><h3>{heading}</h3><pre>{escape(chr(10).join(lines))}</pre></div>')
     if not rows:
         return ""
     head = ("greedy reply", "", "#tokens", "#equal from the start", "#gap at the first difference")
-    return "<h2>Tokens of the replies</h2>\n" + _table(head, rows) + "\n" + "\n".join(parts)
+    return "<h2>Tokens of the replies</h2>\n" + table(head, rows) + "\n" + "\n".join(parts)
 
 
 def _all_checks(report: ValidationReport) -> str:
@@ -231,8 +195,8 @@ def _all_checks(report: ValidationReport) -> str:
             and not key.endswith("saturation")  # a check fails if it is not near 0
             and not (isinstance(value, str) and len(value) > 40)
         )
-        rows.append((_cell(check.stage, "name"), _cell(check.name, "case"), _status(check.status), _cell(figures)))
-    return "<h2>Every check</h2>\n" + _table(("stage", "check", "", "figures"), rows)
+        rows.append((cell(check.stage, "name"), cell(check.name, "case"), status(check.status), cell(figures)))
+    return "<h2>Every check</h2>\n" + table(("stage", "check", "", "figures"), rows)
 
 
 def _limits(report: ValidationReport) -> str:
@@ -242,22 +206,22 @@ def _limits(report: ValidationReport) -> str:
             known.setdefault((figure, check.reasons.get(figure, ""), bound), set()).add(check.stage)
     rows = [
         (
-            _cell(figure, "name"),
-            _cell(f"{'≥' if at_least(figure) else '≤'} {figure_text(bound)}", "name"),
-            _cell(", ".join(sorted(stages))),
-            _cell(reason),
+            cell(figure, "name"),
+            cell(f"{'≥' if at_least(figure) else '≤'} {figure_text(bound)}", "name"),
+            cell(", ".join(sorted(stages))),
+            cell(reason),
         )
         for (figure, reason, bound), stages in sorted(known.items())
     ]
-    return "<h2>Limits and why</h2>\n" + _table(("figure", "limit", "stages", "reason"), rows) if rows else ""
+    return "<h2>Limits and why</h2>\n" + table(("figure", "limit", "stages", "reason"), rows) if rows else ""
 
 
 def _surroundings(report: ValidationReport) -> str:
-    rows: list[tuple[str, ...]] = [(_cell(name, "name"), _cell(value)) for name, value in report.environment.items()]
-    rows.append((_cell("checkpoint", "name"), _code(report.fingerprint)))
-    hashes = [(_cell(name, "name"), _code(value)) for name, value in report.hashes.items()]
-    tables = {"Environment": _table(("what", "value"), rows), "Files": _table(("file", "sha256"), hashes)}
-    return "\n".join(f'<div class="block"><h2>{title}</h2>\n{table}</div>' for title, table in tables.items())
+    rows: list[tuple[str, ...]] = [(cell(name, "name"), cell(value)) for name, value in report.environment.items()]
+    rows.append((cell("checkpoint", "name"), code(report.fingerprint)))
+    hashes = [(cell(name, "name"), code(value)) for name, value in report.hashes.items()]
+    tables = {"Environment": table(("what", "value"), rows), "Files": table(("file", "sha256"), hashes)}
+    return "\n".join(f'<div class="block"><h2>{title}</h2>\n{body}</div>' for title, body in tables.items())
 
 
 def _grouped(checks: Iterable[Check]) -> dict[str, list[Check]]:
@@ -280,38 +244,3 @@ def _error(check: Check) -> float:
 
 def _axis() -> str:
     return "relative RMS error"
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    """Names that fit beside a bar."""
-    return [name if len(name) <= 48 else f"{name[:30]}...{name[-15:]}" for name in names]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def cells() -> Iterator[str]:
-        for text in head:
-            yield f'<th class="number">{escape(text[1:])}</th>' if text.startswith("#") else f"<th>{escape(text)}</th>"
-
-    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{''.join(cells())}</tr></thead><tbody>\n{body}\n</tbody></table>"
-
-
-def _cell(value: object, kind: str = "") -> str:
-    text = escape(str(value))
-    return f'<td class="{kind}">{text}</td>' if kind else f"<td>{text}</td>"
-
-
-def _code(value: str) -> str:
-    return f"<td><code>{escape(value)}</code></td>"
-
-
-def _status(status: str) -> str:
-    return f'<td class="status {status}">{_WORDS.get(status, escape(status))}</td>'
-
-
-def _mark(status: str) -> str:
-    return f'<span class="{status}">{_WORDS.get(status, escape(status))}</span>'
-
-
-def _image(uri: str, alternative: str) -> str:
-    return f'<figure><img src="{uri}" alt="{escape(alternative)}"></figure>'

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["bars", "layers", "sound_uri", "spectrograms"]
+__all__ = ["bars", "figure", "layers", "plain", "sound_uri", "spectrograms", "svg"]
 
 _OK, _BAD, _LIMIT = "#2b6cb0", "#c53030", "#718096"
 _FLOOR_DB = 80.0  # dynamic range shown
@@ -31,8 +31,8 @@ def bars(labels: Sequence[str], values: Sequence[float], limits: Sequence[float]
     finite = [value for value in (*values, *limits) if np.isfinite(value) and value > 0]
     low = 10.0 ** np.floor(np.log10(min(finite)) - 1) if finite else 1e-9
     high = 10.0 ** np.ceil(np.log10(max(finite)) + 0.3) if finite else 1.0
-    figure = _figure(8.4, 0.6 + 0.22 * len(labels))
-    axes = figure.add_subplot()
+    chart = figure(8.4, 0.6 + 0.22 * len(labels))
+    axes = chart.add_subplot()
     rows = np.arange(len(labels))
     shown = [min(max(value, low), high) if np.isfinite(value) else high for value in values]
     colours = [_OK if value <= bound else _BAD for value, bound in zip(values, limits, strict=True)]
@@ -48,16 +48,16 @@ def bars(labels: Sequence[str], values: Sequence[float], limits: Sequence[float]
     axes.set_xlim(low, high)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_yticks(rows, labels)
-    _plain(axes, axis, "")
-    return _svg(figure)
+    plain(axes, axis, "")
+    return svg(chart)
 
 
 def layers(name: str, points: Sequence[int], values: Sequence[float], limits: Sequence[float], axis: str) -> str:
     """Error after every layer on a logarithmic axis, with the limit as a dashed line. SVG."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(8.4, 2.4)
-    axes = figure.add_subplot()
+    chart = figure(8.4, 2.4)
+    axes = chart.add_subplot()
     finite = [value if np.isfinite(value) and value > 0 else np.nan for value in values]
     axes.plot(points, finite, "o-", color=_OK, markersize=4, linewidth=1.2, label="error")
     axes.plot(points, limits, "--", color=_LIMIT, linewidth=1.2, label="limit")
@@ -75,8 +75,8 @@ def layers(name: str, points: Sequence[int], values: Sequence[float], limits: Se
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, frameon=False, loc="best")
-    _plain(axes, f"layer of {name}", axis)
-    return _svg(figure)
+    plain(axes, f"layer of {name}", axis)
+    return svg(chart)
 
 
 def spectrograms(named: Sequence[tuple[str, NDArray[np.float32]]], rate: int) -> str:
@@ -91,14 +91,14 @@ def spectrograms(named: Sequence[tuple[str, NDArray[np.float32]]], rate: int) ->
         (title, _spectrogram(np.nan_to_num(samples, posinf=0, neginf=0), size, hop)) for title, samples in named
     ]
     top = max((float(picture.max()) for _, picture in pictures if picture.size), default=0.0)
-    figure = _figure(8.4, 2.2)
-    grid = figure.subplots(1, len(pictures), sharey=True, squeeze=False)[0]
+    chart = figure(8.4, 2.2)
+    grid = chart.subplots(1, len(pictures), sharey=True, squeeze=False)[0]
     for axes, (title, picture) in zip(grid, pictures, strict=True):
         extent = (0.0, picture.shape[1] * hop / rate, 0.0, rate / 2000)
         axes.imshow(picture, origin="lower", aspect="auto", extent=extent, vmin=top - _FLOOR_DB, vmax=top, cmap="magma")
         axes.set_title(title, fontsize=9)
-        _plain(axes, "seconds", "kHz" if axes is grid[0] else "")
-    return _png(figure)
+        plain(axes, "seconds", "kHz" if axes is grid[0] else "")
+    return _png(chart)
 
 
 def sound_uri(samples: NDArray[np.float32], rate: int) -> str:
@@ -122,14 +122,16 @@ def _spectrogram(samples: NDArray[np.float32], size: int, hop: int) -> NDArray[n
     return decibels
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure(width: float, height: float) -> Figure:
+    """An empty picture, in inches."""
     # no pyplot: figures made this way are freed when they go, and no display is looked for
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _plain(axes: Axes, x: str, y: str) -> None:
+def plain(axes: Axes, x: str, y: str) -> None:
+    """Label axes and take away what frames them."""
     axes.set_xlabel(x, fontsize=8)
     axes.set_ylabel(y, fontsize=8)
     axes.tick_params(labelsize=8)
@@ -137,7 +139,8 @@ def _plain(axes: Axes, x: str, y: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A picture as a data URI."""
     return _saved(figure, "svg", "image/svg+xml", metadata={"Date": None})
 
 

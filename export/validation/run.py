@@ -134,7 +134,7 @@ class _Job:
 
     def __init__(self, bundle: Bundle, checkpoint: Checkpoint, backend: str, suite: str, progress: Progress) -> None:
         self.bundle, self.checkpoint, self.suite = bundle, checkpoint, suite
-        self.backend_name = backend
+        self.backend_name = self._asked = backend
         self.threads = usable_threads(bundle)
         self.checks: list[Check] = []
         self.artifacts: Artifacts = {}
@@ -205,18 +205,25 @@ class _Job:
     def _open_whole(self) -> Backend:
         """The backend asked for, with emulation copies where this machine cannot run the graphs as they are."""
         brain = {name for name, spec in self.bundle.manifest.graphs.items() if spec.compute_dtype == "bfloat16"}
-        name = self.backend_name
-        if brain and name == "auto":
-            from omniport.runtime.backends.ort import cuda_usable
+        name = self._asked
+        if not brain or name not in ("auto", "ort-cpu"):
+            return open_backend(name, self.bundle, threads=self.threads)
+        from omniport.runtime.backends.here import engines_here
+        from omniport.runtime.backends.mixed import MixedBackend
+        from omniport.runtime.backends.ort import cuda_usable
 
-            name = "ort-cuda" if cuda_usable() else "ort-cpu"
-        if brain and name == "ort-cpu":
-            from .emulate import EmulatedBackend
+        from .emulate import EmulatedBackend
 
-            emulated = EmulatedBackend(self.bundle, threads=self.threads)
-            self.emulated |= set(emulated.emulated)
-            return emulated
-        return open_backend(name, self.bundle, threads=self.threads)
+        engines = engines_here(self.bundle) if name == "auto" else None
+        if engines is not None and not engines.missing:
+            return engines
+        others: Backend
+        if name == "auto" and cuda_usable():
+            others = open_backend("ort-cuda", self.bundle, threads=self.threads)
+        else:
+            others = emulated = EmulatedBackend(self.bundle, threads=self.threads)
+            self.emulated |= {graph for graph in emulated.emulated if engines is None or graph in engines.missing}
+        return others if engines is None else MixedBackend(engines, others)
 
     def _release(self) -> None:
         self._reference.release()

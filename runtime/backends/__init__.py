@@ -9,7 +9,6 @@ from ..errors import BackendError
 if TYPE_CHECKING:
     from ..bundle import Bundle
     from .base import Backend
-    from .trt import TrtBackend
 
 __all__ = ["BACKENDS", "open_backend"]
 
@@ -23,7 +22,7 @@ def open_backend(name: str, bundle: Bundle, *, threads: int | None = None) -> Ba
     Args:
         name: one of ``BACKENDS``. ``auto`` takes the engines that this machine can run, with ONNX Runtime for graphs
             that have none; else ``ort-cuda`` where a CUDA device can be used; else ``ort-cpu``. The backend's own name
-            says what was taken.
+            says what was taken, and a RuntimeWarning why an engine was not.
         threads: CPU threads of one operator; all physical cores this process may use if None.
 
     Raises:
@@ -36,7 +35,11 @@ def open_backend(name: str, bundle: Bundle, *, threads: int | None = None) -> Ba
         from .trt import TrtBackend
 
         return TrtBackend(bundle, name)
-    engines = _engines_here(bundle) if name == "auto" else None
+    engines = None
+    if name == "auto":
+        from .here import engines_here
+
+        engines = engines_here(bundle)
     if engines is not None and not engines.missing:
         return engines
     from .ort import OrtBackend, cuda_usable
@@ -49,24 +52,3 @@ def open_backend(name: str, bundle: Bundle, *, threads: int | None = None) -> Ba
     from .mixed import MixedBackend
 
     return MixedBackend(engines, ort)
-
-
-def _engines_here(bundle: Bundle) -> TrtBackend | None:
-    """The engines of a bundle that this machine can run, of the builder that has more of them; None without any."""
-    from ..engines import list_engines
-    from .cuda import gpu_capability
-    from .trt import TrtBackend
-    from .trt_runtime import installed_runtimes
-
-    capability = gpu_capability()
-    if capability is None:
-        return None
-    listed = {e.record.builder for e in list_engines(bundle).usable if e.record.compute_capability == capability}
-    found: list[TrtBackend] = []
-    for builder in installed_runtimes():
-        if builder in listed:
-            try:
-                found.append(TrtBackend(bundle, builder))
-            except BackendError:  # built by another version, or a package is missing: ONNX Runtime runs the bundle
-                continue
-    return max(found, key=lambda backend: len(backend.engines), default=None)

@@ -33,6 +33,9 @@ class Driver(Protocol):
     def capability(self) -> str:
         """Compute capability, ``8.9``."""
 
+    def device_name(self) -> str:
+        """The GPU's name, ``NVIDIA GeForce RTX 4090``."""
+
     def allocate(self, nbytes: int) -> int:
         """Memory on the device, aligned to 256 bytes, with anything in it."""
 
@@ -128,6 +131,10 @@ class CudaDriver:
         major = self._call("cudaDeviceGetAttribute", kind.cudaDevAttrComputeCapabilityMajor, 0)
         minor = self._call("cudaDeviceGetAttribute", kind.cudaDevAttrComputeCapabilityMinor, 0)
         return f"{major}.{minor}"
+
+    def device_name(self) -> str:
+        """See `Driver`."""
+        return bytes(self._call("cudaGetDeviceProperties", 0).name).rstrip(b"\0").decode(errors="replace")
 
     def allocate(self, nbytes: int) -> int:
         """See `Driver`."""

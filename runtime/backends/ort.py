@@ -105,6 +105,10 @@ class OrtGraph:
         """Output names in the order in which they were first bound."""
         return ([] if cache is None else list(self._cached.values())) + self._outputs
 
+    def end_profile(self) -> Path:
+        """The profile of every run so far; the backend was opened with ``profiles``, and nothing runs afterwards."""
+        return Path(self._session.end_profiling())
+
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
         try:
@@ -122,6 +126,7 @@ class OrtBackend:
     Args:
         device: ``cpu``, ``cuda``, or ``tensorrt-rtx`` (a plugin of ONNX Runtime).
         threads: threads of one operator; the physical cores this process may use if None.
+        profiles: folder in which every graph keeps a profile of its runs; none are kept if None.
 
     Attributes:
         host_nodes: (operator, name) of nodes that a GPU has no kernel for, by loaded graph.
@@ -130,8 +135,11 @@ class OrtBackend:
         BackendError: onnxruntime or its CUDA provider is missing, or the bundle's precision does not run there.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, profiles: Path | None = None
+    ) -> None:
         self._ort = _import_ort()
+        self._profiles = profiles
         self._bundle = bundle
         self._device = device
         self._threads = threads if threads is not None else physical_cores()
@@ -217,6 +225,9 @@ class OrtBackend:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self._device != "cpu":
             record_placement(options)
+        if self._profiles is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._profiles / "run")
         return options
 
 

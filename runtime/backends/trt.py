@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines import Engine, build_line, find_engine, verify_engine
+from ..engines import Engine, Profile, build_line, find_engine, verify_engine
 from ..errors import BackendError, BundleError, OmniportError
 from ..graphs import GraphSpec
 from .base import Array, KvCache
 from .cuda import CudaDriver, Driver
 from .trt_cache import GrowingTrtCache, StaticTrtCache, TrtCache
+from .trt_kernels import KernelFile
 from .trt_lane import Lane, Scratch
 from .trt_runtime import EngineRuntime, LoadedEngine, TrtRuntime
 
@@ -69,11 +70,21 @@ def positions_bucket(live: int, capacity: int) -> int:
 class TrtGraph:
     """One loaded engine behind the Graph protocol.
 
+    Args:
+        kernels: where to keep what the engine compiles while it runs; None to keep nothing.
+
     Attributes:
         decoding: how decoding runs, once a step has been timed.
     """
 
-    def __init__(self, loaded: LoadedEngine, engine: Engine, spec: GraphSpec, driver: Driver) -> None:
+    def __init__(
+        self,
+        loaded: LoadedEngine,
+        engine: Engine,
+        spec: GraphSpec,
+        driver: Driver,
+        kernels: KernelFile | None = None,
+    ) -> None:
         self.spec = spec
         self.decoding: DecodeTiming | None = None
         self._loaded, self._engine, self._driver = loaded, engine, driver
@@ -86,7 +97,10 @@ class TrtGraph:
         self._stream = driver.create_stream()
         self._scratch = Scratch(driver)
         self._decode_scratch = Scratch(driver)
-        self._lane = self._new_lane(fixed=False)
+        self._lanes: dict[int, Lane] = {}
+        self._kernels, self._held_kernels = kernels, b""
+        if kernels is not None and (held := kernels.read()) and loaded.take_kernels(held):
+            self._held_kernels = held
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
         """Run once; see ``Graph.run``. Calls from several threads take turns.
@@ -100,13 +114,15 @@ class TrtGraph:
             raise OmniportError(f"graph {self.spec.name!r} got {type(cache).__name__} as its cache; use new_cache()")
         if isinstance(cache, StaticTrtCache) and "kv_positions" in feeds:
             feeds = _fill_positions(feeds, cache.capacity)
-        self._check_shapes(feeds)
+        profile = self._profile_for(feeds)
         with self._lock:
             if self._closed:
                 raise BackendError(f"graph {self.spec.name!r} is closed; open the session again")
+            if profile not in self._lanes:
+                self._lanes[profile] = self._new_lane(fixed=False, profile=profile)
             if cache is None:
-                return self._lane.run(feeds)
-            return self._run_cached(feeds, cache)
+                return self._lanes[profile].run(feeds)
+            return self._run_cached(feeds, cache, self._lanes[profile])
 
     def new_cache(self, capacity: int) -> TrtCache:
         """A cache for ``capacity`` tokens at least: engines with a static cache have one size.
@@ -132,14 +148,21 @@ class TrtGraph:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self._keep_kernels()
                 self._driver.destroy_stream(self._stream)
 
-    def _run_cached(self, feeds: Mapping[str, Array], cache: TrtCache) -> dict[str, NDArray[np.float32]]:
+    def _keep_kernels(self) -> None:
+        if self._kernels is not None and self._lanes:
+            made = self._loaded.kernels()
+            if made != self._held_kernels:
+                self._kernels.write(made)
+
+    def _run_cached(self, feeds: Mapping[str, Array], cache: TrtCache, lane: Lane) -> dict[str, NDArray[np.float32]]:
         held, added = int(feeds["write_index"][0]), int(feeds["inputs_embeds"].shape[1])
         if isinstance(cache, StaticTrtCache) and added == 1 and (self.decoding is None or self.decoding.uses_graph):
             return self._decode(feeds, cache, held)
-        cache.bind(self._lane, held, added)
-        outputs = self._lane.run(feeds)
+        cache.bind(lane, held, added)
+        outputs = lane.run(feeds)
         cache.grown(held, added)
         return outputs
 
@@ -161,25 +184,31 @@ class TrtGraph:
             cache.lanes[bucket] = lane
         return outputs
 
-    def _new_lane(self, fixed: bool) -> Lane:
+    def _new_lane(self, fixed: bool, profile: int = 0) -> Lane:
         scratch = self._decode_scratch if fixed else self._scratch
         context = self._loaded.context(fixed)
+        if profile:
+            context.use_profile(profile, self._stream)
+            self._driver.synchronize(self._stream)
         return Lane(self._driver, self._stream, context, self._inputs, self._outputs, scratch)
 
-    def _check_shapes(self, feeds: Mapping[str, Array]) -> None:
-        """Every shape is within the engine's profile."""
-        profile = self._engine.record.profiles[0]
-        for name, array in feeds.items():
-            span = profile.inputs.get(name)
-            if span is None:
-                continue
-            fits = len(array.shape) == len(span.min)
-            if not fits or not all(a <= n <= b for a, n, b in zip(span.min, array.shape, span.max, strict=True)):
-                raise BackendError(
-                    f"input {name!r} of graph {self.spec.name!r} is {list(array.shape)}; {self._engine.name} was built "
-                    f"for {list(span.min)} to {list(span.max)}. Send less, or build it for more: {self._build_line()} "
-                    "(omniport build --help lists the limits)"
-                )
+    def _profile_for(self, feeds: Mapping[str, Array]) -> int:
+        """The first of the engine's profiles that takes these shapes.
+
+        Raises:
+            BackendError: none does.
+        """
+        profiles = self._engine.record.profiles
+        misfit = ""
+        for index, profile in enumerate(profiles):
+            misfit = _misfit(profile, feeds)
+            if not misfit:
+                return index
+        raise BackendError(
+            f"input {misfit!r} of graph {self.spec.name!r} is {list(feeds[misfit].shape)}; {self._engine.name} was "
+            f"built for {list(profiles[-1].inputs[misfit].min)} to {list(profiles[-1].inputs[misfit].max)}. Send less, "
+            f"or build it for more: {self._build_line()} (omniport build --help lists the limits)"
+        )
 
     def _build_line(self) -> str:
         record = self._engine.record
@@ -264,7 +293,21 @@ class TrtBackend:
             raise BackendError(f"{self._bundle.root} has no graph {name!r}; it has {known}. Export it again with it")
         engine = self.engines[name]
         verify_engine(engine)
-        return TrtGraph(self._runtime.load(engine.path), engine, self._bundle.manifest.graphs[name], self._driver)
+        loaded = self._runtime.load(engine.path)
+        kernels = KernelFile.of(engine, self._runtime.version, self._driver.device_name())
+        return TrtGraph(loaded, engine, self._bundle.manifest.graphs[name], self._driver, kernels)
+
+
+def _misfit(profile: Profile, feeds: Mapping[str, Array]) -> str:
+    """The first input whose shape is outside the profile; empty if there is none."""
+    for name, array in feeds.items():
+        span = profile.inputs.get(name)
+        if span is None:
+            continue
+        fits = len(array.shape) == len(span.min)
+        if not fits or not all(a <= n <= b for a, n, b in zip(span.min, array.shape, span.max, strict=True)):
+            return name
+    return ""
 
 
 def _capture(lane: Lane) -> str:

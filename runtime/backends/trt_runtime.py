@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import mmap
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from ..errors import BackendError
+from .trt_log import listen
 
 __all__ = [
     "EXTRAS",
@@ -50,6 +50,7 @@ USED = {
         "infer_shapes",
         "set_device_memory",
         "set_input_shape",
+        "set_optimization_profile_async",
         "set_tensor_address",
         "update_device_memory_size_for_shapes",
     ),
@@ -81,6 +82,9 @@ class EngineTensor:
 
 class ExecutionContext(Protocol):
     """Runs an engine at one set of shapes and addresses at a time."""
+
+    def use_profile(self, index: int, stream: int) -> None:
+        """Take shapes of this profile, not of the first, once the stream is done. BackendError: the engine refuses."""
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Shape of an input from now on. BackendError: the engine does not take it."""
@@ -117,6 +121,15 @@ class LoadedEngine(Protocol):
     def context(self, fixed: bool) -> ExecutionContext:
         """A new context; ``fixed``: its shapes are set once, so it is worth specialising for them."""
 
+    def take_kernels(self, kernels: bytes) -> bool:
+        """Use kernels that an earlier process compiled; before the first context, with a device at hand.
+
+        False: they are another environment's, or this engine compiles nothing while it runs.
+        """
+
+    def kernels(self) -> bytes:
+        """The kernels compiled so far; empty if this engine compiles nothing while it runs."""
+
 
 class EngineRuntime(Protocol):
     """Loads engines of one builder and version."""
@@ -140,28 +153,23 @@ class TrtRuntime:
         BackendError: it is not installed or does not import.
     """
 
-    # TensorRT keeps the first logger that a process gives it for good.
-    _loggers: ClassVar[dict[str, Any]] = {}
-
     def __init__(self, builder: str) -> None:
         self.builder = builder
         self.module = _import(builder)
         self.version = str(self.module.__version__)
-        if builder not in self._loggers:
-            self._loggers[builder] = _make_logger(self.module)
-        self.logger = self._loggers[builder]
+        self.logger, self.messages = listen(builder, self.module)
         self._runtime = self.module.Runtime(self.logger)
         if self._runtime is None:
-            raise BackendError(f"{builder} {self.version} gives no runtime: {self.logger.reason()}")
+            raise BackendError(f"{builder} {self.version} gives no runtime: {self.messages.reason()}")
 
     def load(self, path: Path) -> LoadedEngine:
         """See `EngineRuntime`. The file is mapped: its pages can be dropped once the engine is on the device."""
-        self.logger.take()
+        self.messages.take()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(
-                f"{self.builder} {self.version} cannot load {path}: {self.logger.reason()}. If the GPU is out of "
+                f"{self.builder} {self.version} cannot load {path}: {self.messages.reason()}. If the GPU is out of "
                 "memory, close other programs; otherwise build the engine again (omniport build --force)"
             )
         return _TrtEngine(self, engine)
@@ -172,6 +180,7 @@ class _TrtEngine:
 
     def __init__(self, runtime: TrtRuntime, engine: Any) -> None:
         self._runtime, self._engine = runtime, engine
+        self._kernels = _kernel_cache(engine)
         names = [str(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)]
         self._tensors = {name: self._tensor(name) for name in names}
 
@@ -197,10 +206,23 @@ class _TrtEngine:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if fixed else kinds.LAZY
+            if self._kernels is not None:
+                config.set_runtime_cache(self._kernels)
             made = engine.create_execution_context(config)
         if made is None:
-            raise BackendError(f"{self._runtime.builder} gives no execution context: {self._runtime.logger.reason()}")
-        return _TrtContext(self._runtime, engine, made)
+            raise BackendError(f"{self._runtime.builder} gives no execution context: {self._runtime.messages.reason()}")
+        return _TrtContext(self._runtime, engine, made, self._kernels)
+
+    def take_kernels(self, kernels: bytes) -> bool:
+        """See `LoadedEngine`."""
+        taken = self._kernels is not None and bool(self._kernels.deserialize(kernels))
+        self._runtime.messages.take()  # what it says about kernels of another environment is no error
+        return taken
+
+    def kernels(self) -> bytes:
+        """See `LoadedEngine`."""
+        held = None if self._kernels is None else self._kernels.serialize()
+        return b"" if held is None else bytes(memoryview(held))
 
     def _tensor(self, name: str) -> EngineTensor:
         engine = self._engine
@@ -212,13 +234,19 @@ class _TrtEngine:
 class _TrtContext:
     """An IExecutionContext."""
 
-    def __init__(self, runtime: TrtRuntime, engine: Any, context: Any) -> None:
+    def __init__(self, runtime: TrtRuntime, engine: Any, context: Any, kernels: Any) -> None:
         self._runtime, self._engine, self._context = runtime, engine, context
+        self._kernels = kernels  # has to outlive the context
+
+    def use_profile(self, index: int, stream: int) -> None:
+        """See `ExecutionContext`."""
+        if not self._context.set_optimization_profile_async(index, stream):
+            raise BackendError(f"the engine does not take profile {index}: {self._runtime.messages.reason()}")
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """See `ExecutionContext`."""
         if not self._context.set_input_shape(name, shape):
-            raise BackendError(f"the engine does not take {list(shape)} as {name!r}: {self._runtime.logger.reason()}")
+            raise BackendError(f"the engine does not take {list(shape)} as {name!r}: {self._runtime.messages.reason()}")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `ExecutionContext`."""
@@ -229,7 +257,7 @@ class _TrtContext:
     def set_address(self, name: str, address: int) -> None:
         """See `ExecutionContext`."""
         if not self._context.set_tensor_address(name, address):
-            raise BackendError(f"the engine does not take an address for {name!r}: {self._runtime.logger.reason()}")
+            raise BackendError(f"the engine does not take an address for {name!r}: {self._runtime.messages.reason()}")
 
     def scratch_bytes(self) -> int:
         """See `ExecutionContext`."""
@@ -246,9 +274,17 @@ class _TrtContext:
 
     def enqueue(self, stream: int) -> None:
         """See `ExecutionContext`."""
-        self._runtime.logger.take()
+        self._runtime.messages.take()
         if not self._context.execute_async_v3(stream):
-            raise BackendError(f"{self._runtime.builder} could not run the engine: {self._runtime.logger.reason()}")
+            raise BackendError(f"{self._runtime.builder} could not run the engine: {self._runtime.messages.reason()}")
+
+
+def _kernel_cache(engine: Any) -> Any:
+    """An engine's IRuntimeCache, still empty; None where engines compile nothing while they run."""
+    if not hasattr(engine, "create_runtime_config"):
+        return None
+    config = engine.create_runtime_config()
+    return config.create_runtime_cache() if hasattr(config, "create_runtime_cache") else None
 
 
 def _import(builder: str) -> Any:
@@ -262,28 +298,3 @@ def _import(builder: str) -> Any:
             f"{name} does not import: {type(error).__name__}: {error}. Install it again: "
             f"pip install --force-reinstall 'omniport[{extra}]'"
         ) from error
-
-
-def _make_logger(module: Any) -> Any:
-    wanted = {"INTERNAL_ERROR", "ERROR"}
-
-    class Caught(module.ILogger):  # type: ignore[misc]  # a base class known at run time only
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-            self._errors: list[str] = []
-            self._lock = threading.Lock()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity.name in wanted:
-                with self._lock:
-                    self._errors.append(" ".join(message.split()))
-
-        def take(self) -> list[str]:
-            with self._lock:
-                taken, self._errors = self._errors, []
-            return taken
-
-        def reason(self) -> str:
-            return "; ".join(self.take())[:800] or "it gives no reason"
-
-    return Caught()

@@ -1,0 +1,147 @@
+"""Calibrate a checkpoint: real samples through every part in FP32, and OUT.calib of what its products saw."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from omniport.runtime.errors import UsageError
+
+from .calibration import Calibration, Header, Site
+from .dataset import read_samples
+from .source import Source
+from .stages import Job, Stages
+from .work import SOURCE, work_folder
+
+__all__ = ["CalibrateReport", "calibrate"]
+
+#: what a finished step looks like; raised when steps of an older release are of no use any more
+_WORK_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CalibrateReport:
+    """What a calibration found.
+
+    Attributes:
+        path: of the file.
+        resumed: it went on where an interrupted run had stopped.
+        missing: parts that no sample reached.
+    """
+
+    path: Path
+    calibration: Calibration
+    resumed: bool
+    missing: tuple[str, ...]
+
+
+def calibrate(
+    checkpoint: str | os.PathLike[str],
+    data: Path,
+    out: Path,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    max_codes: int = 150,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CalibrateReport:
+    """Calibrate a checkpoint and write ``out``.
+
+    An interrupted run leaves a folder ``.NAME.work`` beside ``out``; the next one with the same checkpoint, data and
+    options goes on from it, any other starts anew.
+
+    Args:
+        checkpoint: folder, Hugging Face id, or ``modelscope:ID``.
+        data: JSON lines with ``messages``, and ``reply`` where the sample is to be spoken.
+        samples: how many lines to take; all if None.
+        seed: of the codec tokens that are sampled and of the DiT's noise.
+        max_codes: codec tokens of a sample's speech at most.
+        progress: called with the stage, and what is done of how much.
+
+    Raises:
+        CheckpointError: the checkpoint is unusable.
+        UsageError: bad data (names the line), or ``out`` cannot be written.
+        CheckFailed: a value that is not finite; names the layer.
+    """
+    report = progress or (lambda *_: None)
+    _check(data, out)
+    with work_folder(out) as work:
+        report("reading checkpoint and data", 0, 1)
+        source = Source.open(checkpoint, work.folder / SOURCE)
+        rows = read_samples(data, source.manifest, source.codec, samples)
+        if source.ckpt.has_speech and not any(row.reply for row in rows):
+            raise UsageError(
+                f'no sample of {data} has a "reply", so that the model would not speak and talker, DiT and vocoder not '
+                'be calibrated; give at least one line a "reply"'
+            )
+        header = Header(
+            fingerprint=source.ckpt.fingerprint,
+            data=hashlib.sha256("".join(row.digest for row in rows).encode()).hexdigest(),
+            samples=len(rows),
+            seed=seed,
+            created_by={name: _version(name) for name in ("omniport", "nvidia-modelopt", "torch")},
+            graphs={},
+        )
+        resumed = work.claim(_key(header, max_codes))
+        stages = Stages(Job(source, rows, work, seed, max_codes, report))
+        stages.run()
+        calibration = _gather(header, source, stages)
+        report("writing", 0, 1)
+        _write(out, calibration.encode())
+    missing = tuple(name for name in source.definitions if name not in calibration.graphs)
+    return CalibrateReport(out, calibration, resumed, missing)
+
+
+def _check(data: Path, out: Path) -> None:
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file to write, such as {out / 'model.calib'}")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"{out.parent} is not a folder; make it first, or choose another place")
+    if not data.is_file():
+        raise UsageError(
+            f"{data} is no file. JSON lines with messages were expected; omniport calibrate --sample-data DIR writes a "
+            "small set"
+        )
+
+
+def _key(header: Header, max_codes: int) -> dict[str, object]:
+    """What a step that was finished before must have been made from."""
+    return {
+        "version": _WORK_VERSION,
+        "fingerprint": header.fingerprint,
+        "data": header.data,
+        "seed": header.seed,
+        "max_codes": max_codes,
+        "created_by": header.created_by,
+    }
+
+
+def _gather(header: Header, source: Source, stages: Stages) -> Calibration:
+    graphs: dict[str, tuple[Site, ...]] = {}
+    for name in source.definitions:
+        found = tuple(stages.findings(name).load())
+        if found:
+            graphs[name] = found
+    records = {name: tuple(site.record for site in sites) for name, sites in graphs.items()}
+    return Calibration(msgspec.structs.replace(header, graphs=records), graphs)
+
+
+def _write(out: Path, content: bytes) -> None:
+    """Write the file aside and put it in place whole."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, out)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error}. Free some space, or choose another place") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)

@@ -1,0 +1,124 @@
+"""The whole spoken reply: when its first token and first sound come, when all of it is there."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+
+from ..bundle import Bundle
+from ..events import AudioChunk, Done, Event
+from ..manifest import SamplingConfig
+from ..prompt import build_prompt
+from ..session import OmniSession
+from ..solver import Solver
+from .jobs import Rival, Sizes
+from .results import Figure, Timing
+from .timing import spread
+
+__all__ = ["QUESTION", "measure_reply"]
+
+QUESTION = "Tell me in a few sentences what you can hear and see, and how you answer."
+
+Chunks = tuple[tuple[float, float], ...]
+
+
+def measure_reply(
+    bundle: Bundle, sizes: Sizes, rival: Rival | None, rounds: int, threads: int | None, solver: Solver = "rk4"
+) -> tuple[tuple[Figure, ...], Chunks]:
+    """First token, first sound and total of a streamed reply, beside the rival's; and when each piece was ready.
+
+    Speech does not end by itself on random weights: stop tokens are suppressed on both sides, so that every reply has
+    the same length.
+    """
+    with OmniSession.open(bundle.root, backend="ort-cpu", threads=threads) as session:
+        _endless(session)
+        for _ in _ask(session, sizes, solver, codes=26):  # loads every graph and touches every weight
+            pass
+        replies, theirs = [], []
+        ids = build_prompt([{"role": "user", "content": QUESTION}], session.manifest, session.text_codec).token_ids
+        for _ in range(rounds):
+            replies.append(_timed(_ask(session, sizes, solver)))
+            if rival is not None:
+                theirs.append(rival.reply(ids, sizes.text_tokens, sizes.speech_codes)[0])
+        seconds = sum(duration for _, duration in replies[0][1])
+    return _figures(replies, theirs, seconds), replies[0][1]
+
+
+def _figures(replies: list[tuple[dict[str, float], Chunks]], theirs: list[float], seconds: float) -> tuple[Figure, ...]:
+    figures = []
+    for name in ("first token", "first sound", "total"):
+        ours = [times[name] for times, _ in replies]
+        compared = bool(theirs) and name != "first token"
+        figures.append(
+            Figure(
+                name=name,
+                size=round(seconds),
+                of="seconds of speech",
+                count=seconds if name == "total" else 1,
+                unit="s of sound" if name == "total" else "reply",
+                seconds=spread(ours),
+                reference=spread(theirs) if compared else None,
+                faster=_ratios(theirs, ours) if compared else None,
+                values={key: statistics.median(times[key] for times, _ in replies) for key in _EXTRA}
+                if name == "total"
+                else {},
+            )
+        )
+    return tuple(figures)
+
+
+_EXTRA = ("underruns", "peak_memory_bytes", "dit_seconds", "bigvgan_seconds", "talker_seconds", "thinker_seconds")
+
+
+def _ratios(theirs: list[float], ours: list[float]) -> Timing:
+    return spread([a / b for a, b in zip(theirs, ours, strict=True)])
+
+
+def _timed(events: Iterator[Event]) -> tuple[dict[str, float], Chunks]:
+    chunks: list[tuple[float, float]] = []
+    for event in events:
+        if isinstance(event, AudioChunk):
+            chunks.append((event.time, len(event.samples) / event.sample_rate))
+    assert isinstance(event, Done)
+    stats = event.stats
+    assert stats.time_to_first_token is not None
+    busy = {f"{name}_seconds": stats.busy.get(name, 0.0) for name in ("dit", "bigvgan", "talker", "thinker")}
+    return {
+        "first token": stats.time_to_first_token,
+        "first sound": chunks[0][0],
+        "total": stats.total_time,
+        "underruns": stats.underruns,
+        "peak_memory_bytes": stats.peak_memory_bytes or 0,
+        **busy,
+    }, tuple(chunks)
+
+
+def _ask(session: OmniSession, sizes: Sizes, solver: Solver, codes: int | None = None) -> Iterator[Event]:
+    config = session.manifest.talker_sampling
+    assert config is not None
+    return session.reply(
+        [{"role": "user", "content": QUESTION}],
+        thinker=SamplingConfig(max_new_tokens=sizes.text_tokens),
+        talker=msgspec.structs.replace(config, max_new_tokens=codes or sizes.speech_codes),
+        solver=solver,
+    )
+
+
+def _endless(session: OmniSession) -> None:
+    """Let no reply of this session end before its limit."""
+    manifest = session.bundle.manifest
+    assert manifest.codec is not None
+    assert manifest.dit is not None
+    sound = manifest.dit.num_embeds
+    suppress = np.unique([*manifest.codec.suppress, *manifest.codec.stop]).tolist()
+    codec = msgspec.structs.replace(manifest.codec, stop=(), suppress=(*suppress, *range(sound + 1, _codes(session))))
+    chat = msgspec.structs.replace(manifest.chat, stop=())
+    session.bundle.manifest = msgspec.structs.replace(manifest, codec=codec, chat=chat)
+
+
+def _codes(session: OmniSession) -> int:
+    assert session.manifest.talker is not None
+    return session.manifest.talker.vocab_size

@@ -1,0 +1,241 @@
+"""What a benchmark found: the file that ``omniport bench --json`` writes. Its schema is written down in docs/bench.md.
+
+A file holds one result for each stage. Measuring a stage again replaces it and leaves the others, so that long
+benchmarks can be made in pieces; what a stage is judged by was therefore measured with it and lies beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from ..errors import UsageError
+
+__all__ = [
+    "SCHEMA",
+    "STAGES",
+    "BenchReport",
+    "Environment",
+    "Figure",
+    "Machine",
+    "StageResult",
+    "Timing",
+    "Work",
+    "encode_report",
+    "merged",
+    "read_report",
+    "write_report",
+]
+
+SCHEMA = 1
+
+#: what can be measured, in the order in which it is
+STAGES = (
+    "audio_encoder",
+    "vision_encoder",
+    "prefill",
+    "decode",
+    "talker",
+    "dit",
+    "solver",
+    "bigvgan",
+    "reply",
+)
+
+
+class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Spread of one quantity over all rounds, warm-up apart: seconds, or a ratio of seconds."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+
+class Work(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one run has to do at the least.
+
+    Attributes:
+        operations: multiplications and additions of products, convolutions and attention.
+        bytes: weights, each read once, and the live part of the KV cache.
+    """
+
+    operations: float
+    bytes: float
+
+
+class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One measurement.
+
+    Attributes:
+        name: unique in its stage. size: of its input, in ``of``.
+        count: how many of ``unit`` one run makes, so that ``count / seconds.median`` is the rate.
+        seconds: of one run.
+        roofline_seconds: what the work takes at the machine's rates; ``share`` is that over the median.
+        reference: seconds of the same run by what it was compared with; ``faster`` is their ratio round by round.
+        difference: relative RMS of the two outputs.
+        values: further figures by name, with their unit in the name.
+    """
+
+    name: str
+    size: int
+    of: str
+    count: float
+    unit: str
+    seconds: Timing
+    work: Work | None = None
+    roofline_seconds: float | None = None
+    share: float | None = None
+    reference: Timing | None = None
+    faster: Timing | None = None
+    difference: float | None = None
+    values: dict[str, float] = {}
+
+    @property
+    def rate(self) -> float:
+        """``unit`` a second."""
+        return self.count / self.seconds.median
+
+
+class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Rates measured beside a stage: bytes read and operations of a matrix product, a second; processes waiting."""
+
+    read_bandwidth: float
+    matmul_rate: float
+    load_average: float | None
+
+
+class StageResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One stage.
+
+    Attributes:
+        threads: of one operator.
+        resident_bytes: growth of the process's memory by loading and running it; None where the system does not tell.
+        operators: seconds of one run by operator, largest first, of the largest input.
+        chunks: the streamed reply: when each piece of sound was ready, and for how long it plays.
+    """
+
+    machine: Machine
+    threads: int
+    figures: tuple[Figure, ...]
+    resident_bytes: int | None = None
+    operators: dict[str, float] = {}
+    chunks: tuple[tuple[float, float], ...] = ()
+
+
+class Environment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What it ran on. ``versions``: of omniport and the libraries that took part."""
+
+    processor: str
+    cores: int
+    memory_bytes: int | None
+    system: str
+    versions: dict[str, str]
+
+
+class BenchReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All that was measured of one bundle.
+
+    Attributes:
+        bundle: name of the checkpoint it was made from. fingerprint: of that checkpoint.
+        precision: of the bundle. recipe: of its quantization; empty without.
+        against: what it was compared with; empty without.
+        clock: ``wall``, or ``cpu``: processor time on one thread. Whole replies are always wall time.
+    """
+
+    schema: int = SCHEMA
+    bundle: str
+    fingerprint: str
+    precision: str
+    recipe: str = ""
+    against: str = ""
+    clock: str = "wall"
+    environment: Environment
+    stages: dict[str, StageResult] = {}
+
+    def figure(self, stage: str, name: str) -> Figure:
+        """The figure of that name.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        for figure in self.stages[stage].figures if stage in self.stages else ():
+            if figure.name == name:
+                return figure
+        raise KeyError(f"{stage}: {name}")
+
+
+def read_report(path: Path) -> BenchReport:
+    """A report from a file.
+
+    Raises:
+        UsageError: there is none, it is no report, or its schema is another.
+    """
+    try:
+        report = msgspec.json.decode(path.read_bytes(), type=BenchReport)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}. Give a file that 'omniport bench --json' wrote") from (
+            error
+        )
+    except msgspec.DecodeError as error:
+        raise UsageError(
+            f"{path} is no result of 'omniport bench' that this release reads ({error}). Give another "
+            "name, or delete it"
+        ) from error
+    if report.schema != SCHEMA:
+        raise UsageError(f"{path} has schema {report.schema}; this release reads {SCHEMA}. Measure again")
+    return report
+
+
+def merged(before: BenchReport, now: BenchReport) -> BenchReport:
+    """``now`` with the stages of ``before`` that it does not have.
+
+    Raises:
+        UsageError: they are not of the same bundle, machine and kind.
+    """
+    same = ("fingerprint", "precision", "recipe", "against", "clock")
+    differing = [name for name in same if getattr(before, name) != getattr(now, name)]
+    if before.environment.processor != now.environment.processor:
+        differing.append("processor")
+    if differing:
+        raise UsageError(
+            f"the file's results differ from these in {', '.join(differing)}; results of one bundle, machine and "
+            "reference go into one file. Give another file"
+        )
+    stages = before.stages | now.stages
+    ordered = {name: stages[name] for name in STAGES if name in stages}
+    return msgspec.structs.replace(now, stages=ordered)
+
+
+def encode_report(report: BenchReport) -> bytes:
+    """Indented JSON; numbers rounded to five digits."""
+    plain = _rounded(msgspec.to_builtins(report))
+    return msgspec.json.format(msgspec.json.encode(plain), indent=1) + b"\n"
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_report(path: Path, report: BenchReport) -> None:
+    """Write aside and rename: a reader never finds half a file.
+
+    Raises:
+        UsageError: the folder is missing or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(encode_report(report))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error.strerror}. Give a file in a folder that can be written") from (
+            error
+        )

@@ -1,0 +1,37 @@
+"""How integer weights lie in a bundle's graphs: names of their tensors, and INT4 two a byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["integers_name", "offsets_name", "pack_int4", "scales_name", "zero_points_name"]
+
+
+def integers_name(weight: str) -> str:
+    """Initializer that holds a weight's integers."""
+    return f"{weight}.integers"
+
+
+def scales_name(weight: str) -> str:
+    """Initializer that holds a weight's scales."""
+    return f"{weight}.scales"
+
+
+def zero_points_name(weight: str) -> str:
+    """Initializer that holds a weight's zero points, where it has any."""
+    return f"{weight}.zero_points"
+
+
+def offsets_name(weight: str) -> str:
+    """Initializer that holds what a weight's zero points amount to, where they are a product of their own."""
+    return f"{weight}.offsets"
+
+
+def pack_int4(rows: NDArray[Any]) -> NDArray[np.uint8]:
+    """Integers -8..7 as uint8, two a byte, the first in the low half (ONNX, TensorProto.raw_data); an even count."""
+    flat: NDArray[np.uint8] = rows.reshape(-1).view(np.uint8) & np.uint8(0x0F)
+    packed: NDArray[np.uint8] = flat[0::2] | (flat[1::2] << np.uint8(4))
+    return packed

@@ -1,0 +1,51 @@
+"""Measure a bundle again and compare its ratios with the committed ones: `make bench-check`.
+
+    python scripts/bench_check.py BUNDLE CHECKPOINT [--stages A,B] [--band 0.25]
+
+Exit code 1: a ratio fell below the committed one by more than the band. Times are not compared, ratios of one run are:
+those to transformers, and shares of the roofline where there is no reference. Close other programs first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from omniport.export.bench_reference import TransformersRival
+from omniport.runtime.backends.ort import physical_cores
+from omniport.runtime.bench.compare import BAND, changes
+from omniport.runtime.bench.results import read_report
+from omniport.runtime.bench.run import bench
+
+__all__ = ["main"]
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "bench.json"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Compare a bundle's speed with the committed results.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--stages", default="prefill,decode,talker,dit,bigvgan")
+    parser.add_argument("--band", type=float, default=BAND)
+    options = parser.parse_args()
+    before = read_report(RESULTS)
+    now = bench(
+        options.bundle,
+        options.stages.split(","),
+        rival=lambda bundle: TransformersRival(bundle, options.checkpoint, physical_cores()),
+        progress=lambda stage, done, total: print(f"{stage} ({done} of {total})", file=sys.stderr),
+    )
+    rows = changes(before, now, options.band)
+    for row in rows:
+        mark = "ok  " if row.ok else "SLOW"
+        print(f"{mark} {row.stage} {row.name}: {row.what} {row.now:.2f}, committed {row.before:.2f}")
+    if not rows:
+        raise SystemExit("nothing to compare: docs/results/bench.json has none of these figures")
+    sys.exit(0 if all(row.ok for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Write docs/results/bench.md and its picture from docs/results/bench.json, which `omniport bench --json` wrote.
+
+omniport bench BUNDLE --against CHECKPOINT --json docs/results/bench.json
+python scripts/bench_page.py
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from omniport.export.bench_picture import draw
+from omniport.runtime.bench.results import BenchReport, Timing, read_report
+
+__all__ = ["main", "page"]
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PICTURE = DOCS / "images" / "bench.svg"
+#: what was tried where something falls short, written by hand
+NOTES = DOCS / "results" / "bench-notes.md"
+#: stage, figure, what is asked for, how it is read off
+ASKED = (
+    ("decode", "1024", "80 % of the roofline", lambda f: _percent(f.share)),
+    ("decode", "1024", "1.5 times as fast", lambda f: _times(f.faster)),
+    ("prefill", "512", "1.2 times as fast", lambda f: _times(f.faster)),
+    ("talker", "1024", "1.5 times as fast", lambda f: _times(f.faster)),
+    ("audio_encoder", "30 s", "1.2 times as fast", lambda f: _times(f.faster)),
+    ("vision_encoder", "1024x768", "1.2 times as fast", lambda f: _times(f.faster)),
+    ("dit", "60 codes", "1.5 times as fast", lambda f: _times(f.faster)),
+    ("bigvgan", "250 frames", "3 times as fast", lambda f: _times(f.faster)),
+    ("reply", "first sound", "10 times sooner", lambda f: _times(f.faster)),
+    ("reply", "total", "2 times as fast", lambda f: _times(f.faster)),
+)
+
+
+def page(report: BenchReport) -> str:
+    """The results as a page of the documentation."""
+    place, versions = report.environment, report.environment.versions
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
+    head = (
+        f"Made by `scripts/bench_page.py` from bench.json: do not edit by hand. Checkpoint `{report.bundle}` "
+        f"(`make-checkpoint`: the 3B's layer widths, four layers a stack, random weights), bundle in "
+        f"{report.precision}{' (' + report.recipe + ')' if report.recipe else ''}, on {place.cores} cores of "
+        f"{place.processor}; {libraries}. Median of all rounds, smallest and largest in brackets; ours and "
+        f"{report.against or 'nothing'} in turns, in one process, on the same threads and inputs. "
+        f"{_clock(report)}What is measured and how: [bench.md](../bench.md)."
+    )
+    parts = [
+        "# Speed, measured",
+        textwrap.fill(head, 120),
+        "![roofline, latency by context, first sound](../images/bench.svg)",
+        _asked(report),
+        "## All figures",
+        _figures(report),
+        "## The machine beside each stage",
+        _machines(report),
+        "## Solvers of speech",
+        _solvers(report),
+        "## Where the time goes",
+        _operators(report),
+    ]
+    if NOTES.exists():
+        parts.append(NOTES.read_text(encoding="utf-8").strip())
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _clock(report: BenchReport) -> str:
+    if report.clock == "wall":
+        return ""
+    return (
+        "The machine was busy with other things: all but whole replies is processor time on one thread (`--clock cpu "
+        "--threads 1`), which leaves out how well either side uses a second core. "
+    )
+
+
+def _asked(report: BenchReport) -> str:
+    lines = ["| stage | input | asked | measured |", "|---|---|---|---|"]
+    for stage, name, asked, read in ASKED:
+        try:
+            lines.append(f"| {stage} | {name} | {asked} | {read(report.figure(stage, name))} |")
+        except KeyError:
+            lines.append(f"| {stage} | {name} | {asked} | not run |")
+    try:
+        ratio = report.figure("decode", "4096").seconds.median / report.figure("decode", "128").seconds.median
+        lines.append(f"| decode | 4096 | 1.3 times the time at 128 at most | {ratio:.2f} |")
+    except KeyError:
+        pass
+    return "\n".join(lines)
+
+
+def _figures(report: BenchReport) -> str:
+    lines = [
+        "| stage | input | time | rate | of the roofline | reference | times as fast | difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for stage, result in report.stages.items():
+        for f in result.figures:
+            reference = "" if f.reference is None else _spread(f.reference)
+            difference = "" if f.difference is None else f"{f.difference:.0e}"
+            lines.append(
+                f"| {stage} | {f.name} | {_spread(f.seconds)} | {f.rate:.3g} {f.unit}/s | {_percent(f.share)} "
+                f"| {reference} | {_times(f.faster)} | {difference} |"
+            )
+    return "\n".join(lines)
+
+
+def _machines(report: BenchReport) -> str:
+    lines = ["| stage | read | products | processes waiting | threads | memory |", "|---|---|---|---|---|---|"]
+    for stage, result in report.stages.items():
+        m = result.machine
+        memory = "" if result.resident_bytes is None else f"{max(0, result.resident_bytes) / 1e6:,.0f} MB"
+        lines.append(
+            f"| {stage} | {m.read_bandwidth / 1e9:.1f} GB/s | {m.matmul_rate / 1e9:.0f} GFLOP/s | {m.load_average} "
+            f"| {result.threads} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def _solvers(report: BenchReport) -> str:
+    if "solver" not in report.stages:
+        return "Not run."
+    lines = ["| solver | evaluations | time | mel distance to rk4 | in dB |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {f.name} | {f.values['evaluations']:.0f} | {_spread(f.seconds)} | {f.values['mel_distance']:.1e} "
+        f"| {f.values['mel_error_db']:.3f} |"
+        for f in report.stages["solver"].figures
+    ]
+    return "\n".join(lines)
+
+
+def _operators(report: BenchReport) -> str:
+    lines = ["| stage, largest input | share of the run by operator |", "|---|---|"]
+    for stage, result in report.stages.items():
+        total = sum(result.operators.values())
+        shares = [f"{name} {seconds / total:.0%}" for name, seconds in list(result.operators.items())[:6]]
+        if shares:
+            lines.append(f"| {stage} | {', '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def _spread(timing: Timing) -> str:
+    return f"{_seconds(timing.median)} ({_seconds(timing.low)} to {_seconds(timing.high)})"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 10:
+        return f"{seconds:.1f} s"
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def _times(timing: Timing | None) -> str:
+    return "" if timing is None else f"{timing.median:.2f} ({timing.low:.2f} to {timing.high:.2f})"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def main() -> None:
+    """Write the page and the picture."""
+    report = read_report(DOCS / "results" / "bench.json")
+    draw(report, PICTURE)
+    (DOCS / "results" / "bench.md").write_text(page(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
