@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ from .qdq import OPSET, ActivationPass
 from .recipe import Choice, choose, find_recipe, resolve
 from .smoothing import SmoothPass
 from .weights import Stored, find_weights, stored
-from .writer import write_quantized
+from .writer import ALIGNMENT, write_quantized
 
 __all__ = ["GraphResult", "Progress", "QuantizeReport", "quantize_bundle"]
 
@@ -154,7 +155,18 @@ class _Job:
                     "the newest operators, or leave it out with --graph-recipe"
                 )
         self.total = sum(tensor.nbytes for name in self.made for tensor in sources[name].values())
-        check_space(self.out, self.total)  # more than it takes: integers are smaller
+        check_space(self.out, sum(self._new_bytes(name, sources[name]) for name in self.made))
+
+    def _new_bytes(self, graph: str, sources: Mapping[str, Stored]) -> int:
+        """Bytes of a graph's data file, a little more than it will have: alignment, and scales as if in FP32."""
+        total = sum(tensor.nbytes for tensor in sources.values())
+        for choice in self.choices[graph]:
+            bits, block = choice.scheme.bits, choice.scheme.block
+            if bits:
+                values = math.prod(choice.weight.shape)
+                scales = values // block if block else max(choice.weight.shape)
+                total += values * bits // 8 + 4 * scales - sources[choice.weight.name].nbytes
+        return total + 2 * ALIGNMENT * len(sources)
 
     def write(self, folder: Path) -> QuantizeReport:
         """Write everything into ``folder``."""

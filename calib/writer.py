@@ -19,7 +19,7 @@ from .rounding import quantize
 from .smoothing import Factors
 from .weights import Stored, row_blocks
 
-__all__ = ["write_quantized"]
+__all__ = ["ALIGNMENT", "write_quantized"]
 
 #: file offsets of weights, so that runtimes can map them
 ALIGNMENT = 4096

@@ -1,6 +1,7 @@
 """Measure the published models' sizes: making, copying, exporting, quantizing, and answering a spoken question.
 
     python scripts/measure_real_sizes.py make 3b FOLDER
+    python scripts/measure_real_sizes.py hollow 7b FOLDER     # instead of make, where the disk is too small
     python scripts/measure_real_sizes.py copy 3b FOLDER
     python scripts/measure_real_sizes.py trace 3b FOLDER [--precision bf16] [--graphs thinker]
     python scripts/measure_real_sizes.py export 3b FOLDER [--precision bf16] [--graphs thinker]
@@ -36,7 +37,7 @@ from real_sizes_page import FIELDS, SIZES, page
 __all__ = ["main"]
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-STEPS = ("make", "copy", "trace", "export", "quantize", "run")
+STEPS = ("make", "hollow", "copy", "trace", "export", "quantize", "run")
 BLOCK = 8 << 20
 QUESTION_SECONDS = 3.0
 
@@ -45,6 +46,28 @@ def _make(options: argparse.Namespace) -> dict[str, Any]:
     from omniport.export.synthetic import make_checkpoint
 
     return {"path": make_checkpoint(_checkpoint(options), options.size)}
+
+
+def _hollow(options: argparse.Namespace) -> dict[str, Any]:
+    """A checkpoint whose weights are holes in its files, which read as zeros and take no space on the disk.
+
+    For a disk that cannot hold checkpoint and bundle at once: copies and exports read it and write in full.
+    """
+    from unittest import mock
+
+    from omniport.export import synthetic, synthetic_weights
+
+    with (
+        mock.patch.object(synthetic_weights, "tensor_blocks", return_value=()),
+        mock.patch.object(synthetic, "check_space"),
+    ):
+        path = synthetic.make_checkpoint(_checkpoint(options), options.size)
+    for shard in path.glob("*.safetensors"):
+        content = shard.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header.pop("__metadata__")
+        os.truncate(shard, len(content) + max(entry["data_offsets"][1] for entry in header.values()))
+    return {"path": path}
 
 
 def _copy(options: argparse.Namespace) -> dict[str, Any]:
@@ -212,6 +235,7 @@ def _memory() -> dict[str, int]:
 
 _CHILD: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "make": _make,
+    "hollow": _hollow,
     "copy": _copy,
     "trace": _trace,
     "export": _export,
@@ -249,7 +273,7 @@ def _measure(options: argparse.Namespace) -> None:
     path = RESULTS / "real-sizes.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    key = options.step if options.step in ("make", "copy") else f"{options.step} {_variant(options)}"
+    key = options.step if options.step in ("make", "hollow", "copy") else f"{options.step} {_variant(options)}"
     results.setdefault(options.size, {})[key] = found
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(found, indent=1))

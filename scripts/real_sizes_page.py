@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["FIELDS", "SIZES", "page"]
 
-SIZES = ("small", "3b", "7b")
+SIZES = ("tiny", "small", "3b", "7b")
 FIELDS = ("VmRSS", "RssAnon", "RssFile")
 GIB = 1 << 30
 
@@ -29,6 +29,13 @@ def page(results: dict[str, Any]) -> str:
     ]
     for size in SIZES:
         lines += _size_lines(size, results.get(size, {}))
+    hollow = [size for size in SIZES if "hollow" in results.get(size, {})]
+    if hollow:
+        lines += [
+            "",
+            f"The disk could not hold checkpoint and bundle of the {', '.join(hollow)} at once. Its weights are holes",
+            "(*hollow*), which read as zeros without the disk; copy and export read them, and write every byte.",
+        ]
     lines += _stage_lines(results)
     lines += _trace_lines(results)
     lines += _run_lines(results)
