@@ -18,7 +18,7 @@ from bundles import edit, make_bundle, make_manifest
 from graphs import make_model, put_graphs, spec, tensor
 from omniport.calib.quantize import quantize_bundle
 from omniport.calib.recipe import SCHEMES, Choice, choose, find_recipe, resolve
-from omniport.calib.rounding import pack_int4, quantize, scales_from
+from omniport.calib.rounding import quantize, scales_from
 from omniport.calib.weights import Stored, Weight, find_weights, row_blocks
 from omniport.cli import main
 from omniport.export.validation.run import validate
@@ -27,6 +27,7 @@ from omniport.runtime import Done, OmniSession, SamplingConfig
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import BundleError, ExportError, UsageError
 from omniport.runtime.graphs import GraphSpec
+from omniport.runtime.integers import pack_int4
 from onnx import TensorProto, helper, numpy_helper
 
 LM_PARTS = ("thinker", "talker")
