@@ -32,8 +32,8 @@ __all__ = ["main", "page"]
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 LM_PARTS = ("thinker", "talker")
 PREFILL = 256
-#: codec tokens that are spoken: 1.2 seconds
-CODES = 60
+#: codec tokens that are spoken: 0.7 seconds
+CODES = 36
 #: what issue and design ask for: size of thinker and talker, decode and prefill speed, thinker logits' SQNR in dB
 ASKED = {"w8": (None, 2.5, None, 35.0), "int8": (None, 2.8, 1.5, 22.0), "int4": (0.20, 3.5, None, None)}
 
