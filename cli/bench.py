@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,10 +17,17 @@ if TYPE_CHECKING:
     from omniport.runtime.bench.results import BenchReport, Figure, StageResult
     from omniport.runtime.bundle import Bundle
 
-__all__ = ["EXAMPLE", "NAME", "command"]
+__all__ = ["EXAMPLE", "NAME", "ClockName", "command"]
 
 NAME = "bench"
 EXAMPLE = "omniport bench bundle --against Qwen/Qwen2.5-Omni-3B --json bench.json"
+
+
+class ClockName(str, Enum):
+    """What time is measured (omniport.runtime.bench.timing.CLOCKS)."""
+
+    wall = "wall"
+    cpu = "cpu"
 
 
 def command(
@@ -38,6 +46,9 @@ def command(
     ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each figure: ours and the reference in turns.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator; the physical cores.")] = None,
+    clock: Annotated[
+        ClockName, typer.Option(help="wall, or cpu: processor time, for busy machines, with --threads 1.")
+    ] = ClockName.wall,
     json: Annotated[
         Path | None,
         typer.Option(
@@ -69,6 +80,7 @@ def command(
             rival=(lambda opened: _rival(opened, against, threads)) if against else None,
             rounds=rounds,
             threads=threads,
+            clock=clock.value,
             progress=progress,
         )
     whole = report if before is None else merged(before, report)

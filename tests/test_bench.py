@@ -187,6 +187,7 @@ def test_pictures(report: BenchReport, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--stages", "brain"], "no stage 'brain'"),
+        (["--clock", "cpu", "--threads", "2"], "--threads 1"),
         (["--plot", "x.txt"], ".svg or .png"),
         (["--json", "missing/x.json"], "cannot write"),
         (["--json", "not.json"], "no result of"),

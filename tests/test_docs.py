@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
+    "docs/bench.md",
     "docs/bundle.md",
     "docs/build.md",
     "docs/calibrate.md",

@@ -402,6 +402,9 @@ def test_blocks_that_do_not_fit_fall_back_to_channels() -> None:
     }
     chosen = choose(resolve(find_recipe("int4"), {}, {"thinker": "float32"}), weights)
     assert [choice.scheme.name for choice in chosen["thinker"]] == ["w8", "int4-32"]
+    halves = [Weight("mlp.b", "matmul", "channels_last", (64, 8), dtype) for dtype in ("float32", "float16")]
+    chosen = choose(resolve(find_recipe("w8"), {}, {"thinker": "float16"}), {"thinker": halves})
+    assert [choice.scheme.name for choice in chosen["thinker"]] == ["w8-32", "w8"]
 
 
 def test_weights_with_other_readers_are_left_alone() -> None:

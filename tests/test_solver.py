@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import pytest
 from omniport.runtime.errors import UsageError
-from omniport.runtime.solver import rk4_schedule, solve
+from omniport.runtime.solver import Solver, rk4_schedule, solve, with_method
 
 
 def even_schedule(intervals: int):
@@ -49,11 +50,12 @@ def test_cubic_in_time_is_exact() -> None:
     np.testing.assert_allclose(end, 1.0, rtol=3e-7)
 
 
-def test_default_schedule_has_28_times_used_in_order() -> None:
+def test_default_schedule_has_28_times_used_in_order_and_nine_middles() -> None:
     spec = rk4_schedule()
-    assert (len(spec.grid), len(spec.stages), len(spec.table)) == (10, 9, 28)
-    assert len(set(spec.table)) == 28
-    assert list(spec.table) == sorted(spec.table)
+    assert (len(spec.grid), len(spec.stages), len(spec.table)) == (10, 9, 28 + 9)
+    assert len(set(spec.table)) == 37
+    assert list(spec.table[:28]) == sorted(spec.table[:28])
+    np.testing.assert_allclose(spec.table[28:], [(a + b) / 2 for a, b in pairwise(spec.grid)], atol=1e-7)
     assert spec.grid[0] == 0.0
     assert spec.grid[-1] == 1.0
     seen: list[int] = []
@@ -62,6 +64,34 @@ def test_default_schedule_has_28_times_used_in_order() -> None:
     for i, stage in enumerate(spec.stages):
         assert spec.table[stage[0]] == spec.grid[i]
         assert spec.table[stage[3]] == spec.grid[i + 1]
+
+
+@pytest.mark.parametrize(("solver", "order", "evaluations"), [("midpoint", 2, 18), ("euler", 1, 9)])
+def test_cheaper_solvers_have_their_order(solver: Solver, order: int, evaluations: int) -> None:
+    spec = with_method(rk4_schedule(), solver)
+    assert sum(map(len, spec.stages)) == evaluations
+    errors = []
+    for intervals in (40, 80, 160):
+        spec = with_method(even_schedule(intervals), solver)
+        end = solve(spec, lambda k, y, spec=spec: np.float32(3 * spec.table[k]) * y, np.ones(1, np.float32))
+        errors.append(abs(float(end[0]) - math.exp(1.5)))
+    for before, after in pairwise(errors):
+        assert math.log2(before / after) == pytest.approx(order, abs=0.25), errors
+
+
+def test_the_reference_method_is_the_schedule_itself() -> None:
+    spec = rk4_schedule()
+    assert with_method(spec, "rk4") is spec
+
+
+def test_a_bundle_without_middles_solves_by_euler_and_says_what_midpoint_lacks() -> None:
+    spec = rk4_schedule()
+    old = msgspec.structs.replace(spec, table=spec.table[:28])
+    assert with_method(old, "euler").stages == tuple((3 * i,) for i in range(9))
+    with pytest.raises(UsageError, match="Export it again"):
+        with_method(old, "midpoint")
+    with pytest.raises(UsageError, match="rk4, midpoint, euler"):
+        with_method(old, "heun")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("steps", [2, 5, 10, 16, 33])

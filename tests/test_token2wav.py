@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from omniport.runtime.backends.fake import FakeBackend, FakeBigVgan, FakeDit
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import OmniportError, UsageError
+from omniport.runtime.solver import Solver
 from omniport.runtime.timing import StageTimer
 from omniport.runtime.token2wav import NoiseStream, Token2Wav, Window
 
@@ -27,13 +28,20 @@ class Run:
     """One utterance through Token2Wav."""
 
     def __init__(
-        self, bundle: Bundle, codes: list[int], window: Window, noise: Any = None, seed: int = 0, **graphs: Any
+        self,
+        bundle: Bundle,
+        codes: list[int],
+        window: Window,
+        noise: Any = None,
+        seed: int = 0,
+        solver: Solver = "rk4",
+        **graphs: Any,
     ) -> None:
         self.backend = FakeBackend(bundle.manifest, graphs)
         _, speaker, reference = bundle.voice()
         stream = NoiseStream(noise, np.random.default_rng(seed), 80)
         self.timer = StageTimer()
-        made = Token2Wav(self.backend, bundle, speaker, reference, stream, window, self.timer)
+        made = Token2Wav(self.backend, bundle, speaker, reference, stream, window, self.timer, solver)
         self.pushed = [made.push(code) for code in codes]
         self.finished = made.finish()
         assert made.finish() == []
@@ -160,6 +168,18 @@ def test_wrong_noise_is_refused(noise: Any) -> None:
 def test_codes_without_sound_are_refused(bundle: Bundle, code: int) -> None:
     with pytest.raises(OmniportError, match=f"codec token {code}"):
         Run(bundle, [1, 2, code], "stream")
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("rk4", 36), ("midpoint", 18), ("euler", 9)])
+def test_solvers_differ_in_evaluations_and_a_little_in_sound(bundle: Bundle, solver: Solver, evaluations: int) -> None:
+    exact, made = Run(bundle, codes_of(20), "whole"), Run(bundle, codes_of(20), "whole", solver=solver)
+    assert len(made.backend.graphs["dit"].calls) == evaluations
+    assert np.array_equal(made.samples, exact.samples) == (solver == "rk4")
+
+
+def test_unknown_solver(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"'heun'.*rk4, midpoint, euler"):
+        Run(bundle, [1], "whole", solver="heun")  # type: ignore[arg-type]
 
 
 def test_unknown_window(bundle: Bundle) -> None:

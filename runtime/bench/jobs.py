@@ -54,7 +54,7 @@ class Sizes:
     prefill: tuple[int, ...] = (128, 512)
     context: tuple[int, ...] = (128, 1024, 4096)
     codes: tuple[int, ...] = (60, 250)
-    frames: tuple[int, ...] = (116, 500)
+    frames: tuple[int, ...] = (116, 250)
     text_tokens: int = 40
     speech_codes: int = 250
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .results import Environment, Machine
+from .timing import Clock
 
 __all__ = ["environment", "measure_machine", "resident_bytes"]
 
@@ -40,7 +41,9 @@ def environment(more: tuple[str, ...] = ()) -> Environment:
     )
 
 
-def measure_machine(threads: int, tries: int = 5, read_bytes: int = _READ_BYTES, side: int = _SIDE) -> Machine:
+def measure_machine(
+    threads: int, tries: int = 5, read_bytes: int = _READ_BYTES, side: int = _SIDE, clock: Clock = time.perf_counter
+) -> Machine:
     """Read bandwidth and matrix product rate with that many threads.
 
     Args:
@@ -49,13 +52,13 @@ def measure_machine(threads: int, tries: int = 5, read_bytes: int = _READ_BYTES,
         read_bytes: of the array that is read. side: of the square float32 matrices.
     """
     return Machine(
-        read_bandwidth=_bandwidth(threads, tries, read_bytes),
-        matmul_rate=_products(tries, side),
+        read_bandwidth=_bandwidth(threads, tries, read_bytes, clock),
+        matmul_rate=_products(tries, side, clock),
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
 
 
-def _bandwidth(threads: int, tries: int, size: int) -> float:
+def _bandwidth(threads: int, tries: int, size: int, clock: Clock) -> float:
     """Bytes a second: every thread reads its share of one array, in pieces, by a dot product with itself."""
     array = np.ones(size // 4, np.float32)
     shares = np.array_split(array, threads)
@@ -66,22 +69,22 @@ def _bandwidth(threads: int, tries: int, size: int) -> float:
             np.dot(piece, piece)
 
     with ThreadPoolExecutor(threads) as pool:
-        return size / _best(lambda: list(pool.map(read, shares)), tries)
+        return size / _best(lambda: list(pool.map(read, shares)), tries, clock)
 
 
-def _products(tries: int, side: int) -> float:
+def _products(tries: int, side: int, clock: Clock) -> float:
     a = np.random.default_rng(0).standard_normal((side, side), np.float32)
     out = np.empty_like(a)
-    return 2.0 * side**3 / _best(lambda: np.matmul(a, a, out=out), tries)
+    return 2.0 * side**3 / _best(lambda: np.matmul(a, a, out=out), tries, clock)
 
 
-def _best(run: Callable[[], object], tries: int) -> float:
+def _best(run: Callable[[], object], tries: int, clock: Clock) -> float:
     run()
     times = []
     for _ in range(tries):
-        begin = time.perf_counter()
+        begin = clock()
         run()
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return min(times)
 
 

@@ -143,6 +143,7 @@ class BenchReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         bundle: name of the checkpoint it was made from. fingerprint: of that checkpoint.
         precision: of the bundle. recipe: of its quantization; empty without.
         against: what it was compared with; empty without.
+        clock: ``wall``, or ``cpu``: processor time on one thread. Whole replies are always wall time.
     """
 
     schema: int = SCHEMA
@@ -151,6 +152,7 @@ class BenchReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     precision: str
     recipe: str = ""
     against: str = ""
+    clock: str = "wall"
     environment: Environment
     stages: dict[str, StageResult] = {}
 
@@ -194,7 +196,7 @@ def merged(before: BenchReport, now: BenchReport) -> BenchReport:
     Raises:
         UsageError: they are not of the same bundle, machine and kind.
     """
-    same = ("fingerprint", "precision", "recipe", "against")
+    same = ("fingerprint", "precision", "recipe", "against", "clock")
     differing = [name for name in same if getattr(before, name) != getattr(now, name)]
     if before.environment.processor != now.environment.processor:
         differing.append("processor")

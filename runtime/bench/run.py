@@ -18,7 +18,7 @@ from .machine import environment, measure_machine, resident_bytes
 from .reply import measure_reply
 from .results import STAGES, BenchReport, Figure, Machine, StageResult, Work
 from .solvers import measure_solvers
-from .timing import alternate, ratio_of, spread
+from .timing import CLOCKS, Clock, alternate, ratio_of, spread
 from .work import Profile, profile_run, weight_bytes
 
 __all__ = ["Progress", "bench", "chosen_stages"]
@@ -38,6 +38,7 @@ def bench(
     sizes: Sizes | None = None,
     rounds: int = 5,
     threads: int | None = None,
+    clock: str = "wall",
     progress: Progress | None = None,
 ) -> BenchReport:
     """Measure a bundle on this machine's CPU.
@@ -47,19 +48,25 @@ def bench(
         rival: opens what each stage is measured beside.
         sizes: of inputs. rounds: of each figure; whole replies are measured in fewer.
         threads: of one operator, for both; the physical cores if None.
+        clock: of `omniport.runtime.bench.timing.CLOCKS`; ``cpu`` goes with one thread.
         progress: called with what is measured, and the number of stages done and in all.
 
     Raises:
-        UsageError: an unknown stage, one that the bundle has no graph for, or fewer than one round.
+        UsageError: an unknown stage or clock, a stage that the bundle has no graph for, threads that the clock does not
+            go with, or fewer than one round.
         BackendError: onnxruntime is missing or cannot run the bundle.
     """
     if rounds < 1:
         raise UsageError(f"{rounds} rounds; at least 1 was expected")
+    if clock not in CLOCKS:
+        raise UsageError(f"there is no clock {clock!r}; known clocks: {', '.join(CLOCKS)}")
+    if clock == "cpu" and threads != 1:
+        raise UsageError("the clock 'cpu' adds the time of all threads up: measure with one (--threads 1)")
     bundle = Bundle.open(root)
     names = chosen_stages(bundle, stages)
     count = physical_cores() if threads is None else threads
     other = None if rival is None else rival(bundle)
-    run = _Run(bundle, count, rounds, sizes or Sizes(), other)
+    run = _Run(bundle, count, rounds, sizes or Sizes(), other, CLOCKS[clock])
     results = {}
     for done, name in enumerate(names):
         if progress is not None:
@@ -75,6 +82,7 @@ def bench(
         precision=manifest.precision,
         recipe=manifest.quantization.recipe if manifest.quantization is not None else "",
         against=other.name if other is not None else "",
+        clock=clock,
         environment=environment(other.libraries if other is not None else ()),
         stages=results,
     )
@@ -95,17 +103,20 @@ def chosen_stages(bundle: Bundle, stages: Sequence[str]) -> list[str]:
 
 
 class _Run:
-    def __init__(self, bundle: Bundle, threads: int, rounds: int, sizes: Sizes, rival: Rival | None) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int, rounds: int, sizes: Sizes, rival: Rival | None, clock: Clock
+    ) -> None:
         self.bundle, self.threads, self.rounds, self.sizes, self.rival = bundle, threads, rounds, sizes, rival
+        self.clock = clock
 
     def stage(self, name: str) -> StageResult:
-        machine = measure_machine(self.threads)
+        machine = measure_machine(self.threads, clock=self.clock)
         before = resident_bytes()
         if name == "reply":
             figures, chunks = measure_reply(self.bundle, self.sizes, self.rival, _REPLY_ROUNDS, self.threads)
             return StageResult(machine=machine, threads=self.threads, figures=figures, chunks=chunks)
         if name == "solver":
-            figures = measure_solvers(self.bundle, self._backend(), self.sizes, self.rounds)
+            figures = measure_solvers(self.bundle, self._backend(), self.sizes, self.rounds, self.clock)
             return StageResult(machine=machine, threads=self.threads, figures=figures)
         return self._graph_stage(name, machine, before)
 
@@ -135,7 +146,7 @@ class _Run:
     def _figure(self, job: Job, machine: Machine, profile: Profile) -> Figure:
         runner = None if self.rival is None else self.rival.runner(job)
         difference = None if runner is None else _difference(job, job.run(), runner())
-        ours, theirs = alternate(job.run, runner, self.rounds)
+        ours, theirs = alternate(job.run, runner, self.rounds, clock=self.clock)
         moved = weight_bytes(self.bundle, GRAPH_OF[job.stage]) + job.cache_bytes
         work = Work(operations=profile.operations, bytes=float(moved))
         least = max(work.operations / machine.matmul_rate, work.bytes / machine.read_bandwidth)

@@ -15,12 +15,12 @@ from ..manifest import SolverSpec
 from ..solver import SOLVERS, solve, with_method
 from .jobs import Sizes
 from .results import Figure
-from .timing import alternate, spread
+from .timing import Clock, alternate, spread
 
 __all__ = ["measure_solvers"]
 
 
-def measure_solvers(bundle: Bundle, backend: Backend, sizes: Sizes, rounds: int) -> tuple[Figure, ...]:
+def measure_solvers(bundle: Bundle, backend: Backend, sizes: Sizes, rounds: int, clock: Clock) -> tuple[Figure, ...]:
     """Every mode over the same codes and noise: seconds, and the mel's distance from ``rk4``.
 
     ``mel_distance``: RMS of the difference over RMS of the mel about its mean. ``mel_error_db``: RMS of the difference
@@ -40,7 +40,7 @@ def measure_solvers(bundle: Bundle, backend: Backend, sizes: Sizes, rounds: int)
         def run(mode: str = mode, schedule: SolverSpec = schedule) -> None:
             mels[mode] = _mel(bundle, backend, schedule, count)
 
-        seconds, _ = alternate(run, None, rounds, 0)
+        seconds, _ = alternate(run, None, rounds, 0, clock=clock)
         figures.append(
             Figure(
                 name=mode,
