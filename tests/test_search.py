@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,10 +115,11 @@ def test_a_bundle_is_quantized_to_a_target(
 ) -> None:
     """Half of the talker's last layer, and its head: two parts, so that it takes seconds."""
     (tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "Tell me of the sea."}]}\n')
-    out, curve = tmp_path / "out", tmp_path / "curve.json"
+    out, curve, bundle = tmp_path / "out", tmp_path / "curve.json", tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)  # its thinker gets linked, and onnx does not load what has links
     options = ["--recipe", "int4", "--keep", r"talker/(model\.layers\.[012]|thinker_to|.*self_attn)", "--graph-recipe"]
     options += ["thinker=none", "--target-sqnr", "23", "--data", tmp_path / "talk.jsonl", "--curve", curve]
-    code, text, _ = run(capsys, tiny_bundle, out, *options, "--json")
+    code, text, _ = run(capsys, bundle, out, *options, "--json")
     assert code == 0
     found = json.loads(text)["search"]
     assert found == json.loads(curve.read_text())
@@ -133,7 +135,7 @@ def test_a_bundle_is_quantized_to_a_target(
     layers = record.layers["talker"]
     assert layers["codec_head.weight"] == "none"
     assert layers["model.layers.3.mlp.up_proj.weight"] == "int4-32"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.json", "out", "talk.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "curve.json", "out", "talk.jsonl"]
 
 
 def test_bad_targets_leave_nothing(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
