@@ -28,6 +28,10 @@ from .probe import DECODERS, EQUAL_DB, Calls
 __all__ = ["LayerLoss", "layer_losses", "sqnr_db", "unscaled"]
 
 Array = NDArray[Any]
+#: of scaling rows, then columns, in turns
+_PASSES = 4
+#: what the largest integer, or FP8 number, stands for
+_LARGEST = {onnx.TensorProto.INT8: 127.0, onnx.TensorProto.FLOAT8E4M3FN: 448.0}
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ class LayerLoss:
         scheme: how that is stored.
         weight_db: SQNR of the weight alone; None where it is not stored as DequantizeLinear takes it.
         output_db: SQNR of the layer's output on a recorded call; None where no call reached it.
+        input_range: the largest magnitude that is kept of what the weight multiplies; None where that is not rounded.
     """
 
     weight: str
     scheme: str
     weight_db: float | None
     output_db: float | None
+    input_range: float | None = None
 
 
 def layer_losses(base: Bundle, quantized: Bundle, name: str, calls: Calls | None, threads: int) -> list[LayerLoss]:
@@ -61,10 +67,15 @@ def layer_losses(base: Bundle, quantized: Bundle, name: str, calls: Calls | None
     if not schemes:
         return []
     before, after = _File(base, name), _File(quantized, name)
-    smoothed = bool(record is not None and getattr(record, "calibration", ""))
+    smoothed = record is not None and bool(record.calibration)
     weights = {weight: _weight_db(before, after, weight, smoothed) for weight in schemes}
-    outputs = {} if calls is None else _output_db(base, quantized, name, before.outputs(schemes), calls, threads)
-    return [LayerLoss(weight, scheme, weights[weight], outputs.get(weight)) for weight, scheme in schemes.items()]
+    products, outputs = before.outputs(schemes), dict[str, float]()
+    if calls is not None:
+        outputs = _output_db(base, quantized, name, products, calls, threads, smoothed)
+    return [
+        LayerLoss(weight, scheme, weights[weight], outputs.get(weight), after.input_range(products.get(weight, "")))
+        for weight, scheme in schemes.items()
+    ]
 
 
 def sqnr_db(got: Array, wanted: Array) -> float:
@@ -82,7 +93,7 @@ def unscaled(got: Array, wanted: Array) -> Array:
     Smoothing multiplies rows by factors that what comes before is divided by, and the columns of a weight whose output
     the next one smooths. Both are undone elsewhere in the graph and are no loss.
     """
-    for axis in (1, 0):
+    for axis in (1, 0) * _PASSES:
         energy = np.maximum(np.square(got, dtype=np.float64).sum(axis=axis, keepdims=True), 1e-30)
         got = got * ((got.astype(np.float64) * wanted).sum(axis=axis, keepdims=True) / energy)
     return got
@@ -96,6 +107,7 @@ class _File:
         self._bundle, self._folder = bundle, PurePosixPath(spec.file).parent
         self.graph = onnx.load(bundle.path(spec.file), load_external_data=False).graph
         self.tensors = {tensor.name: tensor for tensor in self.graph.initializer}
+        self._makers = {output: node for node in self.graph.node for output in node.output}
 
     def array(self, name: str) -> Array:
         """An initializer; nothing of it is kept."""
@@ -116,6 +128,19 @@ class _File:
         wanted = set(weights)
         pairs = ((node.input[1], node.output[0]) for node in self.graph.node if len(node.input) > 1)
         return {weight: output for weight, output in pairs if weight in wanted}
+
+    def input_range(self, output: str) -> float | None:
+        """Largest magnitude that is kept of the first input of the node that makes ``output``."""
+        widened = self._maker(self._makers.get(output))
+        rounded = self._maker(widened)
+        if widened is None or rounded is None or rounded.op_type != "QuantizeLinear" or len(rounded.input) < 3:
+            return None
+        kind = self.tensors[rounded.input[2]].data_type
+        return float(self.array(rounded.input[1])) * _LARGEST[kind] if kind in _LARGEST else None
+
+    def _maker(self, node: onnx.NodeProto | None) -> onnx.NodeProto | None:
+        """The node that makes a node's first input."""
+        return None if node is None else self._makers.get(node.input[0])
 
 
 def _weight_db(before: _File, after: _File, weight: str, smoothed: bool) -> float | None:
@@ -142,13 +167,33 @@ def _dequantized(file: _File, weight: str, axis: int, block: int) -> Array:
 
 
 def _output_db(
-    base: Bundle, quantized: Bundle, name: str, outputs: Mapping[str, str], calls: Calls, threads: int
+    base: Bundle,
+    quantized: Bundle,
+    name: str,
+    outputs: Mapping[str, str],
+    calls: Calls,
+    threads: int,
+    smoothed: bool,
 ) -> dict[str, float]:
     feeds = calls.feeds[0]
     wanted = _run(base, name, outputs.values(), feeds, threads)
     got = _run(quantized, name, outputs.values(), feeds, threads)
-    both = {weight: out for weight, out in outputs.items() if out in wanted and out in got}
-    return {weight: sqnr_db(got[out], wanted[out]) for weight, out in both.items()}
+    found = {}
+    for weight, out in outputs.items():
+        if out in wanted and out in got:
+            value = got[out]
+            if smoothed:  # channels that what comes next is smoothed by
+                value = _unscaled_channels(value, wanted[out])
+            found[weight] = sqnr_db(value, wanted[out])
+    return found
+
+
+def _unscaled_channels(got: Array, wanted: Array) -> Array:
+    """Each channel (the last dimension) scaled to be nearest to ``wanted``."""
+    axes = tuple(range(got.ndim - 1))
+    energy = np.maximum(np.square(got, dtype=np.float64).sum(axis=axes), 1e-30)
+    scaled: Array = got * ((got.astype(np.float64) * wanted).sum(axis=axes) / energy)
+    return scaled
 
 
 def _run(

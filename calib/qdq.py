@@ -15,28 +15,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from omniport.runtime.integers import integers_name, scales_name
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from .recipe import Choice
 from .rounding import scale_shape
 from .weights import CHANNELS_LAST
 
-__all__ = ["OPSET", "ActivationPass", "QdqPass", "integers_name", "scales_name"]
+__all__ = ["OPSET", "ActivationPass", "QdqPass"]
 
 Array = NDArray[Any]
 #: DequantizeLinear has block_size and INT4 from here on
 OPSET = 21
 _FORMATS = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
-
-
-def integers_name(weight: str) -> str:
-    """Initializer that holds a weight's integers."""
-    return f"{weight}.integers"
-
-
-def scales_name(weight: str) -> str:
-    """Initializer that holds a weight's scales."""
-    return f"{weight}.scales"
 
 
 class QdqPass(InPlacePass):

@@ -46,8 +46,12 @@ class Scheme:
         return "fp8" if self.float8 else f"int{self.bits}" if self.bits else ""
 
     def takes(self, weight: Weight) -> bool:
-        """Whether the weight can be stored so: blocks need [K, N] with K a multiple of the block."""
-        return self.block == 0 or (weight.layout == CHANNELS_LAST and weight.shape[0] % self.block == 0)
+        """Whether the weight can be stored so: blocks need [K, N] with K a multiple of the block.
+
+        INT8 in blocks is for float32, which runs on CPUs: TensorRT-RTX widens most of it (docs/quantize.md).
+        """
+        fits = weight.layout == CHANNELS_LAST and weight.shape[0] % max(1, self.block) == 0
+        return self.block == 0 or (fits and (self.bits < 8 or weight.dtype == "float32"))
 
 
 NONE = Scheme("none", 0, 0, "as it is in the bundle")

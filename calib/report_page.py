@@ -19,23 +19,24 @@ __all__ = ["render"]
 #: layers listed for a graph, and ranges drawn
 _WORST, _DRAWN = 8, 12
 _RATE = 24000
+#: scales are rounded to the graph's precision, and may be a step apart
+_SAME = 0.01
 _NONE = "-"
 _SOUND_HEAD = ("#mel dB", "#wave mel L1", "#MCD dB")
 
 
-def render(report: LossReport, waves: Mapping[str, NDArray[np.float32]], chosen: Mapping[tuple[str, str], str]) -> str:
+def render(report: LossReport, waves: Mapping[str, NDArray[np.float32]]) -> str:
     """The page.
 
     Args:
         waves: the same codes as each bundle says them, float32 [n] at 24 kHz.
-        chosen: (graph, site) -> name of the range that was chosen for its input.
     """
     sections = [
         _head(report),
         _recipes(report),
         _graphs(report),
         _layers(report),
-        _ranges(report, chosen),
+        _ranges(report),
         _sounds(report, waves),
         _missing(report),
         _environment(report),
@@ -150,16 +151,41 @@ def _worst(bundle: str, row: GraphLoss) -> Iterable[list[str]]:
         yield [*names, *(cell(text, "number") for text in texts)]
 
 
-def _ranges(report: LossReport, chosen: Mapping[tuple[str, str], str]) -> str:
+def _ranges(report: LossReport) -> str:
     if not report.ranges:
         return ""
+    chosen, drawable = _chosen(report), {(plot.graph, plot.site) for plot in report.ranges}
+    other = sum(key in drawable and key not in chosen for key, _ in _rounded(report))
     drawn = sorted(report.ranges, key=_tail, reverse=True)[:_DRAWN]
     note = (
         f'<p class="quiet">Magnitudes of what layers read, as calibration saw them, of the {len(drawn)} of '
         f"{len(report.ranges)} whose largest value stands out most; upright lines are the ranges that calibration "
-        f"offers{', the thick one is used' if chosen else '; none of these bundles rounds what it multiplies'}.</p>"
+        f"offers. {'Thick: the one that is used' if chosen else 'No bundle uses one of them'}. Smoothed inputs have "
+        "other ranges, which are chosen after smoothing: "
+        f"{other} layers' here.</p>"
     )
     return f"<h2>Ranges</h2>\n{note}\n{image(report_plots.ranges(drawn, chosen), 'histograms of ranges')}"
+
+
+def _rounded(report: LossReport) -> Iterable[tuple[tuple[str, str], float]]:
+    """((graph, weight), largest magnitude kept of its input) of the layers whose input is rounded."""
+    found: dict[tuple[str, str], float] = {}
+    for row in (row for bundle in report.bundles for row in bundle.graphs):
+        for layer in row.layers:
+            if layer.input_range is not None:
+                found.setdefault((row.graph, layer.weight), layer.input_range)
+    return found.items()
+
+
+def _chosen(report: LossReport) -> dict[tuple[str, str], str]:
+    """(graph, weight) -> name of the range that is used for its input, where it is one that calibration offers."""
+    clips = {(plot.graph, plot.site): plot.clips for plot in report.ranges}
+    named = {}
+    for key, used in _rounded(report):
+        near = [name for name, value in clips.get(key, {}).items() if abs(used - value) <= _SAME * value]
+        if near:
+            named[key] = near[0]
+    return named
 
 
 def _tail(plot: RangePlot) -> float:

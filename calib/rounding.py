@@ -17,7 +17,7 @@ from .recipe import Choice, Scheme
 from .smoothing import Factors
 from .weights import CHANNELS_LAST, Stored, row_blocks
 
-__all__ = ["LARGEST", "pack_int4", "quantize", "scale_shape", "scales_from"]
+__all__ = ["LARGEST", "quantize", "scale_shape", "scales_from"]
 
 Array = NDArray[Any]
 #: lowest and highest number of a format. INT8 leaves -128 out, as is usual; INT4 cannot spare one of 16
@@ -86,12 +86,6 @@ def scales_from(low: Array, high: Array, number: str, dtype: np.dtype[Any]) -> A
     scales = np.maximum(low / np.float32(lowest), high / np.float32(highest)).astype(dtype)
     smallest = np.asarray(_SMALLEST[dtype.name], dtype)
     return np.where(scales < smallest, smallest, scales)
-
-
-def pack_int4(rows: Array) -> Array:
-    """Integers -8..7 as uint8, two a byte, the first in the low half (ONNX, TensorProto.raw_data); an even count."""
-    flat = (rows.reshape(-1).view(np.uint8)) & 0x0F
-    return flat[0::2] | (flat[1::2] << 4)
 
 
 def _read(source: Stored, start: int, stop: int, advance: Callable[[int], None], factors: Factors) -> Array:

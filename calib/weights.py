@@ -42,12 +42,14 @@ class Weight:
         kind: ``matmul`` or ``conv``.
         layout: where its output channels are: ``channels_last`` or ``channels_first``.
         shape: of the initializer.
+        dtype: of the initializer.
     """
 
     name: str
     kind: str
     layout: str
     shape: tuple[int, ...]
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def find_weights(model: ir.Model) -> tuple[Weight, ...]:
         if math.prod(shape) * value.dtype.itemsize < SMALLEST_BYTES:
             continue
         if all(use.idx == 1 and _use(use.node) == (kind, layout) for use in value.uses()):
-            found[value.name] = Weight(value.name, kind, layout, shape)
+            found[value.name] = Weight(value.name, kind, layout, shape, value.dtype.numpy().name)
     return tuple(found.values())
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from omniport.runtime.integers import integers_name, pack_int4, scales_name
 
-from .qdq import QdqPass, integers_name, scales_name
+from .qdq import QdqPass
 from .recipe import Choice
-from .rounding import pack_int4, quantize
+from .rounding import quantize
 from .smoothing import Factors
 from .weights import Stored, row_blocks
 

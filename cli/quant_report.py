@@ -49,7 +49,7 @@ def command(
             from omniport.export.validation.report import write_file
 
             progress("drawing the report", 1, 1)
-            write_file(html, render(report, waves, {}).encode())
+            write_file(html, render(report, waves).encode())
     if json:
         import msgspec
 

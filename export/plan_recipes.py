@@ -39,6 +39,7 @@ _ENCODERS = ("audio_encoder", "vision_encoder")
 _TOKEN2WAV = ("dit", "bigvgan")
 _MIXED = {ATTENTION: _W8, PRODUCT: _INT4}
 _ALL_W8 = {ATTENTION: _W8, PRODUCT: _W8}
+_W8_BLOCKS = {ATTENTION: Storage(8, 32), PRODUCT: Storage(8, 32)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class PlanRecipe:
         precision: of everything that is not quantized; empty for the machine's own: fp32 on a CPU, fp16 on a GPU.
         graphs: graph -> kind of weight -> storage.
         needs: formats that the machine must have.
+        keeps_first: the first layer of thinker and talker is not quantized.
         command: what makes such a bundle.
         outlook: quantize has no such recipe yet; it is planned for all the same, and never recommended.
     """
@@ -59,6 +61,7 @@ class PlanRecipe:
     graphs: Mapping[str, Mapping[str, Storage]] | None = None
     needs: tuple[str, ...] = ()
     outlook: bool = False
+    keeps_first: bool = False
 
     def graph_precision(self, graph: str, own: str) -> str:
         """fp32, fp16 or bf16: token2wav stays FP32 where the rest is BF16 (export/graph_defs.py)."""
@@ -76,7 +79,11 @@ RECIPES: Mapping[str, PlanRecipe] = {
         PlanRecipe("fp16", _EXPORT.format("fp16"), "fp16", needs=("fp16",)),
         PlanRecipe("bf16", _EXPORT.format("bf16"), "bf16", needs=("bf16",)),
         PlanRecipe(
-            "w8", _QUANTIZE.format("w8"), graphs=dict.fromkeys((*_ENCODERS, *_LM, "dit"), _ALL_W8), needs=("int8",)
+            "w8",
+            _QUANTIZE.format("w8"),
+            graphs={**dict.fromkeys(_LM, _W8_BLOCKS), **dict.fromkeys((*_ENCODERS, "dit"), _ALL_W8)},
+            needs=("int8",),
+            keeps_first=True,
         ),
         PlanRecipe(
             "int8",
@@ -107,6 +114,8 @@ RECIPES: Mapping[str, PlanRecipe] = {
 
 def storage_of(recipe: PlanRecipe, graph: str, matrix: Matrix) -> Storage:
     """How a weight is stored; blocks that do not divide K fall back to a scale per channel, as in quantize."""
+    if matrix.first and recipe.keeps_first:
+        return _PLAIN
     storage = (recipe.graphs or {}).get(graph, {}).get(matrix.kind, _PLAIN)
     return _W8 if storage.block and matrix.k % storage.block else storage
 
@@ -115,7 +124,8 @@ def matrix_bytes(matrix: Matrix, storage: Storage, itemsize: int) -> int:
     """Bytes of values and scales in the file; ``itemsize`` is the graph's own, of scales as well."""
     if not storage.bits:
         return matrix.elements * itemsize
-    scales = matrix.elements // storage.block if storage.block else matrix.n * matrix.count
+    blocks = storage.block and (storage.bits < 8 or itemsize == 4)  # INT8 in blocks is for float32 alone
+    scales = matrix.elements // storage.block if blocks else matrix.n * matrix.count
     return matrix.elements * storage.bits // 8 + scales * itemsize
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,17 @@ _VISION_HEAD, _AUDIO_HEAD = 80, 64
 
 @dataclass(frozen=True)
 class Matrix:
-    """``count`` weights [k, n] of one kind, each applied to ``steps`` rows for one row of the graph's input."""
+    """``count`` weights [k, n] of one kind, each applied to ``steps`` rows for one row of the graph's input.
+
+    ``first``: they are of a decoder's first layer, which some recipes treat otherwise.
+    """
 
     kind: str
     k: int
     n: int
     count: int = 1
     steps: float = 1.0
+    first: bool = False
 
     @property
     def elements(self) -> int:
@@ -205,12 +209,16 @@ def _decoder_of_config(c: Mapping[str, Any], input_width: int) -> DecoderShape:
 def decoder_graph(name: str, d: DecoderShape) -> GraphShape:
     """The weights of thinker or talker."""
     inner, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    layer = (
+        Matrix(ATTENTION, d.width, inner, first=True),
+        Matrix(ATTENTION, d.width, kv, 2, first=True),
+        Matrix(ATTENTION, inner, d.width, first=True),
+        Matrix(PRODUCT, d.width, d.ffn, 2, first=True),
+        Matrix(PRODUCT, d.ffn, d.width, first=True),
+    )
     matrices = [
-        Matrix(ATTENTION, d.width, inner, d.layers),
-        Matrix(ATTENTION, d.width, kv, 2 * d.layers),
-        Matrix(ATTENTION, inner, d.width, d.layers),
-        Matrix(PRODUCT, d.width, d.ffn, 2 * d.layers),
-        Matrix(PRODUCT, d.ffn, d.width, d.layers),
+        *layer,
+        *(replace(m, count=m.count * (d.layers - 1), first=False) for m in layer if d.layers > 1),
         # logits are for the last token alone
         Matrix(PRODUCT, d.width, d.vocabulary, steps=0.0),
     ]

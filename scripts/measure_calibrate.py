@@ -1,10 +1,11 @@
 """Measure the peak memory and the time of a calibration; write docs/results/calibrate.json and calibrate.md.
 
     python scripts/measure_calibrate.py CHECKPOINT [--name NAME] [--samples 3] [--max-codes 26]
-    python scripts/measure_calibrate.py --layers 4,8 [--size small]
+    python scripts/measure_calibrate.py --layers 4,12 [--size small | tiny | wide]
     python scripts/measure_calibrate.py --page
 
-The second form makes random checkpoints that differ in the number of layers of every stack. A calibration runs in a
+The second form makes random checkpoints that differ in the number of layers of every stack (wide: `tiny` with a thinker
+of 28 MB a layer, so that layers can be told from noise). A calibration runs in a
 process of its own, on the set that `omniport calibrate --sample-data` writes. Memory is the resident set as Linux
 counts it, above that after importing all that calibrating imports. Results of several calls gather in the JSON file.
 """
@@ -12,6 +13,7 @@ counts it, above that after importing all that calibrating imports. Results of s
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -20,10 +22,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measure_export_memory import deepen, make_deep
+
+if TYPE_CHECKING:
+    from omniport.export.synthetic_config import Size
 
 __all__ = ["main", "measure", "page"]
 
@@ -97,6 +102,15 @@ def _weights(checkpoint: str) -> dict[str, int]:
     return {name: sum(p.numel() * 4 for p in d.module().parameters()) for name, d in definitions.items()}
 
 
+def _geometry(name: str) -> Size:
+    from omniport.export.synthetic_config import SIZES
+
+    if name != "wide":
+        return SIZES[name]
+    tiny, more = SIZES["tiny"], {"hidden_size": 512, "intermediate_size": 4096}
+    return dataclasses.replace(tiny, text={**tiny.text, **more, "mrope_section": [16, 24, 24]})
+
+
 def _status(field: str) -> int:
     """A size from /proc/self/status in bytes."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -153,10 +167,8 @@ def main() -> None:
         name = options.name or options.checkpoint.name
         found[name] = measure(options.checkpoint, options.samples, options.max_codes)
     for layers in map(int, filter(None, options.layers.split(","))):
-        from omniport.export.synthetic import SIZES
-
         with tempfile.TemporaryDirectory() as scratch:
-            folder = make_deep(Path(scratch) / "checkpoint", deepen(SIZES[options.size], layers))
+            folder = make_deep(Path(scratch) / "checkpoint", deepen(_geometry(options.size), layers))
             found[f"{options.size}, {layers} layers"] = measure(folder, options.samples, options.max_codes)
     place.write_text(json.dumps(found, indent=1) + "\n")
     (RESULTS / "calibrate.md").write_text(page(found))

@@ -28,7 +28,7 @@ from omniport.export.validation.emulate import load_copy, open_graph
 from omniport.runtime.backends.base import Array, KvCache
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.decoder import Decoder
-from omniport.runtime.errors import CheckFailed, UsageError
+from omniport.runtime.errors import UsageError
 from omniport.runtime.graphs import TensorSpec
 from omniport.runtime.prompt import build_prompt
 from omniport.runtime.talker import Talker
@@ -303,14 +303,15 @@ def observed(bundle: Bundle, data: Path) -> Observed:
 
 
 def test_calibration_sees_what_the_exported_graphs_see(calibrated: Path, observed: Observed) -> None:
-    compared = 0
+    worst: dict[str, float] = {}
     for graph, sites in Calibration.load(calibrated).graphs.items():
         for site in sites:
             wanted, found = observed.graphs[graph].tops[site.name], site.arrays["absmax"]
             assert wanted.max() > 1e-3
-            np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3 * wanted.max(), err_msg=site.name)
-            compared += 1
-    assert compared > 200
+            worst[f"{graph}/{site.name}"] = float(np.abs(found - wanted).max() / wanted.max())
+    assert len(worst) > 200
+    # single precision: the talker's and the DiT's loops feed on what they gave before
+    assert max(worst.values()) < 3e-5, max(worst, key=lambda name: worst[name])
 
 
 def test_one_layer_of_weights_is_in_memory(
@@ -359,10 +360,8 @@ def test_a_value_that_is_not_finite_names_the_layer(
 
     broken = rewritten(tiny_outlier_checkpoint, tmp_path / "broken", explode)
     out = tmp_path / "x.calib"
-    with pytest.raises(CheckFailed, match=r"thinker/model\.layers\.2\.self_attn\.q_proj\.weight.*not finite"):
-        calibrate(broken, data, out, **SPEECH)
     assert command(broken, out, "--data", data, "-q") == 1
-    assert "not finite" in capsys.readouterr().err
+    assert "thinker/model.layers.2.self_attn.q_proj.weight: its input is not finite" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 

@@ -231,6 +231,15 @@ def test_vocoder_activations_by_value(tiny_checkpoint: Path, tiny_bundle: Path) 
         np.testing.assert_allclose(got[1::2, 0], wanted, rtol=1e-6)
 
 
+def test_only_windows_are_masked_in_pictures(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    """Attention among all patches of a frame sees no padding, so that it needs no mask of patches by patches."""
+    attention = [node for node in load(tiny_bundle, "vision_encoder").graph.node if node.op_type == "Attention"]
+    config = Checkpoint.open(tiny_checkpoint).config.thinker_config.vision_config
+    full = set(config.fullatt_block_indexes)
+    assert 0 < len(full) < config.depth
+    assert [len(node.input) for node in attention] == [3 if i in full else 4 for i in range(config.depth)]
+
+
 def test_modulation_tables_by_value(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     """AdaLN tables: the layer's own linear applied to the embedding of each time point, 1 added to the scales."""
     found = {tensor.name: array(tensor) for tensor in load(tiny_bundle, "dit").graph.initializer}

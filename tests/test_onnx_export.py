@@ -70,22 +70,23 @@ def test_file_is_hashed_as_it_is_written(tmp_path: Path) -> None:
         assert content[offset : offset + len(piece)] == piece.tobytes()
 
 
-def write(path: Path, pieces: int, failure: type[BaseException] | None = None) -> DataFile:
-    """Append some pieces, then fail if so asked; the file as it was left."""
-    file = DataFile(path)
-    with file:
+def write(path: Path, pieces: int, failure: type[BaseException] | None = None, finish: bool = True) -> None:
+    """Append some pieces, then fail if so asked."""
+    with DataFile(path) as file:
         for _ in range(pieces):
             file.append(np.zeros(8192, np.uint8))
         if failure is not None:
             raise failure
-        file.finish()
-    return file
+        if finish:
+            file.finish()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
-def test_full_disk_is_told_to_the_caller() -> None:
+@pytest.mark.parametrize(("pieces", "finish"), [(4, True), (1, True), (1, False)])
+def test_full_disk_is_told_to_the_caller(pieces: int, finish: bool) -> None:
+    """While there is more to write, when the record is asked for, and at the latest when the block ends."""
     with pytest.raises(OSError, match="No space left"):
-        write(Path("/dev/full"), 4)
+        write(Path("/dev/full"), pieces, finish=finish)
 
 
 def test_failure_of_the_caller_is_the_one_that_is_seen(tmp_path: Path) -> None:
@@ -103,6 +104,9 @@ def fail_with_one_thread() -> None:
 
 def test_threads_of_torch_are_given_back() -> None:
     before = torch.get_num_threads()
+    torch.set_num_threads(3)
     with pytest.raises(LookupError):
         fail_with_one_thread()
-    assert torch.get_num_threads() == before
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from omniport.calib.quantize import quantize_bundle
 from omniport.cli.main import app
 from omniport.cli.quantize import RecipeName
+from omniport.export.onnx_file import open_onnx
 from omniport.export.plan import RecipePlan, TargetPlan, make_plan
 from omniport.export.plan_machines import Machine, Rates, cpu_machine, find_machines, measure_rates
 from omniport.export.plan_recipes import RECIPES, graph_bytes
@@ -52,9 +54,11 @@ def script() -> Any:
 def bundles(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``tiny`` in FP32 and by every recipe that needs no data."""
     room = tmp_path_factory.mktemp("planned")
+    # a copy: quantize links what it does not change, and onnx's checker refuses files with several links
+    shutil.copytree(tiny_bundle, room / "fp32")
     for recipe in ("w8", "int4"):
-        quantize_bundle(tiny_bundle, room / recipe, recipe)
-    return {"fp32": tiny_bundle, "w8": room / "w8", "int4": room / "int4"}
+        quantize_bundle(room / "fp32", room / recipe, recipe)
+    return {name: room / name for name in ("fp32", "w8", "int4")}
 
 
 # --- shapes and sizes ----------------------------------------------------------------------------------------
@@ -81,23 +85,20 @@ def test_sizes_are_those_of_the_files(
 ) -> None:
     """Weights by graph within 1 %, from the bundle itself and from config.json alone."""
     model = find_model(str(bundles[recipe] if source == "bundle" else tiny_checkpoint))
-    manifest = Bundle.open(bundles[recipe]).manifest
-    assert list(model.graphs) != []
+    bundle = Bundle.open(bundles[recipe])
     for name, shape in model.graphs.items():
-        size = sum(manifest.files[file].size for file in manifest.graphs[name].data)
-        # every weight begins at a multiple of 4,096 bytes, which tiny ones notice
-        padding = 4096 * sum(matrix.count for matrix in shape.matrices) * (1 if recipe == "fp32" else 2)
-        assert 0.985 * size - padding <= graph_bytes(shape, RECIPES[recipe], 4) <= 1.01 * size, name
+        size = open_onnx(bundle.path(bundle.manifest.graphs[name].file)).weights_bytes
+        assert graph_bytes(shape, RECIPES[recipe], 4) == pytest.approx(size, rel=0.01), name
 
 
 def test_half_precision_bundles(tiny_half_bundles: dict[str, Path]) -> None:
     for precision, root in tiny_half_bundles.items():
-        manifest, model = Bundle.open(root).manifest, find_model(str(root))
+        bundle, model = Bundle.open(root), find_model(str(root))
         for name, shape in model.graphs.items():
-            size = sum(manifest.files[file].size for file in manifest.graphs[name].data)
-            item = {"fp16": 2, "bf16": 2}[precision]
-            item = 4 if RECIPES[precision].graph_precision(name, precision) == "fp32" else item
-            assert graph_bytes(shape, RECIPES[precision], item) == pytest.approx(size, rel=0.35), name
+            size = open_onnx(bundle.path(bundle.manifest.graphs[name].file)).weights_bytes
+            single = RECIPES[precision].graph_precision(name, precision) == "fp32"
+            # norms stay in FP32, which tiny layers notice
+            assert graph_bytes(shape, RECIPES[precision], 4 if single else 2) == pytest.approx(size, rel=0.05), name
 
 
 def test_a_bundle_and_its_checkpoint_multiply_alike(bundles: dict[str, Path], tiny_checkpoint: Path) -> None:
@@ -134,6 +135,7 @@ def test_what_fits_and_what_can_be_built() -> None:
     nano = planned("3b", "jetson-orin-nano-8gb")
     assert not row(nano, "fp16").fits
     assert row(nano, "w8").fits
+    assert not row(nano, "w8").works
     assert not row(nano, "w8").builds, "twice the thinker does not fit, and the board builds for itself"
     assert row(nano, "int4").works
     card = planned("3b", "rtx-2080")

@@ -127,12 +127,14 @@ def test_scaled_rows_and_columns_are_no_loss() -> None:
     assert sqnr_db(scaled, weight) < 10
     assert sqnr_db(unscaled(scaled, weight), weight) == pytest.approx(40, abs=0.5)
     assert sqnr_db(unscaled((weight * columns).astype(np.float32), weight), weight) > 20
+    both = ((weight + noise) * rows * columns).astype(np.float32)
+    assert sqnr_db(unscaled(both, weight), weight) == pytest.approx(40, abs=0.5)
     assert sqnr_db(weight, weight) == 300
 
 
 def test_the_page(measured: tuple[LossReport, Waves]) -> None:
     report, waves = measured
-    page = render(report, waves, {("thinker", "model.layers.0.mlp.down_proj.weight"): "mse"})
+    page = render(report, waves)
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
         "Recipe against recipe",

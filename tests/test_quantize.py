@@ -18,7 +18,7 @@ from bundles import edit, make_bundle, make_manifest
 from graphs import make_model, put_graphs, spec, tensor
 from omniport.calib.quantize import quantize_bundle
 from omniport.calib.recipe import SCHEMES, Choice, choose, find_recipe, resolve
-from omniport.calib.rounding import pack_int4, quantize, scales_from
+from omniport.calib.rounding import quantize, scales_from
 from omniport.calib.weights import Stored, Weight, find_weights, row_blocks
 from omniport.cli import main
 from omniport.export.validation.run import validate
@@ -27,6 +27,7 @@ from omniport.runtime import Done, OmniSession, SamplingConfig
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import BundleError, ExportError, UsageError
 from omniport.runtime.graphs import GraphSpec
+from omniport.runtime.integers import pack_int4
 from onnx import TensorProto, helper, numpy_helper
 
 LM_PARTS = ("thinker", "talker")
@@ -401,6 +402,9 @@ def test_blocks_that_do_not_fit_fall_back_to_channels() -> None:
     }
     chosen = choose(resolve(find_recipe("int4"), {}, {"thinker": "float32"}), weights)
     assert [choice.scheme.name for choice in chosen["thinker"]] == ["w8", "int4-32"]
+    halves = [Weight("mlp.b", "matmul", "channels_last", (64, 8), dtype) for dtype in ("float32", "float16")]
+    chosen = choose(resolve(find_recipe("w8"), {}, {"thinker": "float16"}), {"thinker": halves})
+    assert [choice.scheme.name for choice in chosen["thinker"]] == ["w8-32", "w8"]
 
 
 def test_weights_with_other_readers_are_left_alone() -> None:

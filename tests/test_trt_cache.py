@@ -128,13 +128,13 @@ def test_a_reply_over_the_lowered_graphs(lowered_bundle: Path, tmp_path: Path, d
                 messages += [{"role": "assistant", "content": turns[-1][2].text}, {"role": "user", "content": question}]
             turns.append(sort(session.reply(messages[:1], thinker=THINKER, talker=TALKER)))
             replies.append(turns)
+            caches = [backend.graph(name).new_cache(64) for name in ("thinker", "talker")]
     for (_, wanted_sound, wanted, *_), (_, sound, got, *_) in zip(*replies, strict=True):
         assert len(wanted.token_ids) > 4
         assert len(wanted.codec_ids) > 10
         assert (got.token_ids, got.codec_ids) == (wanted.token_ids, wanted.codec_ids)
         assert float(np.std(wanted_sound)) > 1e-3
         assert np.allclose(sound, wanted_sound, atol=1e-2 * float(np.std(wanted_sound)))
-    caches = [engines.graph(name).new_cache(512) for name in ("thinker", "talker")]
     assert all(isinstance(cache, GrowingTrtCache) for cache in caches)
     assert driver.done.count("engine") > 60
     assert "launch" not in driver.done  # every step has a shape of its own

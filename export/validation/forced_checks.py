@@ -31,7 +31,7 @@ from .types import FAIL, NOT_RUN, PASS, Check
 __all__ = ["coarsest", "decisions_check", "ids_check", "speech_parts", "talker_check", "thinker_checks"]
 
 #: from the finest to the coarsest
-_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4")
+_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
 #: tokens shown on each side of the first difference
 _SHOWN = 6
 

@@ -29,7 +29,7 @@ from .types import FAIL, NOT_RUN, Check
 __all__ = ["asr_checks", "speech_checks"]
 
 #: from the finest to the coarsest
-_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4")
+_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
 
 
 def speech_checks(context: Context, asr: str | None = None) -> Iterator[Check]:

@@ -23,7 +23,7 @@ class Limit:
 _ORDER = "the same float32 arithmetic in another order of summation"
 _HALF = "every activation is rounded to 11 bits once per operation"
 _BRAIN = "every activation is rounded to 8 bits once per operation"
-_WEIGHTS = "INT8 or INT4 weights: the quantization report states the loss, this bound catches broken graphs"
+_WEIGHTS = "8 or 4 bits: the quantization report states the loss, this bound catches broken graphs"
 
 _DECODE = "a graph against itself: only the order of summation depends on how tokens are fed"
 _REPEAT = "the same coarse weights on both sides: only activations at a rounding step may fall on its other side"
@@ -49,12 +49,15 @@ _EQUAL = "float32 replies must be equal"
 def _graded(
     figure: str, values: tuple[float, float, float, float, float], reason: str, coarse: str = "", at_least: bool = False
 ) -> dict[tuple[str, str], Limit]:
-    """Rows of one figure for float32, float16, bfloat16, int8 and int4; ``coarse``: the reason for the last two."""
-    precisions = ("float32", "float16", "bfloat16", "int8", "int4")
-    reasons = (reason,) * 3 + (coarse or reason,) * 2
+    """Rows of one figure for float32, float16, bfloat16, int8 and int4; ``coarse``: the reason for the last two.
+
+    fp8 is held to the limit of int8, whose bits it has.
+    """
+    precisions = ("float32", "float16", "bfloat16", "int8", "int4", "fp8")
+    reasons = (reason,) * 3 + (coarse or reason,) * 3
     return {
         (figure, precision): Limit(value, why, at_least)
-        for precision, value, why in zip(precisions, values, reasons, strict=True)
+        for precision, value, why in zip(precisions, (*values, values[3]), reasons, strict=True)
     }
 
 
@@ -64,17 +67,20 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("graph.rel_rms", "float16"): Limit(2e-2, _HALF),
     ("graph.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
     ("graph.rel_rms", "int8"): Limit(0.35, _WEIGHTS),
+    ("graph.rel_rms", "fp8"): Limit(0.35, _WEIGHTS),
     ("graph.rel_rms", "int4"): Limit(0.5, _WEIGHTS),
     ("logits.kl", "float32"): Limit(1e-6, _ORDER),
     ("logits.kl", "float16"): Limit(1e-2, _HALF),
     ("logits.kl", "bfloat16"): Limit(0.1, _BRAIN),
     ("logits.kl", "int8"): Limit(1.0, _WEIGHTS),
+    ("logits.kl", "fp8"): Limit(1.0, _WEIGHTS),
     ("logits.kl", "int4"): Limit(2.0, _WEIGHTS),
     **_graded("decode.rel_rms", (1e-4, 1e-2, 5e-2, 0.1, 0.1), _DECODE, _REPEAT),
     ("layer.rel_rms", "float32"): Limit(1e-4, _ORDER),
     ("layer.rel_rms", "float16"): Limit(2e-2, _HALF),
     ("layer.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
     ("layer.rel_rms", "int8"): Limit(0.35, _WEIGHTS),
+    ("layer.rel_rms", "fp8"): Limit(0.35, _WEIGHTS),
     ("layer.rel_rms", "int4"): Limit(0.5, _WEIGHTS),
     ("preprocess.rel_rms", "float32"): Limit(1e-5, _HOST),
     ("conditioning.rel_rms", "float32"): Limit(1e-6, _ROWS),
