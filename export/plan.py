@@ -14,7 +14,7 @@ from omniport.runtime.errors import UsageError
 from .budget import BUILD_CONSTANT, BUILD_FACTOR
 from .plan_machines import Machine
 from .plan_recipes import RECIPES, PlanRecipe, graph_bytes, matrix_bytes, storage_of
-from .plan_shapes import CONVOLUTION, DecoderShape, GraphShape, Matrix, ModelShape
+from .plan_shapes import CONVOLUTION, WIDENING, DecoderShape, GraphShape, Matrix, ModelShape
 
 __all__ = ["CODES_PER_SECOND", "Memory", "RecipePlan", "Speed", "TargetPlan", "make_plan"]
 
@@ -298,7 +298,7 @@ class _Job:
         storage = storage_of(self.recipe, graph, matrix)
         if storage.arithmetic:
             return self.machine.rates[storage.arithmetic]
-        if matrix.kind == CONVOLUTION:
+        if matrix.kind in (CONVOLUTION, WIDENING):
             return self.machine.rates["convolution"]
         return self.machine.rates[str(storage.bits) if storage.bits else self._own(graph)]
 

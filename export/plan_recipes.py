@@ -71,6 +71,7 @@ class PlanRecipe:
 
 _EXPORT = "omniport export CHECKPOINT BUNDLE --precision {}"
 _QUANTIZE = "omniport quantize BUNDLE OUT --recipe {}"
+_CALIBRATED = _QUANTIZE + " --calib CALIB"
 _SMALL = " ".join(f"--graph-recipe {graph}=w8" for graph in (*_ENCODERS, "dit"))
 RECIPES: Mapping[str, PlanRecipe] = {
     recipe.name: recipe
@@ -87,19 +88,18 @@ RECIPES: Mapping[str, PlanRecipe] = {
         ),
         PlanRecipe(
             "int8",
-            _QUANTIZE.format("int8"),
+            _CALIBRATED.format("int8"),
             graphs={
-                name: {ATTENTION: _INT8, PRODUCT: _INT8, CONVOLUTION: _INT8} for name in (*_ENCODERS, *_LM, *_TOKEN2WAV)
+                **{name: {ATTENTION: _INT8, PRODUCT: _INT8} for name in (*_ENCODERS, *_LM, "dit")},
+                "bigvgan": {CONVOLUTION: _INT8},
             },
             needs=("int8",),
-            outlook=True,
         ),
         PlanRecipe(
             "fp8",
-            _QUANTIZE.format("fp8"),
+            _CALIBRATED.format("fp8"),
             graphs={name: {ATTENTION: _FP8, PRODUCT: _FP8} for name in (*_ENCODERS, *_LM, "dit")},
             needs=("fp8",),
-            outlook=True,
         ),
         PlanRecipe("int4", _QUANTIZE.format("int4"), graphs=dict.fromkeys(_LM, _MIXED), needs=("int4", "int8")),
         PlanRecipe(

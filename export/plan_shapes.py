@@ -24,6 +24,7 @@ __all__ = [
     "CONVOLUTION",
     "PRODUCT",
     "PUBLISHED",
+    "WIDENING",
     "DecoderShape",
     "GraphShape",
     "Matrix",
@@ -35,6 +36,8 @@ __all__ = [
 
 #: kinds of weights, as quantization recipes tell them apart (calib/recipe.py)
 ATTENTION, PRODUCT, CONVOLUTION = "attention", "product", "convolution"
+#: convolutions that change the number of channels: the vocoder's first, its last, and those that resample
+WIDENING = "widening"
 #: sizes that need no files
 PUBLISHED = ("3b", "7b")
 #: widths of a head in the encoders and the DiT, which a bundle does not say
@@ -290,17 +293,17 @@ _TIME_POINTS = 28
 def _vocoder(c: Mapping[str, Any]) -> GraphShape:
     channels, mel = int(c["upsample_initial_channel"]), int(c.get("mel_dim", 80))
     kernels, dilations = c["resblock_kernel_sizes"], c["resblock_dilation_sizes"]
-    matrices = [Matrix(CONVOLUTION, mel * 7, channels)]
+    matrices = [Matrix(WIDENING, mel * 7, channels)]
     other, rate, width = channels, 1, channels
     for stride, kernel in zip(c["upsample_rates"], c["upsample_kernel_sizes"], strict=True):
-        matrices.append(Matrix(CONVOLUTION, width * kernel, width // 2, steps=rate))
+        matrices.append(Matrix(WIDENING, width * kernel, width // 2, steps=rate))
         width, rate = width // 2, rate * stride
         for size, times in zip(kernels, dilations, strict=True):
             matrices.append(Matrix(CONVOLUTION, width * size, width, 2 * len(times), rate))
         layers = 2 * sum(len(times) for times in dilations)
         # a bias, two filters of 7 taps for two phases, and two vectors for both phases
         other += width + layers * width * (1 + 28 + 4)
-    matrices.append(Matrix(CONVOLUTION, width * 7, 1, steps=rate))
+    matrices.append(Matrix(WIDENING, width * 7, 1, steps=rate))
     return GraphShape("bigvgan", tuple(matrices), other + 32 * width, 0, channels, channels, 1)
 
 
@@ -365,9 +368,10 @@ def _graph_of_file(bundle: Bundle, name: str) -> GraphShape:
         if weight.operator == "MatMul" and len(dims) == 2:
             matrices.append(Matrix(PRODUCT, dims[0], dims[1], steps=_STEPS.get(name, 1.0)))
         elif weight.operator == "Conv" and len(dims) == 3 and dims[1] > 2:
-            matrices.append(Matrix(CONVOLUTION, dims[1] * dims[2], dims[0], steps=levels.get(dims[0], levels[1])))
+            kind = CONVOLUTION if dims[0] == dims[1] else WIDENING
+            matrices.append(Matrix(kind, dims[1] * dims[2], dims[0], steps=levels.get(dims[0], levels[1])))
         elif weight.operator == "ConvTranspose" and len(dims) == 3:
-            matrices.append(Matrix(CONVOLUTION, dims[0] * dims[2], dims[1], steps=levels[dims[0]]))
+            matrices.append(Matrix(WIDENING, dims[0] * dims[2], dims[1], steps=levels[dims[0]]))
         elif not weight.scale:
             other += math.prod(dims)
     width = matrices[0].n if matrices else 0
