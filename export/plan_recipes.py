@@ -52,7 +52,6 @@ class PlanRecipe:
         needs: formats that the machine must have.
         keeps_first: the first layer of thinker and talker is not quantized.
         command: what makes such a bundle.
-        outlook: quantize has no such recipe yet; it is planned for all the same, and never recommended.
     """
 
     name: str
@@ -60,7 +59,6 @@ class PlanRecipe:
     precision: str = ""
     graphs: Mapping[str, Mapping[str, Storage]] | None = None
     needs: tuple[str, ...] = ()
-    outlook: bool = False
     keeps_first: bool = False
 
     def graph_precision(self, graph: str, own: str) -> str:
@@ -92,14 +90,12 @@ RECIPES: Mapping[str, PlanRecipe] = {
                 name: {ATTENTION: _INT8, PRODUCT: _INT8, CONVOLUTION: _INT8} for name in (*_ENCODERS, *_LM, *_TOKEN2WAV)
             },
             needs=("int8",),
-            outlook=True,
         ),
         PlanRecipe(
             "fp8",
             _QUANTIZE.format("fp8"),
             graphs={name: {ATTENTION: _FP8, PRODUCT: _FP8} for name in (*_ENCODERS, *_LM, "dit")},
             needs=("fp8",),
-            outlook=True,
         ),
         PlanRecipe("int4", _QUANTIZE.format("int4"), graphs=dict.fromkeys(_LM, _MIXED), needs=("int4", "int8")),
         PlanRecipe(
