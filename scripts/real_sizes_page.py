@@ -18,7 +18,7 @@ def page(results: dict[str, Any]) -> str:
         "",
         "Made by `scripts/measure_real_sizes.py` from real-sizes.json: do not edit by hand. Random weights of the",
         f"published models' geometry. {results['machine']}, no GPU, shared with other work; ONNX Runtime on the CPU.",
-        "The load was above 5 while the 3B was exported, and below 2 while it was copied: its times are not comparable.",
+        "The load was above 5 while the 3B was exported, and lower while it was copied: times are not comparable.",
         "Times include flushing what was written to the disk. Inputs are not in the page cache when a step begins.",
         "",
         "## Making and exporting",
