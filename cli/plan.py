@@ -87,7 +87,6 @@ def _recipe_dict(row: RecipePlan) -> dict[str, Any]:
         return found
     memory, speed = row.memory, row.speed
     return found | {
-        "outlook": row.recipe.outlook,
         "fits": row.fits,
         "builds": row.builds,
         "build_bytes": row.build_bytes,
@@ -145,7 +144,7 @@ def _row(row: RecipePlan) -> tuple[str, ...]:
         return (row.recipe.name, "-", "-", "-", "-", "no", *["-"] * 6)
     memory, speed = row.memory, row.speed
     return (
-        row.recipe.name + (" (outlook)" if row.recipe.outlook else ""),
+        row.recipe.name,
         size_text(sum(memory.weights.values())),
         size_text(memory.caches),
         size_text(memory.activations),

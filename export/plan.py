@@ -124,7 +124,7 @@ class TargetPlan:
     @property
     def best(self) -> str:
         """The recipe that loses least of those that speak in real time, or else the one that works least on speech."""
-        working = [row for row in self.recipes if row.works and not row.recipe.outlook]
+        working = [row for row in self.recipes if row.works]
         speaking = [row for row in working if row.speed is not None and row.speed.real_time]
         if speaking:
             return min(speaking, key=lambda row: (_loss(row.recipe), _load(row))).recipe.name

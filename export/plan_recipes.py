@@ -52,7 +52,6 @@ class PlanRecipe:
         needs: formats that the machine must have.
         keeps_first: the first layer of thinker and talker is not quantized.
         command: what makes such a bundle.
-        outlook: quantize has no such recipe yet; it is planned for all the same, and never recommended.
     """
 
     name: str
@@ -60,7 +59,6 @@ class PlanRecipe:
     precision: str = ""
     graphs: Mapping[str, Mapping[str, Storage]] | None = None
     needs: tuple[str, ...] = ()
-    outlook: bool = False
     keeps_first: bool = False
 
     def graph_precision(self, graph: str, own: str) -> str:

@@ -18,6 +18,7 @@ def page(results: dict[str, Any]) -> str:
         "",
         "Made by `scripts/measure_real_sizes.py` from real-sizes.json: do not edit by hand. Random weights of the",
         f"published models' geometry. {results['machine']}, no GPU, shared with other work; ONNX Runtime on the CPU.",
+        "The load was above 5 while the 3B was exported, and lower while it was copied: times are not comparable.",
         "Times include flushing what was written to the disk. Inputs are not in the page cache when a step begins.",
         "",
         "## Making and exporting",
@@ -95,6 +96,8 @@ def _stage_lines(results: dict[str, Any]) -> list[str]:
 
 
 def _trace_lines(results: dict[str, Any]) -> list[str]:
+    if not any(name.startswith("trace") for size in SIZES for name in results.get(size, {})):
+        return []
     lines = [
         "",
         "Tracing depends on the geometry alone and its result is cached, so that it is a constant of the first export:",

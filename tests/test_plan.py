@@ -109,12 +109,11 @@ def test_a_bundle_and_its_checkpoint_multiply_alike(bundles: dict[str, Path], ti
 
 
 def test_recipes_are_those_of_quantize() -> None:
-    """What a plan recommends can be made; what cannot be made yet is called an outlook."""
+    """What a plan recommends can be made."""
     known = {name.value for name in RecipeName}
     for recipe in RECIPES.values():
         if "--recipe" in recipe.command:
-            assert recipe.outlook == (recipe.command.split("--recipe ")[1].split()[0] not in known)
-    assert not RECIPES[planned("3b", "jetson-orin-nx-16gb").best].outlook
+            assert recipe.command.split("--recipe ")[1].split()[0] in known
 
 
 # --- memory and speed ----------------------------------------------------------------------------------------
@@ -177,7 +176,6 @@ def test_measurements_are_met(script: Any) -> None:
     for recipe, found in results["bundles"].items():
         says = script.predicted(model, recipe, found)
         assert says["memory"] == pytest.approx(found["peak"], rel=script.MEMORY_LIMIT), recipe
-        assert len(says["decode"]) == 4
         for case, (*_, deviation) in says["decode"].items():
             assert abs(deviation) < script.DECODE_LIMIT, (recipe, case)
 
