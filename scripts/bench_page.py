@@ -25,9 +25,9 @@ ASKED = (
     ("prefill", "512", "1.2 times as fast", lambda f: _times(f.faster)),
     ("talker", "1024", "1.5 times as fast", lambda f: _times(f.faster)),
     ("audio_encoder", "30 s", "1.2 times as fast", lambda f: _times(f.faster)),
-    ("vision_encoder", "1024x768", "1.2 times as fast", lambda f: _times(f.faster)),
+    ("vision_encoder", "512x384", "1.2 times as fast", lambda f: _times(f.faster)),
     ("dit", "60 codes", "1.5 times as fast", lambda f: _times(f.faster)),
-    ("bigvgan", "250 frames", "3 times as fast", lambda f: _times(f.faster)),
+    ("bigvgan", "40 frames", "3 times as fast", lambda f: _times(f.faster)),
     ("reply", "first sound", "10 times sooner", lambda f: _times(f.faster)),
     ("reply", "total", "2 times as fast", lambda f: _times(f.faster)),
 )
