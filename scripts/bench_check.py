@@ -32,10 +32,13 @@ def main() -> None:
     parser.add_argument("--band", type=float, default=BAND)
     options = parser.parse_args()
     before = read_report(RESULTS)
+    threads = 1 if before.clock == "cpu" else physical_cores()
     now = bench(
         options.bundle,
         options.stages.split(","),
-        rival=lambda bundle: TransformersRival(bundle, options.checkpoint, physical_cores()),
+        rival=lambda bundle: TransformersRival(bundle, options.checkpoint, threads),
+        threads=threads,
+        clock=before.clock,
         progress=lambda stage, done, total: print(f"{stage} ({done} of {total})", file=sys.stderr),
     )
     rows = changes(before, now, options.band)
