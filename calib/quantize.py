@@ -155,7 +155,8 @@ class _Job:
                     "the newest operators, or leave it out with --graph-recipe"
                 )
         self.total = sum(tensor.nbytes for name in self.made for tensor in sources[name].values())
-        check_space(self.out, sum(self._new_bytes(name, sources[name]) for name in self.made))
+        kept = sum(self._bytes(self.manifest.files, spec) for name, spec in specs.items() if name not in self.made)
+        check_space(self.out, kept + sum(self._new_bytes(name, sources[name]) for name in self.made))
 
     def _new_bytes(self, graph: str, sources: Mapping[str, Stored]) -> int:
         """Bytes of a graph's data file, a little more than it will have: alignment, and scales as if in FP32."""
@@ -176,8 +177,9 @@ class _Job:
         for name in self.made:
             for old in (specs[name].file, *specs[name].data):
                 files.pop(old)
+        weights = {file for spec in specs.values() for file in spec.data}
         for file in files:
-            take_over(self.bundle.path(file), folder / file)
+            take_over(self.bundle.path(file), folder / file, link=file not in weights)
         for name in self.manifest.graphs:
             started = time.perf_counter()
             before = self._bytes(self.manifest.files, specs[name])

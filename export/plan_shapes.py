@@ -286,8 +286,8 @@ def _dit(c: Mapping[str, Any]) -> GraphShape:
     return GraphShape("dit", matrices, table + vectors, fixed, width, mult * width, heads)
 
 
-#: time points of the default schedule: 9 intervals of RK4, whose ends are shared (runtime/solver.py)
-_TIME_POINTS = 28
+#: time points of the default schedule: 9 intervals of RK4, whose ends are shared, and their middles (runtime/solver.py)
+_TIME_POINTS = 37
 
 
 def _vocoder(c: Mapping[str, Any]) -> GraphShape:

@@ -22,6 +22,7 @@ from .graph_defs import GraphDefinition
 __all__ = ["CODE", "file_record", "graph_key", "graph_whole", "source_key"]
 
 _SHARED = (
+    "config.py",
     "data_file.py",
     "graph_defs.py",
     "lowering.py",
@@ -35,6 +36,7 @@ _SHARED = (
     "trace.py",
     "weights.py",
     "models/layers.py",
+    "models/stack.py",
 )
 #: graph -> source files, relative to this package, that its content depends on
 CODE: dict[str, tuple[str, ...]] = {

@@ -64,13 +64,18 @@ def staging(out: Path) -> Iterator[Path]:
                     folder.rmdir()
 
 
-def take_over(source: Path, target: Path) -> None:
-    """Hard-link a file into the new folder, or copy it where links are not possible."""
+def take_over(source: Path, target: Path, link: bool = True) -> None:
+    """Hard-link a file into the new folder, or copy it where links are not possible.
+
+    Args:
+        link: False copies: the onnx package reads no weights from a file that has other links.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    if link:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def check_space(out: Path, needed: int, what: str = "bundle") -> None:

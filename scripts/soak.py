@@ -160,7 +160,15 @@ def _oracle(
 ) -> tuple[str, NDArray[np.float32], Done, int]:
     """The same conversation up to the question, whole, in new caches, one worker after the other."""
     task = session._task(
-        None, options["speak"], options["thinker"], options["talker"], options["seed"], None, "stream", threads=False
+        None,
+        options["speak"],
+        options["thinker"],
+        options["talker"],
+        options["seed"],
+        None,
+        "stream",
+        "rk4",
+        threads=False,
     )
     fresh = Conversation(session.bundle, session._new_cache, session.max_context)
     fresh.use(task.backend, task.timer)

@@ -38,6 +38,9 @@ class OmniportExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         parser.add_argument("--kv", choices=("static", "concat"), default="static", help="form of the KV cache")
         parser.add_argument("--keep-fp32", action="append", default=[], metavar="REGEX", help="layers that stay FP32")
         parser.add_argument("--ranges", metavar="FILE", help="ranges.json: FP16 graphs keep in FP32 what overflows")
+        parser.add_argument(
+            "--zero-points", choices=("keep", "separate"), default="keep", help="where those of GPTQ and AWQ weights go"
+        )
         parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of text")
         parser.add_argument("--quiet", action="store_true", help="print no progress on stderr")
 
@@ -51,6 +54,7 @@ class OmniportExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         command += ["--graphs", args.graphs] if args.graphs else []
         command += [f"--keep-fp32={pattern}" for pattern in args.keep_fp32]
         command += ["--ranges", args.ranges] if args.ranges else []
+        command += ["--zero-points", args.zero_points]
         command += [flag for flag, wanted in (("--json", args.json), ("--quiet", args.quiet)) if wanted]
         run([*command, "--", args.checkpoint, args.out])
 
