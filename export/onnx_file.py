@@ -58,6 +58,7 @@ class Operand:
         operator: type of the first node that reads it, looked for behind DequantizeLinear, Cast and Transpose.
         stride: of that node along its first axis, where it is a convolution.
         scale: it is the scale of quantized weights.
+        single: it is stored in float32.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Operand:
     operator: str
     stride: int = 1
     scale: bool = False
+    single: bool = True
 
 
 class OnnxFile:
@@ -109,7 +111,7 @@ class OnnxFile:
 
     def operands(self) -> list[Operand]:
         """The initializers in the order of the nodes that read them; one that nothing reads is left out."""
-        dims = {tensor.name: tuple(tensor.dims) for tensor in self._model.graph.initializer}
+        tensors = {tensor.name: tensor for tensor in self._model.graph.initializer}
         readers: dict[str, Any] = {}
         for node in self._model.graph.node:
             for name in node.input:
@@ -117,12 +119,13 @@ class OnnxFile:
         found = []
         for node in self._model.graph.node:
             for name in node.input:
-                if name in dims and readers[name] is node:
+                if name in tensors and readers[name] is node:
                     end = node
                     while end.op_type in _PASSING and end.output[0] in readers:
                         end = readers[end.output[0]]
                     scale = node.op_type == "DequantizeLinear" and name != node.input[0]
-                    found.append(Operand(name, dims[name], end.op_type, _stride(end), scale))
+                    dims, single = tuple(tensors[name].dims), tensors[name].data_type == TensorProto.FLOAT
+                    found.append(Operand(name, dims, end.op_type, _stride(end), scale, single))
         return found
 
     def zero_points(self) -> list[str]:

@@ -361,7 +361,8 @@ def _graph_of_file(bundle: Bundle, name: str) -> GraphShape:
     from .onnx_file import open_onnx
 
     weights = open_onnx(bundle.path(bundle.manifest.graphs[name].file)).operands()
-    matrices, other = [], 0
+    matrices, other, fixed = [], 0, 0
+    half = bundle.manifest.graphs[name].compute_dtype != "float32"
     levels = _levels(weights)
     for weight in weights:
         dims = weight.dims
@@ -372,12 +373,14 @@ def _graph_of_file(bundle: Bundle, name: str) -> GraphShape:
             matrices.append(Matrix(kind, dims[1] * dims[2], dims[0], steps=levels.get(dims[0], levels[1])))
         elif weight.operator == "ConvTranspose" and len(dims) == 3:
             matrices.append(Matrix(WIDENING, dims[0] * dims[2], dims[1], steps=levels[dims[0]]))
+        elif half and weight.single:
+            fixed += math.prod(dims)
         elif not weight.scale:
             other += math.prod(dims)
     width = matrices[0].n if matrices else 0
     ffn = max((m.n for m in matrices if m.k == width), default=width)
     head = {"vision_encoder": _VISION_HEAD, "audio_encoder": _AUDIO_HEAD}.get(name, _AUDIO_HEAD)
-    return GraphShape(name, tuple(matrices), other, 0, width, ffn, max(1, width // head))
+    return GraphShape(name, tuple(matrices), other, fixed, width, ffn, max(1, width // head))
 
 
 #: rows of a layer for one row of the graph: the audio encoder halves mel frames, guidance doubles the DiT's
