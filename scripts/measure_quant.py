@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--recipes", default="int8,w8,int4,int8-plain,w8-alone,int4-alone")
     parser.add_argument("--calib", type=Path)
+    parser.add_argument("--name", help="what the page calls the checkpoint; the bundle's name for it otherwise")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--page", action="store_true", help="only write the page from quant.json")
@@ -228,6 +229,7 @@ def main() -> None:
         recipes = options.recipes.split(",")
         calibration = Calibration.load(options.calib) if options.calib else None
         found = measure(options.bundle, options.folder, recipes, calibration, options.steps, options.rounds)
+        found["bundle"] = options.name or found["bundle"]
         place.write_text(json.dumps(found, indent=1) + "\n")
     (RESULTS / "quant.md").write_text(page(json.loads(place.read_text())))
 
