@@ -25,7 +25,7 @@ from .export import EXPORT_MODULES
 if TYPE_CHECKING:
     from omniport.calib.quantize import Progress, QuantizeReport
     from omniport.calib.search import Target
-    from omniport.calib.target import TargetReport
+    from omniport.calib.target import Quantizer, TargetReport
 
 __all__ = ["EXAMPLE", "NAME", "RecipeName", "command", "curve_dict", "graph_choices", "report_dict"]
 
@@ -102,22 +102,7 @@ def command(
     chosen = graph_choices(graph_recipe or [])
     target = _target(target_sqnr, max_kl, data, curve)
     require_extra("export", *QUANTIZE_MODULES)
-    from omniport.calib.calibration import Calibration
-    from omniport.calib.quantize import quantize_bundle
-
-    calibration = None if calib is None else Calibration.load(calib)
-
-    def make(folder: Path, kept: Sequence[str], recipes: Mapping[str, str], told: Progress | None) -> QuantizeReport:
-        return quantize_bundle(
-            bundle,
-            folder,
-            recipe.value,
-            keep=kept,
-            graph_recipes=recipes,
-            calibration=calibration,
-            progress=told,
-        )
-
+    make = _quantizer(bundle, recipe, calib)
     with progress_bar(quiet or json) as progress:
         if target is None:
             report, found = make(out, keep or (), chosen, progress), None
@@ -134,6 +119,38 @@ def command(
     if json:
         print_json(report_dict(report) | ({} if found is None else {"search": curve_dict(found)}))
         return
+    _print(report)
+    if found is not None:
+        _print_search(found)
+    log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav", markup=False)
+
+
+def _quantizer(bundle: Path, recipe: RecipeName, calib: Path | None) -> Quantizer:
+    """What quantizes the bundle by the recipe into a folder; the calibration is read first.
+
+    Raises:
+        BundleError: the calibration is damaged or missing.
+    """
+    from omniport.calib.calibration import Calibration
+    from omniport.calib.quantize import quantize_bundle
+
+    calibration = None if calib is None else Calibration.load(calib)
+
+    def make(folder: Path, kept: Sequence[str], recipes: Mapping[str, str], told: Progress | None) -> QuantizeReport:
+        return quantize_bundle(
+            bundle,
+            folder,
+            recipe.value,
+            keep=kept,
+            graph_recipes=recipes,
+            calibration=calibration,
+            progress=told,
+        )
+
+    return make
+
+
+def _print(report: QuantizeReport) -> None:
     rows = (
         (
             row.name,
@@ -147,9 +164,6 @@ def command(
     )
     columns = ("graph", "precision", "weights", "before", "after", "ratio")
     print_table(f"Quantized to {report.path} ({report.recipe})", columns, rows)
-    if found is not None:
-        _print_search(found)
-    log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav", markup=False)
 
 
 def _target(sqnr: float | None, kl: float | None, data: Path | None, curve: Path | None) -> Target | None:
