@@ -17,10 +17,10 @@ $(PYTHON):
 	$(SYSTEM_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 
-# Reinstalled when pyproject.toml changes. torch comes first, so that the build asked for is the one that stays.
-$(INSTALLED): pyproject.toml | $(PYTHON)
+# Reinstalled when pyproject.toml or the tested versions change. torch comes first, so that the build asked for is the one that stays.
+$(INSTALLED): pyproject.toml tests/constraints.txt | $(PYTHON)
 	$(PYTHON) -m pip install --quiet torch==2.13.0
-	$(PYTHON) -m pip install --quiet -e '.[test]'
+	$(PYTHON) -m pip install --quiet --constraint tests/constraints.txt -e '.[test]'
 	touch $@
 
 lint: $(INSTALLED)

@@ -20,7 +20,7 @@ from torch import nn
 
 from .checkpoint import Checkpoint
 from .parity import dit_case, reference_logits, vision_case
-from .reference_parts import load_reference
+from .reference_parts import cache_keyword, load_reference
 from .speakers import load_speakers
 
 __all__ = ["TransformersRival"]
@@ -140,8 +140,8 @@ class TransformersRival:
             output = decoder(
                 inputs_embeds=project(rows[None, start:stop]),
                 position_ids=places[..., start:stop],
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_keyword(decoder): cache},
             )
             return torch.as_tensor(output.last_hidden_state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from .checkpoint import Checkpoint
 from .weights import blocks
 
-__all__ = ["load_reference", "reference_bytes"]
+__all__ = ["cache_keyword", "load_reference", "reference_bytes"]
 
 _PARTS: Mapping[str, tuple[str, str, str]] = {
     # graph: (transformers class, path of its configuration, prefix of its weights)
@@ -50,6 +51,11 @@ def load_reference(ckpt: Checkpoint, graph: str) -> nn.Module:
                 raise CheckpointError(f"{ckpt.name} has no {key!r}, which {class_name} needs")
             _fill(parameter, ckpt, key)
     return module
+
+
+def cache_keyword(decoder: nn.Module) -> str:
+    """The keyword under which ``decoder.forward`` takes its key/value cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 def reference_bytes(ckpt: Checkpoint, graph: str) -> int:

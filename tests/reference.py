@@ -319,7 +319,8 @@ def _masked(talker: Any) -> Iterator[None]:
     def restore(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs.get("attention_mask") is None:
             tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-            past = kwargs["past_key_values"].get_seq_length()
+            cache = kwargs["cache"] if "cache" in kwargs else kwargs["past_key_values"]  # renamed in 5.24
+            past = cache.get_seq_length()
             kwargs["attention_mask"] = torch.ones(1, past + tokens.shape[1], dtype=torch.long)
         return args, kwargs
 

@@ -25,6 +25,7 @@ from omniport.runtime.errors import UnknownVoice
 from torch import nn
 
 from ..checkpoint import Checkpoint
+from ..reference_parts import cache_keyword
 from ..speakers import Speaker, load_speakers
 from .reference import Reference, array_key
 from .reference_inputs import Inputs
@@ -207,13 +208,11 @@ def _think(reference: Reference, reply: StagedReply, limits: ReplyLimits) -> Non
     start = torch.from_numpy(reply.inputs.positions)
 
     def run(module: Any) -> dict[str, torch.Tensor]:
-        cache = _dynamic_cache()
+        cached = {cache_keyword(module): _dynamic_cache()}
         x, positions = embeds[None], start[:, None]
         kept: dict[str, list[torch.Tensor]] = {"embeds": [], "positions": [], "hidden": [], "logits": [], "tokens": []}
         while True:
-            hidden = module(
-                inputs_embeds=x, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state
+            hidden = module(inputs_embeds=x, position_ids=positions, use_cache=True, **cached).last_hidden_state
             logits = module.lm_head(hidden[:, -1])
             token = logits.argmax(-1)
             for name, value in zip(kept, (x[0], positions[:, 0].T, hidden[0], logits, token), strict=True):
@@ -310,7 +309,7 @@ def _generate_codes(
     try:
         module.rope_deltas = None
         cache, ids = _dynamic_cache(), history[None]
-        common: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **positioning}
+        common: dict[str, Any] = {cache_keyword(module): cache, "use_cache": True, **positioning}
         given: dict[str, Any] = {"inputs_embeds": prefill.clone()}  # forward adds to it in place
         while True:
             out = module(attention_mask=torch.ones_like(ids), thinker_reply_part=rest, **given, **common)
