@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Array, Backend, Graph, KvCache
+from .backends.base import Array, Backend, Graph, KvCache, shares_cores
+from .pace import Turns
+from .timing import StageTimer
 
 __all__ = ["CancelToken", "Cancelled", "GuardedBackend"]
 
@@ -49,49 +52,65 @@ class CancelToken:
 
 
 class GuardedBackend:
-    """A backend whose graphs refuse to run once the token is set, and count the time that runs take.
+    """A backend whose graphs refuse to run once the token is set, take turns where they share cores, and count the
+    time that runs take.
 
     So every stage stops within one step, be it an encoder batch, 512 tokens of prefill, a token, an evaluation of the
     DiT or a window of the vocoder, and no stage has to think of it.
+
+    Args:
+        timer: of the stages that run here.
 
     Attributes:
         seconds: time inside graph runs, by graph.
     """
 
-    def __init__(self, inner: Backend, token: CancelToken) -> None:
+    def __init__(self, inner: Backend, token: CancelToken, timer: StageTimer) -> None:
         self.name = inner.name
         self.seconds: dict[str, float] = {}
         self._inner = inner
         self._token = token
+        self._turns = Turns(token, timer) if shares_cores(inner) else None
         self._graphs: dict[str, _GuardedGraph] = {}
 
     def graph(self, name: str) -> Graph:
         """As ``Backend.graph``."""
         self._token.check()
         if name not in self._graphs:
-            self._graphs[name] = _GuardedGraph(name, self._inner.graph(name), self._token, self.seconds)
+            self._graphs[name] = _GuardedGraph(name, self._inner.graph(name), self._token, self._turns, self.seconds)
         return self._graphs[name]
+
+    def shares_cores(self) -> bool:
+        """As the backend's own."""
+        return self._turns is not None
 
     def close(self) -> None:
         """Nothing: the backend belongs to the session."""
 
 
 class _GuardedGraph:
-    def __init__(self, name: str, inner: Graph, token: CancelToken, seconds: dict[str, float]) -> None:
+    def __init__(
+        self, name: str, inner: Graph, token: CancelToken, turns: Turns | None, seconds: dict[str, float]
+    ) -> None:
         self._name = name
         self._inner = inner
         self._token = token
+        self._turns = turns
         self._seconds = seconds
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
         """As ``Graph.run``. Each graph is run by one thread at a time, so its count needs no lock."""
         self._token.check()
-        start = time.perf_counter()
-        try:
-            return self._inner.run(feeds, cache)
-        finally:
-            self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - start
+        with self._turn():
+            start = time.perf_counter()
+            try:
+                return self._inner.run(feeds, cache)
+            finally:
+                self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - start
 
     def new_cache(self, capacity: int) -> KvCache:
         """As ``Graph.new_cache``."""
         return self._inner.new_cache(capacity)
+
+    def _turn(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._turns is None else self._turns.take(self._name)

@@ -142,7 +142,15 @@ class Reply:
         )
         text = task.codec.stream()
         self._workers = Workers(
-            run, text, task.speech, conversation, task.token, task.timer, self._elapsed, threads=task.threads
+            run,
+            text,
+            task.speech,
+            conversation,
+            task.token,
+            task.timer,
+            self._elapsed,
+            threads=task.threads,
+            paced=task.backend.shares_cores(),
         )
         return conversation.take_dropped()
 

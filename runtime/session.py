@@ -296,7 +296,7 @@ class OmniSession:
             raise UsageError(f"seed is {seed!r}; a whole number of at least 0 was expected")
         streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3)]
         timer, token = StageTimer(), CancelToken()
-        backend = GuardedBackend(self.backend, token)
+        backend = GuardedBackend(self.backend, token, timer)
         asked = (voice, talker, streams[1:], noise, window, solver)
         speech = self._speech(backend, timer, *asked) if speak else None
         longest = max(config.max_new_tokens, speech.sampler.config.max_new_tokens if speech else 0)

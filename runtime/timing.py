@@ -11,18 +11,30 @@ __all__ = ["StageTimer"]
 
 
 class StageTimer:
-    """Adds up wall time by stage: ``with timer("dit"): ...``, from any thread."""
+    """Adds up wall time by stage: ``with timer("dit"): ...``, from any thread, without what was waited for a turn."""
 
     def __init__(self) -> None:
         self.busy: dict[str, float] = {}
         self._lock = threading.Lock()
+        self._thread = threading.local()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Count the time of a block towards ``stage``, also if it raises."""
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self.left_out
         try:
             yield
         finally:
+            seconds = time.perf_counter() - start - (self.left_out - before)
             with self._lock:
-                self.busy[stage] = self.busy.get(stage, 0.0) + time.perf_counter() - start
+                self.busy[stage] = self.busy.get(stage, 0.0) + seconds
+
+    @property
+    def left_out(self) -> float:
+        """Seconds that the calling thread has waited for its turns so far."""
+        seconds: float = getattr(self._thread, "left_out", 0.0)
+        return seconds
+
+    def leave_out(self, seconds: float) -> None:
+        """The calling thread has waited: these seconds count towards no stage."""
+        self._thread.left_out = self.left_out + seconds

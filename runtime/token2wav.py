@@ -7,13 +7,15 @@ frames of the look-ahead serve as the vocoder's right context and are solved aga
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Backend
+from .backends.base import Backend, shares_cores
 from .bundle import Bundle
 from .errors import BundleError, OmniportError, UsageError
 from .solver import Solver, solve, with_method
@@ -24,6 +26,8 @@ __all__ = ["WINDOWS", "MelPiece", "NoiseStream", "SpeechWindows", "Token2Wav", "
 #: fewest mel frames of context that the vocoder is near exact with
 _LEAST_CONTEXT = 20
 _NOISE_BLOCK = 24
+#: windows on shared cores that are behind: 1.4 times the codes that are spoken instead of 1.8. Engines end at 84 codes
+_BEHIND = 96
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,13 @@ class SpeechWindows:
             The first sound has to wait for ``chunks[0]`` codes and the look-ahead of 12; long windows solve less twice.
         vocoder_context: mel frames around a window that the vocoder sees, at least 20. None is the bundle's receptive
             field (34), with which its samples depend on nothing else.
+        behind: codes of every window after those of ``chunks`` where the DiT alone is slower than the speech is heard:
+            gaps are there anyway, and what counts is when it is complete. None: as ``chunks`` says.
     """
 
     chunks: tuple[int, ...] = (12, 24, 48)
     vocoder_context: int | None = None
+    behind: int | None = None
 
 
 Window = Literal["stream", "whole"] | SpeechWindows
@@ -114,7 +121,8 @@ class Token2Wav:
 
     Args:
         speaker: float32 [192]. reference: float32 [128].
-        window: ``stream``, ``whole``, or windows of one's own.
+        window: ``stream``, ``whole``, or windows of one's own. ``stream`` is ``SpeechWindows()``, with longer windows
+            where the backend's graphs share cores and are behind.
         solver: of the ODE, see `omniport.runtime.solver`.
 
     Raises:
@@ -144,10 +152,12 @@ class Token2Wav:
         self._timer = timer
         self._block = self._dit.block_size // self._dit.repeats
         self._streaming = window != "whole"
-        self._chunks, self._context = self._cuts(window)
+        self._windows = self._cuts(window)
+        self._context = self._vocoder_context(self._windows)
+        self._quickest = math.inf  # seconds that the quickest evaluation so far took for a code
         self._codes: list[int] = []
         self._done = 0  # codes whose samples are out
-        self._windows = 0
+        self._emitted = 0
         # Final mel frames [n, 80] before the next chunk that its samples can depend on.
         self._tail = np.zeros((0, self._dit.mel_dim), np.float32)
 
@@ -186,18 +196,24 @@ class Token2Wav:
         """Samples float32 [n] of a window. Needs nothing of the others, so it may run beside them."""
         return self._synthesize(piece.mel, piece.skip, piece.count)
 
-    def _cuts(self, window: Window) -> tuple[tuple[int, ...], int]:
-        """Codes of each window and the vocoder's context, checked."""
+    def _cuts(self, window: Window) -> SpeechWindows:
+        """The windows, checked."""
         if window in WINDOWS:
-            window = SpeechWindows()
+            window = SpeechWindows(behind=_BEHIND if shares_cores(self._backend) else None)
         if not isinstance(window, SpeechWindows):
             raise UsageError(f"window is {window!r}; {', '.join(WINDOWS)} or a SpeechWindows was expected")
-        whole = all(isinstance(codes, int) and codes > 0 and codes % self._block == 0 for codes in window.chunks)
-        if not window.chunks or not whole:
-            raise UsageError(
-                f"SpeechWindows.chunks is {window.chunks!r}; one or more multiples of {self._block} codes, the DiT's "
-                "attention block, were expected"
-            )
+        behind = () if window.behind is None else (window.behind,)
+        for name, chunks in (("chunks", window.chunks), ("behind", behind)):
+            whole = all(isinstance(codes, int) and codes > 0 and codes % self._block == 0 for codes in chunks)
+            if not window.chunks or not whole:
+                raise UsageError(
+                    f"SpeechWindows.{name} is {getattr(window, name)!r}; multiples of {self._block} codes, the DiT's "
+                    "attention block, were expected"
+                )
+        return window
+
+    def _vocoder_context(self, window: SpeechWindows) -> int:
+        """Mel frames around a window that the vocoder sees, checked."""
         most = self._vocoder.context_frames
         context = most if window.vocoder_context is None else window.vocoder_context
         if not isinstance(context, int) or not min(_LEAST_CONTEXT, most) <= context <= most:
@@ -205,28 +221,52 @@ class Token2Wav:
                 f"SpeechWindows.vocoder_context is {context!r}; {min(_LEAST_CONTEXT, most)} to {most} mel frames were "
                 "expected"
             )
-        return tuple(window.chunks), context
+        return context
 
     @property
     def longest(self) -> int:
         """Codes that the longest window adds."""
-        return max(self._chunks)
+        return max(*self._windows.chunks, self._windows.behind or 0)
+
+    @property
+    def first_window(self) -> tuple[int, float] | None:
+        """Codes that the first sound takes, and the codes a second without which there is a gap after it, however fast
+        all else is. None where all sound comes at once."""
+        chunks = self._windows.chunks
+        seconds = chunks[0] / self._dit.codec_hz
+        return (chunks[0] + self._ahead, chunks[min(1, len(chunks) - 1)] / seconds) if self._streaming else None
 
     @property
     def _chunk(self) -> int:
         """Codes of the next window that are new."""
-        return self._chunks[min(self._windows, len(self._chunks) - 1)]
+        chunks, behind = self._windows.chunks, self._windows.behind
+        if self._emitted < len(chunks):
+            return chunks[self._emitted]
+        return behind if behind is not None and self._is_behind(chunks[-1]) else chunks[-1]
+
+    def _is_behind(self, chunk: int) -> bool:
+        """Whether solving windows of ``chunk`` new codes takes longer than hearing them.
+
+        By the quickest evaluation: others may have waited for their turn, or for weights that were read from disk.
+        """
+        evaluations = sum(map(len, self._solver.stages))
+        codes = self._back + chunk + self._ahead
+        return self._quickest * evaluations * codes > chunk / self._dit.codec_hz
 
     @property
     def _ahead(self) -> int:
         return self._block * self._dit.look_ahead_blocks
+
+    @property
+    def _back(self) -> int:
+        return self._block * self._dit.look_back_blocks
 
     def _emit(self, stop: int) -> MelPiece:
         """The mel of codes ``self._done`` to ``stop``."""
         start = self._done
         first, last = 0, len(self._codes)
         if self._streaming:
-            first = max(0, start - self._block * self._dit.look_back_blocks)
+            first = max(0, start - self._back)
             last = min(last, stop + self._ahead)
         mel = self._solve(first, last)
         repeats, context = self._dit.repeats, self._context
@@ -235,7 +275,7 @@ class Token2Wav:
         piece = MelPiece(np.concatenate([self._tail, new, right]), len(self._tail), len(new))
         self._tail = np.concatenate([self._tail, new])[-context:] if context else self._tail
         self._done = stop
-        self._windows += 1
+        self._emitted += 1
         return piece
 
     def _solve(self, first: int, last: int) -> NDArray[np.float32]:
@@ -250,7 +290,9 @@ class Token2Wav:
         }
 
         def velocity(step: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+            start = time.perf_counter()
             outputs = graph.run({**feeds, "x": x, "step": np.asarray([step], np.int64)})
+            self._quickest = min(self._quickest, (time.perf_counter() - start) / (last - first))
             return outputs["velocity"]
 
         with self._timer("dit"):

@@ -22,6 +22,7 @@ from .channel import Channel
 from .conversation import Conversation
 from .events import AudioChunk, TextDelta, WorkerTime
 from .manifest import VoiceSpec
+from .pace import Pace
 from .sampling import Sampler
 from .talker import Talker
 from .text import TextStream
@@ -61,6 +62,7 @@ class Workers:
         conversation: holds the prompt; the talker catches up with it.
         clock: seconds since the question ended.
         threads: False runs the workers one after the other in the caller's thread, without bounds.
+        paced: graphs share cores: until the first sound is out, thinker and talker do no more than it takes.
 
     Attributes:
         token_ids, codec_ids: generated so far.
@@ -79,6 +81,7 @@ class Workers:
         timer: StageTimer,
         clock: Callable[[], float],
         threads: bool = True,
+        paced: bool = False,
     ) -> None:
         self.token_ids: list[int] = []
         self.codec_ids: list[int] = []
@@ -91,6 +94,8 @@ class Workers:
         # The talker is a window ahead of token2wav, no more: what it does sooner delays the sound that is due.
         codes = 1 if speech is None else speech.token2wav.longest
         bounds = (_ROWS, codes, _EVENTS) if threads else (None, None, None)
+        first = speech.token2wav.first_window if speech is not None and threads and paced else None
+        self._pace = None if first is None else Pace(*first, clock, token)
         self._rows: Channel[NDArray[np.float32]] = Channel(bounds[0], token)
         self._codes: Channel[int] = Channel(bounds[1], token)
         self._mels: Channel[MelPiece] = Channel(1 if threads else None, token)
@@ -113,6 +118,8 @@ class Workers:
         Raises:
             Cancelled: the token was set. Whatever a worker raised.
         """
+        if self._pace is not None:
+            self._pace.begin()
         for thread in self._threads:
             thread.start()
         if not self._threads:
@@ -134,7 +141,7 @@ class Workers:
                 thread.join()
 
     def _work(self, name: str, body: Callable[[], float], outputs: tuple[Channel[Any], ...]) -> None:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._timer.left_out
         waited = 0.0
         try:
             waited = body()
@@ -145,6 +152,7 @@ class Workers:
             self.error = self.error or error
             self._token.cancel()
         finally:
+            waited += self._timer.left_out - before
             self.times[name] = WorkerTime(time.perf_counter() - start - waited, waited)
             for channel in outputs:
                 channel.close()
@@ -161,6 +169,8 @@ class Workers:
                 delta += self._text.flush()
             if delta or not step.stop:
                 waited += self._events.send(TextDelta(delta, step.token_id, self._clock()))
+            if not step.last:
+                waited += self._hold(len(self.run.rows))
         return waited
 
     def _talk(self) -> float:
@@ -173,6 +183,7 @@ class Workers:
         for code in speech.talker.codes(decoder, tail, highest, self._rows, speech.voice, speech.sampler, self._timer):
             self.codec_ids.append(code)
             waited += self._codes.send(code)
+            waited += self._hold(len(self.codec_ids))
         for _ in self._rows:  # speech that ends before the text must not hold the thinker back
             pass
         return waited + self._rows.waited
@@ -190,7 +201,18 @@ class Workers:
     def _voice(self) -> float:
         speech, waited = self.speech, 0.0
         assert speech is not None
-        for index, piece in enumerate(self._mels):
-            samples = speech.token2wav.vocode(piece)
-            waited += self._events.send(AudioChunk(samples, speech.sample_rate, index, self._clock()))
+        try:
+            for index, piece in enumerate(self._mels):
+                samples = speech.token2wav.vocode(piece)
+                waited += self._events.send(AudioChunk(samples, speech.sample_rate, index, self._clock()))
+                self._release()
+        finally:
+            self._release()
         return waited + self._mels.waited
+
+    def _hold(self, made: int) -> float:
+        return 0.0 if self._pace is None else self._pace.hold(made)
+
+    def _release(self) -> None:
+        if self._pace is not None:
+            self._pace.release()

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Backend", "BoundedBackend", "Graph", "KvCache", "most_context"]
+__all__ = ["Array", "Backend", "BoundedBackend", "Graph", "KvCache", "SharedCores", "most_context", "shares_cores"]
 
 Array = NDArray[Any]
 
@@ -66,6 +66,19 @@ class BoundedBackend(Protocol):
 
     def max_context(self) -> int | None:
         """Most tokens; None for as many as the bundle's."""
+
+
+@runtime_checkable
+class SharedCores(Protocol):
+    """A backend that may run its graphs on the same cores, those of the CPU."""
+
+    def shares_cores(self) -> bool:
+        """Whether two graphs that run at once are in each other's way."""
+
+
+def shares_cores(backend: Backend) -> bool:
+    """Whether graphs should take turns; they need not where a backend does not say so."""
+    return isinstance(backend, SharedCores) and backend.shares_cores()
 
 
 def most_context(backend: Backend, exported: int) -> int:

@@ -172,6 +172,10 @@ class OrtBackend:
                 self._graphs[name] = self._load(name)
             return self._graphs[name]
 
+    def shares_cores(self) -> bool:
+        """On the CPU every graph runs on all cores."""
+        return self._device == "cpu"
+
     def close(self) -> None:
         """Release every graph."""
         with self._lock:
