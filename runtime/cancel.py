@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Array, Backend, Graph, KvCache, shares_cores
+from .backends.base import Array, Backend, Graph, KvCache, runs_at_once
 from .pace import Turns
 from .timing import StageTimer
 
@@ -70,7 +70,8 @@ class GuardedBackend:
         self.seconds: dict[str, float] = {}
         self._inner = inner
         self._token = token
-        self._turns = Turns(token, timer) if shares_cores(inner) else None
+        self._room = runs_at_once(inner)
+        self._turns = None if self._room is None else Turns(self._room, token, timer)
         self._graphs: dict[str, _GuardedGraph] = {}
 
     def graph(self, name: str) -> Graph:
@@ -80,9 +81,9 @@ class GuardedBackend:
             self._graphs[name] = _GuardedGraph(name, self._inner.graph(name), self._token, self._turns, self.seconds)
         return self._graphs[name]
 
-    def shares_cores(self) -> bool:
+    def at_once(self) -> int | None:
         """As the backend's own."""
-        return self._turns is not None
+        return self._room
 
     def close(self) -> None:
         """Nothing: the backend belongs to the session."""

@@ -1,8 +1,8 @@
 """Who computes when graphs share the same cores.
 
 Two graphs that run at once on the same cores do not both go on at half their speed: the threads of each wait for one
-another, while the other has the core. So they take turns (``Turns``). And until the first sound is out, thinker and
-talker make no more than its window takes (``Pace``): what they do ahead of it delays it.
+another while the other graph has the core. So they take turns (``Turns``). And until the first sound is out, thinker
+and talker make no more than its window takes (``Pace``): what they do ahead of it delays it.
 
 Neither changes a result: workers draw from streams of their own, and what each computes does not depend on when.
 """
@@ -27,20 +27,21 @@ _NEAREST = ("bigvgan", "dit", "talker", "thinker")
 
 
 class Turns:
-    """One graph run at a time. Of those that wait, the nearest to the sound is next.
+    """A few graph runs at a time. Of those that wait, the nearest to the sound is next.
 
     None waits for long: a turn ends with its run, and a worker that has just run is not among those that wait.
 
     Args:
+        room: runs at a time.
         token: when it is set, whoever waits stops with Cancelled.
         timer: told how long each turn was waited for, so that it does not count as work.
     """
 
-    def __init__(self, token: CancelToken, timer: StageTimer) -> None:
-        self._token, self._timer = token, timer
+    def __init__(self, room: int, token: CancelToken, timer: StageTimer) -> None:
+        self._room, self._token, self._timer = room, token, timer
         self._changed = threading.Condition()
         self._waiting: list[int] = []
-        self._running = False
+        self._running = 0
         token.subscribe(self._wake)
 
     @contextmanager
@@ -51,7 +52,7 @@ class Turns:
             yield
         finally:
             with self._changed:
-                self._running = False
+                self._running -= 1
                 self._changed.notify_all()
 
     def _enter(self, rank: int) -> None:
@@ -64,10 +65,11 @@ class Turns:
                 self._waiting.remove(rank)
             self._timer.leave_out(time.perf_counter() - start)
             self._token.check()
-            self._running = True
+            self._running += 1
+            self._changed.notify_all()  # there may be room for the next as well
 
     def _is_next(self, rank: int) -> bool:
-        return not self._running and rank == min(self._waiting)
+        return self._running < self._room and rank == min(self._waiting)
 
     def _wake(self) -> None:
         with self._changed:

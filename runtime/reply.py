@@ -150,7 +150,7 @@ class Reply:
             task.timer,
             self._elapsed,
             threads=task.threads,
-            paced=task.backend.shares_cores(),
+            paced=task.backend.at_once() == 1,
         )
         return conversation.take_dropped()
 

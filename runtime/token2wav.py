@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Backend, shares_cores
+from .backends.base import Backend, runs_at_once
 from .bundle import Bundle
 from .errors import BundleError, OmniportError, UsageError
 from .solver import Solver, solve, with_method
@@ -26,7 +26,7 @@ __all__ = ["WINDOWS", "MelPiece", "NoiseStream", "SpeechWindows", "Token2Wav", "
 #: fewest mel frames of context that the vocoder is near exact with
 _LEAST_CONTEXT = 20
 _NOISE_BLOCK = 24
-#: windows on shared cores that are behind: 1.4 times the codes that are spoken instead of 1.8. Engines end at 84 codes
+#: windows on a CPU that is behind: 1.4 times the codes that are spoken, instead of 1.75. Engines end at 84 codes
 _BEHIND = 96
 
 
@@ -122,7 +122,7 @@ class Token2Wav:
     Args:
         speaker: float32 [192]. reference: float32 [128].
         window: ``stream``, ``whole``, or windows of one's own. ``stream`` is ``SpeechWindows()``, with longer windows
-            where the backend's graphs share cores and are behind.
+            on a CPU that is behind.
         solver: of the ODE, see `omniport.runtime.solver`.
 
     Raises:
@@ -199,7 +199,7 @@ class Token2Wav:
     def _cuts(self, window: Window) -> SpeechWindows:
         """The windows, checked."""
         if window in WINDOWS:
-            window = SpeechWindows(behind=_BEHIND if shares_cores(self._backend) else None)
+            window = SpeechWindows(behind=None if runs_at_once(self._backend) is None else _BEHIND)
         if not isinstance(window, SpeechWindows):
             raise UsageError(f"window is {window!r}; {', '.join(WINDOWS)} or a SpeechWindows was expected")
         behind = () if window.behind is None else (window.behind,)

@@ -62,7 +62,7 @@ class Workers:
         conversation: holds the prompt; the talker catches up with it.
         clock: seconds since the question ended.
         threads: False runs the workers one after the other in the caller's thread, without bounds.
-        paced: graphs share cores: until the first sound is out, thinker and talker do no more than it takes.
+        paced: one graph runs at a time: until the first sound is out, thinker and talker do no more than it takes.
 
     Attributes:
         token_ids, codec_ids: generated so far.
@@ -184,7 +184,8 @@ class Workers:
             self.codec_ids.append(code)
             waited += self._codes.send(code)
             waited += self._hold(len(self.codec_ids))
-        for _ in self._rows:  # speech that ends before the text must not hold the thinker back
+        self._release()  # speech that ends before the text must not hold the thinker back
+        for _ in self._rows:
             pass
         return waited + self._rows.waited
 

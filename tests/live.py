@@ -19,11 +19,11 @@ __all__ = ["Live", "film", "pieces", "push_film", "sort", "voice"]
 
 
 class Live:
-    """A session over fake graphs, with its decoders at hand."""
+    """A session over fake graphs, with its decoders at hand. ``room``: graph runs at once; any number if None."""
 
-    def __init__(self, root: Path, **changes: Any) -> None:
+    def __init__(self, root: Path, room: int | None = None, **changes: Any) -> None:
         self.bundle = Bundle.open(root)
-        self.backend = FakeBackend(self.bundle.manifest, changes)
+        self.backend = FakeBackend(self.bundle.manifest, changes, room)
         self.session = OmniSession(self.bundle, self.backend)
 
     def decoder(self, name: str) -> FakeDecoder:

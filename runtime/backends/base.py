@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Backend", "BoundedBackend", "Graph", "KvCache", "SharedCores", "most_context", "shares_cores"]
+__all__ = ["Array", "Backend", "BoundedBackend", "Graph", "KvCache", "SharedCores", "most_context", "runs_at_once"]
 
 Array = NDArray[Any]
 
@@ -72,13 +72,13 @@ class BoundedBackend(Protocol):
 class SharedCores(Protocol):
     """A backend that may run its graphs on the same cores, those of the CPU."""
 
-    def shares_cores(self) -> bool:
-        """Whether two graphs that run at once are in each other's way."""
+    def at_once(self) -> int | None:
+        """Runs that the cores have room for, at least 1; more than those are in each other's way. None: any number."""
 
 
-def shares_cores(backend: Backend) -> bool:
-    """Whether graphs should take turns; they need not where a backend does not say so."""
-    return isinstance(backend, SharedCores) and backend.shares_cores()
+def runs_at_once(backend: Backend) -> int | None:
+    """Runs that a backend has room for; None, any number, where it does not say."""
+    return backend.at_once() if isinstance(backend, SharedCores) else None
 
 
 def most_context(backend: Backend, exported: int) -> int:

@@ -183,12 +183,12 @@ class FakeBackend:
 
     Args:
         graphs: replaces graphs by name.
-        shared: what ``shares_cores`` says.
+        room: what ``at_once`` says.
     """
 
     name = "fake"
 
-    def __init__(self, manifest: Manifest, graphs: Mapping[str, Graph] | None = None, shared: bool = False) -> None:
+    def __init__(self, manifest: Manifest, graphs: Mapping[str, Graph] | None = None, room: int | None = None) -> None:
         audio, vision, thinker = manifest.audio, manifest.vision, manifest.thinker
         patch = 3 * vision.temporal_patch_size * vision.patch_size**2
         self.graphs: dict[str, Graph] = {
@@ -202,7 +202,7 @@ class FakeBackend:
             self.graphs["dit"] = FakeDit(dit.mel_dim, dit.repeats, dit.num_embeds + 1, seed=5)
             self.graphs["bigvgan"] = FakeBigVgan(dit.mel_dim, manifest.vocoder.hop, seed=6)
         self.graphs.update(graphs or {})
-        self.shared = shared
+        self.room = room
         self.closed = False
 
     def graph(self, name: str) -> Graph:
@@ -215,9 +215,9 @@ class FakeBackend:
             raise BackendError(f"no graph {name!r}; there are {', '.join(self.graphs)}, closed: {self.closed}")
         return self.graphs[name]
 
-    def shares_cores(self) -> bool:
+    def at_once(self) -> int | None:
         """As asked for."""
-        return self.shared
+        return self.room
 
     def close(self) -> None:
         """Refuse further use."""

@@ -172,9 +172,9 @@ class OrtBackend:
                 self._graphs[name] = self._load(name)
             return self._graphs[name]
 
-    def shares_cores(self) -> bool:
-        """On the CPU every graph runs on all cores."""
-        return self._device == "cpu"
+    def at_once(self) -> int | None:
+        """On the CPU, a run for every ``threads`` cores."""
+        return max(1, physical_cores() // self._threads) if self._device == "cpu" else None
 
     def close(self) -> None:
         """Release every graph."""

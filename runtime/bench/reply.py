@@ -14,11 +14,12 @@ from ..manifest import SamplingConfig
 from ..prompt import build_prompt
 from ..session import OmniSession
 from ..solver import Solver
+from ..token2wav import Window
 from .jobs import Rival, Sizes
 from .results import Figure, Timing
 from .timing import spread
 
-__all__ = ["QUESTION", "measure_reply"]
+__all__ = ["QUESTION", "ask", "endless", "measure_reply"]
 
 QUESTION = "Tell me in a few sentences what you can hear and see, and how you answer."
 
@@ -34,13 +35,13 @@ def measure_reply(
     the same length.
     """
     with OmniSession.open(bundle.root, backend="ort-cpu", threads=threads) as session:
-        _endless(session)
-        for _ in _ask(session, sizes, solver, codes=26):  # loads every graph and touches every weight
+        endless(session)
+        for _ in ask(session, sizes, solver, codes=26):  # loads every graph and touches every weight
             pass
         replies, theirs = [], []
         ids = build_prompt([{"role": "user", "content": QUESTION}], session.manifest, session.text_codec).token_ids
         for _ in range(rounds):
-            replies.append(_timed(_ask(session, sizes, solver)))
+            replies.append(_timed(ask(session, sizes, solver)))
             if rival is not None:
                 theirs.append(rival.reply(ids, sizes.text_tokens, sizes.speech_codes)[0])
         seconds = sum(duration for _, duration in replies[0][1])
@@ -96,7 +97,10 @@ def _timed(events: Iterator[Event]) -> tuple[dict[str, float], Chunks]:
     }, tuple(chunks)
 
 
-def _ask(session: OmniSession, sizes: Sizes, solver: Solver, codes: int | None = None) -> Iterator[Event]:
+def ask(
+    session: OmniSession, sizes: Sizes, solver: Solver, codes: int | None = None, window: Window = "stream"
+) -> Iterator[Event]:
+    """The spoken reply that is measured; of ``codes`` codes if not of as many as ``sizes`` says."""
     config = session.manifest.talker_sampling
     assert config is not None
     return session.reply(
@@ -104,10 +108,11 @@ def _ask(session: OmniSession, sizes: Sizes, solver: Solver, codes: int | None =
         thinker=SamplingConfig(max_new_tokens=sizes.text_tokens),
         talker=msgspec.structs.replace(config, max_new_tokens=codes or sizes.speech_codes),
         solver=solver,
+        window=window,
     )
 
 
-def _endless(session: OmniSession) -> None:
+def endless(session: OmniSession) -> None:
     """Let no reply of this session end before its limit."""
     manifest = session.bundle.manifest
     assert manifest.codec is not None
