@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 import pytest
 from bundles import make_bundle, make_manifest, write_manifest
-from omniport.runtime.backends import BACKENDS, open_backend, ort_plugin
+from omniport.runtime.backends import BACKENDS, open_backend, ort, ort_plugin
+from omniport.runtime.backends.base import runs_at_once
 from omniport.runtime.backends.onnx_scan import scan_onnx
 from omniport.runtime.backends.ort import OrtBackend, physical_cores
 from omniport.runtime.backends.ort_cache import OrtCache, StaticCache
@@ -195,6 +196,16 @@ def test_graphs_are_kept_and_closing_ends_that(tmp_path: Path) -> None:
     backend.close()
     with pytest.raises(BackendError, match="closed"):
         backend.graph("thinker")
+
+
+def test_runs_at_once_are_what_the_cores_have_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "physical_cores", lambda: 8)
+    bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))
+    room = {threads: runs_at_once(OrtBackend(bundle, threads=threads)) for threads in (None, 8, 4, 3, 1, 16)}
+    assert room == {None: 1, 8: 1, 4: 2, 3: 2, 1: 8, 16: 1}
+    device = OrtBackend(bundle)
+    device._device = "cuda"
+    assert runs_at_once(device) is None
 
 
 def test_only_decoders_have_a_cache(tmp_path: Path) -> None:

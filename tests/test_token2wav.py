@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from bundles import CODES, make_bundle
 from numpy.typing import NDArray
+from omniport.runtime import SpeechWindows, token2wav
 from omniport.runtime.backends.fake import FakeBackend, FakeBigVgan, FakeDit
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import OmniportError, UsageError
@@ -35,9 +38,10 @@ class Run:
         noise: Any = None,
         seed: int = 0,
         solver: Solver = "rk4",
+        room: int | None = None,
         **graphs: Any,
     ) -> None:
-        self.backend = FakeBackend(bundle.manifest, graphs)
+        self.backend = FakeBackend(bundle.manifest, graphs, room)
         _, speaker, reference = bundle.voice()
         stream = NoiseStream(noise, np.random.default_rng(seed), 80)
         self.timer = StageTimer()
@@ -91,6 +95,41 @@ def test_sound_leaves_as_soon_as_the_look_ahead_is_there(bundle: Bundle) -> None
     assert [len(c) // SAMPLES_PER_CODE for c in run.finished] == [20]
     # left context of 24 codes (12 at first), right of 12, none at the end
     assert run.dit_windows() == [24, 12 + 24 + 12, 24 + 48 + 12, 24 + 48 + 12, 24 + 48 + 12, 24 + 20]
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
+    """Every evaluation of the DiT takes ``step`` seconds."""
+    ticks = itertools.count()
+    monkeypatch.setattr(token2wav, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * step))
+
+
+@pytest.mark.parametrize(
+    ("step", "room", "window", "chunks"),
+    [
+        # 84 codes are 48 new ones, heard for 0.96 s: as long as 36 evaluations of 0.0267 s
+        (0.05, 1, "stream", [12, 24, 48, 96, 96, 24]),
+        (0.025, 1, "stream", [12, 24, 48, 48, 48, 48, 48, 24]),
+        (0.05, None, "stream", [12, 24, 48, 48, 48, 48, 48, 24]),
+        (0.05, None, SpeechWindows((24,), behind=60), [24, 60, 60, 60, 60, 36]),
+        (0.05, 1, SpeechWindows(), [12, 24, 48, 48, 48, 48, 48, 24]),
+    ],
+)
+def test_windows_are_longer_where_speech_is_behind_anyway(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, step: float, room: int | None, window: Window, chunks: list[int]
+) -> None:
+    codes = codes_of(300)
+    whole = Run(bundle, codes, "whole")
+    clock(monkeypatch, step)
+    run = Run(bundle, codes, window, room=room)
+    assert [len(chunk) // SAMPLES_PER_CODE for chunk in run.chunks] == chunks
+    np.testing.assert_array_equal(run.samples, whole.samples)
+
+
+def test_one_slow_evaluation_is_not_behind(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are read from disk, or a turn that was waited for, say nothing of the machine."""
+    elapsed = itertools.accumulate(itertools.cycle([0.0, 5.0, 0.0, 0.01]))  # of two evaluations: 5 s and 0.01 s
+    monkeypatch.setattr(token2wav, "time", SimpleNamespace(perf_counter=lambda: next(elapsed)))
+    assert max(Run(bundle, codes_of(300), "stream", room=1).dit_windows()) == 84
 
 
 def test_windows_start_on_blocks_and_carry_their_own_noise(bundle: Bundle) -> None:

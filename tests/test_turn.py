@@ -421,13 +421,15 @@ def test_order_of_calls(live: Live) -> None:
         session.turn(seed=-1)
     with pytest.raises(UsageError, match="multiples of 12"):
         session.turn(window=_windows(10))
+    with pytest.raises(UsageError, match=r"SpeechWindows.behind is 100; multiples of 12"):
+        session.turn(window=_windows(12, behind=100))
     session.turn().cancel()  # what was refused left no turn open
 
 
-def _windows(*chunks: int) -> Any:
+def _windows(*chunks: int, behind: int | None = None) -> Any:
     from omniport.runtime import SpeechWindows
 
-    return SpeechWindows(chunks)
+    return SpeechWindows(chunks, behind=behind)
 
 
 def test_a_medium_without_its_encoder(root: Path) -> None:
