@@ -57,7 +57,7 @@ class WorkerTime:
 
     Attributes:
         busy: seconds at work. Workers that run at once share the processor: the seconds of all may exceed the wall's.
-        waiting: seconds for input, or for room to put its output.
+        waiting: seconds for input, for room to put its output, or for its turn.
     """
 
     busy: float = 0.0
@@ -80,8 +80,8 @@ class Stats:
         real_time_factor: ``total_time`` per second of speech: below 1 speech is made faster than it is heard.
         underruns, underrun_seconds: how often and for how long a loudspeaker would have run dry, had it played from the
             first chunk on.
-        busy: seconds in each stage: preprocess, audio_encoder, vision_encoder, prefill, thinker, talker_prefill,
-            talker, dit, bigvgan, load.
+        busy: seconds in each stage, without waiting for a turn: preprocess, audio_encoder, vision_encoder, prefill,
+            thinker, talker_prefill, talker, dit, bigvgan, load.
         run_seconds: seconds inside graph runs, by graph.
         workers: thinker, talker, token2wav (its DiT) and the vocoder beside it.
         peak_memory_bytes: largest resident set of the process so far; None where the system does not tell.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import threading
 import time
@@ -16,10 +17,13 @@ from bundles import make_bundle
 from live import Live, sort
 from omniport.runtime import Done, SamplingConfig
 from omniport.runtime.backends.base import Array, Graph, KvCache, runs_at_once
+from omniport.runtime.backends.fake import FakeBackend
+from omniport.runtime.bundle import Bundle
 from omniport.runtime.cancel import Cancelled, CancelToken, GuardedBackend
 from omniport.runtime.pace import Pace, Turns
 from omniport.runtime.reply import Reply
 from omniport.runtime.timing import StageTimer
+from omniport.runtime.token2wav import NoiseStream, Token2Wav
 
 SPEECH = ("thinker", "talker", "dit", "bigvgan")
 TEXT = "the quick brown fox jumps over the lazy dog"
@@ -306,6 +310,28 @@ def test_release_lets_go() -> None:
     thread.join(20)
     assert len(waited) == 1
     assert pace.hold(24) < 1
+
+
+def test_no_reply_that_keeps_up_gets_another_gap(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    simulated = importlib.import_module("simulate_pacing")
+    windows = speech_windows(root)
+    assert windows._windows.chunks == simulated.CHUNKS
+    assert windows.first_window == (simulated.LEAD, simulated.RATE)
+    assert simulated.WAYS["and windows of 96 where behind"]["behind"] == windows._windows.behind
+    costs = simulated.PROPORTIONS["small, rk4"]
+    found = {way: simulated.more_gaps(costs, way, 250, machines=31) for way in simulated.WAYS}
+    default, always = found["and windows of 96 where behind"], found["and a window of 96 always"]
+    assert default == found["stopping for the first sound"] == []
+    assert always, "on machines of these speeds, windows can cost a gap"
+
+
+def speech_windows(root: Path) -> Token2Wav:
+    bundle = Bundle.open(root)
+    _, speaker, reference = bundle.voice()
+    noise = NoiseStream(None, np.random.default_rng(0), 80)
+    backend = FakeBackend(bundle.manifest, room=1)
+    return Token2Wav(backend, bundle, speaker, reference, noise, "stream", StageTimer())
 
 
 def test_what_is_said_does_not_depend_on_turns(root: Path) -> None:
