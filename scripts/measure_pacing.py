@@ -4,7 +4,8 @@ Usage: python scripts/measure_pacing.py BUNDLE [--rounds N] [--solver rk4 ...] [
 
 Every way of working answers the same question, in turns, in one process and over the same loaded graphs: all workers at
 once, as on a device whose graphs do not share cores; in turns, with the same windows; and in turns with the windows of
-a machine that is behind, which is the default on a CPU. What is said has to be the same, or nothing is written.
+a machine that is behind, which is the default on a CPU. What is said has to be the same, or nothing is written. Beside
+the seconds stand those of the processor, of all threads, which hardly grow when other programs run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,11 +66,14 @@ def measure(bundle: Path, rounds: int, solvers: list[Solver], codes: int) -> lis
 
 
 def _figures(events: Iterator[Event]) -> dict[str, Any]:
-    listed = list(events)
-    done = listed[-1]
+    begun, chunks, burnt = time.process_time(), [], []
+    for event in events:
+        if isinstance(event, AudioChunk):
+            chunks.append(event.time)
+            burnt.append(time.process_time() - begun)
+    done = event
     assert isinstance(done, Done)
     stats = done.stats
-    chunks = [event.time for event in listed if isinstance(event, AudioChunk)]
     return {
         "said": (done.token_ids, done.codec_ids),
         "first_token": stats.time_to_first_token,
@@ -76,6 +81,8 @@ def _figures(events: Iterator[Event]) -> dict[str, Any]:
         "second_sound": chunks[1],
         "total": stats.total_time,
         "computing": sum(stats.run_seconds.values()),
+        "processor_first_sound": burnt[0],
+        "processor": time.process_time() - begun,
         "underruns": stats.underruns,
         "underrun_seconds": stats.underrun_seconds,
     }
@@ -105,7 +112,8 @@ def main() -> None:
             f"{row['solver']}, {row['way']}: first token {row['first_token']:.2f} s, first sound "
             f"{row['first_sound']:.2f} s ({row['first_sound_spread'][0]:.2f} to {row['first_sound_spread'][1]:.2f}), "
             f"second {row['second_sound']:.2f} s, total {row['total']:.1f} s ({low:.1f} to {high:.1f}), inside graphs "
-            f"{row['computing']:.1f} s, {row['underruns']} gaps of {row['underrun_seconds']:.1f} s"
+            f"{row['computing']:.1f} s, {row['underruns']} gaps of {row['underrun_seconds']:.1f} s; processor seconds "
+            f"{row['processor_first_sound']:.1f} until the first sound, {row['processor']:.1f} in all"
         )
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
