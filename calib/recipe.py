@@ -121,8 +121,6 @@ _W8A8 = (Rule("", "w8a8"),)
 _FP8 = (Rule("", "fp8"),)
 # the convolutions of the residual blocks: neither the filters that resample, nor the first and the last
 _VOCODER = (Rule(r"\.convs\d\.", "w8a8-out", ("conv",)),)
-# the second of two: the first is a tenth of it, and what it gets wrong reaches everything
-_HEARING = (Rule(r"^conv2\.", "w8a8-out", ("conv",)), *_W8A8)
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -145,7 +143,7 @@ RECIPES: Mapping[str, Recipe] = {
             {
                 "thinker": _INT8,
                 "talker": _INT8,
-                "audio_encoder": _HEARING,
+                "audio_encoder": _W8A8,
                 "vision_encoder": _W8A8,
                 "dit": _W8A8,
                 "bigvgan": _VOCODER,

@@ -89,7 +89,6 @@ RECIPES: Mapping[str, PlanRecipe] = {
             _CALIBRATED.format("int8"),
             graphs={
                 **{name: {ATTENTION: _INT8, PRODUCT: _INT8} for name in (*_ENCODERS, *_LM, "dit")},
-                "audio_encoder": {ATTENTION: _INT8, PRODUCT: _INT8, CONVOLUTION: _INT8},
                 "bigvgan": {CONVOLUTION: _INT8},
             },
             needs=("int8",),

@@ -36,7 +36,7 @@ __all__ = [
 
 #: kinds of weights, as quantization recipes tell them apart (calib/recipe.py)
 ATTENTION, PRODUCT, CONVOLUTION = "attention", "product", "convolution"
-#: convolutions that change the number of channels: encoder's and vocoder's first, its last, and those that resample
+#: convolutions that change the number of channels: the vocoder's first, its last, and those that resample
 WIDENING = "widening"
 #: sizes that need no files
 PUBLISHED = ("3b", "7b")
@@ -238,7 +238,7 @@ def _audio(c: Mapping[str, Any], text: Mapping[str, Any]) -> GraphShape:
     mels, frames = int(c.get("num_mel_bins", 128)), 2 * int(c.get("n_window", 100))
     matrices = (
         # rows are mel frames: the second convolution halves their number, and so does pooling before the last product
-        Matrix(WIDENING, mels * 3, width),
+        Matrix(CONVOLUTION, mels * 3, width),
         Matrix(CONVOLUTION, width * 3, width, steps=0.5),
         Matrix(PRODUCT, width, width, 4 * layers, 0.5),
         Matrix(PRODUCT, width, ffn, layers, 0.5),
