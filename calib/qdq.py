@@ -23,11 +23,13 @@ from .recipe import Choice
 from .rounding import scale_shape
 from .weights import CHANNELS_LAST
 
-__all__ = ["OPSET", "ActivationPass", "OutputPass", "QdqPass"]
+__all__ = ["OPSET", "ActivationPass", "OutputPass", "QdqPass", "rounded_output"]
 
 Array = NDArray[Any]
 #: DequantizeLinear has block_size and INT4 from here on
 OPSET = 21
+#: in the names of what rounds an output
+_OUT = "out"
 _FORMATS = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
@@ -158,10 +160,15 @@ class OutputPass(InPlacePass):
         uses = list(value.uses())
         assert value.dtype is not None
         scale = np.asarray(self.scales[choice.weight.name], value.dtype.numpy())
-        pair = _rounding(graph, value, choice.scheme.format, scale, f"{node.name}/out")
+        pair = _rounding(graph, value, choice.scheme.format, scale, f"{node.name}/{_OUT}")
         graph.insert_after(node, pair)
         for user, index in uses:
             user.replace_input_with(index, pair[1].outputs[0])
+
+
+def rounded_output(node: str) -> str:
+    """The value that readers of a node's output are given by `OutputPass`."""
+    return f"{node}/{_OUT}/QuantizeLinear/DequantizeLinear:0"
 
 
 def _round_input(graph: ir.Graph, value: ir.Value, number: str, nodes: Sequence[ir.Node], scale: Array) -> None:

@@ -314,7 +314,7 @@ def test_calibration_sees_what_the_exported_graphs_see(calibrated: Path, observe
             wanted, found = observed.graphs[graph].tops[site.name], site.arrays["absmax"]
             assert wanted.max() > 1e-3
             worst[f"{graph}/{site.name}"] = float(np.abs(found - wanted).max() / wanted.max())
-    assert len(worst) > 300
+    assert len(worst) > 280
     # single precision: the talker's and the DiT's loops feed on what they gave before
     assert max(worst.values()) < 3e-5, max(worst, key=lambda name: worst[name])
 
