@@ -20,6 +20,8 @@ from msgspec.structs import replace as restruct
 from numpy.typing import NDArray
 from omniport.calib.calibrated import smoothing
 from omniport.calib.calibration import Calibration, Site
+from omniport.calib.layer_loss import layer_losses
+from omniport.calib.probe import Calls
 from omniport.calib.quantize import quantize_bundle
 from omniport.calib.recipe import SCHEMES, Choice, choose, find_recipe
 from omniport.calib.rounding import quantize
@@ -216,6 +218,21 @@ def test_onnx_runtime_convolves_integers(
     plain = optimized(tiny_outlier_bundle / "graphs/bigvgan.onnx", tmp_path)
     assert found["Conv"] == plain["Conv"] - rounded
     assert found["Add"] == plain["Add"]
+
+
+def test_a_report_sees_what_rounding_the_output_costs(
+    quantized: dict[str, Path], tiny_outlier_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mel = 1.5 * np.random.default_rng(0).standard_normal((1, 80, 12), np.float32) - 5
+    bundles = (Bundle.open(tiny_outlier_bundle), Bundle.open(quantized["int8"]))
+    whole = layer_losses(*bundles, "bigvgan", Calls([{"mel": mel}]), 1)
+    monkeypatch.setattr("omniport.calib.layer_loss._File.given", lambda _, output: output)
+    raw = layer_losses(*bundles, "bigvgan", Calls([{"mel": mel}]), 1)
+    assert len(whole) == len(raw) == 66
+    assert all(row.scheme == "w8a8-out" for row in whole)
+    assert whole[0].output_db is not None
+    assert raw[0].output_db is not None
+    assert 25 < whole[0].output_db < raw[0].output_db - 0.3
 
 
 def optimized(path: Path, room: Path) -> Counter[str]:
