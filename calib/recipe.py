@@ -66,7 +66,9 @@ SCHEMES: Mapping[str, Scheme] = {
     for scheme in (
         NONE,
         Scheme("w8", 8, 0, "INT8, a scale per output channel", factors="smooth"),
+        Scheme("w8-16", 8, 16, "INT8, a scale per 16 values along K", factors="smooth"),
         Scheme("w8-32", 8, 32, "INT8, a scale per 32 values along K", factors="smooth"),
+        Scheme("w8-128", 8, 128, "INT8, a scale per 128 values along K", factors="smooth"),
         Scheme("int4-32", 4, 32, "INT4, a scale per 32 values along K", factors="awq-32"),
         Scheme("int4-128", 4, 128, "INT4, a scale per 128 values along K", factors="awq-128"),
         Scheme("w8a8", 8, 0, "INT8 times INT8, a scale per output channel and one", activations=True, clip="mse"),
@@ -111,12 +113,20 @@ class Recipe:
 
 
 _W8 = (Rule("", "w8"),)
-# what the first layer gets wrong reaches all others, and small blocks are worth 4 dB (docs/quantize.md)
-_W8_LM = (Rule(r"model\.layers\.0\.", "none"), Rule("", "w8-32"))
+# What the first layer gets wrong reaches all others, small blocks lose less, and the head, which nothing follows, is
+# fastest in large ones (docs/quantize.md).
+_W8_LM = (
+    Rule(r"model\.layers\.0\.(self_attn|mlp\.down_proj)", "none"),
+    Rule(r"model\.layers\.0\.|down_proj", "w8-16"),
+    Rule("head", "w8-128"),
+    Rule("", "w8-32"),
+)
 # an eighth of a layer's weights, whose errors a softmax multiplies, and the talker's first product, which is all that
 # it hears of the thinker: 4 dB of the logits each (docs/quantize.md)
 _INT4 = (Rule(r"self_attn|thinker_to_talker_proj", "w8"), Rule("", "int4-32"))
-_INT8 = (Rule("", "w8a8-smooth"),)
+# One scale for what down_proj multiplies costs 8 dB: its input has the largest outliers. The head and the talker's
+# first product multiply what graphs exchange (docs/quantize.md).
+_INT8 = (Rule("down_proj|head|thinker_to_talker_proj", "w8-128"), Rule("", "w8a8-smooth"))
 _W8A8 = (Rule("", "w8a8"),)
 _FP8 = (Rule("", "fp8"),)
 # the convolutions of the residual blocks: neither the filters that resample, nor the first and the last
@@ -126,7 +136,7 @@ RECIPES: Mapping[str, Recipe] = {
     for recipe in (
         Recipe(
             "w8",
-            "INT8 weights in matrix products; convolutions and the first layer of thinker and talker as they are",
+            "INT8 weights in matrix products; convolutions and half of the decoders' first layer as they are",
             # the vocoder is all convolutions, and no runtime has a kernel for one with integer weights alone
             {"thinker": _W8_LM, "talker": _W8_LM, **dict.fromkeys(("audio_encoder", "vision_encoder", "dit"), _W8)},
             (Rule("", "w8", ("matmul", "conv")),),
@@ -139,7 +149,7 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         Recipe(
             "int8",
-            "INT8 times INT8: smoothed in thinker and talker, plain in encoders, DiT and the vocoder's convolutions",
+            "INT8 times INT8: smoothed in thinker and talker, whose down_proj and head have INT8 weights alone",
             {
                 "thinker": _INT8,
                 "talker": _INT8,
@@ -158,7 +168,7 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         Recipe(
             "edge-16gb",
-            "INT8 times INT8 in thinker and talker, INT8 weights in encoders and DiT: the 7B in 16 GB",
+            "thinker and talker as in int8, INT8 weights in encoders and DiT: the 7B in 16 GB",
             {"thinker": _INT8, "talker": _INT8, **dict.fromkeys(("audio_encoder", "vision_encoder", "dit"), _W8)},
             _W8,
         ),

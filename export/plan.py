@@ -14,7 +14,8 @@ from omniport.runtime.errors import UsageError
 from .budget import BUILD_CONSTANT, BUILD_FACTOR
 from .plan_machines import Machine
 from .plan_recipes import RECIPES, PlanRecipe, graph_bytes, matrix_bytes, storage_of
-from .plan_shapes import CONVOLUTION, WIDENING, DecoderShape, GraphShape, Matrix, ModelShape
+from .plan_shapes import DecoderShape, ModelShape
+from .plan_weights import GraphShape, Matrix
 
 __all__ = ["CODES_PER_SECOND", "Memory", "RecipePlan", "Speed", "TargetPlan", "make_plan"]
 
@@ -38,7 +39,7 @@ ENGINE_EXTRA = 8_000_000
 
 _ITEMSIZE: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 #: recipes from the least to the most that they may lose
-_LOSS = ("", "w8", "fp8", "int8", "int4", "int4+w8")
+_LOSS = ("", "w8", "fp8", "edge-16gb", "int8", "int4", "edge-8gb")
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ class _Job:
         storage = storage_of(self.recipe, graph, matrix)
         if storage.arithmetic:
             return self.machine.rates[storage.arithmetic]
-        if matrix.kind in (CONVOLUTION, WIDENING):
+        if not matrix.kind.product:
             return self.machine.rates["convolution"]
         return self.machine.rates[str(storage.bits) if storage.bits else self._own(graph)]
 

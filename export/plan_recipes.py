@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .plan_shapes import ATTENTION, CONVOLUTION, PRODUCT, GraphShape, Matrix
+from .plan_weights import GraphShape, Kind, Matrix
 
 __all__ = ["RECIPES", "PlanRecipe", "Storage", "graph_bytes", "matrix_bytes", "storage_of"]
 
@@ -37,9 +37,13 @@ _FP8 = Storage(8, 0, "fp8")
 _LM = ("thinker", "talker")
 _ENCODERS = ("audio_encoder", "vision_encoder")
 _TOKEN2WAV = ("dit", "bigvgan")
-_MIXED = {ATTENTION: _W8, PRODUCT: _INT4}
-_ALL_W8 = {ATTENTION: _W8, PRODUCT: _W8}
-_W8_BLOCKS = {ATTENTION: Storage(8, 32), PRODUCT: Storage(8, 32)}
+_ALL_W8, _ALL_INT8, _ALL_FP8 = {Kind.PRODUCT: _W8}, {Kind.PRODUCT: _INT8}, {Kind.PRODUCT: _FP8}
+_SMALL = dict.fromkeys((*_ENCODERS, "dit"), _ALL_W8)
+_MIXED = {Kind.ATTENTION: _W8, Kind.PROJECTION: _W8, Kind.PRODUCT: _INT4}
+_FEW = Storage(8, 128)
+_W8_BLOCKS = {Kind.PRODUCT: Storage(8, 32), Kind.DOWN: Storage(8, 16), Kind.HEAD: _FEW}
+_W8_FIRST = {Kind.ATTENTION: _PLAIN, Kind.DOWN: _PLAIN, Kind.PRODUCT: Storage(8, 16)}
+_INT8_LM = {Kind.PRODUCT: _INT8, Kind.DOWN: _FEW, Kind.HEAD: _FEW, Kind.PROJECTION: _FEW}
 
 
 @dataclass(frozen=True)
@@ -48,18 +52,18 @@ class PlanRecipe:
 
     Attributes:
         precision: of everything that is not quantized; empty for the machine's own: fp32 on a CPU, fp16 on a GPU.
-        graphs: graph -> kind of weight -> storage.
+        graphs: graph -> kind of weight -> storage; kinds of products that are not named are stored as `Kind.PRODUCT`.
         needs: formats that the machine must have.
-        keeps_first: the first layer of thinker and talker is not quantized.
+        first: the same for the first layer of thinker and talker, where it is stored otherwise.
         command: what makes such a bundle.
     """
 
     name: str
     command: str
     precision: str = ""
-    graphs: Mapping[str, Mapping[str, Storage]] | None = None
+    graphs: Mapping[str, Mapping[Kind, Storage]] | None = None
     needs: tuple[str, ...] = ()
-    keeps_first: bool = False
+    first: Mapping[Kind, Storage] | None = None
 
     def graph_precision(self, graph: str, own: str) -> str:
         """fp32, fp16 or bf16: token2wav stays FP32 where the rest is BF16 (export/graph_defs.py)."""
@@ -70,7 +74,6 @@ class PlanRecipe:
 _EXPORT = "omniport export CHECKPOINT BUNDLE --precision {}"
 _QUANTIZE = "omniport quantize BUNDLE OUT --recipe {}"
 _CALIBRATED = _QUANTIZE + " --calib CALIB"
-_SMALL = " ".join(f"--graph-recipe {graph}=w8" for graph in (*_ENCODERS, "dit"))
 RECIPES: Mapping[str, PlanRecipe] = {
     recipe.name: recipe
     for recipe in (
@@ -80,31 +83,38 @@ RECIPES: Mapping[str, PlanRecipe] = {
         PlanRecipe(
             "w8",
             _QUANTIZE.format("w8"),
-            graphs={**dict.fromkeys(_LM, _W8_BLOCKS), **dict.fromkeys((*_ENCODERS, "dit"), _ALL_W8)},
+            graphs={**dict.fromkeys(_LM, _W8_BLOCKS), **_SMALL},
             needs=("int8",),
-            keeps_first=True,
+            first=_W8_FIRST,
         ),
         PlanRecipe(
             "int8",
             _CALIBRATED.format("int8"),
             graphs={
-                **{name: {ATTENTION: _INT8, PRODUCT: _INT8} for name in (*_ENCODERS, *_LM, "dit")},
-                "bigvgan": {CONVOLUTION: _INT8},
+                **dict.fromkeys(_LM, _INT8_LM),
+                **dict.fromkeys((*_ENCODERS, "dit"), _ALL_INT8),
+                "bigvgan": {Kind.CONVOLUTION: _INT8},
             },
             needs=("int8",),
         ),
         PlanRecipe(
             "fp8",
             _CALIBRATED.format("fp8"),
-            graphs={name: {ATTENTION: _FP8, PRODUCT: _FP8} for name in (*_ENCODERS, *_LM, "dit")},
+            graphs=dict.fromkeys((*_ENCODERS, *_LM, "dit"), _ALL_FP8),
             needs=("fp8",),
         ),
         PlanRecipe("int4", _QUANTIZE.format("int4"), graphs=dict.fromkeys(_LM, _MIXED), needs=("int4", "int8")),
         PlanRecipe(
-            "int4+w8",
-            f"{_QUANTIZE.format('int4')} {_SMALL}",
-            graphs={**dict.fromkeys(_LM, _MIXED), **dict.fromkeys((*_ENCODERS, "dit"), _ALL_W8)},
+            "edge-8gb",
+            _QUANTIZE.format("edge-8gb"),
+            graphs={**dict.fromkeys(_LM, _MIXED), **_SMALL},
             needs=("int4", "int8"),
+        ),
+        PlanRecipe(
+            "edge-16gb",
+            _CALIBRATED.format("edge-16gb"),
+            graphs={**dict.fromkeys(_LM, _INT8_LM), **_SMALL},
+            needs=("int8",),
         ),
     )
 }
@@ -112,9 +122,10 @@ RECIPES: Mapping[str, PlanRecipe] = {
 
 def storage_of(recipe: PlanRecipe, graph: str, matrix: Matrix) -> Storage:
     """How a weight is stored; blocks that do not divide K fall back to a scale per channel, as in quantize."""
-    if matrix.first and recipe.keeps_first:
-        return _PLAIN
-    storage = (recipe.graphs or {}).get(graph, {}).get(matrix.kind, _PLAIN)
+    first = matrix.first and recipe.first is not None
+    kinds = (recipe.first if first else (recipe.graphs or {}).get(graph)) or {}
+    others = kinds.get(Kind.PRODUCT, _PLAIN) if matrix.kind.product else _PLAIN
+    storage = kinds.get(matrix.kind, others)
     return _W8 if storage.block and matrix.k % storage.block else storage
 
 

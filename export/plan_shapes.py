@@ -17,51 +17,22 @@ from omniport.runtime.errors import CheckpointError, UsageError
 from omniport.runtime.manifest import DecoderGeometry, Manifest
 
 from .config import normalise_config, read_json
+from .plan_weights import GraphShape, Kind, Matrix
 from .synthetic_config import SIZES, geometry_config
 
 __all__ = [
-    "ATTENTION",
-    "CONVOLUTION",
-    "PRODUCT",
     "PUBLISHED",
-    "WIDENING",
     "DecoderShape",
-    "GraphShape",
-    "Matrix",
     "ModelShape",
     "decoder_graph",
     "find_model",
     "shape_of_config",
 ]
 
-#: kinds of weights, as quantization recipes tell them apart (calib/recipe.py)
-ATTENTION, PRODUCT, CONVOLUTION = "attention", "product", "convolution"
-#: convolutions that change the number of channels: the vocoder's first, its last, and those that resample
-WIDENING = "widening"
 #: sizes that need no files
 PUBLISHED = ("3b", "7b")
 #: widths of a head in the encoders and the DiT, which a bundle does not say
 _VISION_HEAD, _AUDIO_HEAD = 80, 64
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """``count`` weights [k, n] of one kind, each applied to ``steps`` rows for one row of the graph's input.
-
-    ``first``: they are of a decoder's first layer, which some recipes treat otherwise.
-    """
-
-    kind: str
-    k: int
-    n: int
-    count: int = 1
-    steps: float = 1.0
-    first: bool = False
-
-    @property
-    def elements(self) -> int:
-        """Values in all of them."""
-        return self.k * self.n * self.count
 
 
 @dataclass(frozen=True)
@@ -80,35 +51,6 @@ class DecoderShape:
     def cache_elements(self, context: int) -> int:
         """Keys and values of all layers for so many tokens."""
         return 2 * self.layers * self.kv_heads * self.head_dim * context
-
-
-@dataclass(frozen=True)
-class GraphShape:
-    """Weights of one graph.
-
-    Attributes:
-        other: elements that are never quantized and take the graph's precision: biases, norms, tables.
-        fixed: elements that stay float32 in every precision.
-        width, ffn, heads: of its layers, for activations.
-    """
-
-    name: str
-    matrices: tuple[Matrix, ...]
-    other: int = 0
-    fixed: int = 0
-    width: int = 0
-    ffn: int = 0
-    heads: int = 1
-
-    @property
-    def parameters(self) -> int:
-        """All elements."""
-        return sum(matrix.elements for matrix in self.matrices) + self.other + self.fixed
-
-    def operations(self, rows: float, without: Iterable[Matrix] = ()) -> float:
-        """Multiplications and additions for so many rows."""
-        left_out = set(without)
-        return 2 * rows * sum(m.elements * m.steps for m in self.matrices if m not in left_out)
 
 
 @dataclass(frozen=True)
@@ -213,22 +155,22 @@ def decoder_graph(name: str, d: DecoderShape) -> GraphShape:
     """The weights of thinker or talker."""
     inner, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
     layer = (
-        Matrix(ATTENTION, d.width, inner, first=True),
-        Matrix(ATTENTION, d.width, kv, 2, first=True),
-        Matrix(ATTENTION, inner, d.width, first=True),
-        Matrix(PRODUCT, d.width, d.ffn, 2, first=True),
-        Matrix(PRODUCT, d.ffn, d.width, first=True),
+        Matrix(Kind.ATTENTION, d.width, inner, first=True),
+        Matrix(Kind.ATTENTION, d.width, kv, 2, first=True),
+        Matrix(Kind.ATTENTION, inner, d.width, first=True),
+        Matrix(Kind.PRODUCT, d.width, d.ffn, 2, first=True),
+        Matrix(Kind.DOWN, d.ffn, d.width, first=True),
     )
     matrices = [
         *layer,
         *(replace(m, count=m.count * (d.layers - 1), first=False) for m in layer if d.layers > 1),
         # logits are for the last token alone
-        Matrix(PRODUCT, d.width, d.vocabulary, steps=0.0),
+        Matrix(Kind.HEAD, d.width, d.vocabulary, steps=0.0),
     ]
     if d.input_width != d.width:
-        matrices.append(Matrix(ATTENTION, d.input_width, d.width))
+        matrices.append(Matrix(Kind.PROJECTION, d.input_width, d.width))
     elif name == "talker":
-        matrices.append(Matrix(ATTENTION, d.width, d.width))
+        matrices.append(Matrix(Kind.PROJECTION, d.width, d.width))
     vectors = d.layers * (inner + 2 * kv + 2 * d.width) + d.width
     return GraphShape(name, tuple(matrices), other=vectors, width=d.width, ffn=d.ffn, heads=d.heads)
 
@@ -238,12 +180,12 @@ def _audio(c: Mapping[str, Any], text: Mapping[str, Any]) -> GraphShape:
     mels, frames = int(c.get("num_mel_bins", 128)), 2 * int(c.get("n_window", 100))
     matrices = (
         # rows are mel frames: the second convolution halves their number, and so does pooling before the last product
-        Matrix(CONVOLUTION, mels * 3, width),
-        Matrix(CONVOLUTION, width * 3, width, steps=0.5),
-        Matrix(PRODUCT, width, width, 4 * layers, 0.5),
-        Matrix(PRODUCT, width, ffn, layers, 0.5),
-        Matrix(PRODUCT, ffn, width, layers, 0.5),
-        Matrix(PRODUCT, width, int(c.get("output_dim", text["hidden_size"])), steps=0.25),
+        Matrix(Kind.CONVOLUTION, mels * 3, width),
+        Matrix(Kind.CONVOLUTION, width * 3, width, steps=0.5),
+        Matrix(Kind.PRODUCT, width, width, 4 * layers, 0.5),
+        Matrix(Kind.PRODUCT, width, ffn, layers, 0.5),
+        Matrix(Kind.PRODUCT, ffn, width, layers, 0.5),
+        Matrix(Kind.PRODUCT, width, int(c.get("output_dim", text["hidden_size"])), steps=0.25),
     )
     other = frames // 2 * width + layers * (8 * width + ffn) + 6 * width
     return GraphShape("audio_encoder", matrices, other, 0, width, ffn, int(c["encoder_attention_heads"]))
@@ -254,12 +196,12 @@ def _vision(c: Mapping[str, Any], text: Mapping[str, Any]) -> GraphShape:
     patch = int(c.get("in_channels", 3)) * int(c.get("temporal_patch_size", 2)) * int(c.get("patch_size", 14)) ** 2
     merged = width * int(c.get("spatial_merge_size", 2)) ** 2
     matrices = (
-        Matrix(PRODUCT, patch, width),
-        Matrix(PRODUCT, width, width, 4 * layers),
-        Matrix(PRODUCT, width, ffn, 2 * layers),
-        Matrix(PRODUCT, ffn, width, layers),
-        Matrix(PRODUCT, merged, merged, steps=0.25),
-        Matrix(PRODUCT, merged, int(c.get("out_hidden_size", text["hidden_size"])), steps=0.25),
+        Matrix(Kind.PRODUCT, patch, width),
+        Matrix(Kind.PRODUCT, width, width, 4 * layers),
+        Matrix(Kind.PRODUCT, width, ffn, 2 * layers),
+        Matrix(Kind.PRODUCT, ffn, width, layers),
+        Matrix(Kind.PRODUCT, merged, merged, steps=0.25),
+        Matrix(Kind.PRODUCT, merged, int(c.get("out_hidden_size", text["hidden_size"])), steps=0.25),
     )
     other = layers * (7 * width + 2 * ffn) + 2 * merged
     return GraphShape("vision_encoder", matrices, other, 0, width, ffn, int(c["num_heads"]))
@@ -272,12 +214,12 @@ def _dit(c: Mapping[str, Any]) -> GraphShape:
     inputs = mel + int(c.get("enc_dim", 128)) + int(c.get("enc_emb_dim", 192)) + codes
     # rows are mel frames; guidance doubles them
     matrices = (
-        Matrix(PRODUCT, inputs, width, steps=2),
-        Matrix(PRODUCT, width, inner, 3 * layers, 2),
-        Matrix(PRODUCT, inner, width, layers, 2),
-        Matrix(PRODUCT, width, mult * width, layers, 2),
-        Matrix(PRODUCT, mult * width, width, layers, 2),
-        Matrix(PRODUCT, width, mel, steps=2),
+        Matrix(Kind.PRODUCT, inputs, width, steps=2),
+        Matrix(Kind.PRODUCT, width, inner, 3 * layers, 2),
+        Matrix(Kind.PRODUCT, inner, width, layers, 2),
+        Matrix(Kind.PRODUCT, width, mult * width, layers, 2),
+        Matrix(Kind.PRODUCT, mult * width, width, layers, 2),
+        Matrix(Kind.PRODUCT, width, mel, steps=2),
     )
     table = (int(c.get("num_embeds", 8193)) + 1) * codes
     vectors = layers * (3 * inner + (2 + mult) * width) + width + mel
@@ -293,17 +235,17 @@ _TIME_POINTS = 37
 def _vocoder(c: Mapping[str, Any]) -> GraphShape:
     channels, mel = int(c["upsample_initial_channel"]), int(c.get("mel_dim", 80))
     kernels, dilations = c["resblock_kernel_sizes"], c["resblock_dilation_sizes"]
-    matrices = [Matrix(WIDENING, mel * 7, channels)]
+    matrices = [Matrix(Kind.WIDENING, mel * 7, channels)]
     other, rate, width = channels, 1, channels
     for stride, kernel in zip(c["upsample_rates"], c["upsample_kernel_sizes"], strict=True):
-        matrices.append(Matrix(WIDENING, width * kernel, width // 2, steps=rate))
+        matrices.append(Matrix(Kind.WIDENING, width * kernel, width // 2, steps=rate))
         width, rate = width // 2, rate * stride
         for size, times in zip(kernels, dilations, strict=True):
-            matrices.append(Matrix(CONVOLUTION, width * size, width, 2 * len(times), rate))
+            matrices.append(Matrix(Kind.CONVOLUTION, width * size, width, 2 * len(times), rate))
         layers = 2 * sum(len(times) for times in dilations)
         # a bias, two filters of 7 taps for two phases, and two vectors for both phases
         other += width + layers * width * (1 + 28 + 4)
-    matrices.append(Matrix(WIDENING, width * 7, 1, steps=rate))
+    matrices.append(Matrix(Kind.WIDENING, width * 7, 1, steps=rate))
     return GraphShape("bigvgan", tuple(matrices), other + 32 * width, 0, channels, channels, 1)
 
 
@@ -367,12 +309,12 @@ def _graph_of_file(bundle: Bundle, name: str) -> GraphShape:
     for weight in weights:
         dims = weight.dims
         if weight.operator == "MatMul" and len(dims) == 2:
-            matrices.append(Matrix(PRODUCT, dims[0], dims[1], steps=_STEPS.get(name, 1.0)))
+            matrices.append(Matrix(Kind.PRODUCT, dims[0], dims[1], steps=_STEPS.get(name, 1.0)))
         elif weight.operator == "Conv" and len(dims) == 3 and dims[1] > 2:
-            kind = CONVOLUTION if dims[0] == dims[1] else WIDENING
+            kind = Kind.CONVOLUTION if dims[0] == dims[1] else Kind.WIDENING
             matrices.append(Matrix(kind, dims[1] * dims[2], dims[0], steps=levels.get(dims[0], levels[1])))
         elif weight.operator == "ConvTranspose" and len(dims) == 3:
-            matrices.append(Matrix(WIDENING, dims[0] * dims[2], dims[1], steps=levels[dims[0]]))
+            matrices.append(Matrix(Kind.WIDENING, dims[0] * dims[2], dims[1], steps=levels[dims[0]]))
         elif half and weight.single:
             fixed += math.prod(dims)
         elif not weight.scale:

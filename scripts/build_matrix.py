@@ -1,12 +1,13 @@
 """Build every graph of a checkpoint in several precisions for several GPUs, and write down what came of it.
 
     python scripts/build_matrix.py CHECKPOINT [--work FOLDER] [--precisions fp16,bf16,fp32] [--recipes w8,int4]
-        [--bundles fp8=FOLDER] [--most N] [--out docs/results]
+        [--calib FILE] [--bundles NAME=FOLDER] [--most N] [--out docs/results]
 
 Needs no GPU: nothing is run. Each engine is built in a process of its own and thrown away. Exported and quantized
-bundles are made in ``--work`` (a temporary folder by default) and reused if they are there; ``--bundles`` names others,
-made with calibration for one. Rows are kept in ``--work`` too: with ``--most`` the script ends after so many builds,
-and the next call goes on from there. Writes build-matrix.json and build-matrix.md when every row is there.
+bundles are made in ``--work`` (a temporary folder by default) and reused if they are there; ``--bundles`` names others.
+Recipes quantize the FP16 bundle, with the calibration if one is given; graphs that a recipe leaves alone are built
+once. Rows are kept in ``--work`` too: with ``--most`` the script ends after so many builds, and the next call goes on
+from there. Writes build-matrix.json and build-matrix.md when every row is there.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ class Matrix:
         self._rows: dict[str, Row] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def rows(self, bundles: dict[str, Path]) -> list[Row] | None:
-        """One row for each engine of each bundle; None if some were left for the next call."""
-        found = [self._row(bundle, target, graph) for bundle, target, graph in _engines(bundles)]
+        """One row for each engine, under the first bundle that has it; None if some were left for the next call."""
+        engines = {}
+        for bundle, target, graph in _engines(bundles):
+            engines.setdefault(self._key(bundle, target, graph), (bundle, target, graph))
+        found = [self._row(key, *engine) for key, engine in engines.items()]
         return None if None in found else [row for row in found if row is not None]
 
-    def _row(self, bundle: Path, target: str, graph: str) -> Row | None:
-        key = self._key(bundle, target, graph)
+    def _row(self, key: str, bundle: Path, target: str, graph: str) -> Row | None:
         if key not in self._rows and self._left:
             from measure_build_memory import measure
 
@@ -65,7 +68,7 @@ class Matrix:
         return self._rows.get(key)
 
     def _key(self, bundle: Path, target: str, graph: str) -> str:
-        """The bundle's precision, the builder, the code that drives it, and what the engine is made from."""
+        """The builder, the code that drives it, and what the engine is made from."""
         from omniport.export.build import engine_key
         from omniport.export.profiles import Limits
         from omniport.export.targets import find_target
@@ -73,8 +76,7 @@ class Matrix:
 
         opened = Bundle.open(bundle)
         spec = opened.manifest.graphs[graph]
-        key = engine_key(opened, spec, find_target(target), "tensorrt-rtx", self._version, Limits())
-        return f"{opened.manifest.precision} {key}"
+        return engine_key(opened, spec, find_target(target), "tensorrt-rtx", self._version, Limits())
 
 
 def _engines(bundles: dict[str, Path]) -> Iterator[tuple[Path, str, str]]:
@@ -84,12 +86,15 @@ def _engines(bundles: dict[str, Path]) -> Iterator[tuple[Path, str, str]]:
                 yield bundle, target, graph
 
 
-def make_bundles(checkpoint: Path, work: Path, precisions: Sequence[str], recipes: Sequence[str]) -> dict[str, Path]:
+def make_bundles(
+    checkpoint: Path, work: Path, precisions: Sequence[str], recipes: Sequence[str], calibration: Path | None = None
+) -> dict[str, Path]:
     """Export and quantize what is not there yet; the bundle of each precision and recipe."""
-    for precision in dict.fromkeys([*precisions, *(["fp32"] if recipes else [])]):
+    for precision in dict.fromkeys([*precisions, *(["fp16"] if recipes else [])]):
         _omniport(work / precision, "export", str(checkpoint), str(work / precision), "--precision", precision)
+    calib = [] if calibration is None else ["--calib", str(calibration)]
     for recipe in recipes:
-        _omniport(work / recipe, "quantize", str(work / "fp32"), str(work / recipe), "--recipe", recipe)
+        _omniport(work / recipe, "quantize", str(work / "fp16"), str(work / recipe), "--recipe", recipe, *calib)
     return {name: work / name for name in (*precisions, *recipes)}
 
 
@@ -141,6 +146,7 @@ def render(document: dict[str, Any]) -> str:
         f"than its weights and {max(over) / 1e6:.1f} MB.",
         "Peak memory is resident memory of the building process above what it held before parsing, over the weights;",
         "*anonymous* is the part that the kernel cannot drop and read again. Layers are those of the parsed network.",
+        "Recipes of `omniport quantize` are of the FP16 bundle; graphs that one leaves alone are not listed again.",
         "",
         "| precision | GPU | graph | weights MB | engine MB | over weights MB | seconds | peak / weights | anonymous "
         "| cache | attention | rotary |",
@@ -154,6 +160,7 @@ def render(document: dict[str, Any]) -> str:
             f"| {(engine - weights) / 1e6:.1f} | {row['seconds']} | {row['peak_bytes'] / weights:.2f} "
             f"| {row['anonymous_bytes'] / weights:.2f} | {native} |"
         )
+    lines += _halves(rows)
     refused = [row for row in document["engines"] if "failed" in row]
     if refused:
         lines += ["", "Not built:", "", "| precision | GPU | graph | message |", "|---|---|---|---|"]
@@ -163,6 +170,28 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _halves(rows: Sequence[Row]) -> list[str]:
+    """Engines of the recipes beside those in FP16."""
+    half = {(row["target"], row["graph"]): row["engine_bytes"] for row in rows if row["precision"] == "fp16"}
+    recipes = [row for row in rows if row["precision"] not in PRECISIONS and (row["target"], row["graph"]) in half]
+    if not recipes:
+        return []
+    names = list(dict.fromkeys(row["graph"] for row in recipes))
+    lines = ["", "Size beside the engine in FP16, largest over the GPUs:", "", "| recipe | " + " | ".join(names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for recipe in dict.fromkeys(row["precision"] for row in recipes):
+        ratios = [
+            [
+                r["engine_bytes"] / half[r["target"], name]
+                for r in recipes
+                if (r["precision"], r["graph"]) == (recipe, name)
+            ]
+            for name in names
+        ]
+        lines.append(f"| {recipe} | " + " | ".join(f"{max(found):.3f}" if found else "-" for found in ratios) + " |")
+    return lines
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Build every graph of a checkpoint for several GPUs.")
@@ -170,6 +199,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for exported bundles and rows; kept")
     parser.add_argument("--precisions", type=_names, default=PRECISIONS, help="comma-separated")
     parser.add_argument("--recipes", type=_names, default=(), help="comma-separated recipes of omniport quantize")
+    parser.add_argument("--calib", type=Path, help="calibration of the checkpoint, which some recipes need")
     parser.add_argument("--bundles", type=_names, default=(), help="comma-separated NAME=FOLDER of other bundles")
     parser.add_argument("--most", type=int, default=10**6, help="builds of this call at most; goes with --work")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
@@ -177,7 +207,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
-        bundles = make_bundles(options.checkpoint, work, options.precisions, options.recipes)
+        bundles = make_bundles(options.checkpoint, work, options.precisions, options.recipes, options.calib)
         bundles |= {name: Path(folder) for name, _, folder in (entry.partition("=") for entry in options.bundles)}
         rows = Matrix(work, options.most).rows(bundles)
     if rows is None:

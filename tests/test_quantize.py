@@ -60,10 +60,14 @@ def stored_file(path: Path, array: np.ndarray[Any, Any], offset: int = 0) -> Sto
 # what is stored
 
 
+def block_of(scheme: str, rows: int) -> int:
+    return {"w8": rows, "w8-16": 16, "w8-32": 32, "w8-128": 128, "int4-32": 32, "int4-128": 128}[scheme]
+
+
 def oracle(weight: np.ndarray[Any, Any], scheme: str) -> np.ndarray[Any, Any]:
     """[K, N] to integers and back, channel by channel and block by block, in plain loops."""
     low, high = (-127, 127) if scheme.startswith("w8") else (-8, 7)
-    block = {"w8": len(weight), "w8-32": 32, "int4-32": 32, "int4-128": 128}[scheme]
+    block = block_of(scheme, len(weight))
     out = np.empty_like(weight)
     for start in range(0, len(weight), block):
         for column in range(weight.shape[1]):
@@ -85,16 +89,16 @@ def test_what_is_stored_dequantizes_to_the_oracle_bit_by_bit(
     seen = set()
     for name, scheme in record.layers["thinker"].items():
         if scheme == "none":
-            assert name.startswith("model.layers.0.")
+            assert name.startswith(("model.layers.0.self_attn.", "model.layers.0.mlp.down_proj."))
             continue
         integers, scales = after.pop(f"{name}.integers"), after.pop(f"{name}.scales")
-        wide = integers.astype(np.float32)
-        got = wide * scales if scheme == "w8" else (wide.reshape(-1, 32, wide.shape[1]) * scales[:, None])
+        wide, block = integers.astype(np.float32), block_of(scheme, len(integers))
+        got = wide * scales if scheme == "w8" else (wide.reshape(-1, block, wide.shape[1]) * scales[:, None])
         wanted = before.pop(name)
         assert np.abs(wanted).max() > 0.01
         np.testing.assert_array_equal(got.reshape(wanted.shape), oracle(wanted, scheme))
         seen.add(scheme)
-    assert seen == ({"w8-32"} if recipe == "w8" else {"w8", "int4-32"})
+    assert seen == ({"w8-16", "w8-32", "w8-128"} if recipe == "w8" else {"w8", "int4-32"})
     assert before.keys() == after.keys()  # biases, norms
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
@@ -194,7 +198,7 @@ def fused(root: Path, graph: str, tmp_path: Path) -> Counter[str]:
 def test_onnx_runtime_fuses_every_product(recipe: str, graph: str, quantized: dict[str, Path], tmp_path: Path) -> None:
     products = sum(node.op_type == "MatMul" for node in load(quantized[recipe], graph).graph.node)
     found = fused(quantized[recipe], graph, tmp_path)
-    kept = 7 if recipe == "w8" else 0  # the first layer
+    kept = 5 if recipe == "w8" else 0  # of the first layer: attention and down_proj
     assert found["MatMulNBits"] == products - kept > 20
     assert (found["DequantizeLinear"], found["MatMul"]) == (0, kept)
 
@@ -318,8 +322,8 @@ def test_keep_and_graph_recipes(tiny_bundle: Path, tmp_path: Path) -> None:
     }
     assert manifest.quantization is not None
     kept = {g: [n for n, s in rows.items() if s == "none"] for g, rows in manifest.quantization.layers.items()}
-    assert len([name for name in kept["thinker"] if name.startswith("model.layers.0.")]) == 7
-    assert kept["thinker"][7:] == ["model.layers.1.self_attn.q_proj.weight", "lm_head.weight"]
+    assert len([name for name in kept["thinker"] if name.startswith("model.layers.0.")]) == 5
+    assert kept["thinker"][5:] == ["model.layers.1.self_attn.q_proj.weight", "lm_head.weight"]
     assert "lm_head.weight" in weights_of(out, "thinker")
     assert manifest.quantization.keep == (r"^thinker/lm_head", r"layers\.1\.self_attn\.q")
     assert (out / "notes" / "mine.txt").read_text() == "kept"
