@@ -1,4 +1,4 @@
-"""Calibrate a checkpoint: real samples through every part in FP32, and OUT.calib of what its products saw."""
+"""Calibrate a checkpoint: real samples through every part in FP32, and OUT.calib of what its products read and gave."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .work import SOURCE, work_folder
 __all__ = ["CalibrateReport", "calibrate"]
 
 #: what a finished step looks like; raised when steps of an older release are of no use any more
-_WORK_VERSION = 1
+_WORK_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a calibration says of the weights of a bundle: factors that smooth, and scales of what they multiply."""
+"""What a calibration says of the weights of a bundle: factors that smooth, scales of what they multiply and give."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .rounding import LARGEST
 from .smoothing import Factors
 from .weights import CHANNELS_LAST, Weight
 
-__all__ = ["check_sites", "input_scales", "smoothing"]
+__all__ = ["check_sites", "input_scales", "output_scales", "smoothing"]
 
 Array = NDArray[Any]
 #: a scale is a divisor, and normal in half precision
@@ -51,6 +51,12 @@ def check_sites(calibration: Calibration | None, choices: Mapping[str, Sequence[
                     f"channels; {choice.scheme.factors or 'absmax'} of {_inputs(choice.weight)} was expected. Run "
                     "omniport calibrate again"
                 )
+            if choice.scheme.outputs and calibration.site(graph, choice.weight.name, output=True) is None:
+                raise UsageError(
+                    f"{what} rounds what the convolution gives as well, and the calibration has no range of that: it "
+                    "is of an older release. Run omniport calibrate again, or leave such weights as they are with "
+                    f"--keep {graph}/{choice.weight.name.partition('.')[0]}"
+                )
 
 
 def smoothing(calibration: Calibration | None, graph: str, choices: Sequence[Choice]) -> dict[str, Array]:
@@ -81,8 +87,24 @@ def input_scales(
         assert site is not None
         rows = factors.get(choice.weight.name, Factors()).rows
         top = site.record.clips[choice.scheme.clip] if rows is None else float((site.arrays["absmax"] / rows).max())
-        scales[choice.weight.name] = max(top / LARGEST[choice.scheme.format], _SMALLEST)
+        scales[choice.weight.name] = _scale(top, choice)
     return scales
+
+
+def output_scales(calibration: Calibration | None, graph: str, choices: Sequence[Choice]) -> dict[str, float]:
+    """Weight -> scale of what its convolution gives, for schemes that round it."""
+    scales = {}
+    for choice in choices:
+        if choice.scheme.outputs:
+            assert calibration is not None
+            site = calibration.site(graph, choice.weight.name, output=True)
+            assert site is not None
+            scales[choice.weight.name] = _scale(site.record.clips[choice.scheme.clip], choice)
+    return scales
+
+
+def _scale(top: float, choice: Choice) -> float:
+    return max(top / LARGEST[choice.scheme.format], _SMALLEST)
 
 
 def _site(calibration: Calibration | None, graph: str, choice: Choice) -> Site | None:

@@ -1,4 +1,4 @@
-"""OUT.calib: what calibration saw of every product's input, and the scales that were chosen from it.
+"""OUT.calib: what calibration saw of products' inputs and convolutions' outputs, and the scales chosen from it.
 
 One safetensors file: arrays, and a JSON header under the metadata key ``omniport-calib``. It is read here and written
 by `omniport.calib.calibrate`; `omniport.calib.quantize` needs nothing else of a calibration run.
@@ -19,16 +19,18 @@ from omniport.runtime.errors import BundleError, UsageError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-__all__ = ["ARRAYS", "CLIPS", "HEADER_KEY", "Calibration", "Header", "Site", "SiteRecord"]
+__all__ = ["ARRAYS", "CLIPS", "HEADER_KEY", "Calibration", "Header", "Site", "SiteRecord", "site_name"]
 
 Array = NDArray[Any]
 HEADER_KEY = "omniport-calib"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+#: 1 has no outputs of convolutions, and everything else as now
+_READABLE = (1, SCHEMA_VERSION)
 #: ways to choose a range: largest magnitude, 99.99th percentile, least entropy lost, least squared error
 CLIPS = ("max", "percentile", "entropy", "mse")
 #: array of a site -> what it holds; those after ``hist`` may be missing
 ARRAYS: Mapping[str, str] = {
-    "absmax": "[K] float32: largest magnitude of each input channel",
+    "absmax": "[K] float32: largest magnitude of each channel",
     "hist": "[2048] int64: counts of |x| in equal bins from 0 to the largest magnitude",
     "smooth": "[K] float32: SmoothQuant's factors; the input is divided by them, rows of the weight multiplied",
     "awq-32": "[K] float32: AWQ's factors for INT4 in blocks of 32, same meaning",
@@ -37,19 +39,22 @@ ARRAYS: Mapping[str, str] = {
 
 
 class SiteRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One tensor that products of a graph read.
+    """One tensor that products of a graph read, or that a convolution gives.
 
     Attributes:
-        weights: initializers of the graph that multiply it, in the graph's order; the first names the site.
+        weights: initializers of the graph that multiply it, in the graph's order; the first names the site. Of an
+            output, the one weight of the convolution.
         kind: ``matmul`` or ``conv``.
         count: values seen.
         clips: way to choose a range -> the largest magnitude that it keeps.
+        output: it is what the convolution gives (bias included), not what it reads.
     """
 
     weights: tuple[str, ...]
     kind: str
     count: int
     clips: dict[str, float]
+    output: bool = False
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,23 +87,28 @@ class Site:
 
     @property
     def name(self) -> str:
-        return self.record.weights[0]
+        return site_name(self.record.weights[0], self.record.output)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibration in memory: arrays are one number per input channel, some MB for the largest model."""
+    """A calibration in memory: arrays are one number per channel, some MB for the largest model."""
 
     header: Header
     graphs: Mapping[str, tuple[Site, ...]]
 
     @cached_property
     def _by_weight(self) -> Mapping[tuple[str, str], Site]:
-        return {(g, w): site for g, sites in self.graphs.items() for site in sites for w in site.record.weights}
+        return {
+            (graph, site_name(weight, site.record.output)): site
+            for graph, sites in self.graphs.items()
+            for site in sites
+            for weight in site.record.weights
+        }
 
-    def site(self, graph: str, weight: str) -> Site | None:
-        """The site whose tensor that weight of that graph multiplies."""
-        return self._by_weight.get((graph, weight))
+    def site(self, graph: str, weight: str, output: bool = False) -> Site | None:
+        """The site whose tensor that weight of that graph multiplies, or what its convolution gives."""
+        return self._by_weight.get((graph, site_name(weight, output)))
 
     def check(self, fingerprint: str, what: object) -> None:
         """Refuse to be used on another checkpoint.
@@ -142,12 +152,17 @@ class Calibration:
         return cls(header, {graph: _sites(path, graph, records, arrays) for graph, records in header.graphs.items()})
 
 
+def site_name(weight: str, output: bool = False) -> str:
+    """Name of the site that a weight names: of what is multiplied, or of what its convolution gives."""
+    return f"{weight}:output" if output else weight
+
+
 def _header(path: Path, text: str) -> Header:
     try:
         header = msgspec.json.decode(text, type=Header)
     except msgspec.DecodeError as error:
         raise BundleError(f"the header of {path} is damaged: {error}. Run omniport calibrate again") from error
-    if header.schema_version != SCHEMA_VERSION:
+    if header.schema_version not in _READABLE:
         raise BundleError(
             f"{path} has schema version {header.schema_version}, expected {SCHEMA_VERSION}. Calibrate again"
         )
@@ -157,7 +172,7 @@ def _header(path: Path, text: str) -> Header:
 def _sites(path: Path, graph: str, records: tuple[SiteRecord, ...], arrays: Mapping[str, Array]) -> tuple[Site, ...]:
     sites = []
     for record in records:
-        prefix = f"{graph}/{record.weights[0]}/"
+        prefix = f"{graph}/{site_name(record.weights[0], record.output)}/"
         found = {name: arrays[prefix + name] for name in ARRAYS if prefix + name in arrays}
         if "absmax" not in found or "hist" not in found or set(record.clips) != set(CLIPS):
             raise BundleError(f"{path} lacks ranges of {prefix[:-1]}. Run omniport calibrate again")

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from omniport.export.graph_defs import GraphDefinition
+from omniport.export.models.audio_encoder import GeluConv
 from omniport.export.models.bigvgan import BigVgan
 from omniport.export.models.stack import Stack
 from omniport.export.models.talker import Talker
@@ -71,10 +72,12 @@ class Engine:
         self._decodes = bool(definition.past)
         size = sum(tensor.numel() * 4 for tensor in self.module.parameters())
         self._resident = again and size <= RESIDENT_BYTES
-        self.observers = {site.name: Observer(f"{self.name}/{site.name}", site.axis, site.smooths) for site in sites}
-        for name in self.observers:
-            if name not in unseen:
-                _watch(self.module, name, self.observers)
+        self.observers = {site.name: _observer(site) for site in sites}
+        for site in sites:
+            if site.output:
+                _watch_output(self.module, site, self.observers)
+            elif site.name not in unseen:
+                _watch(self.module, site.name, self.observers)
 
     def run(self, calls: Sequence[Call]) -> list[Tensor]:
         """Outputs of the calls in order: those of ``leave``, or the talker's logits."""
@@ -129,6 +132,21 @@ class Engine:
     def _release(self) -> None:
         if not self._resident:
             self._lazy.release()
+
+
+def _observer(site: SitePlan) -> Observer:
+    name = f"{site.graph}/{site.weights[0].name}"
+    return Observer(name, site.axis, site.smooths, "output" if site.output else "input")
+
+
+def _watch_output(module: ExportModule, site: SitePlan, observers: Mapping[str, Observer]) -> None:
+    """Observe what a convolution gives."""
+    part = module.get_submodule(site.weights[0].name.rpartition(".")[0])
+    # GELU is part of the audio encoder's: what comes before it is computed again
+    again = part.convolve if isinstance(part, GeluConv) else None
+    part.register_forward_hook(
+        lambda _, inputs, out: observers[site.name].see(out if again is None else again(*inputs))
+    )
 
 
 def _watch(module: ExportModule, weight: str, observers: Mapping[str, Observer]) -> None:

@@ -79,6 +79,7 @@ class Findings:
                 kind=site.kind,
                 count=observer.count,
                 clips=choose_clips(arrays["hist"], float(observer.absmax.max())),
+                output=site.output,
             )
             self._store(Site(record, arrays))
 

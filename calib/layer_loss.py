@@ -24,6 +24,7 @@ from omniport.runtime.integers import integers_name, scales_name, zero_points_na
 from onnx import numpy_helper
 
 from .probe import DECODERS, EQUAL_DB, Calls
+from .qdq import rounded_output
 
 __all__ = ["LayerLoss", "layer_losses", "sqnr_db", "unscaled"]
 
@@ -71,7 +72,8 @@ def layer_losses(base: Bundle, quantized: Bundle, name: str, calls: Calls | None
     weights = {weight: _weight_db(before, after, weight, smoothed) for weight in schemes}
     products, outputs = before.outputs(schemes), dict[str, float]()
     if calls is not None:
-        outputs = _output_db(base, quantized, name, products, calls, threads, smoothed)
+        pairs = {weight: (output, after.given(output)) for weight, output in products.items()}
+        outputs = _output_db(base, quantized, name, pairs, calls, threads, smoothed)
     return [
         LayerLoss(weight, scheme, weights[weight], outputs.get(weight), after.input_range(products.get(weight, "")))
         for weight, scheme in schemes.items()
@@ -129,6 +131,12 @@ class _File:
         pairs = ((node.input[1], node.output[0]) for node in self.graph.node if len(node.input) > 1)
         return {weight: output for weight, output in pairs if weight in wanted}
 
+    def given(self, output: str) -> str:
+        """What readers see of the output of a node: itself, or what it is rounded to."""
+        maker = self._makers.get(output)
+        rounded = "" if maker is None else rounded_output(maker.name)
+        return rounded if rounded in self._makers else output
+
     def input_range(self, output: str) -> float | None:
         """Largest magnitude that is kept of the first input of the node that makes ``output``."""
         widened = self._maker(self._makers.get(output))
@@ -170,18 +178,19 @@ def _output_db(
     base: Bundle,
     quantized: Bundle,
     name: str,
-    outputs: Mapping[str, str],
+    outputs: Mapping[str, tuple[str, str]],
     calls: Calls,
     threads: int,
     smoothed: bool,
 ) -> dict[str, float]:
+    """``outputs``: weight -> output of its product before and after quantizing."""
     feeds = calls.feeds[0]
-    wanted = _run(base, name, outputs.values(), feeds, threads)
-    got = _run(quantized, name, outputs.values(), feeds, threads)
+    wanted = _run(base, name, [out for out, _ in outputs.values()], feeds, threads)
+    got = _run(quantized, name, [out for _, out in outputs.values()], feeds, threads)
     found = {}
-    for weight, out in outputs.items():
-        if out in wanted and out in got:
-            value = got[out]
+    for weight, (out, made) in outputs.items():
+        if out in wanted and made in got:
+            value = got[made]
             if smoothed:  # channels that what comes next is smoothed by
                 value = _unscaled_channels(value, wanted[out])
             found[weight] = sqnr_db(value, wanted[out])

@@ -1,4 +1,4 @@
-"""Observers: what a product's input looked like, kept as its values stream by.
+"""Observers: what a product's input, or a convolution's output, looked like, kept as its values stream by.
 
 Nothing depends on the order of the values but `Observer.rows`: maxima and counts of several samples are those of any
 other order, bit for bit.
@@ -78,21 +78,20 @@ class Histogram:
 
 
 class Observer:
-    """What one tensor that products read looked like.
+    """What one tensor looked like.
 
     Attributes:
         name: ``graph/weight``, for messages.
-        absmax: float32 [K], largest magnitude of each input channel so far; empty before the first value.
+        absmax: float32 [K], largest magnitude of each channel so far; empty before the first value.
         count: values seen.
     """
 
-    def __init__(self, name: str, axis: int, keep: bool) -> None:
-        """``axis``: where the channels are. ``keep``: whether rows are kept for `rows`."""
+    def __init__(self, name: str, axis: int, keep: bool, side: str = "input") -> None:
+        """``axis``: where the channels are. ``keep``: whether rows are kept for `rows`. ``side``: for messages."""
         self.name = name
         self.absmax: NDArray[np.float32] = np.zeros(0, np.float32)
         self.count = 0
-        self._axis = axis
-        self._keep = keep
+        self._axis, self._keep, self._side = axis, keep, side
         self._histogram = Histogram()
         self._kept: list[torch.Tensor] = []
         self._rows, self._stride = 0, 1
@@ -111,7 +110,7 @@ class Observer:
         if not np.isfinite(top).all():
             channels = np.flatnonzero(~np.isfinite(top))
             raise CheckFailed(
-                f"{self.name}: its input is not finite in {len(channels)} of {len(top)} channels (channel "
+                f"{self.name}: its {self._side} is not finite in {len(channels)} of {len(top)} channels (channel "
                 f"{channels[0]}: {top[channels[0]]}), in FP32. Weights or input are broken: run omniport validate on "
                 "an FP32 bundle of this checkpoint"
             )

@@ -1,10 +1,11 @@
-"""DequantizeLinear before the products: the graph side of quantizing weights and what they multiply.
+"""DequantizeLinear before the products: the graph side of quantizing weights, what they multiply and what they give.
 
 The layout is the one that ONNX Runtime's CPU provider fuses into one operator (measured, docs/quantize.md) and that
 TensorRT takes: the weight stays [K, N], INT8 with a scale per column (axis 1), INT4 with a scale per block of rows
 (axis 0, block_size). The other factor is rounded by QuantizeLinear with one scale and widened again: ONNX Runtime makes
-one integer product of the two DequantizeLinear and the MatMul, where nothing else reads what QuantizeLinear made. Zero
-points are zero: TensorRT knows no others.
+one integer product of the two DequantizeLinear and the MatMul, where nothing else reads what QuantizeLinear made. Of a
+Conv it makes one (QLinearConv) if what comes out is rounded as well, and rounds the bias itself. Zero points are zero:
+TensorRT knows no others.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from .recipe import Choice
 from .rounding import scale_shape
 from .weights import CHANNELS_LAST
 
-__all__ = ["OPSET", "ActivationPass", "QdqPass"]
+__all__ = ["OPSET", "ActivationPass", "OutputPass", "QdqPass", "rounded_output"]
 
 Array = NDArray[Any]
 #: DequantizeLinear has block_size and INT4 from here on
 OPSET = 21
+#: in the names of what rounds an output
+_OUT = "out"
 _FORMATS = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
@@ -127,21 +130,68 @@ class ActivationPass(InPlacePass):
         return PassResult(model, bool(groups))
 
 
+class OutputPass(InPlacePass):
+    """Round what convolutions give: QuantizeLinear and DequantizeLinear behind them, for all that read it.
+
+    Needs weights still in place (before `QdqPass`).
+
+    Args:
+        choices: those whose scheme has no ``outputs`` are left alone.
+        scales: weight -> scale of what its convolution gives, positive.
+    """
+
+    def __init__(self, choices: Sequence[Choice], scales: Mapping[str, float]) -> None:
+        self.choices = [choice for choice in choices if choice.scheme.outputs]
+        self.scales = scales
+
+    def requires(self, model: ir.Model) -> None:
+        bad = [c.weight.name for c in self.choices if not self.scales.get(c.weight.name, 0) > 0]
+        if bad:
+            raise PreconditionError(f"no scale for what {bad} give")
+
+    def call(self, model: ir.Model) -> PassResult:
+        for choice in self.choices:
+            for node, _ in model.graph.initializers[choice.weight.name].uses():
+                self._round(model.graph, node, choice)
+        return PassResult(model, bool(self.choices))
+
+    def _round(self, graph: ir.Graph, node: ir.Node, choice: Choice) -> None:
+        value = node.outputs[0]
+        uses = list(value.uses())
+        assert value.dtype is not None
+        scale = np.asarray(self.scales[choice.weight.name], value.dtype.numpy())
+        pair = _rounding(graph, value, choice.scheme.format, scale, f"{node.name}/{_OUT}")
+        graph.insert_after(node, pair)
+        for user, index in uses:
+            user.replace_input_with(index, pair[1].outputs[0])
+
+
+def rounded_output(node: str) -> str:
+    """The value that readers of a node's output are given by `OutputPass`."""
+    return f"{node}/{_OUT}/QuantizeLinear/DequantizeLinear:0"
+
+
 def _round_input(graph: ir.Graph, value: ir.Value, number: str, nodes: Sequence[ir.Node], scale: Array) -> None:
     """value -> QuantizeLinear -> DequantizeLinear -> nodes."""
     users = {id(node) for node in nodes}
     first = next(node for node in graph if id(node) in users)
+    pair = _rounding(graph, value, number, scale, str(first.name))
+    graph.insert_before(first, pair)
+    for node in nodes:
+        node.replace_input_with(0, pair[1].outputs[0])
+
+
+def _rounding(graph: ir.Graph, value: ir.Value, number: str, scale: Array, name: str) -> tuple[ir.Node, ir.Node]:
+    """QuantizeLinear and DequantizeLinear of a value, not in the graph yet; their constants are."""
     assert value.dtype is not None
     zero = _constant(graph, f"{number}.zero", np.zeros((), _FORMATS[number].numpy()))
-    scales = _constant(graph, f"{first.name}.scale", scale)
-    down = ir.node("QuantizeLinear", [value, scales, zero], name=f"{first.name}/QuantizeLinear")
+    scales = _constant(graph, f"{name}.scale", scale)
+    down = ir.node("QuantizeLinear", [value, scales, zero], name=f"{name}/QuantizeLinear")
     up = ir.node("DequantizeLinear", [down.outputs[0], scales, zero], name=f"{down.name}/DequantizeLinear")
     for node, dtype in ((down, _FORMATS[number]), (up, value.dtype)):
         out = node.outputs[0]
         out.name, out.dtype, out.shape = f"{node.name}:0", dtype, value.shape
-    graph.insert_before(first, [down, up])
-    for node in nodes:
-        node.replace_input_with(0, up.outputs[0])
+    return down, up
 
 
 def _constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:

@@ -28,9 +28,9 @@ from omniport.runtime.graphs import GraphSpec
 from omniport.runtime.manifest import SCHEMA_VERSION, FileRecord, Quantization
 from omniport.runtime.staging import check_space, previous_manifest, staging, take_over, unlisted
 
-from .calibrated import check_sites, input_scales, smoothing
+from .calibrated import check_sites, input_scales, output_scales, smoothing
 from .calibration import Calibration
-from .qdq import OPSET, ActivationPass
+from .qdq import OPSET, ActivationPass, OutputPass
 from .recipe import Choice, choose, find_recipe, resolve
 from .smoothing import SmoothPass
 from .weights import Stored, find_weights, stored
@@ -221,6 +221,7 @@ class _Job:
         smoothed = SmoothPass(choices, smoothing(self.calibration, spec.name, choices), _reader(model, sources))
         smoothed(model)
         ActivationPass(choices, input_scales(self.calibration, spec.name, choices, smoothed.factors))(model)
+        OutputPass(choices, output_scales(self.calibration, spec.name, choices))(model)
         data = write_quantized(model, choices, sources, path, self._advance, smoothed.factors)
         made = msgspec.structs.replace(
             spec,

@@ -27,8 +27,10 @@ class Scheme:
         block: values along K that share a scale; 0 for one scale per output channel.
         float8: 8 bits are E4M3, not an integer.
         activations: the other factor is rounded to 8 bits of the same kind, with one scale that calibration chose.
-        clip: way in which that scale was chosen (`omniport.calib.calibration.CLIPS`).
+        outputs: so is the product: ONNX Runtime fuses a convolution no other way. For float32, which runs on CPUs.
+        clip: way in which these scales were chosen (`omniport.calib.calibration.CLIPS`).
         factors: array of a calibration by whose numbers input channels are smoothed, where there is a calibration.
+        otherwise: name of the scheme of weights that cannot be stored so.
     """
 
     name: str
@@ -37,8 +39,10 @@ class Scheme:
     about: str
     float8: bool = False
     activations: bool = False
+    outputs: bool = False
     clip: str = "max"
     factors: str = ""
+    otherwise: str = "w8"
 
     @property
     def format(self) -> str:
@@ -50,6 +54,8 @@ class Scheme:
 
         INT8 in blocks is for float32, which runs on CPUs: TensorRT-RTX widens most of it (docs/quantize.md).
         """
+        if self.outputs and weight.dtype != "float32":
+            return False
         fits = weight.layout == CHANNELS_LAST and weight.shape[0] % max(1, self.block) == 0
         return self.block == 0 or (fits and (self.bits < 8 or weight.dtype == "float32"))
 
@@ -66,12 +72,20 @@ SCHEMES: Mapping[str, Scheme] = {
         Scheme("int4-32", 4, 32, "INT4, a scale per 32 values along K", factors="awq-32"),
         Scheme("int4-128", 4, 128, "INT4, a scale per 128 values along K", factors="awq-128"),
         Scheme("w8a8", 8, 0, "INT8 times INT8, a scale per output channel and one", activations=True, clip="mse"),
+        Scheme(
+            "w8a8-out",
+            8,
+            0,
+            "as w8a8, what a convolution gives is INT8 as well",
+            activations=True,
+            outputs=True,
+            clip="mse",
+            otherwise="w8a8",
+        ),
         Scheme("w8a8-smooth", 8, 0, "as w8a8, input channels smoothed", activations=True, factors="smooth"),
         Scheme("fp8", 8, 0, "E4M3 times E4M3, a scale per output channel and one", float8=True, activations=True),
     )
 }
-#: what a weight gets that its scheme cannot take
-_FALLBACK = SCHEMES["w8"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ _INT8 = (Rule("down_proj|head|thinker_to_talker_proj", "w8-128"), Rule("", "w8a8
 _W8A8 = (Rule("", "w8a8"),)
 _FP8 = (Rule("", "fp8"),)
 # the convolutions of the residual blocks: neither the filters that resample, nor the first and the last
-_VOCODER = (Rule(r"\.convs\d\.", "w8a8", ("conv",)),)
+_VOCODER = (Rule(r"\.convs\d\.", "w8a8-out", ("conv",)),)
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -260,7 +274,7 @@ def _scheme(rules: Sequence[Rule], weight: Weight) -> Scheme:
     for rule in rules:
         if weight.kind in rule.kinds and re.search(rule.pattern, weight.name):
             scheme = SCHEMES[rule.scheme]
-            return scheme if scheme.takes(weight) else _FALLBACK
+            return scheme if scheme.takes(weight) else SCHEMES[scheme.otherwise]
     return NONE
 
 

@@ -268,10 +268,10 @@ class _Sound:
 
 
 def _ranges(calibration: Calibration) -> list[RangePlot]:
-    """Every site, its histogram in 64 bins."""
+    """Every site that layers read, its histogram in 64 bins."""
     plots = []
     for graph, sites in calibration.graphs.items():
-        for site in sites:
+        for site in (site for site in sites if not site.record.output):
             counts = np.asarray(site.arrays["hist"]).reshape(64, -1).sum(axis=1)
             top = float(site.arrays["absmax"].max())
             plots.append(

@@ -1,4 +1,4 @@
-"""The tensors of a graph that products read, as its traced form has them."""
+"""The tensors of a graph that products read and that convolutions give, as its traced form has them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import onnx_ir as ir
 from omniport.export.graph_defs import GraphDefinition
 from omniport.export.trace import trace
 
+from .calibration import site_name
 from .weights import CHANNELS_LAST, Weight, find_weights
 
 __all__ = ["SitePlan", "find_sites", "plan_sites"]
@@ -16,14 +17,18 @@ __all__ = ["SitePlan", "find_sites", "plan_sites"]
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One tensor and the weights that multiply it, in the graph's order; the first names it."""
+    """One tensor and the weights that multiply it, in the graph's order; the first names it.
+
+    With ``output`` it is what the convolution with its one weight gives.
+    """
 
     graph: str
     weights: tuple[Weight, ...]
+    output: bool = False
 
     @property
     def name(self) -> str:
-        return self.weights[0].name
+        return site_name(self.weights[0].name, self.output)
 
     @property
     def kind(self) -> str:
@@ -47,7 +52,7 @@ def plan_sites(definition: GraphDefinition) -> tuple[SitePlan, ...]:
 
 
 def find_sites(graph: str, model: ir.Model) -> tuple[SitePlan, ...]:
-    """The sites of an ONNX graph, in its order."""
+    """The sites of an ONNX graph, in its order: what products read, then what convolutions give."""
     weights = {weight.name: weight for weight in find_weights(model)}
     groups: dict[tuple[int, str], list[Weight]] = {}
     for node in model.graph:
@@ -56,7 +61,19 @@ def find_sites(graph: str, model: ir.Model) -> tuple[SitePlan, ...]:
             weight = weights[read[1].name]
             # products of one tensor whose channels lie elsewhere are another site
             groups.setdefault((id(read[0]), weight.kind), []).append(weight)
-    return tuple(SitePlan(graph, tuple(_unique(group))) for group in groups.values())
+    outputs = [weights[name] for name in map(_convolved_by, model.graph) if name in weights]
+    return (
+        *(SitePlan(graph, tuple(_unique(group))) for group in groups.values()),
+        *(SitePlan(graph, (weight,), output=True) for weight in _unique(outputs)),
+    )
+
+
+def _convolved_by(node: ir.Node) -> str | None:
+    """The weight of a convolution whose output is a site: grouped ones, the vocoder's filters, are never rounded."""
+    group = node.attributes.get("group")
+    if node.op_type != "Conv" or (group is not None and group.as_int() > 1) or node.inputs[1] is None:
+        return None
+    return node.inputs[1].name
 
 
 def _unique(weights: Sequence[Weight]) -> list[Weight]:

@@ -42,8 +42,8 @@ def command(
 ) -> None:
     """Calibrate a checkpoint for quantization.
 
-    Samples run through every part in FP32, a layer at a time. Ranges of what each product reads, and scales chosen from
-    them, go to OUT.calib. An interrupted run goes on where it stopped.
+    Samples run through every part in FP32, a layer at a time. Ranges of what each product reads and each convolution
+    gives, and scales chosen from them, go to OUT.calib. An interrupted run goes on where it stopped.
     """
     from omniport.runtime.errors import UsageError
 
@@ -76,7 +76,7 @@ def command(
         print_json(facts)
         return
     rows = [(name, f["sites"], f["weights"], f"{f['largest']:.4g}", f["at"]) for name, f in facts["graphs"].items()]
-    print_table(f"Calibrated on {facts['samples']} samples", ("graph", "inputs", "weights", "largest", "at"), rows)
+    print_table(f"Calibrated on {facts['samples']} samples", ("graph", "tensors", "weights", "largest", "at"), rows)
     log = log_console(quiet)
     for name in report.missing:
         log.print(f"No sample reached {name}: it cannot be quantized with this file", markup=False)
@@ -104,7 +104,7 @@ def _facts(report: CalibrateReport) -> dict[str, Any]:
         top = max(sites, key=lambda site: site.record.clips["max"])
         graphs[name] = {
             "sites": len(sites),
-            "weights": sum(len(site.record.weights) for site in sites),
+            "weights": sum(len(site.record.weights) for site in sites if not site.record.output),
             "largest": top.record.clips["max"],
             "at": top.name,
         }

@@ -329,7 +329,7 @@ class _Job:
             name=definition.name,
             file=path.relative_to(folder).as_posix(),
             data=tuple(names),
-            precision="int4" if schemes else definition.precision,
+            precision=f"int{self.ckpt.packing.bits}" if schemes and self.ckpt.packing else definition.precision,
             compute=definition.precision if schemes else "",
             opset=OPSETS[definition.ops],
             inputs=definition.inputs,

@@ -1,14 +1,14 @@
-"""GPTQ and AWQ checkpoints: linear layers whose weights are stored as packed 4-bit integers.
+"""GPTQ and AWQ checkpoints: linear layers whose weights are stored as packed integers of 4 or 8 bits.
 
 Both store, for y = x @ w with w [K, N], integers q, and a scale s and a zero point z for each group of rows and each
-column: w = (q - z) * s. Eight integers share an int32, the first in its lowest bits:
+column: w = (q - z) * s. Eight integers of 4 bits, or four of 8, share an int32, the first in its lowest bits:
 
 - GPTQ (as AutoGPTQ and GPTQModel write it) packs q along K and z along N, in order. Format ``gptq`` stores z - 1,
   ``gptq_v2`` z. ``g_idx`` names each row's group; with ``desc_act`` the rows of a group lie scattered.
-- AWQ (AutoAWQ's ``gemm`` version) packs both along N, columns in the order `_AWQ_ORDER`, and stores z.
+- AWQ (AutoAWQ's ``gemm`` version) has 4 bits, packs both along N, columns in the order `_AWQ_ORDER`, and stores z.
 
-Integers are handed out as q - 8 and zero points as z - 8, which fit INT4 and leave the difference as it is: a symmetric
-weight, where z is 8 throughout, then needs no zero points.
+Integers are handed out as q - 8 and zero points as z - 8 (of 8 bits: less 128), which fit INT4 (INT8) and leave the
+difference as it is: a symmetric weight, where z is 8 (128) throughout, then needs no zero points.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from .config import read_json
 __all__ = ["PackedFormat", "PackedWeight", "find_packed", "packed_format"]
 
 Array = NDArray[Any]
-#: integers in an int32
-_PER_WORD = 8
+_WORD_BITS = 32
 #: which column of eight each 4-bit field of a word holds
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+#: bits of an integer that are read
+_BITS: Mapping[str, tuple[int, ...]] = {"gptq": (4, 8), "awq": (4,)}
 _PARTS: Mapping[str, tuple[str, ...]] = {
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
@@ -59,15 +60,27 @@ class PackedFormat:
 
     Attributes:
         method: ``gptq`` or ``awq``.
+        bits: of an integer, 4 or 8.
         group: rows that share a scale; -1: all.
         zero_shift: what is to be added to a stored zero point.
         mixed: layers may have other groups than ``group``.
     """
 
     method: str
+    bits: int
     group: int
     zero_shift: int
     mixed: bool
+
+    @property
+    def per_word(self) -> int:
+        """Integers in an int32."""
+        return _WORD_BITS // self.bits
+
+    @property
+    def middle(self) -> int:
+        """Of the range of an integer: what is subtracted from it."""
+        return 1 << (self.bits - 1)
 
 
 def packed_format(raw: Mapping[str, Any], folder: Path) -> PackedFormat | None:
@@ -95,10 +108,11 @@ def packed_format(raw: Mapping[str, Any], folder: Path) -> PackedFormat | None:
         raise CheckpointError(
             f"{folder} is a checkpoint quantized by {method!r}; omniport reads {' and '.join(_PARTS)}. {_HELP}"
         )
-    if config.get("bits") != 4:
+    known = _BITS[str(method)]
+    if config.get("bits") not in known:
         raise CheckpointError(
-            f"{folder} is a {method} checkpoint of {config.get('bits')!r} bits; 4 are read. {_HELP} Its recipe w8 "
-            "stores 8 bits."
+            f"{folder} is a {method} checkpoint of {config.get('bits')!r} bits; "
+            f"{' and '.join(map(str, known))} are read. {_HELP} Its recipe w8 stores 8 bits."
         )
     return _gptq(config, folder) if method == "gptq" else _awq(config, folder)
 
@@ -107,14 +121,15 @@ def _gptq(config: Mapping[str, Any], folder: Path) -> PackedFormat:
     written = config.get("checkpoint_format", "gptq")
     if written not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"{folder} is packed as {written!r}; of GPTQ, gptq and gptq_v2 are read. {_HELP}")
-    return PackedFormat("gptq", _group(config, folder), int(written == "gptq"), bool(config.get("dynamic")))
+    shift, mixed = int(written == "gptq"), bool(config.get("dynamic"))
+    return PackedFormat("gptq", config["bits"], _group(config, folder), shift, mixed)
 
 
 def _awq(config: Mapping[str, Any], folder: Path) -> PackedFormat:
     version = str(config.get("version", "gemm")).lower()
     if version != "gemm":
         raise CheckpointError(f"{folder} is packed as {version!r}; of AWQ, gemm is read. {_HELP}")
-    return PackedFormat("awq", _group(config, folder), 0, False)
+    return PackedFormat("awq", config["bits"], _group(config, folder), 0, False)
 
 
 def _group(config: Mapping[str, Any], folder: Path) -> int:
@@ -179,7 +194,7 @@ class PackedWeight:
         _ = self.order, self.symmetric
 
     def integers(self, rows: int = 1024) -> Iterator[NDArray[np.int8]]:
-        """q - 8, [K, N] in pieces of about so many rows; in `order` if there is one."""
+        """q less the middle, [K, N] in pieces of about so many rows; in `order` if there is one."""
         if self.order is not None:
             whole = np.empty(self.shape, np.int8)
             for start, stop in self._ranges(rows):
@@ -196,25 +211,27 @@ class PackedWeight:
         return np.repeat(stored, self.group // self.block, axis=0)
 
     def zero_points(self) -> NDArray[np.int8]:
-        """z - 8, [K / block, N]."""
+        """z less the middle, [K / block, N]."""
         return np.repeat(self._zeros(), self.group // self.block, axis=0)
 
     def offsets(self) -> NDArray[np.float32]:
-        """What the zero points add to every row of a group, (8 - z) * s: float32 [K / group, N], exact."""
+        """What the zero points add to every row of a group, (middle - z) * s: float32 [K / group, N], exact."""
         return -self._zeros().astype(np.float32) * self.reader.read(f"{self.module}.scales").astype(np.float32)
 
     def dequantized(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows of the weight as an unquantized checkpoint stores it, [N, K]: exact in float32."""
-        first, last = start // _PER_WORD, -(-stop // _PER_WORD)
+        wide = self.format.per_word
+        first, last = start // wide, -(-stop // wide)
         packed = self.reader.read(f"{self.module}.qweight")
         if self.format.method == "gptq":
-            integers = _along_rows(packed[:, start:stop])
+            integers = self._along_rows(packed[:, start:stop])
         else:
-            integers = self._along_columns(packed[:, first:last])[:, start - first * 8 : stop - first * 8]
+            integers = self._along_columns(packed[:, first:last])[:, start - first * wide : stop - first * wide]
         groups = self._groups if self._groups is not None else np.arange(self.shape[0]) // self.group
         zeros = self._zeros()[:, start:stop][groups]
         scales = self.reader.read(f"{self.module}.scales")[:, start:stop].astype(np.float32)[groups]
-        return np.ascontiguousarray(((integers - zeros).astype(np.float32) * scales).T)
+        # of 8 bits, a difference has 9
+        return np.ascontiguousarray((np.subtract(integers, zeros, dtype=np.int16).astype(np.float32) * scales).T)
 
     @cached_property
     def _groups(self) -> NDArray[np.int64] | None:
@@ -232,46 +249,52 @@ class PackedWeight:
         return groups
 
     def _ranges(self, rows: int) -> Iterator[tuple[int, int]]:
-        step = max(1, rows // _PER_WORD) * _PER_WORD
+        wide = self.format.per_word
+        step = max(1, rows // wide) * wide
         return ((start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
 
     def _piece(self, start: int, stop: int) -> NDArray[np.int8]:
         key = f"{self.module}.qweight"
         if self.format.method == "gptq":
-            return _along_rows(self.reader.read(key, start // _PER_WORD, stop // _PER_WORD))
+            wide = self.format.per_word
+            return self._along_rows(self.reader.read(key, start // wide, stop // wide))
         return self._along_columns(self.reader.read(key, start, stop))
 
     def _zeros(self) -> NDArray[np.int8]:
-        """z - 8, [K / group, N].
+        """z less the middle, [K / group, N].
 
         Raises:
             CheckpointError: zero points that readers of the format disagree about.
         """
-        zeros = self._along_columns(self.reader.read(f"{self.module}.qzeros")) + np.int8(self.format.zero_shift)
-        if zeros.max() > 7:  # stored as 15, which is 0 - 1 to those that wrote it and 16 to most that read it
+        stored = self._along_columns(self.reader.read(f"{self.module}.qzeros"))
+        # a stored 15 (of 8 bits: 255) is 0 - 1 to those that wrote it, and 16 to most that read it
+        if self.format.zero_shift and stored.max() == self.format.middle - 1:
+            count = 2 * self.format.middle
             raise CheckpointError(
-                f"'{self.module}.qzeros' holds 15, which readers of the format gptq take for 0 or for 16. Convert the "
-                f"checkpoint to gptq_v2, or: {_HELP}"
+                f"'{self.module}.qzeros' holds {count - 1}, which readers of the format gptq take for 0 or for "
+                f"{count}. Convert the checkpoint to gptq_v2, or: {_HELP}"
             )
-        return zeros
+        return stored + np.int8(self.format.zero_shift)
+
+    def _along_rows(self, packed: Array) -> NDArray[np.int8]:
+        """int32 [R / per word, C] -> [R, C] less the middle."""
+        fields = _fields(packed, self.format.bits).transpose(0, 2, 1)
+        return np.ascontiguousarray(fields).reshape(-1, packed.shape[1])
 
     def _along_columns(self, packed: Array) -> NDArray[np.int8]:
-        """int32 [R, C / 8] -> [R, C] less 8."""
-        fields = _fields(packed)
+        """int32 [R, C / per word] -> [R, C] less the middle."""
+        fields = _fields(packed, self.format.bits)
         if self.format.method == "awq":
             fields = fields[..., np.argsort(_AWQ_ORDER)]
         return fields.reshape(len(packed), -1)
 
 
-def _along_rows(packed: Array) -> NDArray[np.int8]:
-    """int32 [R / 8, C] -> [R, C] less 8."""
-    return np.ascontiguousarray(_fields(packed).transpose(0, 2, 1)).reshape(-1, packed.shape[1])
-
-
-def _fields(packed: Array) -> NDArray[np.int8]:
-    """int32 [R, C] -> [R, C, 8]: the 4-bit fields less 8, the lowest first."""
+def _fields(packed: Array, bits: int) -> NDArray[np.int8]:
+    """int32 [R, C] -> [R, C, 8 or 4]: the fields of so many bits less the middle of their range, the lowest first."""
     low_first = np.ascontiguousarray(packed.astype("<i4", copy=False)).view(np.uint8).reshape(*packed.shape, 4)
-    fields = np.stack((low_first & 0x0F, low_first >> 4), axis=-1).reshape(*packed.shape, _PER_WORD)
+    if bits == 8:
+        return (low_first ^ np.uint8(128)).view(np.int8)
+    fields = np.stack((low_first & 0x0F, low_first >> 4), axis=-1).reshape(*packed.shape, _WORD_BITS // bits)
     return fields.view(np.int8) - np.int8(8)
 
 
@@ -315,13 +338,14 @@ def _packed(format: PackedFormat, module: str, keys: set[str], reader: TensorRea
     _check_dtypes(module, shapes, reader)
     if any(len(shape) != (1 if part == "g_idx" else 2) for part, shape in shapes.items()):
         raise _inconsistent(module, shapes, "wrong number of dimensions")
-    down, across = (_PER_WORD, 1) if format.method == "gptq" else (1, _PER_WORD)
+    wide = format.per_word
+    down, across = (wide, 1) if format.method == "gptq" else (1, wide)
     rows, columns = shapes["qweight"][0] * down, shapes["qweight"][1] * across
     groups = shapes["scales"][0]
-    expected = {"scales": (groups, columns), "qzeros": (groups, columns // _PER_WORD), "g_idx": (rows,)}
+    expected = {"scales": (groups, columns), "qzeros": (groups, columns // wide), "g_idx": (rows,)}
     wrong = [part for part, shape in expected.items() if part in shapes and shapes[part] != shape]
-    if wrong or not groups or rows % groups or columns % _PER_WORD:
-        raise _inconsistent(module, shapes, f"for a 4-bit weight [{rows}, {columns}]")
+    if wrong or not groups or rows % groups or columns % wide:
+        raise _inconsistent(module, shapes, f"for a weight [{rows}, {columns}] of {format.bits} bits")
     group = rows // groups
     if group != (rows if format.group == -1 else format.group) and not format.mixed:
         raise _inconsistent(module, shapes, f"groups of {group} rows, while quantization_config says {format.group}")

@@ -1,9 +1,9 @@
-"""Packed weights in a graph: INT4 in blocks along K and a DequantizeLinear, as quantizing makes them.
+"""Packed weights in a graph: INT4 or INT8 in blocks along K and a DequantizeLinear, as quantizing makes them.
 
 The layout is that of `omniport.calib.qdq`, so the same kernels run it. Two things are added where the checkpoint has
 them: a Gather that puts the other factor into the order of ``desc_act``, and zero points, which are either an input of
-DequantizeLinear or, for TensorRT, which refuses those, a product of their own: with offsets o = (8 - z) * s, one row a
-group, x @ w = x @ ((q - 8) * s) + sum_of_groups(x) @ o.
+DequantizeLinear or, for TensorRT, which refuses those, a product of their own: with offsets o = (m - z) * s, one row a
+group, x @ w = x @ ((q - m) * s) + sum_of_groups(x) @ o, where m is 8, or 128 of 8 bits.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ Array = NDArray[Any]
 OPSET = 21
 #: where zero points go: DequantizeLinear's third input, or a product of their own
 ZERO_POINTS = ("keep", "separate")
+#: bits -> type of integers in a graph, and how an int8 array of them is stored
+_INTEGERS: Mapping[int, tuple[ir.DataType, Callable[[Array], Array]]] = {
+    4: (ir.DataType.INT4, pack_int4),
+    8: (ir.DataType.INT8, np.ascontiguousarray),
+}
 _FLOATS: Mapping[ir.DataType, Any] = {
     ir.DataType.FLOAT: np.float32,
     ir.DataType.FLOAT16: np.float16,
@@ -74,14 +79,14 @@ def check_scales(weight: PackedWeight, precision: str) -> None:
 
 def _scheme(weight: PackedWeight, separate: bool) -> str:
     """What bundle.json calls the way a weight is stored."""
-    base = f"int4-{weight.block}"
+    base = f"{'w8' if weight.format.bits == 8 else 'int4'}-{weight.block}"
     return base if weight.symmetric else f"{base}-{'offsets' if separate else 'zp'}"
 
 
 def stored_bytes(weight: PackedWeight) -> int:
     """Bytes of integers and scales, these counted as float32."""
     rows, columns = weight.shape
-    return rows * columns // 2 + rows // weight.block * columns * 4
+    return rows * columns * weight.format.bits // 8 + rows // weight.block * columns * 4
 
 
 class PackedPass(InPlacePass):
@@ -131,11 +136,10 @@ class PackedPass(InPlacePass):
     def _dequantize(self, graph: ir.Graph, value: ir.Value, weight: PackedWeight, first: ir.Node) -> None:
         name, dtype = str(value.name), value.dtype
         assert dtype is not None
+        kind, pack = _INTEGERS[weight.format.bits]
         blocks = (weight.shape[0] // weight.block, weight.shape[1])
         inputs = [
-            self._initializer(
-                graph, integers_name(name), ir.DataType.INT4, weight.shape, lambda: map(pack_int4, weight.integers())
-            ),
+            self._initializer(graph, integers_name(name), kind, weight.shape, lambda: map(pack, weight.integers())),
             self._initializer(
                 graph, scales_name(name), dtype, blocks, lambda: iter((_exact(weight.scales(), dtype, weight),))
             ),
@@ -145,9 +149,9 @@ class PackedPass(InPlacePass):
                 self._initializer(
                     graph,
                     zero_points_name(name),
-                    ir.DataType.INT4,
+                    kind,
                     blocks,
-                    lambda: iter((pack_int4(weight.zero_points()),)),
+                    lambda: iter((pack(weight.zero_points()),)),
                 )
             )
         attributes = {"axis": 0, "block_size": weight.block}

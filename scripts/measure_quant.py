@@ -27,7 +27,7 @@ from omniport.runtime.bundle import Bundle
 from omniport.runtime.decoder import Decoder
 from speech_loss import measure_speech, sqnr
 
-__all__ = ["main", "page"]
+__all__ = ["RESULTS", "main", "page", "processor"]
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 LM_PARTS = ("thinker", "talker")
@@ -123,7 +123,7 @@ def measure(
         "precision": Bundle.open(base).manifest.precision,
         "onnxruntime": onnxruntime.__version__,
         "threads": threads,
-        "processor": _processor(),
+        "processor": processor(),
         "steps": steps,
         "rounds": rounds,
         "quantize_seconds": seconds,
@@ -133,7 +133,8 @@ def measure(
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A calibration taken from an ONNX bundle: what its products read while it answers a few conversations.
+"""A calibration taken from an ONNX bundle: what its products read, and convolutions give, in a few conversations.
 
 It stands in for omniport calibrate where a test only needs honest ranges and factors: values are kept in memory, and
 factors come from plain formulas.
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from omniport.calib.calibration import Calibration, Header, Site, SiteRecord
-from omniport.calib.weights import Weight, find_weights
+from omniport.calib.sites import SitePlan, find_sites
 from omniport.export.validation.conversations import Conversation, standard_conversations
 from omniport.export.validation.emulate import load_copy, open_graph
 from omniport.runtime.backends.base import Array, KvCache
@@ -66,7 +66,7 @@ def _answer(session: OmniSession, conversation: Conversation, tokens: int, codes
 
 
 class Observer:
-    """A backend over copies of the graphs that also give what their products read."""
+    """A backend over copies of the graphs that also give what their sites were."""
 
     name = "ort-cpu"
 
@@ -89,7 +89,7 @@ class ObservedGraph:
         self._folder = path.parent
         model, spec = load_copy(path, spec, emulate=False)
         self._model = model
-        self.listed = _sites(model)
+        self.listed = _sites(spec.name, model)
         outputs = []
         for index, (value, _) in enumerate(self.listed):
             node = ir.node("Identity", [value], name=f"seen/{index}")
@@ -109,18 +109,16 @@ class ObservedGraph:
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
         outputs = self._graph.run(feeds, cache)
-        for index, (_, weights) in enumerate(self.listed):
-            self._see(index, outputs.pop(f"seen_{index}"), weights[0])
+        for index, (_, plan) in enumerate(self.listed):
+            self._see(index, outputs.pop(f"seen_{index}"), plan.axis)
         return outputs
 
     def new_cache(self, capacity: int) -> KvCache:
         return self._graph.new_cache(capacity)
 
-    def _see(self, index: int, values: NDArray[np.float32], weight: Weight) -> None:
+    def _see(self, index: int, values: NDArray[np.float32], axis: int) -> None:
         size = np.abs(values)
-        channels = np.moveaxis(size, 1 if weight.kind == "conv" else -1, 0).reshape(
-            values.shape[1 if weight.kind == "conv" else -1], -1
-        )
+        channels = np.moveaxis(size, axis, 0).reshape(values.shape[axis], -1)
         top, known = channels.max(axis=1), self._tops[index]
         self._tops[index] = top if known is None else np.maximum(known, top)
         self._means[index].append(channels.mean(axis=1))
@@ -129,14 +127,14 @@ class ObservedGraph:
         self._counts[index] += flat.size
 
     def site(self, index: int) -> Site:
-        _, weights = self.listed[index]
+        _, plan = self.listed[index]
         top, values = self._tops[index], np.concatenate(self._values[index])[:SAMPLE]
         assert top is not None
         highest = float(top.max())
         hist, _ = np.histogram(values, 2048, (0, highest or 1.0))
         record = SiteRecord(
-            weights=tuple(weight.name for weight in weights),
-            kind=weights[0].kind,
+            weights=tuple(weight.name for weight in plan.weights),
+            kind=plan.kind,
             count=self._counts[index],
             clips={
                 "max": highest,
@@ -144,14 +142,15 @@ class ObservedGraph:
                 "entropy": float(np.quantile(values, 0.999)),
                 "mse": _least_error(values, highest),
             },
+            output=plan.output,
         )
         arrays: dict[str, Array] = {"absmax": top.astype(np.float32), "hist": hist.astype(np.int64)}
-        if weights[0].kind == "matmul":
-            arrays |= self._factors(top, np.mean(self._means[index], axis=0), weights)
+        if plan.kind == "matmul":
+            arrays |= self._factors(top, np.mean(self._means[index], axis=0), record.weights)
         return Site(record, arrays)
 
-    def _factors(self, top: Array, mean: Array, weights: Sequence[Weight]) -> dict[str, Array]:
-        matrix = np.concatenate([self._read(weight.name) for weight in weights], axis=1)
+    def _factors(self, top: Array, mean: Array, weights: Sequence[str]) -> dict[str, Array]:
+        matrix = np.concatenate([self._read(weight) for weight in weights], axis=1)
         rows = np.maximum(np.abs(matrix).max(axis=1), 1e-5)
         found = {"smooth": np.sqrt(np.maximum(top, 1e-5) / rows)}
         for block in (32, 128):
@@ -191,11 +190,12 @@ def _least_error(values: Array, highest: float) -> float:
     return float(min((highest * part for part in np.linspace(0.3, 1, 29)), key=error)) if highest else 0.0
 
 
-def _sites(model: ir.Model) -> list[tuple[ir.Value, list[Weight]]]:
-    """(value, weights that multiply it), in the graph's order."""
-    groups: dict[int, tuple[ir.Value, list[Weight]]] = {}
-    for weight in find_weights(model):
-        value = next(iter(model.graph.initializers[weight.name].uses())).node.inputs[0]
+def _sites(graph: str, model: ir.Model) -> list[tuple[ir.Value, SitePlan]]:
+    """(value, site that it is)."""
+    found = []
+    for plan in find_sites(graph, model):
+        node = next(iter(model.graph.initializers[plan.weights[0].name].uses())).node
+        value = node.outputs[0] if plan.output else node.inputs[0]
         assert value is not None
-        groups.setdefault(id(value), (value, []))[1].append(weight)
-    return list(groups.values())
+        found.append((value, plan))
+    return found

@@ -1,21 +1,30 @@
-"""Parts of calibration by themselves: observers, ranges, scales, the samples' lockstep, weights read when needed."""
+"""Parts of calibration by themselves: observers, ranges, scales, the file, the samples' lockstep, an engine's sites."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from omniport.calib.calibration import CLIPS, HEADER_KEY, Calibration, Header, Site, SiteRecord
 from omniport.calib.clips import choose_clips
+from omniport.calib.engine import Call, Engine
 from omniport.calib.lockstep import Lockstep, Request
 from omniport.calib.observe import BINS, KEPT_ROWS, Observer
+from omniport.calib.sites import SitePlan
 from omniport.calib.smooth import Product, awq_factors, smooth_factors
-from omniport.runtime.errors import CheckFailed
+from omniport.calib.source import Source
+from omniport.calib.weights import CHANNELS_FIRST, Weight
+from omniport.calib.work import Work
+from omniport.runtime.errors import BundleError, CheckFailed
+from safetensors.numpy import load, save
 
 # observers
 
@@ -176,6 +185,107 @@ def test_awq_loses_less_than_rounding_to_nearest() -> None:
     p = product(outliers=True)
     nothing = np.ones(64, np.float32)
     assert int4(p, awq_factors(p.rows, p.weight, 32), 32) > int4(p, nothing, 32) + 1
+
+
+# what convolutions give
+
+
+def conv_sites(graph: str, sizes: Mapping[str, tuple[int, ...]]) -> list[SitePlan]:
+    weights = [Weight(name, "conv", CHANNELS_FIRST, shape) for name, shape in sizes.items()]
+    return [SitePlan(graph, (weight,), output) for output in (False, True) for weight in weights]
+
+
+VOCODER = {"resblocks.0.convs1.0.weight": (64, 64, 3), "resblocks.4.convs2.1.weight": (32, 32, 7)}
+
+
+@pytest.fixture(scope="module")
+def source(tiny_outlier_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return Source.open(tiny_outlier_checkpoint, tmp_path_factory.mktemp("source"))
+
+
+def vocode(source: Source, folder: Path, mels: Sequence[torch.Tensor], observers: Any = None) -> dict[str, Observer]:
+    """What two convolutions of the vocoder read and gave; ``observers``: of a run that was interrupted."""
+    engine = Engine(source.definitions["bigvgan"], source.ckpt, conv_sites("bigvgan", VOCODER), folder / "spool")
+    if observers is not None:
+        Work(folder).keep("bigvgan", 1, observers)
+        assert Work(folder).restore("bigvgan", engine.observers) == 1
+    for mel in mels:
+        (wave,) = engine.run([Call((mel,))])
+        assert wave.square().mean() > 1e-4
+    return engine.observers
+
+
+def test_outputs_do_not_depend_on_the_order_and_go_on_after_an_interruption(source: Source, tmp_path: Path) -> None:
+    mels = [1.5 * torch.randn(1, 80, 10 + i, generator=torch.Generator().manual_seed(i)) - 5 for i in range(3)]
+    whole, turned = vocode(source, tmp_path, mels), vocode(source, tmp_path, mels[::-1])
+    resumed = vocode(source, tmp_path, mels[1:], vocode(source, tmp_path, mels[:1]))
+    assert len(whole) == 4
+    for name, observer in whole.items():
+        for other in (turned[name], resumed[name]):
+            np.testing.assert_array_equal(observer.absmax, other.absmax)
+            np.testing.assert_array_equal(observer.hist, other.hist)
+        assert len(np.unique(observer.absmax)) == VOCODER[name.removesuffix(":output")][0]
+    assert whole["resblocks.0.convs1.0.weight:output"].count == whole["resblocks.0.convs1.0.weight"].count > 0
+
+
+def test_the_audio_encoder_gives_what_comes_before_gelu(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[torch.Tensor] = []
+    gelu = F.gelu
+    monkeypatch.setattr(F, "gelu", lambda x: given.append(x) or gelu(x))  # type: ignore[func-returns-value]
+    definition, width = source.definitions["audio_encoder"], source.manifest.audio.n_mels
+    sizes = {"conv2.weight": (definition.module().conv2.weight.shape)}  # type: ignore[union-attr]
+    engine = Engine(definition, source.ckpt, conv_sites("audio_encoder", sizes), tmp_path, again=False)
+    mel = torch.randn(1, width, 200, generator=torch.Generator().manual_seed(0))
+    engine.enter([Call((mel, torch.tensor([150])))])
+    second = given[1]
+    assert second.min() < -0.3, "GELU gives no such value"
+    np.testing.assert_array_equal(
+        engine.observers["conv2.weight:output"].absmax, second.abs().amax(dim=(0, 2)).detach().numpy()
+    )
+
+
+# the file
+
+
+def calibration_of_a_convolution() -> Calibration:
+    sites = []
+    for output in (False, True):
+        arrays = {"absmax": np.full(4, 1.0 + output, np.float32), "hist": np.ones(BINS, np.int64)}
+        record = SiteRecord(weights=("w",), kind="conv", count=1, clips=dict.fromkeys(CLIPS, 1.0), output=output)
+        sites.append(Site(record, arrays))
+    records = {"bigvgan": tuple(site.record for site in sites)}
+    header = Header(fingerprint="f", data="d", samples=1, seed=0, created_by={}, graphs=records)
+    return Calibration(header, {"bigvgan": tuple(sites)})
+
+
+def test_a_file_keeps_input_and_output_apart(tmp_path: Path) -> None:
+    path = tmp_path / "x.calib"
+    path.write_bytes(calibration_of_a_convolution().encode())
+    found = Calibration.load(path)
+    for output in (False, True):
+        site = found.site("bigvgan", "w", output)
+        assert site is not None
+        assert site.arrays["absmax"].tolist() == [1.0 + output] * 4
+    assert found.encode() == path.read_bytes()
+
+
+def test_files_of_other_releases(tmp_path: Path) -> None:
+    """Schema 1 had no outputs and is read as it was; what comes later is refused."""
+    content = calibration_of_a_convolution().encode()
+    arrays = {name: array for name, array in load(content).items() if ":output" not in name}
+    header = (
+        '{"schema_version":%d,"fingerprint":"f","data":"d","samples":1,"seed":0,"created_by":{},"graphs":{"bigvgan":'
+        '[{"weights":["w"],"kind":"conv","count":1,"clips":{"max":1,"percentile":1,"entropy":1,"mse":1}}]}}'
+    )
+    for version in (1, 3):
+        (tmp_path / f"{version}.calib").write_bytes(save(arrays, {HEADER_KEY: header % version}))
+    old = Calibration.load(tmp_path / "1.calib")
+    assert old.site("bigvgan", "w") is not None
+    assert old.site("bigvgan", "w", output=True) is None
+    with pytest.raises(BundleError, match="schema version 3, expected 2"):
+        Calibration.load(tmp_path / "3.calib")
 
 
 # lockstep

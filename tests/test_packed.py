@@ -31,6 +31,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("gptq", {"symmetric": True, "config": {"sym": True, "desc_act": False, "checkpoint_format": "gptq"}}),
     "gptq-desc-act": ("gptq", {"shuffled": True, "config": {"desc_act": True}}),
     "gptq-v2-one-group": ("gptq", {"group": -1, "version": 2, "config": {"checkpoint_format": "gptq_v2"}}),
+    "gptq-8": ("gptq", {"bits": 8, "symmetric": True, "config": {"sym": True}}),
+    "gptq-8-desc-act": ("gptq", {"bits": 8, "group": 64, "shuffled": True, "config": {"desc_act": True}}),
     "awq-64": ("awq", {"group": 64, "symmetric": True}),
 }
 Meant = dict[str, np.ndarray[Any, Any]]
@@ -105,6 +107,9 @@ def dequantized(graph: onnx.GraphProto, name: str) -> np.ndarray[Any, Any]:
         ("gptq-desc-act", "keep", "int4-32-zp"),
         ("gptq-desc-act", "separate", "int4-32-offsets"),
         ("gptq-v2-one-group", "keep", "int4-"),
+        ("gptq-8", "keep", "w8-32"),
+        ("gptq-8-desc-act", "keep", "w8-64-zp"),
+        ("gptq-8-desc-act", "separate", "w8-64-offsets"),
         ("awq-64", "keep", "int4-64"),
     ],
 )
@@ -119,7 +124,8 @@ def test_the_graph_holds_the_same_integers_and_scales_and_runs(
     bundle = Bundle.open(exported(kind, zero_points), verify=True)
     manifest = bundle.manifest
     assert (manifest.precision, manifest.kv.dtype) == (KINDS[kind][0], "float32")
-    assert (manifest.graphs["thinker"].precision, manifest.graphs["thinker"].compute) == ("int4", "float32")
+    precision = "int8" if scheme.startswith("w8") else "int4"
+    assert (manifest.graphs["thinker"].precision, manifest.graphs["thinker"].compute) == (precision, "float32")
     assert manifest.quantization is not None
     counts = Counter(manifest.quantization.layers["thinker"].values())
     assert counts.pop("none") == 1  # the head
@@ -161,7 +167,7 @@ def parity(checkpoint: Path, bundle: Bundle) -> float:
     return float(np.sqrt(((got - wanted) ** 2).mean() / (wanted**2).mean()))
 
 
-@pytest.mark.parametrize("kind", ["awq", "gptq"])
+@pytest.mark.parametrize("kind", ["awq", "gptq", "gptq-8", "gptq-8-desc-act"])
 def test_onnx_runtime_fuses_them_and_validation_passes(
     kind: str, made: Callable[[str], tuple[Path, Meant]], exported: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
@@ -176,7 +182,7 @@ def test_onnx_runtime_fuses_them_and_validation_passes(
     assert counts["MatMulNBits"] == 28
     assert counts["DequantizeLinear"] == 0
     fused = [list(node.input) for node in optimized.graph.node if node.op_type == "MatMulNBits"]
-    assert {bool([*inputs, ""][3]) for inputs in fused} == {kind == "awq"}  # the zero points
+    assert {bool([*inputs, ""][3]) for inputs in fused} == {kind in ("awq", "gptq-8-desc-act")}  # the zero points
     report, _ = validate(bundle, checkpoint, graphs=["thinker"])
     assert report.ok
     errors = [c.figures["rel_rms"] for c in report.checks if c.status == PASS and "logits" in c.name]
@@ -251,9 +257,9 @@ def test_tensorrt_refuses_zero_points_and_builds_the_rest(exported: Callable[[st
     card = TARGETS["rtx-4090"]
     with pytest.raises(BuildError, match=r"28 weights have zero points.*--zero-points separate"):
         build_bundle(Bundle.open(exported("awq", "keep")), card)
-    for kind, zero_points in (("gptq", "keep"), ("gptq-desc-act", "separate")):
+    for kind, zero_points in (("gptq", "keep"), ("gptq-desc-act", "separate"), ("gptq-8", "keep")):
         (row,) = build_bundle(Bundle.open(exported(kind, zero_points)), card).graphs
-        assert row.record.dtype == "int4"
+        assert row.record.dtype == ("int8" if kind == "gptq-8" else "int4")
         assert row.record.layers["DEQUANTIZE"] == 28
 
 
@@ -284,8 +290,9 @@ def broken(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 8}, "of 8 bits; 4 are read.*unquantized checkpoint.*w8"),
-        ({"bits": 3}, "of 3 bits"),
+        ({"bits": 8}, "do not go together .*of 8 bits"),
+        ({"bits": 3}, "of 3 bits; 4 and 8 are read.*unquantized checkpoint.*w8"),
+        ({"bits": 8, "quant_method": "awq"}, "a awq checkpoint of 8 bits; 4 are read"),
         ({"quant_method": "bitsandbytes"}, "by 'bitsandbytes'; omniport reads gptq and awq"),
         ({"checkpoint_format": "marlin"}, "packed as 'marlin'; of GPTQ, gptq and gptq_v2"),
         ({"quant_method": "awq", "version": "gemv"}, "packed as 'gemv'; of AWQ, gemm"),

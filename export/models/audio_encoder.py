@@ -14,7 +14,7 @@ from ..weights import ExportModule, Linear
 from .layers import LayerNorm
 from .stack import Context, Stack
 
-__all__ = ["AudioEncoder", "AudioEncoderConfig"]
+__all__ = ["AudioEncoder", "AudioEncoderConfig", "GeluConv"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class AudioEncoderConfig:
     chunk_frames: int
 
 
-class _Conv(ExportModule):
+class GeluConv(ExportModule):
+    """A convolution of three taps, and GELU."""
+
     def __init__(self, n_in: int, n_out: int, stride: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in, 3))
@@ -38,7 +40,11 @@ class _Conv(ExportModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(F.conv1d(x, self.weight, self.bias, stride=self.stride, padding=1))
+        return F.gelu(self.convolve(x))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """What comes before GELU."""
+        return F.conv1d(x, self.weight, self.bias, stride=self.stride, padding=1)
 
 
 class _SelfAttention(ExportModule):
@@ -91,8 +97,8 @@ class AudioEncoder(Stack):
 
     def __init__(self, config: AudioEncoderConfig) -> None:
         super().__init__()
-        self.conv1 = _Conv(config.n_mels, config.width, stride=1)
-        self.conv2 = _Conv(config.width, config.width, stride=2)
+        self.conv1 = GeluConv(config.n_mels, config.width, stride=1)
+        self.conv2 = GeluConv(config.width, config.width, stride=2)
         self.constant("positions", _sinusoids(config.chunk_frames // 2, config.width), follow=True)
         self.layers = nn.ModuleList([_EncoderLayer(config) for _ in range(config.num_layers)])
         self.ln_post = LayerNorm(config.width)
