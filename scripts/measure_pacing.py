@@ -1,11 +1,12 @@
 """Measure what turns, the first sound's precedence and the windows do to a spoken reply on a CPU.
 
-Usage: python scripts/measure_pacing.py BUNDLE [--rounds N] [--solver rk4 ...] [--codes 250] [--json F]
+Usage: python scripts/measure_pacing.py BUNDLE [--rounds N] [--solver rk4 ...] [--way NAME ...] [--codes 250] [--json F]
 
 Every way of working answers the same question, in turns, in one process and over the same loaded graphs: all workers at
 once, as on a device whose graphs do not share cores; in turns, with the same windows; and in turns with the windows of
-a machine that is behind, which is the default on a CPU. What is said has to be the same, or nothing is written. Beside
-the seconds stand those of the processor, of all threads, which hardly grow when other programs run.
+a machine that is behind, which is the default on a CPU; others if named (--way). What is said has to be the same, or
+nothing is written. Beside the seconds stand those of the processor, of all threads: they grow less when other programs
+run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ WAYS: dict[str, tuple[bool, Window]] = {
     "all at once": (False, "stream"),
     "in turns": (True, SpeechWindows()),
     "in turns, longer windows": (True, "stream"),
+    "in turns, longer windows, less context": (True, SpeechWindows(vocoder_context=20, behind=96)),
+    "in turns, one window": (True, "whole"),
 }
+_USUAL = tuple(WAYS)[:3]
 
 
 class _Cores(OrtBackend):
@@ -46,7 +50,9 @@ class _Cores(OrtBackend):
         return 1 if self.shared else None
 
 
-def measure(bundle: Path, rounds: int, solvers: list[Solver], codes: int) -> list[dict[str, Any]]:
+def measure(
+    bundle: Path, rounds: int, solvers: list[Solver], codes: int, ways: tuple[str, ...] = _USUAL
+) -> list[dict[str, Any]]:
     """A row for each solver and way of working."""
     opened = Bundle.open(bundle)
     backend = _Cores(opened)
@@ -56,7 +62,8 @@ def measure(bundle: Path, rounds: int, solvers: list[Solver], codes: int) -> lis
         for _ in ask(session, Sizes(), "euler", codes=26):  # loads every graph and touches every weight
             pass
         for solver in solvers * rounds:
-            for way, (backend.shared, window) in WAYS.items():
+            for way in ways:
+                backend.shared, window = WAYS[way]
                 figures = _figures(ask(session, Sizes(), solver, codes, window))
                 rows.setdefault((solver, way), []).append(figures)
     said = {str(reply["said"]) for replies in rows.values() for reply in replies}
@@ -78,7 +85,7 @@ def _figures(events: Iterator[Event]) -> dict[str, Any]:
         "said": (done.token_ids, done.codec_ids),
         "first_token": stats.time_to_first_token,
         "first_sound": stats.time_to_first_audio,
-        "second_sound": chunks[1],
+        "second_sound": chunks[1] if len(chunks) > 1 else chunks[0],
         "total": stats.total_time,
         "computing": sum(stats.run_seconds.values()),
         "processor_first_sound": burnt[0],
@@ -102,10 +109,12 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--solver", action="append", choices=SOLVERS)
+    parser.add_argument("--way", action="append", choices=WAYS)
     parser.add_argument("--codes", type=int, default=250)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = measure(options.bundle, options.rounds, options.solver or ["rk4"], options.codes)
+    ways = tuple(options.way or _USUAL)
+    rows = measure(options.bundle, options.rounds, options.solver or ["rk4"], options.codes, ways)
     for row in rows:
         low, high = row["total_spread"]
         print(
