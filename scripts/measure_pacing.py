@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,7 @@ def measure(
             for way in ways:
                 backend.shared, window = WAYS[way]
                 figures = _figures(ask(session, Sizes(), solver, codes, window))
+                print(f"{solver}, {way}: {figures['first_sound']:.2f} s, {figures['total']:.1f} s", file=sys.stderr)
                 rows.setdefault((solver, way), []).append(figures)
     said = {str(reply["said"]) for replies in rows.values() for reply in replies}
     if len(said) != 1:
