@@ -43,8 +43,15 @@ MATRIX := .work/small
 $(MATRIX): | $(INSTALLED)
 	$(VENV)/bin/omniport make-checkpoint $@ --size small
 
-build-matrix: $(INSTALLED) $(MATRIX)
-	$(PYTHON) scripts/build_matrix.py $(MATRIX)
+CALIB := .work/small.calib
+RECIPES := int8,w8,int4,fp8,edge-8gb,edge-16gb
+
+$(CALIB): | $(MATRIX)
+	$(VENV)/bin/omniport calibrate --sample-data .work/samples
+	$(VENV)/bin/omniport calibrate $(MATRIX) $@ --data .work/samples/calib.jsonl --max-speech 0.8
+
+build-matrix: $(INSTALLED) $(CALIB)
+	$(PYTHON) scripts/build_matrix.py $(MATRIX) --work .work/matrix --calib $(CALIB) --recipes $(RECIPES)
 
 $(MATRIX)-fp32: | $(MATRIX)
 	$(VENV)/bin/omniport export $(MATRIX) $@

@@ -32,8 +32,8 @@ FIRST_CODES, NEW_CODES, WINDOW_CODES = 24, 48, 84
 VOCODER_CONTEXT = 34
 #: most rows of one call: new tokens, mel frames of 32 chunks (15 on a CPU: 30 s), patches of a 1024x768 image
 PREFILL_ROWS, AUDIO_ROWS, AUDIO_ROWS_CPU, PATCHES = 512, 6400, 3000, 3996
-#: copies of attention scores that a CPU holds at once: measured, with a picture
-SCORES = 2
+#: attention scores that a CPU holds at once, over their size: measured, with a picture
+SCORES = 1.25
 #: bytes of kernels and graph in an engine, over its weights (docs/results/build-matrix.md)
 ENGINE_EXTRA = 8_000_000
 
@@ -221,15 +221,15 @@ class _Job:
         decoder = self.model.decoders.get(shape.name)
         if decoder is not None:
             rows = min(PREFILL_ROWS, self.context)
-            scores = SCORES * decoder.heads * rows * self.context * 4 if cpu else 0
+            scores = int(SCORES * decoder.heads * rows * self.context * 4) if cpu else 0
             values = rows * (3 * shape.ffn + 6 * shape.width) * item
             return values + scores + (decoder.vocabulary + rows * shape.width) * 4
         if shape.name == "audio_encoder":
             rows = AUDIO_ROWS_CPU if cpu else AUDIO_ROWS
-            scores = SCORES * shape.heads * rows // 2 * 100 * 4 if cpu else 0
+            scores = int(SCORES * shape.heads * rows / 2 * 100 * 4) if cpu else 0
             return (2 * rows * shape.width + rows // 2 * (2 * shape.ffn + 4 * shape.width)) * item + scores
         if shape.name == "vision_encoder":
-            scores = SCORES * shape.heads * PATCHES**2 * 4 if cpu else 0
+            scores = int(SCORES * shape.heads * PATCHES**2 * 4) if cpu else 0
             return PATCHES * (3 * shape.ffn + 6 * shape.width) * item + scores
         frames = FRAMES_PER_CODE * WINDOW_CODES
         if shape.name == "dit":

@@ -221,6 +221,8 @@ class OrtBackend:
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = self._threads
         options.log_severity_level = _WARNING
+        # A pattern is a second block, as large as all that a call needs, from the second call of a shape on.
+        options.enable_mem_pattern = False
         # Six graphs take turns: threads of one must not spin while another computes.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self._device != "cpu":
