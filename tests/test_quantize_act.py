@@ -107,7 +107,7 @@ def test_what_smoothing_saves(graph: str, quantized: dict[str, Path], tiny_outli
 def test_graphs_of_the_default_recipe_keep_twenty_decibels(
     quantized: dict[str, Path], tiny_outlier_bundle: Path
 ) -> None:
-    """Measured: mel 40 dB, samples 28, audio encoder 27."""
+    """Measured: mel 41 dB, samples 29, audio encoder 27."""
     (found,) = measure_speech({"base": tiny_outlier_bundle, "int8": quantized["int8"]}, 1, 24).values()
     assert found.keys() == {"mel", "wave"}
     assert all(20 < value < 60 for value in found.values()), found
