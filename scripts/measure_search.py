@@ -46,7 +46,7 @@ def page(results: dict[str, Any]) -> str:
         "two cores; losses are of the logits on recorded calls.",
     ]
     for name, found in results.items():
-        lines += ["", f"## {name}: {found['recipe']} to {found['target']}", "", f"{found['seconds']} s in all."]
+        lines += ["", f"## {name}", "", f"Asked: {found['target']}. {found['seconds']} s in all."]
         for decoder, row in found["decoders"].items():
             lines += ["", *_decoder(decoder, row)]
     return "\n".join(lines) + "\n"

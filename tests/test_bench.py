@@ -109,11 +109,12 @@ def test_convolutions_are_counted_by_groups_and_stride() -> None:
         {"cat": "Session", "name": "model_run", "ts": 3},
         event("Conv", [[1, 8, 50], [16, 1, 7]], [[1, 16, 44]]),
         event("ConvTranspose", [[1, 8, 50], [8, 4, 6]], [[1, 4, 100]]),
+        event("QLinearConv", [[1, 8, 50], [], [], [16, 8, 3], [16], [16]], [[1, 16, 48]]),
         event("Sin", [[1, 8]], [[1, 8]]),
     ]
     profile = read_profile(events)
-    assert profile.operations == 2 * 16 * 44 * 7 + 2 * 8 * 50 * 4 * 6
-    assert profile.seconds == {"Conv": 1e-5, "ConvTranspose": 1e-5, "Sin": 1e-5}
+    assert profile.operations == 2 * 16 * 44 * 7 + 2 * 8 * 50 * 4 * 6 + 2 * 16 * 48 * 8 * 3
+    assert profile.seconds == dict.fromkeys(("Conv", "ConvTranspose", "QLinearConv", "Sin"), 1e-5)
 
 
 def test_the_two_take_turns_and_warming_up_does_not_count() -> None:

@@ -18,7 +18,15 @@ from ..bundle import Bundle
 
 __all__ = ["Profile", "profile_run", "read_profile", "weight_bytes"]
 
-_PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulInteger", "DynamicQuantizeMatMul"}
+_PRODUCTS = {
+    "MatMul",
+    "FusedMatMul",
+    "Gemm",
+    "MatMulNBits",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+}
 _CONVOLUTIONS = {"Conv", "FusedConv", "ConvInteger"}
 
 
@@ -73,6 +81,8 @@ def _operations(kind: str, inputs: list[list[int]], outputs: list[list[int]]) ->
         return 2.0 * math.prod(outputs[0]) * inputs[0][-1]
     if kind in _CONVOLUTIONS:  # weight [out, in / groups, kernel...]
         return 2.0 * math.prod(outputs[0]) * math.prod(inputs[1][1:])
+    if kind == "QLinearConv":  # a scale and a zero point come behind each: the weight is the fourth input
+        return 2.0 * math.prod(outputs[0]) * math.prod(inputs[3][1:])
     if kind == "ConvTranspose":  # weight [in, out / groups, kernel...]: every input meets all of it
         return 2.0 * math.prod(inputs[0]) * math.prod(inputs[1][1:])
     if kind == "Attention":  # q [B, H, S, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv]
