@@ -16,6 +16,7 @@ from omniport.calib.quantize import quantize_bundle
 from omniport.calib.report import BundleLoss, LossReport, compare_bundles
 from omniport.calib.report_page import render
 from omniport.cli import main
+from omniport.export.validation.speech_metrics import log_mel_power, mel_cepstral_distortion, mel_l1
 from omniport.runtime.bundle import Bundle
 from omniport.runtime.errors import UsageError
 from onnx import numpy_helper
@@ -71,7 +72,7 @@ def test_the_unquantized_bundle_is_equal_to_itself(measured: tuple[LossReport, W
     assert float(np.std(waves["int4"])) > 1e-3
 
 
-def test_what_was_lost(measured: tuple[LossReport, Waves]) -> None:
+def test_what_was_lost(measured: tuple[LossReport, Waves], room: Path) -> None:
     row = quantized(measured[0])
     losses = {graph.graph: graph.loss for graph in row.graphs}
     for name, least, most in (("thinker", 8, 25), ("talker", 8, 30), ("dit", 30, 80)):
@@ -82,6 +83,16 @@ def test_what_was_lost(measured: tuple[LossReport, Waves]) -> None:
     assert row.sound is not None
     assert 20 < row.sound.mel_sqnr_db < 90  # by the DiT's rounding alone: both say the same codes
     assert 0 < row.sound.mel_l1 < 0.2
+    wanted, got = measured[1].values()
+    noise = np.square(got - wanted, dtype=np.float64).sum()
+    assert row.sound.wave_sqnr_db == pytest.approx(10 * np.log10(np.square(wanted, dtype=np.float64).sum() / noise))
+    spectra = log_mel_power(got), log_mel_power(wanted)
+    assert row.sound.mel_l1 == mel_l1(*spectra)
+    assert row.sound.mcd_db == mel_cepstral_distortion(*spectra) != row.sound.mel_l1
+    thinker = row.graphs[2]
+    assert thinker.prefill_ms > 1.5 * thinker.step_ms > 0
+    graphs, record = room / "int4" / "graphs", thinker.graph
+    assert thinker.bytes == sum(file.stat().st_size for file in graphs.glob(f"{record}.onnx*"))
     sizes = {graph.graph: graph.bytes for graph in row.graphs}
     assert sizes["thinker"] < 0.3 * measured[0].bundles[0].graphs[2].bytes
     assert all(graph.step_ms > 0 for graph in row.graphs if graph.loss is not None)
