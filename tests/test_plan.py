@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,21 +170,27 @@ def test_published_rates_are_met(script: Any) -> None:
         assert abs(found["deviation"]) < 0.15, found
 
 
-def test_measurements_are_met(script: Any) -> None:
-    """What was measured of ``small`` on a CPU, predicted from the rates measured beside it.
-
-    Memory holds its limit. Decode rates do not yet (docs/plan.md): the page has to say where, and none may be far off.
-    """
-    results, missed = json.loads((RESULTS / "plan.json").read_text()), 0
+def measured(script: Any) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Of every bundle of ``small`` on a CPU: recipe, what was measured, and what the rates beside it predict."""
+    results = json.loads((RESULTS / "plan.json").read_text())
     assert set(results["bundles"]) == {"fp32", "w8", "int4"}
     model = shape_of_config(geometry_config(SIZES["small"]), "small")
     for recipe, found in results["bundles"].items():
         says = script.predicted(model, recipe, found)
+        assert len(says["decode"]) == 4
+        yield recipe, found, says
+
+
+def test_measured_memory_is_met(script: Any) -> None:
+    for recipe, found, says in measured(script):
         assert says["memory"] == pytest.approx(found["peak"], rel=script.MEMORY_LIMIT), recipe
+
+
+@pytest.mark.xfail(reason="7 of 12 rates are outside 25 %: docs/plan.md, How far off it is", strict=True)
+def test_measured_decode_rates_are_met(script: Any) -> None:
+    for recipe, _, says in measured(script):
         for case, (*_, deviation) in says["decode"].items():
-            assert abs(deviation) < 0.45, (recipe, case)
-            missed += abs(deviation) > script.DECODE_LIMIT
-    assert (RESULTS / "plan.md").read_text().count("**no**") == missed
+            assert abs(deviation) < script.DECODE_LIMIT, (recipe, case)
 
 
 def test_page_is_fresh(script: Any) -> None:

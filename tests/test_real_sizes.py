@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omniport.runtime.graphs import GRAPH_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -35,3 +36,19 @@ def test_exports_stay_within_two_gigabytes(results: dict[str, Any]) -> None:
     peaks = [found["peak_bytes"] for name, found in exports if name.startswith("export")]
     assert peaks
     assert max(peaks) <= 2 * GIB
+
+
+def test_limits_of_an_export(results: dict[str, Any]) -> None:
+    """The 3B in BF16, as the checkpoint is: every graph, in twice the time of a copy besides tracing."""
+    found = results["3b"]["export bf16"]
+    assert found["weight_bytes"].keys() == set(GRAPH_NAMES)
+    tracing = sum(seconds for stage, seconds in found["stages"].items() if stage.startswith("tracing"))
+    assert 0 < found["synced_seconds"] - tracing <= 2 * results["3b"]["copy"]["synced_seconds"]
+
+
+def test_a_quantized_model_answered_with_every_stage(results: dict[str, Any]) -> None:
+    answered = results["3b"]["run int4"]
+    stages = {"audio_encoder", "prefill", "thinker", "talker_prefill", "talker", "dit", "bigvgan"}
+    assert all(answered["stats"]["busy"][stage] > 0 for stage in stages)
+    assert answered["samples"] == 24000 * answered["stats"]["audio_seconds"] > 0
+    assert answered["peak_bytes"] <= 24 * GIB
