@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omniport.runtime.bench.results import read_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 #: page -> script whose ``page`` makes it
-PAGES = {"quant": "measure_quant", "search": "measure_search", "calibrate": "measure_calibrate"}
+PAGES = {
+    "quant": "measure_quant",
+    "search": "measure_search",
+    "calibrate": "measure_calibrate",
+    "vocoder": "measure_vocoder",
+}
 
 
 @pytest.fixture
@@ -29,6 +35,13 @@ def results(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", PAGES)
 def test_pages_are_fresh(name: str, script: Any) -> None:
     assert (RESULTS / f"{name}.md").read_text() == script(PAGES[name]).page(results(name))
+
+
+def test_other_pages_are_fresh(script: Any) -> None:
+    """Pages made of more than plain JSON: of a report with notes written by hand, and of builds."""
+    report = read_report(RESULTS / "bench.json")
+    assert (RESULTS / "bench.md").read_text() == script("bench_page").page(report)
+    assert (RESULTS / "build-matrix.md").read_text() == script("build_matrix").render(results("build-matrix"))
 
 
 def test_what_was_asked_of_quantized_bundles(script: Any) -> None:
