@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
 from omniport.runtime.manifest import FileRecord
 
+from .ahead import ahead
 from .data_file import DataFile
 from .weights import Copy, Rule, Transpose, WeightReader, blocks, evaluate
 
@@ -29,10 +30,10 @@ __all__ = ["Pieces", "write_model"]
 
 #: initializers of at least this many bytes go to the data file
 EXTERNAL_BYTES = 1024
-#: bytes of a transposed weight that are put together at once
-PANEL_BYTES = 128 << 20
-#: bytes that are transposed as one, and rows of a tile
-WORD, TILE_ROWS = 8, 256
+#: bytes of a transposed weight that are put together at once: any of a 7B's layers in 16 bits
+PANEL_BYTES = 144 << 20
+#: rows that are transposed at once
+STRIP_ROWS = 128
 
 Array = NDArray[Any]
 
@@ -106,8 +107,8 @@ def _pieces(rule: Rule | Pieces | None, value: ir.Value, reader: WeightReader) -
     if isinstance(rule, Transpose):
         yield from _transposed(rule.key, dtype, reader)
     elif isinstance(rule, Copy):
-        for start, stop in blocks(reader.shape(rule.key), dtype.itemsize):
-            yield _numpy(_block(rule.key, start, stop, dtype, reader).contiguous())
+        for _, block in _blocks(rule.key, dtype, reader):
+            yield _numpy(block.contiguous())
     else:
         array = _convert(_whole(value, rule, reader), dtype)
         _refuse_not_finite(_tensor(array), value.name, dtype)
@@ -122,41 +123,42 @@ def _transposed(key: str, dtype: torch.dtype, reader: WeightReader) -> Iterator[
     """
     source = reader.shape(key)
     rows, columns = source[0], int(np.prod(source[1:], dtype=np.int64))
-    group = WORD // dtype.itemsize
-    width = max(1, PANEL_BYTES // (rows * dtype.itemsize * group)) * group
+    # panels of one width: a narrow last one would read the whole weight again for little
+    most = max(1, PANEL_BYTES // (rows * dtype.itemsize))
+    width = -(-columns // -(-columns // most))
     for first in range(0, columns, width):
         last = min(columns, first + width)
-        panel = torch.empty(last - first, rows, dtype=dtype)
-        for start, stop in blocks(source, dtype.itemsize):
-            block = _block(key, start, stop, dtype, reader).reshape(stop - start, columns)
-            _transpose_into(panel, start, block[:, first:last])
+        panel = _large((last - first, rows), dtype)
+        for start, block in _blocks(key, dtype, reader):
+            _transpose_into(panel, start, block.reshape(-1, columns)[:, first:last])
         yield _numpy(panel)
+
+
+def _large(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """An array to be filled. numpy asks the system for huge pages, without which half the time goes to page faults."""
+    return torch.from_numpy(np.empty(shape, f"i{dtype.itemsize}")).view(dtype)
 
 
 def _transpose_into(panel: torch.Tensor, start: int, block: torch.Tensor) -> None:
     """``panel[:, start : start + rows] = block.t()``, for a block [rows, columns].
 
-    Words of 8 bytes are transposed in tiles that stay in the cache, then the values within a word: twice as fast as
-    value by value, on one core.
+    In strips that stay in the cache, each made whole first: torch has a quick transpose for that, and none into a part
+    of something larger.
     """
-    group = WORD // block.dtype.itemsize
-    rows, columns = block.shape
-    if columns % group or block.stride(0) % group:
-        panel[:, start : start + rows] = block.t()
-        return
-    value = torch.int16 if block.dtype.itemsize == 2 else torch.int32
-    target = panel.view(value).view(columns // group, group, panel.shape[1])
-    words = block.view(torch.int64)
-    for first in range(0, rows, TILE_ROWS):
-        last = min(rows, first + TILE_ROWS)
-        tile = words[first:last].t().contiguous().view(value).view(columns // group, last - first, group)
-        target[:, :, start + first : start + last] = tile.permute(0, 2, 1)
+    for first in range(0, len(block), STRIP_ROWS):
+        strip = block[first : first + STRIP_ROWS].contiguous()
+        panel[:, start + first : start + first + len(strip)] = strip.t().contiguous()
 
 
-def _block(key: str, start: int, stop: int, dtype: torch.dtype, reader: WeightReader) -> torch.Tensor:
-    block = _tensor(reader.read(key, start, stop)).to(dtype)
-    _refuse_not_finite(block, key, dtype)
-    return block
+def _blocks(key: str, dtype: torch.dtype, reader: WeightReader) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows) of a stored weight, converted; the next block is read meanwhile."""
+
+    def convert(start: int, stop: int) -> tuple[int, torch.Tensor]:
+        block = _tensor(reader.read(key, start, stop)).to(dtype)
+        _refuse_not_finite(block, key, dtype)
+        return start, block
+
+    return ahead(convert(start, stop) for start, stop in blocks(reader.shape(key), dtype.itemsize))
 
 
 def _refuse_not_finite(block: torch.Tensor, name: str | None, dtype: torch.dtype) -> None:

@@ -26,8 +26,8 @@ __all__ = ["WINDOWS", "MelPiece", "NoiseStream", "SpeechWindows", "Token2Wav", "
 #: fewest mel frames of context that the vocoder is near exact with
 _LEAST_CONTEXT = 20
 _NOISE_BLOCK = 24
-#: windows on a CPU that is behind: 1.4 times the codes that are spoken, instead of 1.75. Engines end at 84 codes
-_BEHIND = 96
+#: windows on a CPU that is behind: 1.15 times the codes that are spoken, instead of 1.75. Engines end at 84 codes
+_BEHIND = 240
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class SpeechWindows:
             The first sound has to wait for ``chunks[0]`` codes and the look-ahead of 12; long windows solve less twice.
         vocoder_context: mel frames around a window that the vocoder sees, at least 20. None is the bundle's receptive
             field (34), with which its samples depend on nothing else.
-        behind: codes of every window after those of ``chunks`` where the DiT alone is slower than the speech is heard:
-            gaps are there anyway, and what counts is when it is complete. None: as ``chunks`` says.
+        behind: codes of every window after the first where the DiT alone, in windows of ``chunks[-1]``, is slower than
+            the speech is heard: there are gaps anyway, and few that end sooner are better. None: as ``chunks`` says.
     """
 
     chunks: tuple[int, ...] = (12, 24, 48)
@@ -240,9 +240,9 @@ class Token2Wav:
     def _chunk(self) -> int:
         """Codes of the next window that are new."""
         chunks, behind = self._windows.chunks, self._windows.behind
-        if self._emitted < len(chunks):
-            return chunks[self._emitted]
-        return behind if behind is not None and self._is_behind(chunks[-1]) else chunks[-1]
+        if behind is not None and self._emitted and self._is_behind(chunks[-1]):
+            return behind
+        return chunks[min(self._emitted, len(chunks) - 1)]
 
     def _is_behind(self, chunk: int) -> bool:
         """Whether solving windows of ``chunk`` new codes takes longer than hearing them.

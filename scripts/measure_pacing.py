@@ -35,7 +35,7 @@ WAYS: dict[str, tuple[bool, Window]] = {
     "all at once": (False, "stream"),
     "in turns": (True, SpeechWindows()),
     "in turns, longer windows": (True, "stream"),
-    "in turns, longer windows, less context": (True, SpeechWindows(vocoder_context=20, behind=96)),
+    "in turns, longer windows, less context": (True, SpeechWindows(vocoder_context=20, behind=240)),
     "in turns, one window": (True, "whole"),
 }
 _USUAL = tuple(WAYS)[:3]

@@ -2,9 +2,8 @@
 
     python scripts/measure_real_sizes.py make 3b FOLDER
     python scripts/measure_real_sizes.py hollow 7b FOLDER     # instead of make, where the disk is too small
-    python scripts/measure_real_sizes.py copy 3b FOLDER
     python scripts/measure_real_sizes.py trace 3b FOLDER [--precision bf16] [--graphs thinker]
-    python scripts/measure_real_sizes.py export 3b FOLDER [--precision bf16] [--graphs thinker]
+    python scripts/measure_real_sizes.py export 3b FOLDER [--precision bf16] [--graphs thinker] [--rounds 3]
     python scripts/measure_real_sizes.py quantize 3b FOLDER [--recipe int4] [--graph-recipe GRAPH=RECIPE]
     python scripts/measure_real_sizes.py run 3b FOLDER [--recipe int4]
     python scripts/measure_real_sizes.py page
@@ -13,6 +12,9 @@ FOLDER takes the checkpoint, ``3b``, and the bundles, ``3b-bf16`` and ``3b-int4`
 process of its own and adds its figures to docs/results/real-sizes.json; ``page`` writes real-sizes.md from it. Before a
 step its input is dropped from the page cache, and after it what was written is flushed to the disk: both count as
 ``synced_seconds``, so that neither a copy nor an export gains from what the memory happens to hold.
+
+An export comes after a copy of the checkpoint, in turns if there are several rounds: a disk that others use as well
+can be twice as fast a minute later.
 
 Memory is resident memory as the kernel counts it: the high-water mark of the process, and after loading the anonymous
 part, which cannot be dropped and read again, apart from the mapped files.
@@ -25,6 +27,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -268,19 +271,42 @@ def _child(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    done = subprocess.run([sys.executable, __file__, "--child", *sys.argv[1:]], stdout=subprocess.PIPE, check=True)
-    found = json.loads(done.stdout)
+    steps = ("copy", "export") if options.step == "export" else (options.step,)
+    found: dict[str, list[dict[str, Any]]] = {step: [] for step in steps}
+    for _ in range(options.rounds):
+        for step in steps:
+            found[step].append(_in_process(step, options))
     path = RESULTS / "real-sizes.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    key = options.step if options.step in ("make", "hollow", "copy") else f"{options.step} {_variant(options)}"
-    results.setdefault(options.size, {})[key] = found
+    for step, rounds in found.items():
+        middle = sorted(rounds, key=lambda one: float(one.get("synced_seconds", one["seconds"])))[len(rounds) // 2]
+        if len(rounds) > 1:
+            middle["rounds"] = [one["synced_seconds"] for one in rounds]
+            middle["peak_bytes"] = max(one["peak_bytes"] for one in rounds)
+        results.setdefault(options.size, {})[_key(step, options)] = middle
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+
+
+def _in_process(step: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one step in a process of its own. An export finds nothing of an earlier one, whose graphs it would keep."""
+    if step == "export":
+        shutil.rmtree(options.folder / f"{options.size}-{options.precision}", ignore_errors=True)
+    command = [sys.executable, __file__, "--child", step, *sys.argv[2:]]
+    found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    print(json.dumps(found, indent=1), flush=True)
+    return found
+
+
+def _key(step: str, options: argparse.Namespace) -> str:
+    """Where a step's figures stand; those of a copy beside an export are of the same minutes."""
+    if step in ("make", "hollow") or options.step == "copy":
+        return step
+    return f"{step} {_variant(options)}"
 
 
 def _variant(options: argparse.Namespace) -> str:
-    if options.step in ("export", "trace"):
+    if options.step in ("export", "trace", "copy"):
         return f"{options.precision} {options.graphs}".strip()
     return str(options.recipe)
 
@@ -296,6 +322,7 @@ def main() -> None:
     parser.add_argument("--graphs", default="", help="export these only, where the disk cannot hold all of them")
     parser.add_argument("--recipe", default="int4")
     parser.add_argument("--graph-recipe", action="append", default=[], metavar="GRAPH=RECIPE")
+    parser.add_argument("--rounds", type=int, default=1, help="of an export, each after a copy: medians, and all times")
     parser.add_argument("--tokens", type=int, default=12, help="most text tokens of the reply")
     parser.add_argument("--codes", type=int, default=50, help="most codec tokens of the reply")
     options = parser.parse_args(sys.argv[2:] if child else None)

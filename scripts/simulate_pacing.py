@@ -102,7 +102,7 @@ class Reply:
     def _open_window(self) -> None:
         chunk = self.chunks[min(self._windows, len(self.chunks) - 1)]
         slow = self.costs.dit * (BACK + chunk + AHEAD) > chunk / HZ
-        if self.behind and self._windows >= len(self.chunks) and slow:
+        if self.behind and self._windows and slow:
             chunk = self.behind
         end = self._made == self.codes
         if self._made < self._solved + chunk + AHEAD and not (end and self._solved < self.codes):
@@ -138,7 +138,7 @@ class Reply:
 
 WAYS: dict[str, dict[str, Any]] = {
     "stopping for the first sound": {"paced": True},
-    "and windows of 96 where behind": {"paced": True, "behind": 96},
+    "and windows of 240 where behind": {"paced": True, "behind": 240},
     "and a window of 96 always": {"paced": True, "longer": (96,)},
     "and a window of 96 after 132 codes": {"paced": True, "longer": (48, 96)},
 }

@@ -318,10 +318,10 @@ def test_no_reply_that_keeps_up_gets_another_gap(root: Path, monkeypatch: pytest
     windows = speech_windows(root)
     assert windows._windows.chunks == simulated.CHUNKS
     assert windows.first_window == (simulated.LEAD, simulated.RATE)
-    assert simulated.WAYS["and windows of 96 where behind"]["behind"] == windows._windows.behind
+    assert simulated.WAYS["and windows of 240 where behind"]["behind"] == windows._windows.behind
     costs = simulated.PROPORTIONS["small, rk4"]
     found = {way: simulated.more_gaps(costs, way, 250, machines=31) for way in simulated.WAYS}
-    default, always = found["and windows of 96 where behind"], found["and a window of 96 always"]
+    default, always = found["and windows of 240 where behind"], found["and a window of 96 always"]
     assert default == found["stopping for the first sound"] == []
     assert always, "on machines of these speeds, windows can cost a gap"
 

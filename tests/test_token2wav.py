@@ -107,10 +107,11 @@ def clock(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
     ("step", "room", "window", "chunks"),
     [
         # 84 codes are 48 new ones, heard for 0.96 s: as long as 36 evaluations of 0.0267 s
-        (0.05, 1, "stream", [12, 24, 48, 96, 96, 24]),
+        (0.05, 1, "stream", [12, 240, 48]),
         (0.025, 1, "stream", [12, 24, 48, 48, 48, 48, 48, 24]),
         (0.05, None, "stream", [12, 24, 48, 48, 48, 48, 48, 24]),
         (0.05, None, SpeechWindows((24,), behind=60), [24, 60, 60, 60, 60, 36]),
+        (0.05, None, SpeechWindows((12, 24, 48), behind=96), [12, 96, 96, 96]),
         (0.05, 1, SpeechWindows(), [12, 24, 48, 48, 48, 48, 48, 24]),
     ],
 )

@@ -1,0 +1,25 @@
+"""One item made while the last is worked on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+__all__ = ["ahead"]
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; a thread of its own makes the next one meanwhile. What it raises is raised in the item's place.
+
+    Worth it where making and using them leave the interpreter: reading files, and torch's or numpy's work on large
+    arrays. Two items are held at a time.
+    """
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="omniport-read") as pool:
+        pending = pool.submit(next, items, end)
+        while (item := pending.result()) is not end:
+            pending = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
