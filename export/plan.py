@@ -28,6 +28,8 @@ TEXT_PER_SECOND = 4.0
 PROMPT, LATE = 256, 40
 #: codes of the first window with its look-ahead, and of a later one: new ones, and what is solved with them
 FIRST_CODES, NEW_CODES, WINDOW_CODES = 24, 48, 84
+#: the latter on a CPU whose DiT alone is slower than the speech is heard (runtime/token2wav.py)
+NEW_CODES_BEHIND, WINDOW_CODES_BEHIND = 240, 276
 #: mel frames around a window that the vocoder sees
 VOCODER_CONTEXT = 34
 #: most rows of one call: new tokens, mel frames of 32 chunks (15 on a CPU: 30 s), patches of a 1024x768 image
@@ -231,7 +233,7 @@ class _Job:
         if shape.name == "vision_encoder":
             scores = int(SCORES * shape.heads * PATCHES**2 * 4) if cpu else 0
             return PATCHES * (3 * shape.ffn + 6 * shape.width) * item + scores
-        frames = FRAMES_PER_CODE * WINDOW_CODES
+        frames = FRAMES_PER_CODE * (WINDOW_CODES_BEHIND if cpu else WINDOW_CODES)
         if shape.name == "dit":
             return 2 * frames * (3 * shape.ffn + 8 * shape.width) * item
         # the widest stage of the vocoder, and its two phases
@@ -256,17 +258,20 @@ class _Job:
 
     def _speech(self, decode: float, step: float) -> float:
         """Work for one second of speech: thinker, talker, and windows of DiT and vocoder."""
-        seconds = NEW_CODES / CODES_PER_SECOND
-        frames = FRAMES_PER_CODE * WINDOW_CODES
-        dit = self.model.evaluations * self.run("dit", frames)
-        vocoder = self.run("bigvgan", FRAMES_PER_CODE * NEW_CODES + 2 * VOCODER_CONTEXT)
-        return TEXT_PER_SECOND * decode + CODES_PER_SECOND * step + (dit + vocoder) / seconds
+        new, dit = NEW_CODES, self._solving(WINDOW_CODES)
+        if self.machine.target is None and dit > new / CODES_PER_SECOND:
+            new, dit = NEW_CODES_BEHIND, self._solving(WINDOW_CODES_BEHIND)
+        vocoder = self.run("bigvgan", FRAMES_PER_CODE * new + 2 * VOCODER_CONTEXT)
+        return TEXT_PER_SECOND * decode + CODES_PER_SECOND * step + (dit + vocoder) * CODES_PER_SECOND / new
+
+    def _solving(self, codes: int) -> float:
+        """Seconds of the whole solution of a window."""
+        return self.model.evaluations * self.run("dit", FRAMES_PER_CODE * codes)
 
     def _first_window(self) -> float:
         """From the first text token to the first sound; the talker's step i waits for the thinker's token i."""
         both = self.run("thinker", 1, PROMPT) + self.run("talker", 1, PROMPT)
-        frames = FRAMES_PER_CODE * FIRST_CODES
-        tail = self.model.evaluations * self.run("dit", frames) + self.run("bigvgan", frames)
+        tail = self._solving(FIRST_CODES) + self.run("bigvgan", FRAMES_PER_CODE * FIRST_CODES)
         return self.run("talker", PROMPT, PROMPT) + FIRST_CODES * both + tail
 
     def run(self, graph: str, rows: int, context: int = 0) -> float:

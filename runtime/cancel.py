@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Array, Backend, Graph, KvCache, runs_at_once
+from .backends.base import Array, Backend, Graph, KvCache, RunHandle, StoppableGraph, runs_at_once
+from .errors import BackendError
 from .pace import Turns
 from .timing import StageTimer
 
@@ -55,8 +56,8 @@ class GuardedBackend:
     """A backend whose graphs refuse to run once the token is set, take turns where they share cores, and count the
     time that runs take.
 
-    So every stage stops within one step, be it an encoder batch, 512 tokens of prefill, a token, an evaluation of the
-    DiT or a window of the vocoder, and no stage has to think of it.
+    So every stage stops within one operator of a graph where the backend can stop a run, and within one run elsewhere,
+    and no stage has to think of it.
 
     Args:
         timer: of the stages that run here.
@@ -95,9 +96,12 @@ class _GuardedGraph:
     ) -> None:
         self._name = name
         self._inner = inner
+        self._stoppable = inner if isinstance(inner, StoppableGraph) else None
+        self._handle: RunHandle | None = None
         self._token = token
         self._turns = turns
         self._seconds = seconds
+        token.subscribe(self._stop)
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
         """As ``Graph.run``. Each graph is run by one thread at a time, so its count needs no lock."""
@@ -105,9 +109,27 @@ class _GuardedGraph:
         with self._turn():
             start = time.perf_counter()
             try:
-                return self._inner.run(feeds, cache)
+                return self._run(feeds, cache)
             finally:
                 self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - start
+
+    def _run(self, feeds: Mapping[str, Array], cache: KvCache | None) -> dict[str, NDArray[np.float32]]:
+        if self._stoppable is None:
+            return self._inner.run(feeds, cache)
+        self._handle = handle = self._stoppable.handle()
+        self._token.check()  # set before there was a handle to stop the run with
+        try:
+            return self._stoppable.run(feeds, cache, handle)
+        except BackendError:
+            self._token.check()
+            raise
+        finally:
+            self._handle = None
+
+    def _stop(self) -> None:
+        handle = self._handle
+        if handle is not None:
+            handle.stop()
 
     def new_cache(self, capacity: int) -> KvCache:
         """As ``Graph.new_cache``."""

@@ -28,6 +28,8 @@ _LEAST_CONTEXT = 20
 _NOISE_BLOCK = 24
 #: windows on a CPU that is behind: 1.15 times the codes that are spoken, instead of 1.75. Engines end at 84 codes
 _BEHIND = 240
+#: the first window is short: what every evaluation costs besides weighs more in it
+_FIRST_ESTIMATE = 1.5
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,8 @@ class Token2Wav:
         """
         evaluations = sum(map(len, self._solver.stages))
         codes = self._back + chunk + self._ahead
-        return self._quickest * evaluations * codes > chunk / self._dit.codec_hz
+        doubt = _FIRST_ESTIMATE if self._emitted == 1 else 1.0
+        return self._quickest * evaluations * codes > doubt * chunk / self._dit.codec_hz
 
     @property
     def _ahead(self) -> int:

@@ -4,7 +4,7 @@
     python scripts/measure_plan.py --page             # write plan.md from plan.json
 
 Each bundle is measured in a process of its own: resident memory after every graph is loaded, and at its highest while a
-question of 30 s of speech and a picture of 1024x768 is answered in speech; decode rates of thinker and talker at two
+question of 30 s of speech and a picture of 1024x768 is answered in 6 s of speech; decode rates of thinker and talker at two
 contexts. What the processor reads and multiplies in a second is measured in turns with the steps, so that whatever else
 the machine does falls on both, and is what the plan is given. Everything is timed by the wall: leave the machine alone.
 """
@@ -149,7 +149,7 @@ def _memory_child(root: Path) -> dict[str, Any]:
     sound = (0.1 * draw.standard_normal(30 * 16000)).astype(np.float32)
     picture = draw.integers(0, 255, (768, 1024, 3), dtype=np.uint8)
     content = [{"type": "audio", "audio": (sound, 16000)}, {"type": "image", "image": picture}]
-    limits = SamplingConfig(max_new_tokens=4), SamplingConfig(max_new_tokens=48)
+    limits = SamplingConfig(max_new_tokens=4), SamplingConfig(max_new_tokens=300)
     heard = 0
     messages = [{"role": "user", "content": content}]
     for event in session.reply(messages, thinker=limits[0], talker=limits[1]):

@@ -101,7 +101,7 @@ class Reply:
 
     def _open_window(self) -> None:
         chunk = self.chunks[min(self._windows, len(self.chunks) - 1)]
-        slow = self.costs.dit * (BACK + chunk + AHEAD) > chunk / HZ
+        slow = self.costs.dit * (BACK + CHUNKS[-1] + AHEAD) > CHUNKS[-1] / HZ
         if self.behind and self._windows and slow:
             chunk = self.behind
         end = self._made == self.codes

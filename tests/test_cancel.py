@@ -16,10 +16,13 @@ from bundles import make_bundle
 from live import Live, sort, voice
 from omniport.runtime import AudioChunk, Done, Event, OmniportError, SamplingConfig, TextDelta, TurnEnded
 from omniport.runtime.backends.base import Array, Graph, KvCache
-from omniport.runtime.cancel import Cancelled, CancelToken
+from omniport.runtime.backends.ort import OrtBackend
+from omniport.runtime.bundle import Bundle
+from omniport.runtime.cancel import Cancelled, CancelToken, GuardedBackend
 from omniport.runtime.channel import Channel
 from omniport.runtime.events import underruns
 from omniport.runtime.reply import Reply
+from omniport.runtime.timing import StageTimer
 
 LONG = SamplingConfig(max_new_tokens=400)
 TEXT = "the quick brown fox jumps over the lazy dog"
@@ -210,6 +213,24 @@ def test_cancel_while_the_last_piece_is_encoded(root: Path) -> None:
     assert done.finish_reason == "cancelled"
     script(live, "audio_encoder", gate, "", [])
     next_turn_is_right(live, root, lambda t: t.push_audio(voice(1), 16000), "")  # it was complete: it stays
+
+
+def test_a_run_ends_at_its_next_operator(tiny_bundle: Path) -> None:
+    """The longest window of the vocoder takes seconds on a CPU; nobody who interrupts waits for its end."""
+    backend = OrtBackend(Bundle.open(tiny_bundle))
+    mel = {"mel": np.random.default_rng(0).standard_normal((1, 80, 4000)).astype(np.float32) - 5}
+    start = time.perf_counter()
+    backend.graph("bigvgan").run(mel)
+    whole = time.perf_counter() - start
+    assert whole > 0.2, "too quick to be interrupted"
+    for late in (0.0, 0.3):
+        token = CancelToken()
+        graph = GuardedBackend(backend, token, StageTimer()).graph("bigvgan")
+        threading.Timer(late * whole, token.cancel).start()
+        start = time.perf_counter()
+        with pytest.raises(Cancelled):
+            graph.run(mel)
+        assert time.perf_counter() - start < (late + 0.3) * whole
 
 
 def test_cancel_twice_after_the_end_and_before_anything(root: Path) -> None:

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from bundles import make_bundle, make_manifest, write_manifest
 from omniport.runtime.backends import BACKENDS, open_backend, ort, ort_plugin
-from omniport.runtime.backends.base import runs_at_once
+from omniport.runtime.backends.base import StoppableGraph, runs_at_once
 from omniport.runtime.backends.onnx_scan import scan_onnx
 from omniport.runtime.backends.ort import OrtBackend, physical_cores
 from omniport.runtime.backends.ort_cache import OrtCache, StaticCache
@@ -115,6 +115,20 @@ def feed(embeds: np.ndarray, start: int) -> dict[str, Any]:
 
 def rows(count: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, HEADS * WIDTH)).astype(np.float32)
+
+
+def test_a_stopped_run_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
+    graph = OrtBackend(bundle_with(tmp_path / "bundle", decoder_model(), decoder_spec("float32"))).graph("thinker")
+    assert isinstance(graph, StoppableGraph)
+    stopped, whole = graph.new_cache(CAPACITY), graph.new_cache(CAPACITY)
+    for cache in (stopped, whole):
+        graph.run(feed(rows(5), 0), cache)
+    handle = graph.handle()
+    handle.stop()
+    with pytest.raises(BackendError, match="could not run graph 'thinker'"):
+        graph.run(feed(rows(3, seed=2), 5), stopped, handle)
+    again, expected = (graph.run(feed(rows(3, seed=3), 5), cache)["logits"] for cache in (stopped, whole))
+    np.testing.assert_array_equal(again, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -186,7 +186,6 @@ def test_measured_memory_is_met(script: Any) -> None:
         assert says["memory"] == pytest.approx(found["peak"], rel=script.MEMORY_LIMIT), recipe
 
 
-@pytest.mark.xfail(reason="7 of 12 rates are outside 25 %: docs/plan.md, How far off it is", strict=True)
 def test_measured_decode_rates_are_met(script: Any) -> None:
     for recipe, _, says in measured(script):
         for case, (*_, deviation) in says["decode"].items():

@@ -12,7 +12,18 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Backend", "BoundedBackend", "Graph", "KvCache", "SharedCores", "most_context", "runs_at_once"]
+__all__ = [
+    "Array",
+    "Backend",
+    "BoundedBackend",
+    "Graph",
+    "KvCache",
+    "RunHandle",
+    "SharedCores",
+    "StoppableGraph",
+    "most_context",
+    "runs_at_once",
+]
 
 Array = NDArray[Any]
 
@@ -46,6 +57,26 @@ class Graph(Protocol):
 
     def new_cache(self, capacity: int) -> KvCache:
         """Allocate a cache for ``capacity`` tokens (decoders only; BackendError otherwise)."""
+
+
+class RunHandle(Protocol):
+    """One run that can be stopped."""
+
+    def stop(self) -> None:
+        """Have it end with a BackendError soon: at its next operator. Called from another thread, at any time."""
+
+
+@runtime_checkable
+class StoppableGraph(Protocol):
+    """A graph whose runs can be stopped. A cache that such a run had keeps the tokens that it held before."""
+
+    def handle(self) -> RunHandle:
+        """Of one run that is yet to begin."""
+
+    def run(
+        self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """As ``Graph.run``."""
 
 
 class Backend(Protocol):

@@ -41,6 +41,17 @@ _WARNING = 2
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt-rtx": PROVIDER}
 
 
+class OrtRun:
+    """One run of ONNX Runtime that can be stopped (see `StoppableGraph`)."""
+
+    def __init__(self, module: Any) -> None:
+        self.options = module.RunOptions()
+
+    def stop(self) -> None:
+        """As ``RunHandle.stop``."""
+        self.options.terminate = True
+
+
 class OrtGraph:
     """One InferenceSession behind the Graph protocol."""
 
@@ -53,11 +64,17 @@ class OrtGraph:
         self._inputs = {t.name: np.dtype(t.dtype) for t in spec.inputs if t.name not in self._cached}
         self._outputs = [t.name for t in spec.outputs if t.name not in self._cached.values()]
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
+    def handle(self) -> OrtRun:
+        """As ``StoppableGraph.handle``."""
+        return OrtRun(self._ort)
+
+    def run(
+        self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: OrtRun | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Run once; see ``Graph.run``.
 
         Raises:
-            BackendError: ONNX Runtime failed, or ran out of memory.
+            BackendError: ONNX Runtime failed, ran out of memory, or was stopped.
             OmniportError: feeds that do not match the GraphSpec.
         """
         if feeds.keys() != self._inputs.keys():
@@ -75,7 +92,7 @@ class OrtGraph:
         for name in self._outputs:
             binding.bind_output(name, "cpu")
         with self._failing(f"run graph {self.spec.name!r}"):
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, None if handle is None else handle.options)
         outputs = dict(zip(self._bound_outputs(cache), binding.get_outputs(), strict=True))
         if isinstance(cache, OrtCache):
             cache.take(outputs)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from contextlib import suppress
 
 import msgspec
 import numpy as np
 
 from ..bundle import Bundle
+from ..errors import UsageError
 from ..events import AudioChunk, Done, Event
 from ..manifest import SamplingConfig
 from ..prompt import build_prompt
 from ..session import OmniSession
-from ..solver import Solver
+from ..solver import Solver, with_method
 from ..token2wav import Window
 from .jobs import Rival, Sizes
 from .results import Figure, Timing
@@ -27,35 +29,52 @@ Chunks = tuple[tuple[float, float], ...]
 
 
 def measure_reply(
-    bundle: Bundle, sizes: Sizes, rival: Rival | None, rounds: int, threads: int | None, solver: Solver = "rk4"
+    bundle: Bundle, sizes: Sizes, rival: Rival | None, rounds: int, threads: int | None
 ) -> tuple[tuple[Figure, ...], Chunks]:
     """First token, first sound and total of a streamed reply, beside the rival's; and when each piece was ready.
+
+    Once with the reference's solver, and once with `midpoint` where the bundle has it, which the rival has not.
 
     Speech does not end by itself on random weights: stop tokens are suppressed on both sides, so that every reply has
     the same length.
     """
     with OmniSession.open(bundle.root, backend="ort-cpu", threads=threads) as session:
         endless(session)
-        for _ in ask(session, sizes, solver, codes=26):  # loads every graph and touches every weight
+        for _ in ask(session, sizes, "rk4", codes=26):  # loads every graph and touches every weight
             pass
-        replies, theirs = [], []
+        replies: dict[Solver, list[tuple[dict[str, float], Chunks]]] = {solver: [] for solver in _solvers(bundle)}
+        theirs = []
         ids = build_prompt([{"role": "user", "content": QUESTION}], session.manifest, session.text_codec).token_ids
         for _ in range(rounds):
-            replies.append(_timed(ask(session, sizes, solver)))
+            for solver, timed in replies.items():
+                timed.append(_timed(ask(session, sizes, solver)))
             if rival is not None:
                 theirs.append(rival.reply(ids, sizes.text_tokens, sizes.speech_codes)[0])
-        seconds = sum(duration for _, duration in replies[0][1])
-    return _figures(replies, theirs, seconds), replies[0][1]
+    chunks = replies["rk4"][0][1]
+    seconds = sum(duration for _, duration in chunks)
+    figures = [figure for solver, timed in replies.items() for figure in _figures(solver, timed, theirs, seconds)]
+    return tuple(figures), chunks
 
 
-def _figures(replies: list[tuple[dict[str, float], Chunks]], theirs: list[float], seconds: float) -> tuple[Figure, ...]:
+def _solvers(bundle: Bundle) -> Iterator[Solver]:
+    """The reference's, and the one that halves its work, unless the bundle's DiT lacks that one's time points."""
+    yield "rk4"
+    assert bundle.manifest.solver is not None
+    with suppress(UsageError):
+        with_method(bundle.manifest.solver, "midpoint")
+        yield "midpoint"
+
+
+def _figures(
+    solver: Solver, replies: list[tuple[dict[str, float], Chunks]], theirs: list[float], seconds: float
+) -> list[Figure]:
     figures = []
     for name in ("first token", "first sound", "total"):
         ours = [times[name] for times, _ in replies]
         compared = bool(theirs) and name != "first token"
         figures.append(
             Figure(
-                name=name,
+                name=name if solver == "rk4" else f"{name}, {solver}",
                 size=round(seconds),
                 of="seconds of speech",
                 count=seconds if name == "total" else 1,
@@ -68,7 +87,7 @@ def _figures(replies: list[tuple[dict[str, float], Chunks]], theirs: list[float]
                 else {},
             )
         )
-    return tuple(figures)
+    return figures
 
 
 _EXTRA = ("underruns", "peak_memory_bytes", "dit_seconds", "bigvgan_seconds", "talker_seconds", "thinker_seconds")

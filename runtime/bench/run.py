@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 
 #: two programs that do the same differ by the order of sums only; INT4 weights differ more than that
 _SAME = 0.5
-_REPLY_ROUNDS = 1
+_REPLY_ROUNDS = 3
 
 
 def bench(
@@ -113,7 +113,9 @@ class _Run:
         machine = measure_machine(self.threads, clock=self.clock)
         before = resident_bytes()
         if name == "reply":
-            figures, chunks = measure_reply(self.bundle, self.sizes, self.rival, _REPLY_ROUNDS, self.threads)
+            figures, chunks = measure_reply(
+                self.bundle, self.sizes, self.rival, min(self.rounds, _REPLY_ROUNDS), self.threads
+            )
             return StageResult(machine=machine, threads=self.threads, figures=figures, chunks=chunks)
         if name == "solver":
             figures = measure_solvers(self.bundle, self._backend(), self.sizes, self.rounds, self.clock)
