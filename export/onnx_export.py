@@ -7,8 +7,8 @@ model's size nor on its number of layers. Every byte is written once, in order, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,22 +61,22 @@ def write_model(
         the data files (none when every weight is small), with size and sha256.
     """
     data = path.with_name(path.name + ".data")
-    with DataFile(data) as file, _one_thread():
-        for name, value in model.graph.initializers.items():
+    initializers = model.graph.initializers
+    large = [(rules.get(name), value) for name, value in initializers.items() if _is_large(rules.get(name), value)]
+    with DataFile(data) as file, _one_thread(), closing(ahead(_stored_blocks(large, reader))) as stored:
+        for name, value in initializers.items():
             assert value.dtype is not None
             assert value.shape is not None
-            shape = value.shape.numpy()
-            nbytes = int(np.prod(shape, dtype=np.int64) * value.dtype.itemsize)
-            rule = rules.get(name)
-            if nbytes < EXTERNAL_BYTES and not isinstance(rule, Pieces):
+            shape, rule = value.shape.numpy(), rules.get(name)
+            if not isinstance(rule, Pieces) and not _is_large(rule, value):
                 value.const_value = ir.tensor(_small(value, rule, reader, shape), name=name)
                 continue
             offset = file.align()
-            for piece in _pieces(rule, value, reader):
+            for piece in _pieces(rule, value, reader, stored):
                 file.append(piece)
                 advance(piece.nbytes)
             value.const_value = ir.ExternalTensor(
-                data.name, offset, nbytes, value.dtype, shape=ir.Shape(shape), name=name, base_dir=path.parent
+                data.name, offset, _nbytes(value), value.dtype, shape=ir.Shape(shape), name=name, base_dir=path.parent
             )
         record = file.finish()
     if record.size == 0:
@@ -84,6 +84,17 @@ def write_model(
     path.write_bytes(ir.to_proto(model).SerializeToString())
     onnx.checker.check_model(str(path))
     return {data: record} if record.size else {}
+
+
+def _is_large(rule: Rule | Pieces | None, value: ir.Value) -> bool:
+    """Whether a weight goes to the data file."""
+    return isinstance(rule, Pieces) or _nbytes(value) >= EXTERNAL_BYTES
+
+
+def _nbytes(value: ir.Value) -> int:
+    assert value.dtype is not None
+    assert value.shape is not None
+    return int(np.prod(value.shape.numpy(), dtype=np.int64) * value.dtype.itemsize)
 
 
 @contextmanager
@@ -97,40 +108,69 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _pieces(rule: Rule | Pieces | None, value: ir.Value, reader: WeightReader) -> Iterator[Array]:
-    """One weight as it is to be stored, in pieces that follow one another."""
+def _stored_blocks(
+    weights: Iterable[tuple[Rule | Pieces | None, ir.Value]], reader: WeightReader
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows) of all stored weights, converted, in the order in which `_pieces` takes them."""
+    for rule, value in weights:
+        if isinstance(rule, Copy | Transpose):
+            assert value.dtype is not None
+            dtype = _torch_dtype(value.dtype)
+            yield from _blocks_of(rule, dtype, reader)
+
+
+def _blocks_of(rule: Copy | Transpose, dtype: torch.dtype, reader: WeightReader) -> Iterator[tuple[int, torch.Tensor]]:
+    source = reader.shape(rule.key)
+    times = len(_panels(source, dtype)) if isinstance(rule, Transpose) else 1
+    for _ in range(times):
+        for start, stop in blocks(source, dtype.itemsize):
+            block = _tensor(reader.read(rule.key, start, stop)).to(dtype)
+            _refuse_not_finite(block, rule.key, dtype)
+            yield start, block
+
+
+def _pieces(
+    rule: Rule | Pieces | None, value: ir.Value, reader: WeightReader, stored: Iterator[tuple[int, torch.Tensor]]
+) -> Iterator[Array]:
+    """One weight as it is to be stored, in pieces that follow one another; ``stored`` gives its blocks next."""
     assert value.dtype is not None
     if isinstance(rule, Pieces):
         yield from rule.make()
         return
     dtype = _torch_dtype(value.dtype)
     if isinstance(rule, Transpose):
-        yield from _transposed(rule.key, dtype, reader)
+        yield from _transposed(reader.shape(rule.key), dtype, stored)
     elif isinstance(rule, Copy):
-        for _, block in _blocks(rule.key, dtype, reader):
-            yield _numpy(block.contiguous())
+        for _ in blocks(reader.shape(rule.key), dtype.itemsize):
+            yield _numpy(next(stored)[1].contiguous())
     else:
         array = _convert(_whole(value, rule, reader), dtype)
         _refuse_not_finite(_tensor(array), value.name, dtype)
         yield array
 
 
-def _transposed(key: str, dtype: torch.dtype, reader: WeightReader) -> Iterator[Array]:
+def _panels(source: tuple[int, ...], dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Input features [first, last) of an [out, in] weight that are transposed together, of about the same number: a
+    narrow last panel would read the whole weight again for little."""
+    rows, columns = source[0], int(np.prod(source[1:], dtype=np.int64))
+    most = max(1, PANEL_BYTES // (rows * dtype.itemsize))
+    width = -(-columns // -(-columns // most))
+    return [(first, min(columns, first + width)) for first in range(0, columns, width)]
+
+
+def _transposed(
+    source: tuple[int, ...], dtype: torch.dtype, stored: Iterator[tuple[int, torch.Tensor]]
+) -> Iterator[Array]:
     """A stored [out, in] weight as [in, out], a panel of input features at a time.
 
     A weight larger than a panel is read once for each of them. The file is written in order all the same, which costs
     less than many short writes all over it, and lets it be hashed.
     """
-    source = reader.shape(key)
-    rows, columns = source[0], int(np.prod(source[1:], dtype=np.int64))
-    # panels of one width: a narrow last one would read the whole weight again for little
-    most = max(1, PANEL_BYTES // (rows * dtype.itemsize))
-    width = -(-columns // -(-columns // most))
-    for first in range(0, columns, width):
-        last = min(columns, first + width)
-        panel = _large((last - first, rows), dtype)
-        for start, block in _blocks(key, dtype, reader):
-            _transpose_into(panel, start, block.reshape(-1, columns)[:, first:last])
+    for first, last in _panels(source, dtype):
+        panel = _large((last - first, source[0]), dtype)
+        for _ in blocks(source, dtype.itemsize):
+            start, block = next(stored)
+            _transpose_into(panel, start, block.flatten(1)[:, first:last])
         yield _numpy(panel)
 
 
@@ -148,17 +188,6 @@ def _transpose_into(panel: torch.Tensor, start: int, block: torch.Tensor) -> Non
     for first in range(0, len(block), STRIP_ROWS):
         strip = block[first : first + STRIP_ROWS].contiguous()
         panel[:, start + first : start + first + len(strip)] = strip.t().contiguous()
-
-
-def _blocks(key: str, dtype: torch.dtype, reader: WeightReader) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows) of a stored weight, converted; the next block is read meanwhile."""
-
-    def convert(start: int, stop: int) -> tuple[int, torch.Tensor]:
-        block = _tensor(reader.read(key, start, stop)).to(dtype)
-        _refuse_not_finite(block, key, dtype)
-        return start, block
-
-    return ahead(convert(start, stop) for start, stop in blocks(reader.shape(key), dtype.itemsize))
 
 
 def _refuse_not_finite(block: torch.Tensor, name: str | None, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ __all__ = ["CODE", "file_record", "graph_key", "graph_whole", "source_key"]
 
 _SHARED = (
     "config.py",
+    "ahead.py",
     "data_file.py",
     "graph_defs.py",
     "lowering.py",

@@ -81,11 +81,12 @@ def _asked(report: BenchReport) -> str:
             lines.append(f"| {stage} | {figure.name} | {asked} | {read(figure)} |")
         except KeyError:
             lines.append(f"| {stage} | {name} | {asked} | not run |")
-    try:
-        ratio = report.figure("decode", "4096").seconds.median / report.figure("decode", "128").seconds.median
-        lines.append(f"| decode | 4096 | 1.3 times the time at 128 at most | {ratio:.2f} |")
-    except KeyError:
-        pass
+    for stage in ("decode", "talker"):
+        figures = report.stages[stage].figures if stage in report.stages else ()
+        if figures and "growth" in figures[-1].values:
+            asked = f"1.3 times the time at {figures[0].name} at most" if stage == "decode" else ""
+            contexts = f"{figures[-1].name} beside {figures[0].name}"
+            lines.append(f"| {stage} | {contexts} | {asked} | {figures[-1].values['growth']:.2f} |")
     return "\n".join(lines)
 
 

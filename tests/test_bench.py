@@ -87,10 +87,13 @@ def test_decoding_moves_weights_and_the_live_cache(report: BenchReport, tiny_bun
 
 def test_shares_follow_from_the_rates_beside_them(report: BenchReport) -> None:
     for result in report.stages.values():
-        machine = result.machine
         assert result.operators
         for figure in result.figures:
+            machine = figure.machine
             assert figure.work is not None
+            assert machine is not None
+            assert machine.read_bandwidth <= result.machine.read_bandwidth
+            assert machine.matmul_rate <= result.machine.matmul_rate
             least = max(figure.work.operations / machine.matmul_rate, figure.work.bytes / machine.read_bandwidth)
             assert figure.roofline_seconds == least
             assert figure.share == least / figure.seconds.median

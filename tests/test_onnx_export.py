@@ -11,6 +11,7 @@ import pytest
 import torch
 from omniport.export import onnx_export
 from omniport.export.data_file import ALIGNMENT, DataFile
+from omniport.export.weights import Transpose
 
 
 class Stored:
@@ -38,7 +39,9 @@ def test_transposed_in_panels(
     monkeypatch.setattr(onnx_export, "PANEL_BYTES", panel)
     monkeypatch.setattr("omniport.export.weights.BLOCK_BYTES", 1 << 13)
     stored = Stored(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
-    pieces = list(onnx_export._transposed("w", dtype, stored))
+    blocks = onnx_export._blocks_of(Transpose("w"), dtype, stored)
+    pieces = list(onnx_export._transposed(shape, dtype, blocks))
+    assert next(blocks, None) is None
     wanted = stored.value.reshape(shape[0], -1).t().to(dtype).float()
     got = torch.cat([onnx_export._tensor(piece).float() for piece in pieces])
     assert torch.equal(got, wanted)
@@ -49,7 +52,7 @@ def test_transposed_in_panels(
 def test_weights_that_are_not_finite_are_named() -> None:
     stored = Stored(torch.full((8, 8), 70000.0))
     with pytest.raises(onnx_export.CheckpointError, match=r"'w' holds values that are not finite in float16"):
-        list(onnx_export._transposed("w", torch.float16, stored))
+        list(onnx_export._blocks_of(Transpose("w"), torch.float16, stored))
 
 
 def test_file_is_hashed_as_it_is_written(tmp_path: Path) -> None:

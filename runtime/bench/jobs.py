@@ -216,7 +216,7 @@ def _prefill(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
 
 def _decode(graph: str, stage: str, unit: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
     """One step at each context, over a cache that was filled by prefilling: memory that was never written to is not
-    memory that has to be read."""
+    memory that has to be read. Steps may be run in any order once all are there: each writes what it finds."""
     lengths = _fitting(bundle, sizes.context)
     rows = _rows(bundle, graph, max(lengths))
     decoder = _decoder(backend.graph(graph), max(lengths))
@@ -224,7 +224,7 @@ def _decode(graph: str, stage: str, unit: str, bundle: Bundle, backend: Backend,
         decoder.forward(rows[decoder.length : length - 1], _places(decoder.length, length - 1))
 
         def run(decoder: Decoder = decoder, length: int = length) -> Array:
-            decoder.truncate(length - 1)
+            decoder.length = length - 1
             return decoder.forward(rows[length - 1 : length], _places(length - 1, length))[0]
 
         def profiled(given: Graph, length: int = length, run: Callable[..., Array] = run) -> Array:

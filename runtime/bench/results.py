@@ -67,6 +67,15 @@ class Work(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     bytes: float
 
 
+class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Rates measured beside a figure, the best of them for a stage: bytes read and operations of a matrix product, a
+    second; processes waiting."""
+
+    read_bandwidth: float
+    matmul_rate: float
+    load_average: float | None
+
+
 class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One measurement.
 
@@ -74,7 +83,8 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         name: unique in its stage. size: of its input, in ``of``.
         count: how many of ``unit`` one run makes, so that ``count / seconds.median`` is the rate.
         seconds: of one run.
-        roofline_seconds: what the work takes at the machine's rates; ``share`` is that over the median.
+        machine: its rates next to this figure, the better of before and after.
+        roofline_seconds: what the work takes at these rates; ``share`` is that over the median.
         reference: seconds of the same run by what it was compared with; ``faster`` is their ratio round by round.
         difference: relative RMS of the two outputs.
         values: further figures by name, with their unit in the name.
@@ -87,6 +97,7 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     unit: str
     seconds: Timing
     work: Work | None = None
+    machine: Machine | None = None
     roofline_seconds: float | None = None
     share: float | None = None
     reference: Timing | None = None
@@ -98,14 +109,6 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def rate(self) -> float:
         """``unit`` a second."""
         return self.count / self.seconds.median
-
-
-class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Rates measured beside a stage: bytes read and operations of a matrix product, a second; processes waiting."""
-
-    read_bandwidth: float
-    matmul_rate: float
-    load_average: float | None
 
 
 class StageResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +29,8 @@ Progress = Callable[[str, int, int], None]
 #: two programs that do the same differ by the order of sums only; INT4 weights differ more than that
 _SAME = 0.5
 _REPLY_ROUNDS = 3
+#: stages whose inputs are the same step at several contexts
+_GROWING = ("decode", "talker")
 
 
 def bench(
@@ -128,6 +131,7 @@ class _Run:
     def _graph_stage(self, name: str, machine: Machine, before: int | None) -> StageResult:
         backend = self._backend()
         figures, resident = [], None
+        jobs: list[Job] = []
         profile = Profile(0.0, {})
         for job in stage_jobs(name, self.bundle, backend, self.sizes):
             profile = profile_run(self.bundle, GRAPH_OF[name], self.threads, job.profiled)
@@ -135,7 +139,13 @@ class _Run:
                 job.run()
                 now = resident_bytes()
                 resident = None if now is None or before is None else now - before
-            figures.append(self._figure(job, machine, profile))
+            figure = self._figure(job, profile)
+            assert figure.machine is not None
+            machine = _better(machine, figure.machine)
+            figures.append(figure)
+            jobs.append(job)
+        if name in _GROWING and len(jobs) > 1:
+            figures[-1] = msgspec.structs.replace(figures[-1], values={"growth": self._growth(jobs[0], jobs[-1])})
         backend.close()
         return StageResult(
             machine=machine,
@@ -145,10 +155,17 @@ class _Run:
             operators=profile.seconds,
         )
 
-    def _figure(self, job: Job, machine: Machine, profile: Profile) -> Figure:
+    def _growth(self, short: Job, long: Job) -> float:
+        """How many times as long a step takes at the longest context as at the shortest, in turns."""
+        shorter, longer = alternate(short.run, long.run, self.rounds, clock=self.clock)
+        return ratio_of(longer, shorter).median
+
+    def _figure(self, job: Job, profile: Profile) -> Figure:
         runner = None if self.rival is None else self.rival.runner(job)
         difference = None if runner is None else _difference(job, job.run(), runner())
+        before = measure_machine(self.threads, clock=self.clock)
         ours, theirs = alternate(job.run, runner, self.rounds, clock=self.clock)
+        machine = _better(before, measure_machine(self.threads, clock=self.clock))
         moved = weight_bytes(self.bundle, GRAPH_OF[job.stage]) + job.cache_bytes
         work = Work(operations=profile.operations, bytes=float(moved))
         least = max(work.operations / machine.matmul_rate, work.bytes / machine.read_bandwidth)
@@ -161,12 +178,22 @@ class _Run:
             unit=job.unit,
             seconds=seconds,
             work=work,
+            machine=machine,
             roofline_seconds=least,
             share=least / seconds.median,
             reference=spread(theirs) if theirs else None,
             faster=ratio_of(theirs, ours) if theirs else None,
             difference=difference,
         )
+
+
+def _better(one: Machine, other: Machine) -> Machine:
+    """The higher of both rates: what a machine was seen to reach, just before or just after."""
+    return msgspec.structs.replace(
+        one,
+        read_bandwidth=max(one.read_bandwidth, other.read_bandwidth),
+        matmul_rate=max(one.matmul_rate, other.matmul_rate),
+    )
 
 
 def _difference(job: Job, ours: NDArray[Any], theirs: NDArray[Any]) -> float:
