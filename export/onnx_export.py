@@ -30,8 +30,8 @@ __all__ = ["Pieces", "write_model"]
 
 #: initializers of at least this many bytes go to the data file
 EXTERNAL_BYTES = 1024
-#: bytes of a transposed weight that are put together at once: any of a 7B's layers in 16 bits
-PANEL_BYTES = 144 << 20
+#: bytes of a transposed weight that are put together at once: any of a 7B's layers, a quarter of its head in 16 bits
+PANEL_BYTES = 288 << 20
 #: rows that are transposed at once
 STRIP_ROWS = 128
 

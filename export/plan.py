@@ -28,7 +28,7 @@ TEXT_PER_SECOND = 4.0
 PROMPT, LATE = 256, 40
 #: codes of the first window with its look-ahead, and of a later one: new ones, and what is solved with them
 FIRST_CODES, NEW_CODES, WINDOW_CODES = 24, 48, 84
-#: the latter on a CPU whose DiT alone is slower than the speech is heard (runtime/token2wav.py)
+#: the latter on a CPU whose DiT and vocoder are slower than the speech is heard (runtime/token2wav.py)
 NEW_CODES_BEHIND, WINDOW_CODES_BEHIND = 240, 276
 #: mel frames around a window that the vocoder sees
 VOCODER_CONTEXT = 34
@@ -258,11 +258,15 @@ class _Job:
 
     def _speech(self, decode: float, step: float) -> float:
         """Work for one second of speech: thinker, talker, and windows of DiT and vocoder."""
-        new, dit = NEW_CODES, self._solving(WINDOW_CODES)
-        if self.machine.target is None and dit > new / CODES_PER_SECOND:
-            new, dit = NEW_CODES_BEHIND, self._solving(WINDOW_CODES_BEHIND)
+        windows = self._window(NEW_CODES, WINDOW_CODES)
+        if self.machine.target is None and windows > 1:
+            windows = self._window(NEW_CODES_BEHIND, WINDOW_CODES_BEHIND)
+        return TEXT_PER_SECOND * decode + CODES_PER_SECOND * step + windows
+
+    def _window(self, new: int, codes: int) -> float:
+        """Seconds of DiT and vocoder for a second of speech, in windows of that many new codes and codes in all."""
         vocoder = self.run("bigvgan", FRAMES_PER_CODE * new + 2 * VOCODER_CONTEXT)
-        return TEXT_PER_SECOND * decode + CODES_PER_SECOND * step + (dit + vocoder) * CODES_PER_SECOND / new
+        return (self._solving(codes) + vocoder) * CODES_PER_SECOND / new
 
     def _solving(self, codes: int) -> float:
         """Seconds of the whole solution of a window."""

@@ -41,8 +41,9 @@ class SpeechWindows:
             The first sound has to wait for ``chunks[0]`` codes and the look-ahead of 12; long windows solve less twice.
         vocoder_context: mel frames around a window that the vocoder sees, at least 20. None is the bundle's receptive
             field (34), with which its samples depend on nothing else.
-        behind: codes of every window after the first where the DiT alone, in windows of ``chunks[-1]``, is slower than
-            the speech is heard: there are gaps anyway, and few that end sooner are better. None: as ``chunks`` says.
+        behind: codes of every window after the first where DiT and vocoder, in windows of ``chunks[-1]``, are slower
+            than the speech is heard: there are gaps anyway, and few that end sooner are better. None: as ``chunks``
+            says.
     """
 
     chunks: tuple[int, ...] = (12, 24, 48)
@@ -157,6 +158,7 @@ class Token2Wav:
         self._windows = self._cuts(window)
         self._context = self._vocoder_context(self._windows)
         self._quickest = math.inf  # seconds that the quickest evaluation so far took for a code
+        self._quickest_frame = math.inf  # seconds that the vocoder's quickest run so far took for a mel frame
         self._codes: list[int] = []
         self._done = 0  # codes whose samples are out
         self._emitted = 0
@@ -247,14 +249,17 @@ class Token2Wav:
         return chunks[min(self._emitted, len(chunks) - 1)]
 
     def _is_behind(self, chunk: int) -> bool:
-        """Whether solving windows of ``chunk`` new codes takes longer than hearing them.
+        """Whether solving and vocoding windows of ``chunk`` new codes takes longer than hearing them.
 
-        By the quickest evaluation: others may have waited for their turn, or for weights that were read from disk.
+        By the quickest runs: others may have waited for their turn, or for weights that were read from disk.
         """
         evaluations = sum(map(len, self._solver.stages))
         codes = self._back + chunk + self._ahead
         doubt = _FIRST_ESTIMATE if self._emitted == 1 else 1.0
-        return self._quickest * evaluations * codes > doubt * chunk / self._dit.codec_hz
+        seconds = self._quickest * evaluations * codes
+        if math.isfinite(self._quickest_frame):  # the first window may not have been vocoded yet
+            seconds += self._quickest_frame * (self._dit.repeats * chunk + 2 * self._context)
+        return seconds > doubt * chunk / self._dit.codec_hz
 
     @property
     def _ahead(self) -> int:
@@ -311,7 +316,9 @@ class Token2Wav:
             graph = self._backend.graph("bigvgan")
         hop = self._vocoder.hop
         with self._timer("bigvgan"):
+            start = time.perf_counter()
             wave = graph.run({"mel": np.ascontiguousarray(mel.T[None])})["wav"].reshape(-1)
+            self._quickest_frame = min(self._quickest_frame, (time.perf_counter() - start) / len(mel))
         if len(wave) != hop * len(mel):
             raise OmniportError(
                 f"the vocoder gave {len(wave)} samples for {len(mel)} mel frames; {hop} a frame were expected. Export "

@@ -18,6 +18,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 PICTURE = DOCS / "images" / "bench.svg"
 #: what was tried where something falls short, written by hand
 NOTES = DOCS / "results" / "bench-notes.md"
+#: bundle, its file of results
+QUANTIZED = {"int8": "bench-int8.json", "int4, int8": "bench-int4-int8.json"}
 #: stage, figure (the largest if empty), what is asked for, how it is read off
 ASKED = (
     ("decode", "1024", "80 % of the roofline", lambda f: _percent(f.share)),
@@ -52,6 +54,8 @@ def page(report: BenchReport) -> str:
         _asked(report),
         "## All figures",
         _figures(report),
+        "## Quantized bundles",
+        _quantized(),
         "## The machine beside each stage",
         _machines(report),
         "## Solvers of speech",
@@ -103,6 +107,24 @@ def _figures(report: BenchReport) -> str:
                 f"| {stage} | {f.name} | {_spread(f.seconds)} | {f.rate:.3g} {f.unit}/s | {_percent(f.share)} "
                 f"| {reference} | {_times(f.faster)} | {difference} |"
             )
+    return "\n".join(lines)
+
+
+def _quantized() -> str:
+    """Spoken replies of other bundles, each beside transformers on the checkpoint that it was made from."""
+    lines = [
+        "`small --outliers`, calibrated. *int4, int8*: `int8`, with INT4 in thinker and talker (`--graph-recipe`).",
+        "",
+        "| bundle | reply | time | reference | times as fast | DiT | vocoder | talker | thinker |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, file in QUANTIZED.items():
+        for f in read_report(DOCS / "results" / file).stages["reply"].figures:
+            if f.faster is not None and f.reference is not None:
+                busy = [f.values.get(f"{part}_seconds") for part in ("dit", "bigvgan", "talker", "thinker")]
+                cells = " | ".join("" if seconds is None else f"{seconds:.1f} s" for seconds in busy)
+                times = f"{_spread(f.seconds)} | {_spread(f.reference)} | {_times(f.faster)}"
+                lines.append(f"| {name} | {f.name} | {times} | {cells} |")
     return "\n".join(lines)
 
 

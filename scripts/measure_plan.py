@@ -5,8 +5,9 @@
 
 Each bundle is measured in a process of its own: resident memory after every graph is loaded, and at its highest while a
 question of 30 s of speech and a picture of 1024x768 is answered in 6 s of speech; decode rates of thinker and talker at
-two contexts. What the processor reads and multiplies in a second is measured in turns with the steps, so that whatever else
-the machine does falls on both, and is what the plan is given. Everything is timed by the wall: leave the machine alone.
+two contexts. What the processor reads and multiplies in a second is measured in turns with the steps, so that whatever
+else the machine does falls on both, and is what the plan is given. Everything is timed by the wall: leave the machine
+alone.
 """
 
 from __future__ import annotations

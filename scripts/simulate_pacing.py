@@ -101,7 +101,8 @@ class Reply:
 
     def _open_window(self) -> None:
         chunk = self.chunks[min(self._windows, len(self.chunks) - 1)]
-        slow = self.costs.dit * (BACK + CHUNKS[-1] + AHEAD) > CHUNKS[-1] / HZ
+        window = self.costs.dit * (BACK + CHUNKS[-1] + AHEAD) + self.costs.frame * 2 * (CHUNKS[-1] + CONTEXT)
+        slow = window > CHUNKS[-1] / HZ
         if self.behind and self._windows and slow:
             chunk = self.behind
         end = self._made == self.codes

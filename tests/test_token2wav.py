@@ -97,9 +97,14 @@ def test_sound_leaves_as_soon_as_the_look_ahead_is_there(bundle: Bundle) -> None
     assert run.dit_windows() == [24, 12 + 24 + 12, 24 + 48 + 12, 24 + 48 + 12, 24 + 48 + 12, 24 + 20]
 
 
-def clock(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
-    """An evaluation of the DiT takes ``step`` seconds for 84 codes, 3 % of them whatever its codes."""
-    now, cost, solve = [0.0], [0.0], Token2Wav._solve
+def clock(monkeypatch: pytest.MonkeyPatch, step: float, frame: float = 0.0) -> None:
+    """An evaluation of the DiT takes ``step`` seconds for 84 codes, 3 % of them whatever its codes; the vocoder
+    ``frame`` for a mel frame."""
+    now, cost, solve, voice = [0.0], [0.0], Token2Wav._solve, Token2Wav._synthesize
+
+    def voice_in(self: Token2Wav, mel: np.ndarray, skip: int, count: int) -> np.ndarray:
+        cost[0] = frame * len(mel)
+        return voice(self, mel, skip, count)
 
     def solve_in(self: Token2Wav, first: int, last: int) -> np.ndarray:
         cost[0] = step * ((last - first) / 84 + 0.03) / 1.03
@@ -110,6 +115,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
         return now[0]
 
     monkeypatch.setattr(Token2Wav, "_solve", solve_in)
+    monkeypatch.setattr(Token2Wav, "_synthesize", voice_in)
     monkeypatch.setattr(token2wav, "time", SimpleNamespace(perf_counter=tick))
 
 
@@ -135,6 +141,16 @@ def test_windows_are_longer_where_speech_is_behind_anyway(
     run = Run(bundle, codes, window, room=room)
     assert [len(chunk) // SAMPLES_PER_CODE for chunk in run.chunks] == chunks
     np.testing.assert_array_equal(run.samples, whole.samples)
+
+
+@pytest.mark.parametrize(("frame", "chunks"), [(0.001, [12, 24, 48, 48, 48, 48, 48, 24]), (0.01, [12, 240, 48])])
+def test_a_slow_vocoder_is_behind_as_well(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, frame: float, chunks: list[int]
+) -> None:
+    """The DiT alone takes 0.72 s of the 0.96 s that 48 codes are heard for."""
+    clock(monkeypatch, 0.02, frame)
+    run = Run(bundle, codes_of(300), "stream", room=1)
+    assert [len(chunk) // SAMPLES_PER_CODE for chunk in run.chunks] == chunks
 
 
 def test_one_slow_evaluation_is_not_behind(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
