@@ -199,8 +199,8 @@ def speak(session: OmniSession, messages: list[dict[str, Any]], window: Window =
     prompts: list[Prompt] = []
     run, build = OrtGraph.run, session_module.build_prompt
 
-    def recorded(graph: OrtGraph, feeds: Any, kv: Any = None) -> Any:
-        outputs = run(graph, feeds, kv)
+    def recorded(graph: OrtGraph, feeds: Any, kv: Any = None, handle: Any = None) -> Any:
+        outputs = run(graph, feeds, kv, handle)
         if graph.spec.name in ("thinker", "talker"):
             trace = thinker if graph.spec.name == "thinker" else talker
             hidden = outputs["hidden"][0] if "hidden" in outputs else None
