@@ -6,6 +6,7 @@ with the file.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from omniport.runtime.errors import BundleError
+from omniport.runtime.page_cache import forget
 
 __all__ = ["BLOCK_BYTES", "CHANNELS_FIRST", "CHANNELS_LAST", "Stored", "Weight", "find_weights", "row_blocks", "stored"]
 
@@ -82,6 +84,11 @@ class Stored:
         if view:
             raise BundleError(f"{self.path} ends before weight {self.name!r} does. Copy or export the bundle again")
         return out
+
+    def forget(self) -> None:
+        """What was read will not be read again: the system need not hold it."""
+        with contextlib.suppress(OSError), open(self.path, "rb", buffering=0) as file:
+            forget(file.fileno(), self.offset, self.nbytes)
 
 
 def find_weights(model: ir.Model) -> tuple[Weight, ...]:

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from omniport.runtime.integers import integers_name, pack_int4, scales_name
+from omniport.runtime.page_cache import WriteBehind
 
 from .qdq import QdqPass
 from .recipe import Choice
@@ -69,6 +70,7 @@ class _DataFile:
 
     def __init__(self, fd: int, path: Path) -> None:
         self._fd, self._path = fd, path
+        self._behind = WriteBehind(fd)
         self.end = 0
 
     def quantized(
@@ -82,6 +84,7 @@ class _DataFile:
             self._append(pack_int4(rows) if choice.scheme.bits == 4 else rows)
             if found is not None:
                 kept.append(found)
+        source.forget()
         self._place(value, start)
         self._whole(scales, np.concatenate(kept))
 
@@ -92,6 +95,7 @@ class _DataFile:
             rows = source.read(first, last)
             self._append(rows)
             advance(rows.nbytes)
+        source.forget()
         self._place(value, start)
 
     def _whole(self, value: ir.Value, array: NDArray[Any]) -> None:
@@ -120,3 +124,4 @@ class _DataFile:
         while view:
             written = os.pwrite(self._fd, view, self.end)
             view, self.end = view[written:], self.end + written
+        self._behind.wrote(self.end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from omniport.runtime.manifest import (
     DecoderGeometry,
     DitGeometry,
+    FileRecord,
     KvSpec,
     Manifest,
     SolverSpec,
@@ -22,6 +24,7 @@ from omniport.runtime.manifest import (
 
 from . import frontends
 from .checkpoint import Checkpoint
+from .data_file import DataFile
 from .graph_defs import decoder_config
 from .options import ExportOptions
 from .speakers import Speaker
@@ -83,18 +86,26 @@ def voice_specs(speakers: Mapping[str, Speaker]) -> tuple[VoiceSpec, ...]:
     return tuple(specs)
 
 
-def write_embedding(ckpt: Checkpoint, part: str, path: Path, advance: Callable[[int], None]) -> None:
-    """Write a token-embedding table as .npy in its stored dtype (bfloat16 as uint16): nothing is lost or widened."""
+def write_embedding(ckpt: Checkpoint, part: str, path: Path, advance: Callable[[int], None]) -> FileRecord:
+    """Write a token-embedding table as .npy in its stored dtype (bfloat16 as uint16): nothing is lost or widened.
+
+    Returns:
+        size and sha256 of the file.
+    """
     key = embedding_keys(ckpt)[part]
     shape, dtype = ckpt.shape(key), ckpt.dtype(key)
     stored = np.dtype("<u2") if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<")
     header = {"descr": np.lib.format.dtype_to_descr(stored), "fortran_order": False, "shape": shape}
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+    begin = io.BytesIO()
+    np.lib.format.write_array_header_1_0(begin, header)
+    with DataFile(path) as file:
+        file.append(np.frombuffer(begin.getvalue(), np.uint8))
         for start, stop in blocks(shape, stored.itemsize):
             block = np.ascontiguousarray(ckpt.read(key, start, stop))
-            file.write(block.reshape(-1).view(np.uint8).data)
+            ckpt.forget(key, start, stop)
+            file.append(block)
             advance(block.nbytes)
+        return file.finish()
 
 
 def _decoder_geometry(ckpt: Checkpoint, config: Any, part: str, embedding_size: int) -> DecoderGeometry:

@@ -143,6 +143,12 @@ class Checkpoint:
         file, stored = self._find(key)
         return file.read(stored, start, stop)
 
+    def forget(self, key: str, start: int = 0, stop: int | None = None) -> None:
+        """Rows that were read will not be read again: the system need not hold them."""
+        if key not in self.packed:
+            file, stored = self._find(key)
+            file.forget(stored, start, stop)
+
     def expect(self, key: str, shape: Iterable[int]) -> None:
         """Check that a tensor is there with that shape, in a floating-point dtype the exporter reads.
 

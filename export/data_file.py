@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.manifest import FileRecord
+from omniport.runtime.page_cache import WriteBehind
 
 __all__ = ["ALIGNMENT", "DataFile"]
 
@@ -40,6 +41,8 @@ class DataFile:
         self.end = 0
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by _stop
         self._digest = hashlib.sha256()
+        self._written = 0
+        self._behind = WriteBehind(self._file.fileno())
         self._pieces: queue.Queue[memoryview | None] = queue.Queue(maxsize=1)
         self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._write, name="omniport-write", daemon=True)
@@ -92,6 +95,10 @@ class DataFile:
                     self._failure = error
 
     def _put(self, piece: memoryview) -> None:
-        self._digest.update(piece)
-        while piece:
-            piece = piece[self._file.write(piece) :]
+        for first in range(0, len(piece), WriteBehind.STEP):
+            part = piece[first : first + WriteBehind.STEP]
+            self._digest.update(part)
+            while part:
+                count = self._file.write(part)
+                part, self._written = part[count:], self._written + count
+            self._behind.wrote(self._written)

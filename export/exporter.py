@@ -364,7 +364,8 @@ class _Job:
         self._enter("embeddings")
         (folder / "embeddings").mkdir()
         for part in embedding_keys(self.ckpt):
-            write_embedding(self.ckpt, part, folder / "embeddings" / f"{part}.npy", self._advance)
+            file = f"embeddings/{part}.npy"
+            self.records[file] = write_embedding(self.ckpt, part, folder / file, self._advance)
         (folder / "tokenizer.json").write_bytes(self.tokenizer)
         if self.voices:
             (folder / "voices").mkdir()

@@ -122,9 +122,11 @@ def _stored_blocks(
 def _blocks_of(rule: Copy | Transpose, dtype: torch.dtype, reader: WeightReader) -> Iterator[tuple[int, torch.Tensor]]:
     source = reader.shape(rule.key)
     times = len(_panels(source, dtype)) if isinstance(rule, Transpose) else 1
-    for _ in range(times):
+    for time in range(times):
         for start, stop in blocks(source, dtype.itemsize):
             block = _tensor(reader.read(rule.key, start, stop)).to(dtype)
+            if time == times - 1:
+                reader.forget(rule.key, start, stop)
             _refuse_not_finite(block, rule.key, dtype)
             yield start, block
 

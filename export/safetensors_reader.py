@@ -8,9 +8,9 @@ file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
+from omniport.runtime.page_cache import expect, forget
 
 __all__ = ["MAX_HEADER", "SafetensorsFile", "TensorEntry"]
 
@@ -109,18 +110,21 @@ class SafetensorsFile:
         try:
             with self.path.open("rb", buffering=0) as file:
                 first = entry.begin + start * row_bytes
-                _expect(file.fileno(), first, 2 * out.nbytes)
+                expect(file.fileno(), first, 2 * out.nbytes)  # weights mostly follow one another
                 file.seek(first)
                 _fill(file, out.reshape(-1).view(np.uint8).data, self.path, name)
         except OSError as error:
             raise CheckpointError(f"cannot read {name} from {self.path}: {error.strerror or error}") from error
         return out
 
-
-def _expect(descriptor: int, first: int, count: int) -> None:
-    """Have the system fetch these bytes while what is read first is worked on: weights mostly follow one another."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, first, count, os.POSIX_FADV_WILLNEED)
+    def forget(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Rows that were read will not be read again: the system need not hold them."""
+        entry = self.entries[name]
+        rows = entry.shape[0] if entry.shape else 1
+        row_bytes = (entry.end - entry.begin) // max(1, rows)
+        last = rows if stop is None else stop
+        with contextlib.suppress(OSError), self.path.open("rb", buffering=0) as file:
+            forget(file.fileno(), entry.begin + start * row_bytes, (last - start) * row_bytes)
 
 
 def _fill(file: Any, view: memoryview, path: Path, name: str) -> None:

@@ -43,6 +43,8 @@ class WeightReader(Protocol):
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Array: ...
 
+    def forget(self, key: str, start: int = 0, stop: int | None = None) -> None: ...
+
 
 @dataclass(frozen=True)
 class Copy:

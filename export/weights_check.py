@@ -98,6 +98,9 @@ class _Zeros:
         shape = self._ckpt.shape(key)
         return np.zeros(shape, np.float32)[start:stop] if shape else np.zeros((), np.float32)
 
+    def forget(self, key: str, start: int = 0, stop: int | None = None) -> None:
+        pass
+
 
 def _try_compute(ckpt: Checkpoint, rule: Compute, tensor: torch.Tensor) -> None:
     for key in rule.keys:

@@ -4,6 +4,7 @@
     python scripts/measure_real_sizes.py hollow 7b FOLDER     # instead of make, where the disk is too small
     python scripts/measure_real_sizes.py trace 3b FOLDER [--precision bf16] [--graphs thinker]
     python scripts/measure_real_sizes.py export 3b FOLDER [--precision bf16] [--graphs thinker] [--rounds 3]
+    python scripts/measure_real_sizes.py let-go 3b FOLDER [--rounds 3]
     python scripts/measure_real_sizes.py quantize 3b FOLDER [--recipe int4] [--graph-recipe GRAPH=RECIPE]
     python scripts/measure_real_sizes.py run 3b FOLDER [--recipe int4]
     python scripts/measure_real_sizes.py page
@@ -14,7 +15,7 @@ step its input is dropped from the page cache, and after it what was written is 
 ``synced_seconds``, so that neither a copy nor an export gains from what the memory happens to hold.
 
 An export comes after a copy of the checkpoint, in turns if there are several rounds: a disk that others use as well
-can be twice as fast a minute later.
+can be twice as fast a minute later. ``let-go`` is a copy that leaves nothing in the page cache, after one as usual.
 
 Memory is resident memory as the kernel counts it: the high-water mark of the process, and after loading the anonymous
 part, which cannot be dropped and read again, apart from the mapped files.
@@ -40,7 +41,7 @@ from real_sizes_page import FIELDS, SIZES, page
 __all__ = ["main"]
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-STEPS = ("make", "hollow", "copy", "trace", "export", "quantize", "run")
+STEPS = ("make", "hollow", "copy", "let-go", "trace", "export", "quantize", "run")
 BLOCK = 8 << 20
 QUESTION_SECONDS = 3.0
 
@@ -73,18 +74,28 @@ def _hollow(options: argparse.Namespace) -> dict[str, Any]:
     return {"path": path}
 
 
-def _copy(options: argparse.Namespace) -> dict[str, Any]:
+def _copy(options: argparse.Namespace, let_go: bool = False) -> dict[str, Any]:
     """A plain copy of the checkpoint's files, block by block, as any program would make it.
 
     Each copy is flushed and, off the clock, removed before the next one: the disk need not hold all of it twice.
+
+    Args:
+        let_go: tell the system that what was read and written is not used again, as an export does.
     """
+    from omniport.runtime.page_cache import WriteBehind, forget
+
     target = options.folder / f"{options.size}-copy"
     seconds, total = 0.0, 0
     for file in _files(_checkpoint(options)):
         started = time.perf_counter()
         with open(file, "rb", buffering=0) as source, open(target, "wb", buffering=0) as out:
+            done, behind = 0, WriteBehind(out.fileno())
             while block := source.read(BLOCK):
                 out.write(block)
+                if let_go:
+                    forget(source.fileno(), done, len(block))
+                    done += len(block)
+                    behind.wrote(done)
             os.fsync(out.fileno())
         seconds += time.perf_counter() - started
         total += target.stat().st_size
@@ -240,6 +251,7 @@ _CHILD: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "make": _make,
     "hollow": _hollow,
     "copy": _copy,
+    "let-go": lambda options: _copy(options, let_go=True),
     "trace": _trace,
     "export": _export,
     "quantize": _quantize,
@@ -271,7 +283,7 @@ def _child(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    steps = ("copy", "export") if options.step == "export" else (options.step,)
+    steps = ("copy", options.step) if options.step in ("export", "let-go") else (options.step,)
     found: dict[str, list[dict[str, Any]]] = {step: [] for step in steps}
     for _ in range(options.rounds):
         for step in steps:
@@ -300,12 +312,14 @@ def _in_process(step: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _key(step: str, options: argparse.Namespace) -> str:
     """Where a step's figures stand; those of a copy beside an export are of the same minutes."""
-    if step in ("make", "hollow") or options.step == "copy":
+    if step in ("make", "hollow", "let-go") or options.step == "copy":
         return step
     return f"{step} {_variant(options)}"
 
 
 def _variant(options: argparse.Namespace) -> str:
+    if options.step == "let-go":
+        return options.step
     if options.step in ("export", "trace", "copy"):
         return f"{options.precision} {options.graphs}".strip()
     return str(options.recipe)

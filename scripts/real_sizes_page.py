@@ -79,6 +79,10 @@ def _copied(steps: dict[str, Any], export: str) -> float | None:
 
 
 def _title(name: str) -> str:
+    if name == "let-go":
+        return "copy that leaves nothing in the page cache"
+    if name == "copy let-go":
+        return "copy, beside that"
     beside = f"copy, beside the export to {name.removeprefix('copy ')}" if name.startswith("copy ") else name
     return beside.replace(",", ", ").replace(",  ", ", ")
 

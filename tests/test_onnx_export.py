@@ -20,6 +20,7 @@ class Stored:
     def __init__(self, value: torch.Tensor) -> None:
         self.value = value
         self.reads = 0
+        self.forgotten: list[tuple[int, int | None]] = []
 
     def shape(self, _: str) -> tuple[int, ...]:
         return tuple(self.value.shape)
@@ -27,6 +28,9 @@ class Stored:
     def read(self, _: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         self.reads += 1
         return onnx_export._numpy(self.value[start:stop].clone())
+
+    def forget(self, _: str, start: int = 0, stop: int | None = None) -> None:
+        self.forgotten.append((start, stop))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
