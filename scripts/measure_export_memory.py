@@ -1,7 +1,7 @@
 """Measure the peak memory of an export above the import of torch, and print it as JSON.
 
     python scripts/measure_export_memory.py CHECKPOINT [--graphs thinker,talker] [--precision fp16] [--out FOLDER]
-    python scripts/measure_export_memory.py --size small --layers 4,8
+    python scripts/measure_export_memory.py --size small --layers 4,8 [--json docs/results/export-memory.json]
 
 The second form makes random checkpoints that differ in the number of layers of every stack, and measures each. An
 export runs in a process of its own. Memory is the resident set as Linux counts it: VmRSS, and its high-water mark
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from omniport.export.synthetic_config import Size
 
 __all__ = ["deepen", "main", "make_deep", "measure"]
+
+_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 def deepen(size: Size, layers: int) -> Size:
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="keep the bundle here")
     parser.add_argument("--graphs", default="", help="comma-separated names; all by default")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--json", type=Path, default=None, help="also write what --layers measured here")
     options = parser.parse_args()
     if bool(options.checkpoint) == bool(options.layers):
         parser.error("give a checkpoint, or --layers")
@@ -145,6 +150,15 @@ def main() -> None:
             found = measure(str(folder), None, options.graphs, options.precision)
             results.append({"size": options.size, "layers": layers, **found})
     print(json.dumps(results, indent=2))
+    if options.json is not None:
+        versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        whole = {
+            "command": f"python scripts/measure_export_memory.py --size {options.size} --layers {options.layers}",
+            "unit": "bytes",
+            "versions": {"python": platform.python_version(), **versions},
+            "results": results,
+        }
+        options.json.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":
