@@ -44,6 +44,44 @@ def test_other_pages_are_fresh(script: Any) -> None:
     assert (RESULTS / "build-matrix.md").read_text() == script("build_matrix").render(results("build-matrix"))
 
 
+def test_readme_says_what_was_measured() -> None:
+    """The figures of README.md, Measured, are those of the results."""
+    text = (ROOT / "README.md").read_text().split("## Measured")[1].split("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    whole = {name: read_report(RESULTS / f"{name}.json").stages for name in ("bench", "bench-int8")}
+    replies = {name: {f.name: f for f in stages["reply"].figures} for name, stages in whole.items()}
+    decode = next(f for f in whole["bench"]["decode"].figures if f.name == "1024")
+    sizes, live = results("real-sizes"), results("live")
+
+    def times(name: str, figure: str) -> str:
+        found = replies[name][figure].faster
+        assert found is not None
+        return f"{found.median:.1f}"
+
+    def seconds(size: str, step: str) -> str:
+        found = sizes[size][f"{step} bf16"]
+        return f"{found['synced_seconds']:.0f} s"
+
+    wanted: list[list[str]] = [
+        [f"{seconds('3b', step)} and {seconds('7b', step)}" for step in ("export", "copy")],
+        [f"FP32 {times('bench', 'first sound')} times", f"`int8` {times('bench-int8', 'first sound')} times"],
+        [f"{live['reply']['first_audio']:.1f} s, {live['ratios']['first_audio_sooner_than_reference']:.1f} times"],
+        [f"{live['first_token'][-1]['pushed']:.2f} s"],
+        [
+            f"FP32 {times('bench', 'total')} times as fast",
+            f"midpoint` {times('bench', 'total, midpoint')} times",
+            f"`int8` {times('bench-int8', 'total')} and {times('bench-int8', 'total, midpoint')} times",
+        ],
+        [f"{decode.faster.median:.1f} times" if decode.faster else "", f"at {100 * (decode.share or 0):.0f} % of"],
+    ]
+    assert len(rows) == len(wanted)
+    for row, parts in zip(rows, wanted, strict=True):
+        for part in parts:
+            assert part in row
+    peak = max(sizes[size]["export bf16"]["peak_bytes"] for size in ("3b", "7b"))
+    assert f"at most {peak / (1 << 30):.1f} GiB" in rows[0]
+
+
 def test_what_was_asked_of_quantized_bundles(script: Any) -> None:
     """Limits of size, of decode and prefill speed beside FP32, and of the logits, on `small --outliers`."""
     found = results("quant")
