@@ -2,12 +2,14 @@
 
 Weights go through a program once. Left in the page cache, twice the model's size pushes out what other programs use
 there, and finding room for it costs more processor time than the disk takes: docs/results/real-sizes.md has a copy that
-is let go of beside one that is not. Where a system cannot be told (Windows, macOS), nothing is done.
+is let go of beside one that is not. Where a system cannot be told (Windows, macOS), or a file system takes no
+advice, nothing is done.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 __all__ = ["WriteBehind", "expect", "forget"]
 
@@ -15,13 +17,15 @@ __all__ = ["WriteBehind", "expect", "forget"]
 def expect(fd: int, first: int, count: int) -> None:
     """Have the system fetch these bytes of a file while what is read first is worked on."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, first, count, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):
+            os.posix_fadvise(fd, first, count, os.POSIX_FADV_WILLNEED)
 
 
 def forget(fd: int, first: int, count: int) -> None:
     """These bytes of a file are not soon used again: what is on the disk of them is dropped, the rest is on its way."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, first, count, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            os.posix_fadvise(fd, first, count, os.POSIX_FADV_DONTNEED)
 
 
 class WriteBehind:

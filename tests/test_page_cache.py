@@ -88,3 +88,16 @@ def test_systems_without_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         file.append(np.ones(3 * STEP, np.uint8))
         assert file.finish().size == 3 * STEP
     page_cache.expect(0, 0, 1)
+
+
+def test_files_that_take_no_advice() -> None:
+    """It is advice: a file that the system cannot be told about is read and written all the same."""
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(OSError, match="seek"):
+            os.posix_fadvise(writing, 0, 1, os.POSIX_FADV_DONTNEED)
+        page_cache.expect(reading, 0, 1)
+        WriteBehind(writing).wrote(WriteBehind.STEP)
+    finally:
+        os.close(reading)
+        os.close(writing)
