@@ -7,13 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from omniport.calib.quantize import quantize_bundle
 from omniport.export import onnx_export
 from omniport.export.data_file import DataFile
 from omniport.export.safetensors_reader import SafetensorsFile
 from omniport.export.weights import Copy, Transpose
 from omniport.runtime import page_cache
+from omniport.runtime.bundle import Bundle
 from omniport.runtime.page_cache import WriteBehind
 from safetensors.torch import save_file
 
@@ -79,6 +82,22 @@ def test_a_weight_is_forgotten_when_it_was_read_for_the_last_time(
     assert [first for first, _ in forgotten] == sorted({first for first, _ in forgotten})
     assert (len(forgotten) < len(blocks)) == isinstance(rule, Transpose)
     assert forgotten[0][0] == file.entries["w"].begin
+
+
+def test_quantizing_forgets_every_weight_once(
+    monkeypatch: pytest.MonkeyPatch, told: list[tuple[str, int, int]], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Those that it rounds and those that it copies; graphs that it takes over as they are, it does not read."""
+    monkeypatch.setattr(WriteBehind, "STEP", 1 << 40)  # what is written is not what this is about
+    quantize_bundle(tiny_bundle, tmp_path / "w8", "w8")
+    rewritten = Bundle.open(tmp_path / "w8").manifest.quantization.layers  # type: ignore[union-attr]
+    assert {"thinker", "talker"} <= rewritten.keys()
+    wanted = []
+    for name in rewritten:
+        graph = onnx.load(tiny_bundle / f"graphs/{name}.onnx", load_external_data=False).graph
+        places = [{entry.key: entry.value for entry in t.external_data} for t in graph.initializer if t.external_data]
+        wanted += [("forget", int(place["offset"]), int(place["length"])) for place in places]
+    assert sorted(told) == sorted(wanted)
 
 
 def test_systems_without_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
