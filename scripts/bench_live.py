@@ -332,8 +332,8 @@ def page(figures: dict[str, Any]) -> str:
             for r in figures["overlap"]
         ),
         "No more can be gained than the longest worker leaves: token2wav, which is the DiT, and the vocoder are most "
-        "of the work. With two threads, operators already keep both cores at work. The host's share is the time outside "
-        "graph runs of the workers in "
+        "of the work. With two threads, operators already keep both cores at work. The host's share is the time "
+        "outside graph runs of the workers in "
         f"turn. Picking one of {picks['vocabulary']} tokens takes {picks['greedy']:.2f} ms greedily, "
         f"{picks['top_k_40_top_p_0.8']:.1f} ms with top-k 40 and top-p 0.8, {picks['top_p_0.9']:.1f} ms with "
         f"top-p 0.9.",
