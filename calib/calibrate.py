@@ -12,11 +12,11 @@ from pathlib import Path
 import msgspec
 from omniport.runtime.errors import UsageError
 
-from .calibration import Calibration, Header, Site
-from .dataset import read_samples
-from .source import Source
-from .stages import Job, Stages
-from .work import SOURCE, work_folder
+from .calibration.calibrate_parts import Job, Stages
+from .calibration.checkpoint_source import Source
+from .calibration.dataset import read_samples
+from .calibration.work_dir import SOURCE, work_folder
+from .calibration_file import Calibration, Header, Site
 
 __all__ = ["CalibrateReport", "calibrate"]
 

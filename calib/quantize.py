@@ -20,21 +20,21 @@ import msgspec
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from omniport.runtime.backends.onnx_scan import STANDARD_DOMAINS, scan_onnx
-from omniport.runtime.bundle import MANIFEST_FILE, Bundle
+from omniport.runtime.backends.onnxruntime.onnx_scan import STANDARD_DOMAINS, scan_onnx
+from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.bundle.listed_files import sha256_of
+from omniport.runtime.bundle.manifest import SCHEMA_VERSION, FileRecord, Quantization
+from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
+from omniport.runtime.bundle.staging import check_space, previous_manifest, staging, take_over, unlisted
 from omniport.runtime.errors import BundleError, UsageError
-from omniport.runtime.files import sha256_of
-from omniport.runtime.graphs import GraphSpec
-from omniport.runtime.manifest import SCHEMA_VERSION, FileRecord, Quantization
-from omniport.runtime.staging import check_space, previous_manifest, staging, take_over, unlisted
 
-from .calibrated import check_sites, input_scales, output_scales, smoothing
-from .calibration import Calibration
-from .qdq import OPSET, ActivationPass, OutputPass
-from .recipe import Choice, choose, find_recipe, resolve
-from .smoothing import SmoothPass
-from .weights import Stored, find_weights, stored
-from .writer import ALIGNMENT, write_quantized
+from .calibration_file import Calibration
+from .weights.qdq import OPSET, ActivationPass, OutputPass
+from .weights.quantized_writer import ALIGNMENT, write_quantized
+from .weights.recipe import Choice, choose, find_recipe, resolve
+from .weights.scales import check_sites, input_scales, output_scales, smoothing
+from .weights.smoothing_pass import SmoothPass
+from .weights.tensors import Stored, find_weights, stored
 
 __all__ = ["GraphResult", "Progress", "QuantizeReport", "quantize_bundle"]
 
@@ -81,7 +81,7 @@ def quantize_bundle(
     Args:
         bundle: folder of a bundle that is not quantized, in any precision.
         out: folder of the new bundle.
-        recipe: name in `omniport.calib.recipe.RECIPES`.
+        recipe: name in `omniport.calib.weights.recipe.RECIPES`.
         keep: patterns of weights (``graph/weight``) that stay as they are.
         graph_recipes: graph -> another recipe's name, ``none``, or the precision it has.
         calibration: needed by recipes that round what weights multiply; others smooth by it.

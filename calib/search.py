@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from omniport.runtime.errors import UsageError
 
-from .probe import Loss
+from .report.recorded_calls import Loss
 
 __all__ = ["Damage", "Point", "SearchResult", "Target", "part_of", "parts_of", "search"]
 

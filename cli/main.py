@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import (
+from .commands import (
     bench,
     build,
     calibrate,
@@ -30,7 +30,7 @@ from . import (
     validate,
     voices,
 )
-from . import run as run_command
+from .commands import run as run_command
 
 __all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_TERMINATED", "app", "run"]
 

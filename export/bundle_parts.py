@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omniport.runtime.manifest import (
+from omniport.runtime.bundle.manifest import (
     DecoderGeometry,
     DitGeometry,
     FileRecord,
@@ -22,13 +22,13 @@ from omniport.runtime.manifest import (
     VoiceSpec,
 )
 
-from . import frontends
-from .checkpoint import Checkpoint
-from .data_file import DataFile
-from .graph_defs import decoder_config
-from .options import ExportOptions
-from .speakers import Speaker
-from .weights import blocks
+from .checkpoint import frontends
+from .checkpoint.checkpoint import Checkpoint
+from .export_options import ExportOptions
+from .graphs.data_file import DataFile
+from .models.module import blocks
+from .models.parts import decoder_config
+from .models.voices import Speaker
 from .weights_check import embedding_keys
 
 __all__ = ["base_manifest", "voice_specs", "write_embedding"]

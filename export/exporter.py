@@ -16,27 +16,27 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from omniport.runtime.bundle import MANIFEST_FILE
+from omniport.runtime.bundle.activation_ranges import RANGES_FILE, Ranges, encode_ranges, limit, read_ranges
+from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.bundle.manifest import FileRecord, Manifest, Quantization, encode_manifest
+from omniport.runtime.bundle.reader import MANIFEST_FILE
+from omniport.runtime.bundle.staging import check_space, previous_manifest, staging, take_over, unlisted
 from omniport.runtime.errors import ExportError
-from omniport.runtime.graphs import GraphSpec
-from omniport.runtime.manifest import FileRecord, Manifest, Quantization, encode_manifest
-from omniport.runtime.ranges import RANGES_FILE, Ranges, encode_ranges, limit, read_ranges
-from omniport.runtime.solver import rk4_schedule
-from omniport.runtime.staging import check_space, previous_manifest, staging, take_over, unlisted
+from omniport.runtime.speech.ode import rk4_schedule
 
 from .bundle_parts import base_manifest, voice_specs, write_embedding
-from .checkpoint import Checkpoint
-from .graph_defs import PRECISIONS, GraphDefinition, graph_definitions
-from .lowering import OPSETS
-from .mixed import mix
-from .onnx_export import write_model
-from .options import ExportOptions
-from .packed_graph import OPSET as PACKED_OPSET
-from .packed_graph import import_packed
-from .reuse import file_record, graph_key, graph_whole, source_key
-from .speakers import load_speakers, speaker_vectors, write_voice
-from .tokenizer import tokenizer_json
-from .trace import trace
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.tokenizer_json import tokenizer_json
+from .export_options import ExportOptions
+from .graphs.fingerprint import file_record, graph_key, graph_whole, source_key
+from .graphs.lowering import OPSETS
+from .graphs.mixed_precision import mix
+from .graphs.packed_weights import OPSET as PACKED_OPSET
+from .graphs.packed_weights import import_packed
+from .graphs.trace import trace
+from .graphs.writer import write_model
+from .models.parts import PRECISIONS, GraphDefinition, graph_definitions
+from .models.voices import load_speakers, speaker_vectors, write_voice
 from .weights_check import check_weights, embedding_keys
 
 __all__ = ["ExportReport", "GraphReport", "Progress", "export_checkpoint"]
@@ -89,7 +89,8 @@ def export_checkpoint(
 ) -> ExportReport:
     """Export a checkpoint to the bundle folder ``out``.
 
-    If ``out`` holds a bundle already, graphs are taken over whose inputs did not change (see `omniport.export.reuse`)
+    If ``out`` holds a bundle already, graphs are taken over whose inputs did not change (see
+    `omniport.export.graphs.fingerprint`)
     and whose files are, byte for byte, what bundle.json lists. Files that the bundle does not list are kept.
 
     Args:
@@ -102,7 +103,8 @@ def export_checkpoint(
         ops: ``native`` operators of opset 24, or ``decomposed`` to opset 18 for older parsers.
         kv: form of the KV cache: ``static``, or ``concat`` for runtimes that cannot update one in place.
         keep_fp32: regular expressions searched for in ``GRAPH/module.path``: layers that stay float32 in fp16 and bf16.
-        ranges: a ranges.json (`omniport.export.ranges`): what it shows to overflow float16 stays float32, and the
+        ranges: a ranges.json (`omniport.export.evaluation.measure_ranges`): what it shows to overflow
+            float16 stays float32, and the
             file becomes part of the bundle. Without it, ranges that ``out`` has stay there and change nothing.
         zero_points: of a GPTQ or AWQ checkpoint: ``keep`` them with the weights, or ``separate`` them into a product of
             their own, for TensorRT.

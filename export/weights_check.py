@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
 
-from .checkpoint import Checkpoint
-from .graph_defs import GraphDefinition
-from .packed_graph import check_scales, packed_rules, stored_bytes
-from .speakers import speaker_keys
-from .weights import Compute, Constant, Copy, Rule
+from .checkpoint.checkpoint import Checkpoint
+from .graphs.packed_weights import check_scales, packed_rules, stored_bytes
+from .models.module import Compute, Constant, Copy, Rule
+from .models.parts import GraphDefinition
+from .models.voices import speaker_keys
 
 __all__ = ["check_weights", "embedding_keys"]
 

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .dialogue import Dialogue, TurnBegan, TurnCommitted
+    from .bundle.manifest import SamplingConfig
     from .errors import (
         BackendError,
         BundleError,
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
         UserError,
     )
     from .events import AudioChunk, Done, Event, Stats, TextDelta, TurnsDropped
-    from .hands_free import HandsFree
-    from .manifest import SamplingConfig
+    from .live.dialogue import Dialogue, TurnBegan, TurnCommitted
+    from .live.hands_free import HandsFree
+    from .live.vad import SpeechLimits
     from .session import OmniSession
-    from .token2wav import SpeechWindows
+    from .speech.token2wav import SpeechWindows
     from .turn import Turn
-    from .vad import SpeechLimits
 
 __all__ = [
     "AudioChunk",
@@ -65,15 +65,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "Dialogue": "dialogue",
-    "HandsFree": "hands_free",
+    "Dialogue": "live.dialogue",
+    "HandsFree": "live.hands_free",
     "OmniSession": "session",
-    "SamplingConfig": "manifest",
-    "SpeechLimits": "vad",
-    "SpeechWindows": "token2wav",
+    "SamplingConfig": "bundle.manifest",
+    "SpeechLimits": "live.vad",
+    "SpeechWindows": "speech.token2wav",
     "Turn": "turn",
-    "TurnBegan": "dialogue",
-    "TurnCommitted": "dialogue",
+    "TurnBegan": "live.dialogue",
+    "TurnCommitted": "live.dialogue",
 } | dict.fromkeys(("AudioChunk", "Done", "Event", "Stats", "TextDelta", "TurnsDropped"), "events")
 
 

@@ -14,25 +14,25 @@ from numpy.typing import NDArray
 
 from .backends import open_backend
 from .backends.base import Backend, KvCache, most_context
-from .bundle import Bundle
-from .cancel import CancelToken, GuardedBackend
-from .conversation import Conversation
+from .bundle.graph_spec import SPEECH_GRAPHS
+from .bundle.manifest import Manifest, SamplingConfig
+from .bundle.reader import Bundle
+from .concurrency.cancel import CancelToken, GuardedBackend
+from .concurrency.timing import StageTimer
 from .errors import UsageError
 from .events import Event, Stats
-from .graphs import SPEECH_GRAPHS
-from .layout import Layout, Segment
-from .manifest import Manifest, SamplingConfig
-from .prompt import Prompt, build_prompt
-from .reply import Reply, ReplyTask
-from .sampling import validate_sampling
-from .solver import Solver
-from .talker import Talker
-from .text import TextCodec
-from .thinker import embed_media, require_room
-from .timing import StageTimer
-from .token2wav import NoiseStream, Token2Wav, Window
+from .generation.conversation import Conversation
+from .generation.sampling import validate_sampling
+from .generation.talker import Talker
+from .generation.thinker import embed_media, require_room
+from .pipeline.reply import Reply, ReplyTask
+from .pipeline.workers import SpeechTask
+from .prompt.builder import Prompt, build_prompt
+from .prompt.positions import Layout, Segment
+from .prompt.tokenizer import TextCodec
+from .speech.ode import Solver
+from .speech.token2wav import NoiseStream, Token2Wav, Window
 from .turn import Turn
-from .workers import SpeechTask
 
 __all__ = ["OmniSession"]
 

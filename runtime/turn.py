@@ -12,17 +12,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .audio import pcm
-from .cancel import Cancelled
-from .clip import Encoders, LiveClip
-from .conversation import Conversation
+from .concurrency.cancel import Cancelled
 from .errors import MediaError, PromptError, TurnEnded
 from .events import Done, Event, Stats
-from .layout import Layout, Segment
-from .prompt import Media, check_content
-from .reply import Reply, ReplyTask
-from .thinker import embed_media, encode_audio, encode_vision
-from .vision import ImageSource, image_input, load_image
+from .generation.conversation import Conversation
+from .generation.thinker import embed_media, encode_audio, encode_vision
+from .media.audio import pcm
+from .media.image import ImageSource, image_input, load_image
+from .pipeline.reply import Reply, ReplyTask
+from .prompt.builder import Media, check_content
+from .prompt.live_clip import Encoders, LiveClip
+from .prompt.positions import Layout, Segment
 
 __all__ = ["Turn"]
 

@@ -12,11 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from omniport.export.bench_reference import TransformersRival
-from omniport.runtime.backends.ort import physical_cores
+from omniport.export.evaluation.transformers_rival import TransformersRival
+from omniport.runtime.backends.onnxruntime.backend import physical_cores
+from omniport.runtime.bench.benchmark import bench
 from omniport.runtime.bench.compare import BAND, changes
 from omniport.runtime.bench.results import read_report
-from omniport.runtime.bench.run import bench
 
 __all__ = ["main"]
 

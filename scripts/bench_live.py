@@ -24,9 +24,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, SamplingConfig, TextDelta
-from omniport.runtime.backends.ort import physical_cores
-from omniport.runtime.prompt import build_prompt
-from omniport.runtime.sampling import Sampler
+from omniport.runtime.backends.onnxruntime.backend import physical_cores
+from omniport.runtime.generation.sampling import Sampler
+from omniport.runtime.prompt.builder import build_prompt
 
 __all__ = ["measure"]
 

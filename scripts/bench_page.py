@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from omniport.export.bench_picture import draw
+from omniport.export.evaluation.bench_picture import draw
 from omniport.runtime.bench.results import BenchReport, Timing, read_report
 
 __all__ = ["main", "page"]

@@ -41,7 +41,7 @@ class Matrix:
     """
 
     def __init__(self, work: Path, most: int) -> None:
-        from omniport.export.build import builder_version
+        from omniport.export.tensorrt.build import builder_version
 
         self._path, self._left = work / "rows.json", most
         self._version = builder_version("tensorrt-rtx")
@@ -69,10 +69,10 @@ class Matrix:
 
     def _key(self, bundle: Path, target: str, graph: str) -> str:
         """The builder, the code that drives it, and what the engine is made from."""
-        from omniport.export.build import engine_key
-        from omniport.export.profiles import Limits
-        from omniport.export.targets import find_target
-        from omniport.runtime.bundle import Bundle
+        from omniport.export.devices.catalog import find_target
+        from omniport.export.tensorrt.build import engine_key
+        from omniport.export.tensorrt.profiles import Limits
+        from omniport.runtime.bundle.reader import Bundle
 
         opened = Bundle.open(bundle)
         spec = opened.manifest.graphs[graph]
@@ -109,9 +109,9 @@ def fp8_rows() -> list[Row]:
     sys.path.insert(0, str(ROOT / "tests"))
     import onnx
     from graphs import fp8_model
-    from omniport.export.engine import build_engine
-    from omniport.export.targets import find_target
-    from omniport.export.trt_api import load_api
+    from omniport.export.devices.catalog import find_target
+    from omniport.export.tensorrt.builder_api import load_api
+    from omniport.export.tensorrt.engine_builder import build_engine
     from omniport.runtime.errors import BuildError
 
     model, spec = fp8_model()
@@ -217,8 +217,8 @@ def main() -> None:
 
 
 def _write(out: Path, rows: list[Row]) -> None:
-    from omniport.export.build import builder_version
-    from omniport.export.targets import find_target
+    from omniport.export.devices.catalog import find_target
+    from omniport.export.tensorrt.build import builder_version
 
     document = {
         "builder": f"tensorrt-rtx {builder_version('tensorrt-rtx')}",
@@ -235,7 +235,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _cpu() -> str:
-    from omniport.cli.doctor import examine
+    from omniport.cli.commands.doctor import examine
 
     facts = examine()
     return f"{facts['cpu_cores']} cores ({facts['cpu']})"

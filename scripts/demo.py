@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omniport.cli.common import log_console, print_table, progress_bar
-from omniport.cli.reply import Replier
+from omniport.cli.show_reply import Replier
 from sample_media import QUESTION, make_media
 
 if TYPE_CHECKING:
-    from omniport.export.parity import ParityRow
+    from omniport.export.evaluation.cases import ParityRow
     from omniport.runtime.events import Stats
 
 __all__ = ["main"]
@@ -31,7 +31,7 @@ MAX_SPEECH_SECONDS = 6.0
 def prepare(out: Path) -> tuple[Path, Path]:
     """Make the checkpoint (kept if there) and export it; returns (checkpoint, bundle)."""
     from omniport.export.exporter import export_checkpoint
-    from omniport.export.synthetic import make_checkpoint
+    from omniport.export.synthetic.make_checkpoint import make_checkpoint
 
     checkpoint, bundle = out / "checkpoint", out / "bundle"
     with progress_bar(quiet=False) as progress:
@@ -43,7 +43,7 @@ def prepare(out: Path) -> tuple[Path, Path]:
 
 def check(bundle: Path, checkpoint: Path) -> list[ParityRow]:
     """Every graph against its PyTorch module."""
-    from omniport.export.parity import check_bundle
+    from omniport.export.evaluation.cases import check_bundle
 
     with progress_bar(quiet=False) as progress:
         return check_bundle(bundle, checkpoint, progress=progress)

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omniport.export.targets import Target
+from omniport.export.devices.catalog import Target
 from omniport.runtime import Done, OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Backend
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.decoder import Decoder
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
+from omniport.runtime.generation.decoder import Decoder
 
 __all__ = ["Plan", "check_backend", "check_machine", "decode_rate", "main", "speech_times"]
 
@@ -74,7 +74,7 @@ def check_machine(plan: Plan, work: Path, target: Target | None, say: Say = lamb
         target: the machine's GPU; None for a CPU.
     """
     from omniport.export.exporter import export_checkpoint
-    from omniport.export.synthetic import make_checkpoint
+    from omniport.export.synthetic.make_checkpoint import make_checkpoint
 
     rows = []
     for size in plan.sizes:
@@ -184,7 +184,7 @@ def speech_times(bundle: Path, backend: str, plan: Plan) -> Row:
 
 
 def _parity(bundle: Path, checkpoint: Path, backend: str, plan: Plan) -> Row:
-    from omniport.export.validation.run import validate
+    from omniport.export.validation.validate import validate
 
     report, _ = validate(bundle, checkpoint, backend=backend, graphs=plan.graphs)
     stages: dict[str, Row] = {}
@@ -200,8 +200,8 @@ def _parity(bundle: Path, checkpoint: Path, backend: str, plan: Plan) -> Row:
 
 
 def _build(bundle: Path, builder: str, target: Target | None) -> Row:
-    from omniport.export.build import build_bundle
-    from omniport.export.profiles import Limits
+    from omniport.export.tensorrt.build import build_bundle
+    from omniport.export.tensorrt.profiles import Limits
 
     if target is None:
         raise BackendError("engines need an NVIDIA GPU, and the CUDA driver sees none here")
@@ -214,7 +214,7 @@ def _build(bundle: Path, builder: str, target: Target | None) -> Row:
 
 
 def _machine(target: Target | None) -> Row:
-    from omniport.cli.doctor import examine
+    from omniport.cli.commands.doctor import examine
 
     facts = examine()
     kept = ("python", "machine", "cpu", "cpu_cores", "memory_bytes", "gpus")
@@ -239,7 +239,7 @@ def file_name(document: Row) -> str:
 
 
 def _target(backends: Sequence[str]) -> Target | None:
-    from omniport.export.devices import this_target
+    from omniport.export.devices.detect import this_target
 
     try:
         return this_target()

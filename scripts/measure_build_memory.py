@@ -76,10 +76,10 @@ class _Sampler:
 
 
 def _child(folder: str, graph: str, target: str, way: str) -> dict[str, Any]:
-    from omniport.export import engine
-    from omniport.export.targets import find_target
-    from omniport.export.trt_api import load_api
-    from omniport.runtime.bundle import Bundle
+    from omniport.export.devices.catalog import find_target
+    from omniport.export.tensorrt import engine_builder as engine
+    from omniport.export.tensorrt.builder_api import load_api
+    from omniport.runtime.bundle.reader import Bundle
     from omniport.runtime.errors import BuildError
 
     bundle, api = Bundle.open(folder), load_api("tensorrt-rtx")
@@ -139,8 +139,8 @@ class _Lean:
 
 
 def _two_profiles(spec: Any, dims: Any, *_: Any) -> Any:
-    from omniport.export.profiles import make_profiles
-    from omniport.runtime.graphs import DimRange
+    from omniport.export.tensorrt.profiles import make_profiles
+    from omniport.runtime.bundle.graph_spec import DimRange
 
     (whole,) = make_profiles(spec, dims)
     (decode,) = make_profiles(spec, {**dims, "new_tokens": DimRange(1, 1, 1)})
@@ -148,7 +148,7 @@ def _two_profiles(spec: Any, dims: Any, *_: Any) -> Any:
 
 
 def _one_profile(spec: Any, dims: Any, *_: Any) -> Any:
-    from omniport.export.profiles import make_profiles
+    from omniport.export.tensorrt.profiles import make_profiles
 
     return make_profiles(spec, dims)
 
@@ -157,7 +157,7 @@ def _optimum(end: str) -> Any:
     """One profile with every dimension's optimum at one end of its range."""
 
     def make(spec: Any, dims: Any, *_: Any) -> Any:
-        from omniport.runtime.graphs import DimRange
+        from omniport.runtime.bundle.graph_spec import DimRange
 
         moved = {name: DimRange(span.min, getattr(span, end), span.max) for name, span in dims.items()}
         return _one_profile(spec, moved)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure_export_memory import deepen, make_deep
 
 if TYPE_CHECKING:
-    from omniport.export.synthetic_config import Size
+    from omniport.export.synthetic.geometries import Size
 
 __all__ = ["main", "measure", "page"]
 
@@ -48,8 +48,8 @@ def measure(checkpoint: Path, samples: int, max_codes: int) -> dict[str, Any]:
 def _child(checkpoint: str, samples: str, max_codes: str) -> dict[str, Any]:
     import torch
     from omniport.calib.calibrate import calibrate
-    from omniport.calib.sample_data import write_samples
-    from omniport.calib.smooth import AWQ_BLOCKS, awq_factors
+    from omniport.calib.calibration.sample_data import write_samples
+    from omniport.calib.calibration.scale_search import AWQ_BLOCKS, awq_factors
 
     awq_factors(torch.ones(1, 32), torch.ones(1, 32), AWQ_BLOCKS[0])  # imports Model Optimizer
     imports = _status("VmRSS")
@@ -95,7 +95,7 @@ def _child(checkpoint: str, samples: str, max_codes: str) -> dict[str, Any]:
 
 def _weights(checkpoint: str) -> dict[str, int]:
     """Bytes of each part's parameters in float32."""
-    from omniport.calib.source import Source
+    from omniport.calib.calibration.checkpoint_source import Source
 
     with tempfile.TemporaryDirectory() as scratch:
         definitions = Source.open(checkpoint, Path(scratch)).definitions
@@ -103,7 +103,7 @@ def _weights(checkpoint: str) -> dict[str, int]:
 
 
 def _geometry(name: str) -> Size:
-    from omniport.export.synthetic_config import SIZES
+    from omniport.export.synthetic.geometries import SIZES
 
     if name != "wide":
         return SIZES[name]

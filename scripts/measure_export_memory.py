@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 if TYPE_CHECKING:
-    from omniport.export.synthetic_config import Size
+    from omniport.export.synthetic.geometries import Size
 
 __all__ = ["deepen", "main", "make_deep", "measure"]
 
@@ -48,7 +48,7 @@ def deepen(size: Size, layers: int) -> Size:
 
 def make_deep(out: Path, size: Size) -> Path:
     """Make a random checkpoint of a geometry that has no name."""
-    from omniport.export import synthetic
+    from omniport.export.synthetic import make_checkpoint as synthetic
 
     with mock.patch.object(synthetic, "SIZES", {"custom": size}):
         return synthetic.make_checkpoint(out, size="custom")
@@ -141,7 +141,7 @@ def main() -> None:
     if options.checkpoint:
         print(json.dumps(measure(options.checkpoint, options.out, options.graphs, options.precision), indent=2))
         return
-    from omniport.export.synthetic import SIZES
+    from omniport.export.synthetic.make_checkpoint import SIZES
 
     results = []
     for layers in map(int, options.layers.split(",")):

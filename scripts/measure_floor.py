@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime import Done, OmniSession, SamplingConfig
-from omniport.runtime.audio import load_audio
+from omniport.runtime.media.audio import load_audio
 
 __all__ = ["measure"]
 

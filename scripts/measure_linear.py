@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from omniport.runtime.backends.ort import physical_cores
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.thinker import audio_batches, vision_batches
-from omniport.runtime.vision import image_input
+from omniport.runtime.backends.onnxruntime.backend import physical_cores
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.generation.thinker import audio_batches, vision_batches
+from omniport.runtime.media.image import image_input
 
 __all__ = ["main"]
 

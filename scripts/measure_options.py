@@ -19,10 +19,10 @@ from unittest import mock
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
-from omniport.runtime import thinker
-from omniport.runtime.backends.ort import OrtBackend, physical_cores
-from omniport.runtime.bench.jobs import GRAPH_OF, Sizes, stage_jobs
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, physical_cores
+from omniport.runtime.bench.workloads import GRAPH_OF, Sizes, stage_jobs
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.generation import thinker
 from onnx import TensorProto, helper, numpy_helper
 
 __all__ = ["main"]

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, SpeechWindows
-from omniport.runtime.backends.ort import OrtBackend
-from omniport.runtime.bench.jobs import Sizes
-from omniport.runtime.bench.reply import ask, endless
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.solver import SOLVERS, Solver
-from omniport.runtime.token2wav import Window
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.bench.reply_timing import ask, endless
+from omniport.runtime.bench.workloads import Sizes
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.speech.ode import SOLVERS, Solver
+from omniport.runtime.speech.token2wav import Window
 
 __all__ = ["main", "measure"]
 

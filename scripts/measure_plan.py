@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omniport.export.devices.catalog import TARGETS
 from omniport.export.memory import resident
-from omniport.export.plan import TargetPlan, make_plan
-from omniport.export.plan_machines import Rates, cpu_machine, machine_of, measure_rates
-from omniport.export.plan_shapes import DecoderShape, ModelShape, decoder_graph, find_model, shape_of_config
-from omniport.export.synthetic_config import SIZES, geometry_config
-from omniport.export.targets import TARGETS
-from omniport.runtime.backends.ort import OrtBackend
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.decoder import Decoder
-from omniport.runtime.manifest import SamplingConfig
+from omniport.export.planning.machines import Rates, cpu_machine, machine_of, measure_rates
+from omniport.export.planning.plan import TargetPlan, make_plan
+from omniport.export.planning.shapes import DecoderShape, ModelShape, decoder_graph, find_model, shape_of_config
+from omniport.export.synthetic.geometries import SIZES, geometry_config
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.bundle.manifest import SamplingConfig
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.generation.decoder import Decoder
 from omniport.runtime.session import OmniSession
 
 __all__ = ["main", "page", "published"]

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.calib.calibration import Calibration
+from omniport.calib.calibration_file import Calibration
 from omniport.calib.quantize import quantize_bundle
-from omniport.runtime.backends.ort import OrtBackend, physical_cores
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.decoder import Decoder
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, physical_cores
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.generation.decoder import Decoder
 from speech_loss import measure_speech, sqnr
 
 __all__ = ["RESULTS", "main", "page", "processor"]

@@ -47,7 +47,7 @@ QUESTION_SECONDS = 3.0
 
 
 def _make(options: argparse.Namespace) -> dict[str, Any]:
-    from omniport.export.synthetic import make_checkpoint
+    from omniport.export.synthetic.make_checkpoint import make_checkpoint
 
     return {"path": make_checkpoint(_checkpoint(options), options.size)}
 
@@ -59,7 +59,8 @@ def _hollow(options: argparse.Namespace) -> dict[str, Any]:
     """
     from unittest import mock
 
-    from omniport.export import synthetic, synthetic_weights
+    from omniport.export.synthetic import make_checkpoint as synthetic
+    from omniport.export.synthetic import random_weights as synthetic_weights
 
     with (
         mock.patch.object(synthetic_weights, "tensor_blocks", return_value=()),
@@ -82,7 +83,7 @@ def _copy(options: argparse.Namespace, let_go: bool = False) -> dict[str, Any]:
     Args:
         let_go: tell the system that what was read and written is not used again, as an export does.
     """
-    from omniport.runtime.page_cache import WriteBehind, forget
+    from omniport.runtime.system.page_cache import WriteBehind, forget
 
     target = options.folder / f"{options.size}-copy"
     seconds, total = 0.0, 0
@@ -105,13 +106,13 @@ def _copy(options: argparse.Namespace, let_go: bool = False) -> dict[str, Any]:
 
 def _trace(options: argparse.Namespace) -> dict[str, Any]:
     """Trace graphs that are not in the cache, which then holds them; no checkpoint is needed."""
-    from omniport.export.config import normalise_config
-    from omniport.export.graph_defs import graph_definitions
-    from omniport.export.synthetic_config import SIZES as KNOWN
-    from omniport.export.synthetic_config import checkpoint_config
-    from omniport.export.synthetic_tokenizer import train_tokenizer
-    from omniport.export.trace import trace
-    from omniport.runtime.solver import rk4_schedule
+    from omniport.export.checkpoint.config import normalise_config
+    from omniport.export.graphs.trace import trace
+    from omniport.export.models.parts import graph_definitions
+    from omniport.export.synthetic.geometries import SIZES as KNOWN
+    from omniport.export.synthetic.geometries import checkpoint_config
+    from omniport.export.synthetic.tokenizer_files import train_tokenizer
+    from omniport.runtime.speech.ode import rk4_schedule
     from transformers import AutoConfig
 
     size = KNOWN[options.size]
@@ -162,7 +163,7 @@ def _quantize(options: argparse.Namespace) -> dict[str, Any]:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     """Open the bundle, load every graph, and answer a spoken question in speech."""
     import numpy as np
-    from omniport.runtime.manifest import SamplingConfig
+    from omniport.runtime.bundle.manifest import SamplingConfig
     from omniport.runtime.session import OmniSession
 
     memory = {"start": _memory()}

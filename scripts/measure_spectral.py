@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from omniport.runtime.backends.ort import physical_cores
+from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 __all__ = ["main", "spectral_matrices", "spectral_model"]

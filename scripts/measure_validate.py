@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from omniport.export.checkpoint import Checkpoint
-from omniport.export.config import quiet_transformers
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.checkpoint.config import quiet_transformers
+from omniport.export.evaluation.reference_modules import reference_bytes
 from omniport.export.exporter import export_checkpoint
-from omniport.export.reference_parts import reference_bytes
-from omniport.export.synthetic import make_checkpoint
-from omniport.export.validation.report import StageRow, stage_rows
+from omniport.export.synthetic.make_checkpoint import make_checkpoint
+from omniport.export.validation.summary import StageRow, stage_rows
 from omniport.export.validation.types import FAIL, NOT_RUN, ValidationReport
-from omniport.runtime.graphs import GRAPH_NAMES
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 
 __all__ = ["main", "measure", "page"]
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from measure_quant import RESULTS, processor
 from numpy.typing import NDArray
-from omniport.runtime.backends.ort import OrtBackend, physical_cores
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, physical_cores
+from omniport.runtime.bundle.reader import Bundle
 from speech_loss import Voice, sqnr
 
 __all__ = ["main", "page"]

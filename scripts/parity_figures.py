@@ -2,7 +2,8 @@
 
     python scripts/parity_figures.py
 
-Runs the standard comparisons of `omniport.export.parity` on a fresh export, and the end-to-end tests, whose streamed
+Runs the standard comparisons of `omniport.export.evaluation.cases` on a fresh export, and the end-to-end tests,
+whose streamed
 figures come from their JUnit report.
 """
 
@@ -16,9 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
+from omniport.export.evaluation.cases import ParityRow, check_bundle
 from omniport.export.exporter import export_checkpoint
-from omniport.export.parity import ParityRow, check_bundle
-from omniport.export.synthetic import make_checkpoint
+from omniport.export.synthetic.make_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results" / "parity.md"

@@ -1,4 +1,6 @@
-"""Print what `omniport.export.trt_api` reads off the installed builders, for tests/data/trt_attributes.json.
+"""Print what `omniport.export.tensorrt.builder_api` reads off the installed builders.
+
+The result is tests/data/trt_attributes.json.
 
 python scripts/record_trt_attributes.py
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import json
 
-from omniport.export.trt_api import MODULES, attributes_of, installed_builders, load_api
+from omniport.export.tensorrt.builder_api import MODULES, attributes_of, installed_builders, load_api
 
 __all__ = ["main"]
 

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, SamplingConfig, TurnsDropped
-from omniport.runtime.conversation import Conversation
 from omniport.runtime.events import Stats
-from omniport.runtime.layout import Segment
-from omniport.runtime.reply import Reply
+from omniport.runtime.generation.conversation import Conversation
+from omniport.runtime.pipeline.reply import Reply
+from omniport.runtime.prompt.positions import Segment
 
 __all__ = ["resident_bytes", "soak"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
-from omniport.runtime.backends.ort import OrtBackend
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.timing import StageTimer
-from omniport.runtime.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.concurrency.timing import StageTimer
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 
 __all__ = ["Voice", "measure_speech", "sqnr"]
 

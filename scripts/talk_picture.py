@@ -14,13 +14,13 @@ import re
 import tempfile
 from pathlib import Path
 
-from omniport.cli.playback import WavLoudspeaker, WavMicrophone
-from omniport.cli.sampling import sampling
-from omniport.cli.talk import facts
-from omniport.cli.talk_loop import Stage, Talk
-from omniport.cli.talk_view import LiveView, render
+from omniport.cli.commands.talk import facts
+from omniport.cli.options import sampling
+from omniport.cli.talk.loop import Stage, Talk
+from omniport.cli.talk.playback import WavLoudspeaker, WavMicrophone
+from omniport.cli.talk.view import LiveView, render
 from omniport.runtime import Dialogue, HandsFree, OmniSession
-from omniport.runtime.audio import load_audio
+from omniport.runtime.media.audio import load_audio
 from rich.console import Console
 
 __all__ = ["main"]

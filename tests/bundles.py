@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from omniport.runtime.graphs import GraphSpec
-from omniport.runtime.manifest import (
+from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.bundle.manifest import (
     AudioFrontend,
     ChatSpec,
     CodecTokens,
@@ -28,7 +28,7 @@ from omniport.runtime.manifest import (
     VocoderGeometry,
     VoiceSpec,
 )
-from omniport.runtime.solver import rk4_schedule
+from omniport.runtime.speech.ode import rk4_schedule
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 CONTROL = {

@@ -15,14 +15,14 @@ import numpy as np
 import onnx_ir as ir
 from msgspec.structs import replace
 from numpy.typing import NDArray
-from omniport.calib.calibration import Calibration, Header, Site, SiteRecord
-from omniport.calib.sites import SitePlan, find_sites
-from omniport.export.validation.conversations import Conversation, standard_conversations
-from omniport.export.validation.emulate import load_copy, open_graph
+from omniport.calib.calibration.sites import SitePlan, find_sites
+from omniport.calib.calibration_file import Calibration, Header, Site, SiteRecord
+from omniport.export.evaluation.conversations import Conversation, standard_conversations
+from omniport.export.evaluation.half_emulation import load_copy, open_graph
 from omniport.runtime.backends.base import Array, KvCache
-from omniport.runtime.backends.ort import OrtGraph
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.graphs import GraphSpec, TensorSpec
+from omniport.runtime.backends.onnxruntime.backend import OrtGraph
+from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.session import OmniSession
 
 __all__ = ["calibrate_bundle"]

@@ -39,7 +39,7 @@ def _once(name: str, make: Callable[[Path], object]) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint() -> Path:
     """A ``tiny`` random-weight checkpoint (seed 0). Read only: tests that change files copy it first."""
-    from omniport.export.synthetic import make_checkpoint
+    from omniport.export.synthetic.make_checkpoint import make_checkpoint
 
     return _once("tiny", lambda out: make_checkpoint(out, size="tiny", seed=0))
 
@@ -47,7 +47,7 @@ def tiny_checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def tiny_outlier_checkpoint() -> Path:
     """As ``tiny_checkpoint``, with planted activation channels and key biases."""
-    from omniport.export.synthetic import make_checkpoint
+    from omniport.export.synthetic.make_checkpoint import make_checkpoint
 
     return _once("tiny-outliers", lambda out: make_checkpoint(out, size="tiny", seed=0, outliers=True))
 

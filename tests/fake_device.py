@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from omniport.export.engine_files import EngineStore, file_record
-from omniport.export.profiles import Limits, fixed_dims, graph_dims, make_profiles, shape_of
-from omniport.runtime.backends.trt_runtime import EngineTensor
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.engines import EngineRecord, Profile, engine_path, graph_files, list_engines
+from omniport.export.tensorrt.engine_store import EngineStore, file_record
+from omniport.export.tensorrt.profiles import Limits, fixed_dims, graph_dims, make_profiles, shape_of
+from omniport.runtime.backends.tensorrt.runtime_api import EngineTensor
+from omniport.runtime.bundle.engines import EngineRecord, Profile, engine_path, graph_files, list_engines
+from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
-from omniport.runtime.graphs import DimRange, GraphSpec
 
 VERSION, CAPABILITY, BUILDER = "1.7.1.116", "8.9", "tensorrt-rtx"
 _HELD = {"bfloat16": "uint16"}

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import onnx
 from bundles import make_bundle, make_manifest, write_manifest
-from omniport.runtime.graphs import DimRange, GraphSpec, TensorSpec
+from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec, TensorSpec
 from onnx import TensorProto, helper, numpy_helper
 
 KINDS = {

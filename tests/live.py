@@ -11,9 +11,9 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, TextDelta, Turn, TurnsDropped
-from omniport.runtime.audio import open_av, read_track
 from omniport.runtime.backends.fake import FakeBackend, FakeDecoder
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.media.audio import open_av, read_track
 
 __all__ = ["Live", "film", "pieces", "push_film", "sort", "voice"]
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from omniport.export.aside import Cancelled, run_aside
+from omniport.export.tensorrt.interruptible import Cancelled, run_aside
 
 
 @pytest.fixture

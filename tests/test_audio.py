@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
-from omniport.runtime import audio
-from omniport.runtime import mel as mel_module
-from omniport.runtime.audio import load_audio
+from omniport.runtime.bundle.manifest import AudioFrontend
 from omniport.runtime.errors import MediaError
-from omniport.runtime.manifest import AudioFrontend
-from omniport.runtime.mel import audio_tokens, chunk_mel, log_mel
+from omniport.runtime.media import audio
+from omniport.runtime.media import log_mel as mel_module
+from omniport.runtime.media.audio import load_audio
+from omniport.runtime.media.log_mel import audio_tokens, chunk_mel, log_mel
 
 FRONTEND = AudioFrontend()
 SPEECH = sorted(Path("/usr/share/sounds/alsa").glob("*_*.wav"))

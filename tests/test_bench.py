@@ -10,14 +10,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from omniport.cli.main import app
-from omniport.export.bench_reference import TransformersRival
+from omniport.export.evaluation.transformers_rival import TransformersRival
+from omniport.runtime.bench.benchmark import bench
 from omniport.runtime.bench.compare import changes
-from omniport.runtime.bench.jobs import Sizes
 from omniport.runtime.bench.results import BenchReport, merged, read_report, write_report
-from omniport.runtime.bench.run import bench
 from omniport.runtime.bench.timing import alternate, ratio_of
 from omniport.runtime.bench.work import read_profile
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bench.workloads import Sizes
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
 from typer.testing import CliRunner
 
@@ -177,7 +177,7 @@ def test_the_command_writes_json_without_torch(tiny_bundle: Path, tmp_path: Path
 
 
 def test_pictures(report: BenchReport, tmp_path: Path) -> None:
-    from omniport.export.bench_picture import draw
+    from omniport.export.evaluation.bench_picture import draw
 
     for name in ("a.svg", "b.png"):
         draw(report, tmp_path / name)

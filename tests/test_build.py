@@ -18,16 +18,16 @@ import pytest
 from bundles import edit
 from graphs import cache_model, fp8_model, make_model, matmul, plain_model, put_graphs, spec, tensor, weight
 from omniport.cli.main import app
-from omniport.export.build import build_bundle, builder_version, choose_builder
-from omniport.export.build_check import build_memory, check_bundle, memory_needed
-from omniport.export.devices import Device, device_target
-from omniport.export.profiles import Limits
-from omniport.export.targets import TARGETS, find_target
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.engines import ENGINES_FILE, find_engine, list_engines, verify_engine
+from omniport.export.devices.catalog import TARGETS, find_target
+from omniport.export.devices.detect import Device, device_target
+from omniport.export.tensorrt.build import build_bundle, builder_version, choose_builder
+from omniport.export.tensorrt.build_check import build_memory, check_bundle, memory_needed
+from omniport.export.tensorrt.profiles import Limits
+from omniport.runtime.bundle.engines import ENGINES_FILE, find_engine, list_engines, verify_engine
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES, DimRange
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import BackendError, BuildError, BundleError, ExportError, UsageError
-from omniport.runtime.graphs import GRAPH_NAMES, DimRange
-from omniport.runtime.staging import folder_lock
 from typer.testing import CliRunner
 
 pytest.importorskip("tensorrt_rtx")
@@ -189,7 +189,7 @@ def test_options_and_versions_are_part_of_what_an_engine_is_made_from(
     assert build(bundle, graphs=["dit"]) == {"dit"}
     assert build(bundle, graphs=["dit"], force=True) == {"dit"}
     assert build(bundle) == {"bigvgan"}
-    monkeypatch.setattr("omniport.export.build.builder_version", lambda builder: "99.0")
+    monkeypatch.setattr("omniport.export.tensorrt.build.builder_version", lambda builder: "99.0")
     assert build(bundle, graphs=["dit"]) == {"dit"}
 
 
@@ -222,7 +222,7 @@ def test_a_failed_rebuild_keeps_the_engine_that_was_there(bundle: Path, monkeypa
     def fail(*_: Any) -> bool:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("omniport.export.engine._compile", fail)
+    monkeypatch.setattr("omniport.export.tensorrt.engine_builder._compile", fail)
     with pytest.raises(BuildError, match=r"cannot write into .*engines.*No space left.*Free some space"):
         build(bundle, force=True)
     assert {path: path.read_bytes() for path in (bundle / "engines").rglob("*") if path.is_file()} == before
@@ -333,34 +333,34 @@ def no_gpu() -> Any:
 def test_device_targets_say_what_to_run_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target = find_target(name)
     line = f"omniport build BUNDLE --target {name} --builder tensorrt"
-    monkeypatch.setattr("omniport.export.devices.this_target", no_gpu)
+    monkeypatch.setattr("omniport.export.devices.detect.this_target", no_gpu)
     with pytest.raises(
         BackendError, match=rf"built on the device.*this machine has none\. Run there: {line}\. Add --ch"
     ):
         choose_builder(target, "auto")
     with pytest.raises(BackendError, match=f"tensorrt-rtx does not build for {name}.*{line}"):
         choose_builder(target, "tensorrt-rtx")
-    monkeypatch.setattr("omniport.export.devices.this_target", lambda: TARGETS["rtx-4090"])
+    monkeypatch.setattr("omniport.export.devices.detect.this_target", lambda: TARGETS["rtx-4090"])
     with pytest.raises(BackendError, match=r"this machine's has 8\.9"):
         choose_builder(target, "tensorrt")
-    monkeypatch.setattr("omniport.export.devices.this_target", lambda: target)
-    monkeypatch.setattr("omniport.export.build.installed_builders", lambda: ["tensorrt-rtx"])
+    monkeypatch.setattr("omniport.export.devices.detect.this_target", lambda: target)
+    monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", lambda: ["tensorrt-rtx"])
     with pytest.raises(BackendError, match=r"pip install 'omniport\[trt\]'"):
         choose_builder(target, "auto")
-    monkeypatch.setattr("omniport.export.build.installed_builders", lambda: ["tensorrt", "tensorrt-rtx"])
+    monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", lambda: ["tensorrt", "tensorrt-rtx"])
     assert choose_builder(target, "auto") == "tensorrt"
 
 
 def test_cards_are_built_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.export.devices.this_target", no_gpu)
+    monkeypatch.setattr("omniport.export.devices.detect.this_target", no_gpu)
     assert choose_builder(CARD, "auto") == "tensorrt-rtx"
     with pytest.raises(BackendError, match=r"TensorRT needs a GPU of compute capability 8\.9"):
         choose_builder(CARD, "tensorrt")
-    monkeypatch.setattr("omniport.export.build.installed_builders", list)
+    monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", list)
     with pytest.raises(BackendError, match=r"pip install 'omniport\[rtx\]'"):
         choose_builder(CARD, "auto")
-    monkeypatch.setattr("omniport.export.devices.this_target", lambda: CARD)
-    monkeypatch.setattr("omniport.export.build.installed_builders", lambda: ["tensorrt"])
+    monkeypatch.setattr("omniport.export.devices.detect.this_target", lambda: CARD)
+    monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", lambda: ["tensorrt"])
     assert choose_builder(CARD, "auto") == "tensorrt"
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 import pytest
 from graphs import cache_model, fp8_model, make_model, matmul, plain_model, spec, tensor, weight
-from omniport.export.engine import build_engine
-from omniport.export.network import check_unused
-from omniport.export.profiles import Limits
-from omniport.export.targets import TARGETS, find_target
-from omniport.export.trt_api import Api, load_api
+from omniport.export.devices.catalog import TARGETS, find_target
+from omniport.export.tensorrt.builder_api import Api, load_api
+from omniport.export.tensorrt.engine_builder import build_engine
+from omniport.export.tensorrt.network import check_unused
+from omniport.export.tensorrt.profiles import Limits
+from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec
 from omniport.runtime.errors import BuildError, BundleError, UsageError
-from omniport.runtime.graphs import DimRange, GraphSpec
 from onnx import TensorProto, helper
 
 pytest.importorskip("tensorrt_rtx")
@@ -74,8 +74,8 @@ def test_either_sign_of_an_unused_input_is_enough(api: Api, tmp_path: Path, monk
     """What the network shows, with the builder's messages unheard; and the messages alone."""
     inputs, outputs = (tensor("x", "batch", 8), tensor("other", "batch", 8)), (tensor("y", "batch", 8),)
     graph = make_model([matmul()], inputs, outputs, [weight()]), spec("dit", inputs, outputs)
-    for module in ("network", "engine"):
-        monkeypatch.setattr(f"omniport.export.{module}.check_unused", lambda *_: None)
+    for module in ("network", "engine_builder"):
+        monkeypatch.setattr(f"omniport.export.tensorrt.{module}.check_unused", lambda *_: None)
     refused(api, tmp_path, graph, "dit: the builder leaves out other")
     api.messages()
     for text in ("Unused Input: mask", "[RemoveDeadLayers] Input Tensor mask is unused or used only at compile-time"):
@@ -238,7 +238,7 @@ def test_kernel_timings_are_kept_between_builds(tmp_path: Path, api: Api) -> Non
 
 def test_builder_errors_are_told(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's refusal, if a graph gets that far: FP8 for a GPU without it, our own check switched off."""
-    monkeypatch.setattr("omniport.export.engine.check_precision", lambda *_: None)
+    monkeypatch.setattr("omniport.export.tensorrt.engine_builder.check_precision", lambda *_: None)
     refused(api, tmp_path, fp8_model(), r"dit: the builder failed: .*sm86.*\(tensorrt-rtx", target="rtx-3090")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from bundles import edit
 from graphs import plain_model, put_graphs
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bundle.reader import Bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import VOCABULARY, WIDTH, edit, make_bundle, make_manifest, write_manifest
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BundleError, UnknownVoice, UsageError
 
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from omniport.calib.calibration import CLIPS, HEADER_KEY, Calibration, Header, Site, SiteRecord
-from omniport.calib.clips import choose_clips
-from omniport.calib.engine import Call, Engine
-from omniport.calib.lockstep import Lockstep, Request
-from omniport.calib.observe import BINS, KEPT_ROWS, Observer
-from omniport.calib.sites import SitePlan
-from omniport.calib.smooth import Product, awq_factors, smooth_factors
-from omniport.calib.source import Source
-from omniport.calib.weights import CHANNELS_FIRST, Weight
-from omniport.calib.work import Work
+from omniport.calib.calibration.checkpoint_source import Source
+from omniport.calib.calibration.clips import choose_clips
+from omniport.calib.calibration.layer_runner import Call, Engine
+from omniport.calib.calibration.lockstep import Lockstep, Request
+from omniport.calib.calibration.observers import BINS, KEPT_ROWS, Observer
+from omniport.calib.calibration.scale_search import Product, awq_factors, smooth_factors
+from omniport.calib.calibration.sites import SitePlan
+from omniport.calib.calibration.work_dir import Work
+from omniport.calib.calibration_file import CLIPS, HEADER_KEY, Calibration, Header, Site, SiteRecord
+from omniport.calib.weights.tensors import CHANNELS_FIRST, Weight
 from omniport.runtime.errors import BundleError, CheckFailed
 from safetensors.numpy import load, save
 

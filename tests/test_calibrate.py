@@ -13,29 +13,29 @@ import pytest
 import torch
 from checkpoints import rewritten
 from msgspec.structs import replace
-from omniport.calib import engine as engine_module
-from omniport.calib import stages as stages_module
 from omniport.calib.calibrate import calibrate
-from omniport.calib.calibration import ARRAYS, CLIPS, Calibration
-from omniport.calib.dataset import read_samples
-from omniport.calib.observe import BINS
-from omniport.calib.sample_data import write_samples
-from omniport.calib.sites import find_sites
-from omniport.calib.weights import find_weights
+from omniport.calib.calibration import calibrate_parts as stages_module
+from omniport.calib.calibration import layer_runner as engine_module
+from omniport.calib.calibration.dataset import read_samples
+from omniport.calib.calibration.observers import BINS
+from omniport.calib.calibration.sample_data import write_samples
+from omniport.calib.calibration.sites import find_sites
+from omniport.calib.calibration_file import ARRAYS, CLIPS, Calibration
+from omniport.calib.weights.tensors import find_weights
 from omniport.cli.main import run
+from omniport.export.evaluation.half_emulation import load_copy, open_graph
 from omniport.export.exporter import export_checkpoint
-from omniport.export.validation.emulate import load_copy, open_graph
 from omniport.runtime.backends.base import Array, KvCache
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.decoder import Decoder
+from omniport.runtime.bundle.graph_spec import TensorSpec
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import UsageError
-from omniport.runtime.graphs import TensorSpec
-from omniport.runtime.prompt import build_prompt
-from omniport.runtime.talker import Talker
-from omniport.runtime.text import TextCodec
-from omniport.runtime.thinker import embed_media
-from omniport.runtime.timing import StageTimer
-from omniport.runtime.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.generation.decoder import Decoder
+from omniport.runtime.generation.talker import Talker
+from omniport.runtime.generation.thinker import embed_media
+from omniport.runtime.prompt.builder import build_prompt
+from omniport.runtime.prompt.tokenizer import TextCodec
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 
 MAX_CODES = 26
 SPEECH = {"max_codes": MAX_CODES, "seed": 3}

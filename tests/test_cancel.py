@@ -16,13 +16,13 @@ from bundles import make_bundle
 from live import Live, sort, voice
 from omniport.runtime import AudioChunk, Done, Event, OmniportError, SamplingConfig, TextDelta, TurnEnded
 from omniport.runtime.backends.base import Array, Graph, KvCache
-from omniport.runtime.backends.ort import OrtBackend
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.cancel import Cancelled, CancelToken, GuardedBackend
-from omniport.runtime.channel import Channel
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.concurrency.cancel import Cancelled, CancelToken, GuardedBackend
+from omniport.runtime.concurrency.channel import Channel
+from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.events import underruns
-from omniport.runtime.reply import Reply
-from omniport.runtime.timing import StageTimer
+from omniport.runtime.pipeline.reply import Reply
 
 LONG = SamplingConfig(max_new_tokens=400)
 TEXT = "the quick brown fox jumps over the lazy dog"

@@ -19,13 +19,13 @@ import pytest
 import safetensors
 import torch
 from huggingface_hub import errors as hub_errors
-from omniport.export import frontends
-from omniport.export.checkpoint import Checkpoint
-from omniport.export.config import normalise_config
-from omniport.export.safetensors_reader import MAX_HEADER, SafetensorsFile
-from omniport.export.tokenizer import load_tokenizer, tokenizer_from_vocab, tokenizer_json
+from omniport.export.checkpoint import frontends
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.checkpoint.config import normalise_config
+from omniport.export.checkpoint.safetensors import MAX_HEADER, SafetensorsFile
+from omniport.export.checkpoint.tokenizer_json import load_tokenizer, tokenizer_from_vocab, tokenizer_json
+from omniport.runtime.bundle.manifest import ChatSpec, CodecTokens, TextTokens
 from omniport.runtime.errors import CheckpointError, ExportError
-from omniport.runtime.manifest import ChatSpec, CodecTokens, TextTokens
 from safetensors.torch import load_file, save_file
 
 TEXTS = [

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import make_manifest
-from omniport.cli import export, main
+from omniport.cli import main
+from omniport.cli.commands import export
+from omniport.cli.commands.inspect import kv_bytes_per_1k
 from omniport.cli.common import size_text
-from omniport.cli.inspect import kv_bytes_per_1k
 from omniport.cli.wav import WavWriter
 from omniport.runtime.backends import BACKENDS
 from omniport.runtime.errors import CheckFailed, UsageError
@@ -160,7 +161,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_a_bug_exits_with_101_and_keeps_its_traceback(omniport: Omniport, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.cli.doctor.examine", raising(RuntimeError("boom")))
+    monkeypatch.setattr("omniport.cli.commands.doctor.examine", raising(RuntimeError("boom")))
     code, _, err = omniport("doctor")
     assert code == main.EXIT_BUG == 101
     assert "Traceback" in err
@@ -169,12 +170,12 @@ def test_a_bug_exits_with_101_and_keeps_its_traceback(omniport: Omniport, monkey
 
 
 def test_a_failed_check_exits_with_1(omniport: Omniport, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.cli.doctor.examine", raising(CheckFailed("it did not hold")))
+    monkeypatch.setattr("omniport.cli.commands.doctor.examine", raising(CheckFailed("it did not hold")))
     assert omniport("doctor") == (1, "", "error: it did not hold\n")
 
 
 def test_interrupt_exits_with_130(omniport: Omniport, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.cli.doctor.examine", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("omniport.cli.commands.doctor.examine", raising(KeyboardInterrupt()))
     code, _, err = omniport("doctor")
     assert code == main.EXIT_INTERRUPTED == 130
     assert "Traceback" not in err
@@ -272,7 +273,7 @@ def test_doctor(omniport: Omniport) -> None:
 def test_doctor_says_what_to_install_and_exits_with_1_when_nothing_can_run(
     omniport: Omniport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omniport.cli.doctor._version", lambda names: None)
+    monkeypatch.setattr("omniport.cli.commands.doctor._version", lambda names: None)
     code, text, err = omniport("doctor")
     assert code == 1
     assert "pip install 'omniport[ort]'" in text
@@ -282,7 +283,7 @@ def test_doctor_says_what_to_install_and_exits_with_1_when_nothing_can_run(
 
 def test_doctor_never_imports_torch() -> None:
     script = (
-        "import sys; from omniport.cli.doctor import examine; facts = examine()\n"
+        "import sys; from omniport.cli.commands.doctor import examine; facts = examine()\n"
         "assert facts['packages']['torch'], 'torch is installed here'\n"
         "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
     )

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from bundles import make_bundle
 from numpy.typing import NDArray
-from omniport.runtime.audio import ResampleStream, resample
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.layout import Layout, SoundVideo, grid_positions, video_times
-from omniport.runtime.manifest import AudioFrontend
-from omniport.runtime.mel import LogMelStream, log_mel
-from omniport.runtime.text import TextCodec
+from omniport.runtime.bundle.manifest import AudioFrontend
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.media.audio import ResampleStream, resample
+from omniport.runtime.media.log_mel import LogMelStream, log_mel
+from omniport.runtime.prompt.positions import Layout, SoundVideo, grid_positions, video_times
+from omniport.runtime.prompt.tokenizer import TextCodec
 
 RATE = 16000
 FRONTEND = AudioFrontend()

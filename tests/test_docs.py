@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from omniport.cli.main import app
-from omniport.runtime import engines, graphs, manifest
+from omniport.runtime.bundle import engines, manifest
+from omniport.runtime.bundle import graph_spec as graphs
 from samples import make_samples
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,11 +24,11 @@ import soxr
 from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
 from omniport.runtime import session as session_module
-from omniport.runtime.backends.ort import OrtGraph
-from omniport.runtime.decoder import Decoder
-from omniport.runtime.prompt import Prompt
-from omniport.runtime.timing import StageTimer
-from omniport.runtime.token2wav import NoiseStream, Token2Wav, Window
+from omniport.runtime.backends.onnxruntime.backend import OrtGraph
+from omniport.runtime.concurrency.timing import StageTimer
+from omniport.runtime.generation.decoder import Decoder
+from omniport.runtime.prompt.builder import Prompt
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav, Window
 from PIL import Image
 from reference import SYSTEM, DecoderTrace, Inputs, Reference, Reply, relative_rms
 

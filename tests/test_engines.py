@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from bundles import edit, make_bundle
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.engines import (
+from omniport.runtime.bundle.engines import (
     ENGINES_FILE,
     EngineListing,
     EngineRecord,
@@ -27,9 +26,10 @@ from omniport.runtime.engines import (
     record_path,
     verify_engine,
 )
+from omniport.runtime.bundle.graph_spec import DimRange
+from omniport.runtime.bundle.manifest import FileRecord
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError
-from omniport.runtime.graphs import DimRange
-from omniport.runtime.manifest import FileRecord
 
 HERE = {"builder": "tensorrt-rtx", "version": "1.7.1", "capability": "8.9"}
 NAME = engine_path("tensorrt-rtx", "rtx-4090", "fp32", "dit")

@@ -17,16 +17,16 @@ import onnx.numpy_helper
 import pytest
 import torch
 from numpy.typing import NDArray
-from omniport.export import reuse
-from omniport.export.checkpoint import Checkpoint
+from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.exporter import ExportReport, export_checkpoint
-from omniport.export.graph_defs import graph_definitions
-from omniport.runtime.bundle import Bundle
+from omniport.export.graphs import fingerprint as reuse
+from omniport.export.models.parts import graph_definitions
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES, GraphSpec
+from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, ExportError
-from omniport.runtime.graphs import GRAPH_NAMES, GraphSpec
-from omniport.runtime.manifest import Manifest
 from omniport.runtime.session import OmniSession
-from omniport.runtime.solver import rk4_schedule
+from omniport.runtime.speech.ode import rk4_schedule
 from safetensors import safe_open
 
 Array = NDArray[Any]
@@ -431,20 +431,19 @@ def test_keys_follow_what_a_graph_is_made_from(tiny_checkpoint: Path) -> None:
     assert reuse.graph_key(dit, msgspec.structs.replace(solver, guidance_scale=0.7), "a") != keys()["dit"]
 
 
-@pytest.mark.parametrize("graph", GRAPH_NAMES)
-def test_keys_cover_the_code_of_a_graph(graph: str) -> None:
-    """Listed modules import no module of the package that is not listed: no change of code keeps a stale graph."""
-    package = Path(reuse.__file__).parent
-    checked_elsewhere = {"checkpoint.py", "tokenizer.py", "frontends.py"}
-    for name in reuse.CODE[graph]:
-        for node in ast.walk(ast.parse((package / name).read_text())):
-            if not isinstance(node, ast.ImportFrom) or node.level == 0 or name == "graph_defs.py":
-                continue
-            folder = (package / name).parents[node.level - 1]
-            modules = [node.module] if node.module else [alias.name for alias in node.names]
-            for module in modules:
-                path = (folder / module.replace(".", "/")).with_suffix(".py").relative_to(package).as_posix()
-                assert path in reuse.CODE[graph] or path in checked_elsewhere, f"{name} imports {path}"
+def test_keys_cover_the_code_of_a_graph() -> None:
+    """Code that makes graphs imports no part of the export package that is not in the key."""
+    export = Path(reuse.__file__).parents[1]
+    hashed, itself = {"models", "graphs", "checkpoint"}, "source_code"
+    for package in sorted(hashed):
+        for file in (export / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level:
+                    folder = file.parents[node.level - 1]
+                    names = [node.module] if node.module else [alias.name for alias in node.names]
+                    for name in names:
+                        first = (folder / name.replace(".", "/")).relative_to(export).parts[0]
+                        assert first in {*hashed, itself}, f"{file.name} imports {first}"
 
 
 # --- precision -----------------------------------------------------------------------------------------------

@@ -22,15 +22,17 @@ import onnx
 import pytest
 import torch
 from checkpoints import rewritten
-from omniport.export import exporter, trace
-from omniport.export.checkpoint import Checkpoint
+from omniport.export import exporter
+from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.exporter import export_checkpoint
-from omniport.export.graph_defs import graph_definitions
-from omniport.runtime import Done, OmniSession, SamplingConfig, staging
-from omniport.runtime.bundle import Bundle
+from omniport.export.graphs import trace
+from omniport.export.models.parts import graph_definitions
+from omniport.runtime import Done, OmniSession, SamplingConfig
+from omniport.runtime.bundle import staging
+from omniport.runtime.bundle.graph_spec import TEXT_GRAPHS
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckpointError, ExportError, UsageError
-from omniport.runtime.graphs import TEXT_GRAPHS
-from omniport.runtime.solver import rk4_schedule
+from omniport.runtime.speech.ode import rk4_schedule
 from tokenizers import Tokenizer
 
 CONTEXT = 4096

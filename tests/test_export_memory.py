@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omniport.export.synthetic import SIZES
+from omniport.export.synthetic.make_checkpoint import SIZES
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "measure_export_memory.py"
 MIB = 1 << 20

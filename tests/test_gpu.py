@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_device import FakeDriver, FakeRuntime, with_engines
-from omniport.runtime.backends.cuda import CudaDriver, DeviceBuffer, PinnedBuffer, gpu_capability
-from omniport.runtime.backends.trt import TrtBackend
+from omniport.runtime.backends.tensorrt.backend import TrtBackend
+from omniport.runtime.backends.tensorrt.cuda import CudaDriver, DeviceBuffer, PinnedBuffer, gpu_capability
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -56,7 +56,7 @@ def test_memory_goes_there_and_back() -> None:
 def test_tiny_on_the_gpu(
     backend: str, tiny_half_bundles: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from omniport.export.devices import this_target
+    from omniport.export.devices.detect import this_target
 
     bundle = with_engines(tiny_half_bundles["fp16"], tmp_path / "bundle", [])
     plan = gpu_check.Plan(prompt=64, steps=16, seconds=0.6)
@@ -115,7 +115,7 @@ def test_what_counts_as_failed() -> None:
 
 def test_engines_report_how_they_decode(tiny_bundle: Path, tmp_path: Path) -> None:
     """Over the stand-in: the figures are nobody's, their names and sums are what is looked at."""
-    from omniport.export.targets import TARGETS
+    from omniport.export.devices.catalog import TARGETS
 
     bundle, driver = with_engines(tiny_bundle, tmp_path / "b", ["thinker"]), FakeDriver()
     driver.put_cost = 1e-4

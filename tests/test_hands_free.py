@@ -27,10 +27,10 @@ from omniport.runtime import (
     UnknownVoice,
     UsageError,
 )
-from omniport.runtime.audio import load_audio
-from omniport.runtime.dialogue import Dialogue, TurnBegan, TurnCommitted
-from omniport.runtime.hands_free import HandsFree
-from omniport.runtime.vad import CHUNK, RATE, SileroVad, SpeechGate, SpeechLimits
+from omniport.runtime.live.dialogue import Dialogue, TurnBegan, TurnCommitted
+from omniport.runtime.live.hands_free import HandsFree
+from omniport.runtime.live.vad import CHUNK, RATE, SileroVad, SpeechGate, SpeechLimits
+from omniport.runtime.media.audio import load_audio
 
 Samples = NDArray[np.float32]
 LONG = SamplingConfig(max_new_tokens=700)

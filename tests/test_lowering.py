@@ -10,18 +10,18 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from omniport.cli.main import run
+from omniport.export.evaluation.cases import MIN_ENERGY, check_bundle
+from omniport.export.evaluation.signals import picture, voice
 from omniport.export.exporter import export_checkpoint
-from omniport.export.parity import MIN_ENERGY, check_bundle
-from omniport.export.validation.inputs import picture, voice
-from omniport.export.validation.run import validate
 from omniport.export.validation.types import FAIL
+from omniport.export.validation.validate import validate
 from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Graph
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.decoder import Decoder
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, ExportError, OmniportError
-from omniport.runtime.graphs import GRAPH_NAMES
+from omniport.runtime.generation.decoder import Decoder
 
 LIMIT = 1e-4
 WIDTH = 128  # of the thinker of ``tiny``

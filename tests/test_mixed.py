@@ -12,15 +12,15 @@ import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from omniport.export.checkpoint import Checkpoint
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.evaluation.cases import TOLERANCES, check_bundle
 from omniport.export.exporter import export_checkpoint
-from omniport.export.graph_defs import graph_definitions
-from omniport.export.mixed import FLOAT32_OPS, KeepFloatPass, mix, module_path, ranged_values
-from omniport.export.parity import TOLERANCES, check_bundle
-from omniport.export.trace import trace
-from omniport.runtime.bundle import Bundle
+from omniport.export.graphs.mixed_precision import FLOAT32_OPS, KeepFloatPass, mix, module_path, ranged_values
+from omniport.export.graphs.trace import trace
+from omniport.export.models.parts import graph_definitions
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import ExportError
-from omniport.runtime.solver import rk4_schedule
+from omniport.runtime.speech.ode import rk4_schedule
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 

@@ -20,13 +20,14 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from omniport.export.validation.run import GROUP_NAMES, validate
 from omniport.export.validation.types import FAIL, ValidationReport
-from omniport.runtime import solver, vision
-from omniport.runtime.bundle import read_manifest
-from omniport.runtime.layout import Segment
-from omniport.runtime.manifest import FileRecord, SolverSpec
-from omniport.runtime.token2wav import MelPiece, Token2Wav
+from omniport.export.validation.validate import GROUP_NAMES, validate
+from omniport.runtime.bundle.manifest import FileRecord, SolverSpec
+from omniport.runtime.bundle.reader import read_manifest
+from omniport.runtime.media import image as vision
+from omniport.runtime.prompt.positions import Segment
+from omniport.runtime.speech import ode as solver
+from omniport.runtime.speech.token2wav import MelPiece, Token2Wav
 from onnx import TensorProto, helper, numpy_helper
 
 Floats = NDArray[np.float32]

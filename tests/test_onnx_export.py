@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omniport.export import onnx_export
-from omniport.export.data_file import ALIGNMENT, DataFile
-from omniport.export.weights import Transpose
+from omniport.export.graphs import writer as onnx_export
+from omniport.export.graphs.data_file import ALIGNMENT, DataFile
+from omniport.export.models.module import Transpose
 
 
 class Stored:
@@ -41,7 +41,7 @@ def test_transposed_in_panels(
 ) -> None:
     """Panels follow one another as the rows of the transposed weight, whatever divides what."""
     monkeypatch.setattr(onnx_export, "PANEL_BYTES", panel)
-    monkeypatch.setattr("omniport.export.weights.BLOCK_BYTES", 1 << 13)
+    monkeypatch.setattr("omniport.export.models.module.BLOCK_BYTES", 1 << 13)
     stored = Stored(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
     blocks = onnx_export._blocks_of(Transpose("w"), dtype, stored)
     pieces = list(onnx_export._transposed(shape, dtype, blocks))

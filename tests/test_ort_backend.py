@@ -14,15 +14,17 @@ import numpy as np
 import onnx
 import pytest
 from bundles import make_bundle, make_manifest, write_manifest
-from omniport.runtime.backends import BACKENDS, open_backend, ort, ort_plugin
+from omniport.runtime.backends import BACKENDS, open_backend
 from omniport.runtime.backends.base import StoppableGraph, runs_at_once
-from omniport.runtime.backends.onnx_scan import scan_onnx
-from omniport.runtime.backends.ort import OrtBackend, physical_cores
-from omniport.runtime.backends.ort_cache import OrtCache, StaticCache
-from omniport.runtime.backends.ort_placement import host_nodes, record_placement, warn_of_host_nodes
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.backends.onnxruntime import backend as ort
+from omniport.runtime.backends.onnxruntime import plugin as ort_plugin
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, physical_cores
+from omniport.runtime.backends.onnxruntime.kv_cache import OrtCache, StaticCache
+from omniport.runtime.backends.onnxruntime.onnx_scan import scan_onnx
+from omniport.runtime.backends.onnxruntime.placement import host_nodes, record_placement, warn_of_host_nodes
+from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, OmniportError
-from omniport.runtime.graphs import GraphSpec, TensorSpec
 from onnx import TensorProto, helper
 
 COPIED = "in-place optimization not activated"

@@ -18,12 +18,12 @@ from live import Live, sort
 from omniport.runtime import Done, SamplingConfig
 from omniport.runtime.backends.base import Array, Graph, KvCache, runs_at_once
 from omniport.runtime.backends.fake import FakeBackend
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.cancel import Cancelled, CancelToken, GuardedBackend
-from omniport.runtime.pace import Pace, Turns
-from omniport.runtime.reply import Reply
-from omniport.runtime.timing import StageTimer
-from omniport.runtime.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.concurrency.cancel import Cancelled, CancelToken, GuardedBackend
+from omniport.runtime.concurrency.schedule import Pace, Turns
+from omniport.runtime.concurrency.timing import StageTimer
+from omniport.runtime.pipeline.reply import Reply
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 
 SPEECH = ("thinker", "talker", "dit", "bigvgan")
 TEXT = "the quick brown fox jumps over the lazy dog"

@@ -16,12 +16,12 @@ import pytest
 import torch
 from checkpoints import rewritten
 from omniport.cli import main
-from omniport.export.checkpoint import Checkpoint
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.evaluation.cases import decoder_cases, load_reference
 from omniport.export.exporter import export_checkpoint
-from omniport.export.parity import decoder_cases, load_reference
-from omniport.export.validation.run import validate
 from omniport.export.validation.types import PASS
-from omniport.runtime.bundle import Bundle
+from omniport.export.validation.validate import validate
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BuildError, CheckpointError, ExportError
 from onnx import numpy_helper
 from packed import packed_checkpoint
@@ -251,8 +251,8 @@ def test_a_second_export_takes_over_what_is_there(
 
 def test_tensorrt_refuses_zero_points_and_builds_the_rest(exported: Callable[[str, str], Path]) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from omniport.export.build import build_bundle
-    from omniport.export.targets import TARGETS
+    from omniport.export.devices.catalog import TARGETS
+    from omniport.export.tensorrt.build import build_bundle
 
     card = TARGETS["rtx-4090"]
     with pytest.raises(BuildError, match=r"28 weights have zero points.*--zero-points separate"):
@@ -395,7 +395,7 @@ def test_memory_of_unpacking(method: str, share: float) -> None:
     """A few pieces; with scattered groups (``gptq`` here), also a byte for each integer."""
     import tracemalloc
 
-    from omniport.export.packed import find_packed, packed_format
+    from omniport.export.checkpoint.packed import find_packed, packed_format
 
     rows, columns = 16384, 2048
     raw = {"quantization_config": {"quant_method": method, "bits": 4, "group_size": 128}}

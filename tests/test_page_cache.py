@@ -11,13 +11,13 @@ import onnx
 import pytest
 import torch
 from omniport.calib.quantize import quantize_bundle
-from omniport.export import onnx_export
-from omniport.export.data_file import DataFile
-from omniport.export.safetensors_reader import SafetensorsFile
-from omniport.export.weights import Copy, Transpose
-from omniport.runtime import page_cache
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.page_cache import WriteBehind
+from omniport.export.checkpoint.safetensors import SafetensorsFile
+from omniport.export.graphs import writer as onnx_export
+from omniport.export.graphs.data_file import DataFile
+from omniport.export.models.module import Copy, Transpose
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.system import page_cache
+from omniport.runtime.system.page_cache import WriteBehind
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be told about its cache")
@@ -72,7 +72,7 @@ def test_a_weight_is_forgotten_when_it_was_read_for_the_last_time(
 ) -> None:
     """Panels read it again and again: every byte is dropped once, and in the last of them only."""
     monkeypatch.setattr(onnx_export, "PANEL_BYTES", 1 << 12)
-    monkeypatch.setattr("omniport.export.weights.BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr("omniport.export.models.module.BLOCK_BYTES", 1 << 12)
     save_file({"w": torch.zeros(256, 64)}, tmp_path / "w.safetensors")
     file = SafetensorsFile.open(tmp_path / "w.safetensors")
     reader = SimpleNamespace(shape=lambda key: file.entries[key].shape, read=file.read, forget=file.forget)

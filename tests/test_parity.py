@@ -13,18 +13,26 @@ import numpy as np
 import pytest
 import skimage.data
 from numpy.typing import NDArray
-from omniport.export import parity
-from omniport.export.checkpoint import Checkpoint
-from omniport.export.parity import Case, ParityRow, audio_case, bigvgan_case, check_bundle, dit_case, vision_case
-from omniport.export.speakers import load_speakers
-from omniport.runtime.audio import load_audio
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.evaluation import cases as parity
+from omniport.export.evaluation.cases import (
+    Case,
+    ParityRow,
+    audio_case,
+    bigvgan_case,
+    check_bundle,
+    dit_case,
+    vision_case,
+)
+from omniport.export.models.voices import load_speakers
 from omniport.runtime.backends import open_backend
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.manifest import VisionFrontend
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
-from omniport.runtime.graphs import GRAPH_NAMES
-from omniport.runtime.manifest import VisionFrontend
-from omniport.runtime.video import load_video
-from omniport.runtime.vision import image_input, load_image, video_input
+from omniport.runtime.media.audio import load_audio
+from omniport.runtime.media.image import image_input, load_image, video_input
+from omniport.runtime.media.video import load_video
 
 SPEECH = Path("/usr/share/sounds/alsa/Front_Center.wav")
 LIMIT = 1e-4
@@ -157,7 +165,7 @@ def test_vocoder_lengths(frames: int, tiny_bundle: Path, tiny_checkpoint: Path) 
 
 def test_batched_chunks_equal_single_ones(tiny_bundle: Path) -> None:
     """Attention never crosses a chunk, so encoding as the sound arrives is exact."""
-    from omniport.runtime.mel import chunk_mel, log_mel
+    from omniport.runtime.media.log_mel import chunk_mel, log_mel
 
     bundle = Bundle.open(tiny_bundle)
     chunks, frames = chunk_mel(log_mel(tone(9.0), bundle.manifest.audio), bundle.manifest.audio)

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 from omniport.calib.quantize import quantize_bundle
+from omniport.cli.commands.quantize import RecipeName
 from omniport.cli.main import app
-from omniport.cli.quantize import RecipeName
-from omniport.export.onnx_file import open_onnx
-from omniport.export.plan import RecipePlan, TargetPlan, make_plan
-from omniport.export.plan_machines import Machine, Rates, cpu_machine, find_machines, measure_rates
-from omniport.export.plan_recipes import RECIPES, graph_bytes
-from omniport.export.plan_shapes import ModelShape, find_model, shape_of_config
-from omniport.export.synthetic_config import SIZES, geometry_config
-from omniport.runtime.bundle import Bundle
+from omniport.export.planning.machines import Machine, Rates, cpu_machine, find_machines, measure_rates
+from omniport.export.planning.plan import RecipePlan, TargetPlan, make_plan
+from omniport.export.planning.recipes import RECIPES, graph_bytes
+from omniport.export.planning.shapes import ModelShape, find_model, shape_of_config
+from omniport.export.synthetic.geometries import SIZES, geometry_config
+from omniport.export.tensorrt.onnx_file import open_onnx
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
 from typer.testing import CliRunner
 
@@ -233,7 +233,7 @@ def test_tables() -> None:
 
 
 def test_bandwidth_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.export.plan_machines.measure_rates", lambda: RATES)
+    monkeypatch.setattr("omniport.export.planning.machines.measure_rates", lambda: RATES)
     slow, fast = (
         json.loads(run("3b", "--target", "cpu", "--bandwidth", rate, "--json").stdout)[0] for rate in ("5", "50")
     )

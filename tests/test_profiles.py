@@ -8,9 +8,9 @@ import pytest
 from bundles import make_manifest
 from graphs import plain_model, put_graphs, spec, tensor
 from omniport.cli.main import app
-from omniport.export.profiles import Limits, graph_dims, limits_of, make_profiles
+from omniport.export.tensorrt.profiles import Limits, graph_dims, limits_of, make_profiles
+from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec
 from omniport.runtime.errors import UsageError
-from omniport.runtime.graphs import DimRange, GraphSpec
 from typer.testing import CliRunner
 
 
@@ -50,8 +50,8 @@ def test_profiles_of_audio_and_speech() -> None:
 
 
 def test_a_streamed_window_fits_what_max_codes_asks_for_at_least() -> None:
-    from omniport.export.profiles import STREAM_CODES
-    from omniport.runtime.manifest import DitGeometry, VocoderGeometry
+    from omniport.export.tensorrt.profiles import STREAM_CODES
+    from omniport.runtime.bundle.manifest import DitGeometry, VocoderGeometry
 
     dit, vocoder = DitGeometry(), VocoderGeometry()
     block = dit.block_size // dit.repeats

@@ -17,9 +17,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from omniport.runtime import prompt as module
-from omniport.runtime.errors import MediaError, PromptError, PromptTooLong
-from omniport.runtime.manifest import (
+from omniport.runtime.bundle.manifest import (
     AudioFrontend,
     ChatSpec,
     DecoderGeometry,
@@ -30,9 +28,11 @@ from omniport.runtime.manifest import (
     SpecialTokens,
     VisionFrontend,
 )
-from omniport.runtime.prompt import Prompt, build_prompt
-from omniport.runtime.text import TextCodec
-from omniport.runtime.video import VideoClip, load_video
+from omniport.runtime.errors import MediaError, PromptError, PromptTooLong
+from omniport.runtime.media.video import VideoClip, load_video
+from omniport.runtime.prompt import builder as module
+from omniport.runtime.prompt.builder import Prompt, build_prompt
+from omniport.runtime.prompt.tokenizer import TextCodec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniPreTrainedModelForConditionalGeneration as ReferenceModel,

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from omniport.calib.calibration import CLIPS, Calibration, Header, Site, SiteRecord
-from omniport.calib.layer_loss import sqnr_db, unscaled
+from omniport.calib.calibration_file import CLIPS, Calibration, Header, Site, SiteRecord
 from omniport.calib.quantize import quantize_bundle
-from omniport.calib.report import BundleLoss, LossReport, compare_bundles
-from omniport.calib.report_page import render
+from omniport.calib.report.compare import BundleLoss, LossReport, compare_bundles
+from omniport.calib.report.layer_loss import sqnr_db, unscaled
+from omniport.calib.report.quant_page import render
 from omniport.cli import main
-from omniport.export.validation.speech_metrics import log_mel_power, mel_cepstral_distortion, mel_l1
-from omniport.runtime.bundle import Bundle
+from omniport.export.evaluation.speech_metrics import log_mel_power, mel_cepstral_distortion, mel_l1
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
 from onnx import numpy_helper
 
@@ -172,7 +172,7 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Only what the command does: the figures are those measured above."""
-    monkeypatch.setattr("omniport.calib.report.compare_bundles", lambda *_arguments, **_options: measured)
+    monkeypatch.setattr("omniport.calib.report.compare.compare_bundles", lambda *_arguments, **_options: measured)
     for options, code in (([], 0), (["--json"], 0), (["--html", str(tmp_path / "no" / "page.html")], 2)):
         with pytest.raises(SystemExit) as stopped:
             main.run(["quant-report", "a", "b", *options])

@@ -17,17 +17,17 @@ import pytest
 from bundles import edit, make_bundle, make_manifest
 from graphs import make_model, put_graphs, spec, tensor
 from omniport.calib.quantize import quantize_bundle
-from omniport.calib.recipe import SCHEMES, Choice, choose, find_recipe, resolve
-from omniport.calib.rounding import quantize, scales_from
-from omniport.calib.weights import Stored, Weight, find_weights, row_blocks
+from omniport.calib.weights.recipe import SCHEMES, Choice, choose, find_recipe, resolve
+from omniport.calib.weights.rounding import quantize, scales_from
+from omniport.calib.weights.tensors import Stored, Weight, find_weights, row_blocks
 from omniport.cli import main
-from omniport.export.validation.run import validate
 from omniport.export.validation.types import FAIL, PASS
+from omniport.export.validation.validate import validate
 from omniport.runtime import Done, OmniSession, SamplingConfig
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.bundle.integer_weights import pack_int4
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BundleError, ExportError, UsageError
-from omniport.runtime.graphs import GraphSpec
-from omniport.runtime.integers import pack_int4
 from onnx import TensorProto, helper, numpy_helper
 
 LM_PARTS = ("thinker", "talker")
@@ -118,7 +118,7 @@ def test_odd_sizes_in_small_pieces(
     scheme: str, shape: tuple[int, int], dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of a few rows, so that a weight is put together from many of them."""
-    monkeypatch.setattr("omniport.calib.weights.BLOCK_BYTES", 128)
+    monkeypatch.setattr("omniport.calib.weights.tensors.BLOCK_BYTES", 128)
     array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     array[:, 0] = 0  # a channel without a value has a scale all the same
     source = stored_file(tmp_path / "w", array, offset=64)
@@ -163,7 +163,7 @@ def test_scales_of_tiny_halves_are_no_zeros() -> None:
 
 
 def test_rows_of_blocks_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.calib.weights.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("omniport.calib.weights.tensors.BLOCK_BYTES", 1000)
     ranges = list(row_blocks((320, 5), 4, 32))
     assert ranges == [(start, start + 32) for start in range(0, 320, 32)]
 
@@ -286,8 +286,8 @@ def test_a_quantized_bundle_replies_and_validates(
 def test_engines_of_quantized_decoders_build(tiny_half_bundles: dict[str, Path], tmp_path: Path) -> None:
     """FP16 with INT8 and INT4 weights, for SM89: built, not run."""
     pytest.importorskip("tensorrt_rtx")
-    from omniport.export.build import build_bundle
-    from omniport.export.targets import TARGETS
+    from omniport.export.devices.catalog import TARGETS
+    from omniport.export.tensorrt.build import build_bundle
 
     quantize_bundle(tiny_half_bundles["fp16"], tmp_path / "int4", "int4")
     report = build_bundle(Bundle.open(tmp_path / "int4"), TARGETS["rtx-4090"], graphs=LM_PARTS)

@@ -18,23 +18,23 @@ import pytest
 from calibrations import calibrate_bundle
 from msgspec.structs import replace as restruct
 from numpy.typing import NDArray
-from omniport.calib.calibrated import smoothing
-from omniport.calib.calibration import Calibration, Site
-from omniport.calib.layer_loss import layer_losses
-from omniport.calib.probe import Calls
+from omniport.calib.calibration_file import Calibration, Site
 from omniport.calib.quantize import quantize_bundle
-from omniport.calib.recipe import SCHEMES, Choice, choose, find_recipe
-from omniport.calib.rounding import quantize
-from omniport.calib.smoothing import Factors, SmoothPass
-from omniport.calib.weights import Stored, Weight, find_weights
+from omniport.calib.report.layer_loss import layer_losses
+from omniport.calib.report.recorded_calls import Calls
+from omniport.calib.weights.recipe import SCHEMES, Choice, choose, find_recipe
+from omniport.calib.weights.rounding import quantize
+from omniport.calib.weights.scales import smoothing
+from omniport.calib.weights.smoothing_pass import Factors, SmoothPass
+from omniport.calib.weights.tensors import Stored, Weight, find_weights
 from omniport.cli import main
-from omniport.export.build import build_bundle
-from omniport.export.targets import TARGETS
-from omniport.export.validation.emulate import open_graph
-from omniport.runtime.backends.ort import OrtBackend
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.decoder import Decoder
+from omniport.export.devices.catalog import TARGETS
+from omniport.export.evaluation.half_emulation import open_graph
+from omniport.export.tensorrt.build import build_bundle
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BuildError, UsageError
+from omniport.runtime.generation.decoder import Decoder
 from onnx import numpy_helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -228,7 +228,7 @@ def test_a_report_sees_what_rounding_the_output_costs(
     mel = 1.5 * np.random.default_rng(0).standard_normal((1, 80, 12), np.float32) - 5
     bundles = (Bundle.open(tiny_outlier_bundle), Bundle.open(quantized["int8"]))
     whole = layer_losses(*bundles, "bigvgan", Calls([{"mel": mel}]), 1)
-    monkeypatch.setattr("omniport.calib.layer_loss._File.given", lambda _, output: output)
+    monkeypatch.setattr("omniport.calib.report.layer_loss._File.given", lambda _, output: output)
     raw = layer_losses(*bundles, "bigvgan", Calls([{"mel": mel}]), 1)
     assert len(whole) == len(raw) == 66
     assert all(row.scheme == "w8a8-out" for row in whole)

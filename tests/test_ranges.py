@@ -14,22 +14,22 @@ import torch
 from checkpoints import rewritten
 from numpy.typing import NDArray
 from omniport.cli.main import run
-from omniport.export.build import build_bundle, require_ranges
+from omniport.export.devices.catalog import find_target
+from omniport.export.evaluation.cases import TOLERANCES, check_bundle
+from omniport.export.evaluation.half_emulation import EmulatedBackend
+from omniport.export.evaluation.measure_ranges import measure_ranges, store_ranges
+from omniport.export.evaluation.recording import RecordingBackend
 from omniport.export.exporter import ExportReport, export_checkpoint
-from omniport.export.parity import TOLERANCES, check_bundle
-from omniport.export.ranges import measure_ranges, store_ranges
-from omniport.export.reuse import file_record
-from omniport.export.targets import find_target
-from omniport.export.validation.emulate import EmulatedBackend
-from omniport.export.validation.replay import RecordingBackend
-from omniport.export.validation.run import validate
+from omniport.export.graphs.fingerprint import file_record
+from omniport.export.tensorrt.build import build_bundle, require_ranges
 from omniport.export.validation.types import FAIL
+from omniport.export.validation.validate import validate
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
-from omniport.runtime.bundle import Bundle, read_manifest
+from omniport.runtime.bundle.activation_ranges import Ranges, encode_ranges, limit, overflowing, read_ranges
+from omniport.runtime.bundle.manifest import encode_manifest
+from omniport.runtime.bundle.reader import Bundle, read_manifest
 from omniport.runtime.errors import BuildError, BundleError, CheckFailed, ExportError, UsageError
-from omniport.runtime.manifest import encode_manifest
-from omniport.runtime.ranges import Ranges, encode_ranges, limit, overflowing, read_ranges
 
 DOWN = "model.layers.1.mlp.down_proj/MatMul:0"
 MESSAGES = [{"role": "user", "content": "What can you tell me about the sea?"}]

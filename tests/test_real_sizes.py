@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omniport.runtime.graphs import GRAPH_NAMES
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"

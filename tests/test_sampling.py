@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from omniport.runtime.bundle.manifest import SamplingConfig
 from omniport.runtime.errors import OmniportError, UsageError, UserError
-from omniport.runtime.manifest import SamplingConfig
-from omniport.runtime.sampling import Sampler, validate_sampling
+from omniport.runtime.generation.sampling import Sampler, validate_sampling
 from transformers.generation import logits_process as reference
 
 VOCABULARY = 152_064

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omniport.calib.probe import Loss, loss_of
+from omniport.calib.report.recorded_calls import Loss, loss_of
 from omniport.calib.search import Target, part_of, parts_of, search
 from omniport.cli import main
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckFailed, UsageError
 
 NOISE = {"a": 0.001, "b": 0.3, "c": 0.02, "d": 0.1, "e": 0.0001, "f": 0.05}

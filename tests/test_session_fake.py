@@ -26,8 +26,8 @@ from omniport.runtime import (
     UsageError,
 )
 from omniport.runtime.backends.fake import FakeBackend, FakeDecoder, FakeEncoder
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.prompt import build_prompt
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.prompt.builder import build_prompt
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 GREEDY = SamplingConfig(max_new_tokens=40)
@@ -239,7 +239,7 @@ def test_talker_limit(setup: Setup) -> None:
 
 def test_repetition_penalty_sees_the_prompt_ids(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, list[int]]] = []
-    from omniport.runtime.sampling import Sampler
+    from omniport.runtime.generation.sampling import Sampler
 
     pick = Sampler.pick
 

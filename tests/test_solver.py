@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from omniport.runtime.errors import UsageError
-from omniport.runtime.solver import Solver, rk4_schedule, solve, with_method
+from omniport.runtime.speech.ode import Solver, rk4_schedule, solve, with_method
 
 
 def even_schedule(intervals: int):

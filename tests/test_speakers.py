@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from omniport.export.checkpoint import Checkpoint
-from omniport.export.models.speaker import SpeakerEncoder, SpeakerSpec
-from omniport.export.speakers import (
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.models.ecapa import SpeakerEncoder, SpeakerSpec
+from omniport.export.models.voices import (
     SPEAKER_PREFIX,
     Speaker,
     load_speakers,

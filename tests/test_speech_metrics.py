@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from omniport.export.validation.speech_asr import word_error_rate, words
-from omniport.export.validation.speech_blame import misplaced_chunks
-from omniport.export.validation.speech_metrics import (
+from omniport.export.evaluation.speech_metrics import (
     FLOOR_DB,
     clipped_share,
     log_mel_power,
@@ -22,6 +20,8 @@ from omniport.export.validation.speech_metrics import (
     synthetic_kind,
     tone_share,
 )
+from omniport.export.validation.checks.asr import word_error_rate, words
+from omniport.export.validation.checks.speech_blame import misplaced_chunks
 
 RATE = 24000
 Wave = NDArray[np.float32]

@@ -19,10 +19,10 @@ import soundfile
 from bundles import make_bundle
 from live import Live
 from numpy.typing import NDArray
-from omniport.cli import talk_loop
-from omniport.cli.playback import Playback, WavLoudspeaker, WavMicrophone
-from omniport.cli.talk_loop import PushToTalk, Stage, Talk, read_keys
-from omniport.cli.talk_view import JsonView, LiveView, PlainView, Scene, latencies, render
+from omniport.cli.talk import loop as talk_loop
+from omniport.cli.talk.loop import PushToTalk, Stage, Talk, read_keys
+from omniport.cli.talk.playback import Playback, WavLoudspeaker, WavMicrophone
+from omniport.cli.talk.view import JsonView, LiveView, PlainView, Scene, latencies, render
 from omniport.runtime import (
     AudioChunk,
     Dialogue,

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
-from omniport.cli import main, playback
-from omniport.cli.devices import DeviceLoudspeaker, DeviceMicrophone
-from omniport.cli.playback import WavLoudspeaker
+from omniport.cli import main
+from omniport.cli.talk import playback
+from omniport.cli.talk.audio_devices import DeviceLoudspeaker, DeviceMicrophone
+from omniport.cli.talk.playback import WavLoudspeaker
 from omniport.runtime import SamplingConfig, UsageError
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "talk.md"

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from omniport.cli.main import app
-from omniport.export.devices import Device, device_target, read_device, this_target
-from omniport.export.targets import (
+from omniport.export.devices.catalog import (
     PRECISION_NAMES,
     RTX_CAPABILITIES,
     TARGETS,
     find_target,
     nearest_rtx_capability,
 )
+from omniport.export.devices.detect import Device, device_target, read_device, this_target
 from omniport.runtime.errors import BackendError, UsageError
 from typer.testing import CliRunner
 
@@ -169,7 +169,7 @@ def test_devices_without_a_clock_have_no_bandwidth() -> None:
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.export.devices._driver", lambda: driver("NVIDIA L40S", "8.9", 44.4))
+    monkeypatch.setattr("omniport.export.devices.detect._driver", lambda: driver("NVIDIA L40S", "8.9", 44.4))
     result = CliRunner().invoke(app, ["targets", "--json"])
     assert result.exit_code == 0
     rows = {row["name"]: row for row in json.loads(result.stdout)}

@@ -21,10 +21,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from omniport.export.tokenizer import tokenizer_from_vocab
+from omniport.export.checkpoint.tokenizer_json import tokenizer_from_vocab
+from omniport.runtime.bundle.manifest import SpecialTokens
 from omniport.runtime.errors import BundleError, PromptError
-from omniport.runtime.manifest import SpecialTokens
-from omniport.runtime.text import TextCodec
+from omniport.runtime.prompt.tokenizer import TextCodec
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 
 REGULAR = 151_643

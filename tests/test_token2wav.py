@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from bundles import CODES, make_bundle
 from numpy.typing import NDArray
-from omniport.runtime import SpeechWindows, token2wav
+from omniport.runtime import SpeechWindows
 from omniport.runtime.backends.fake import FakeBackend, FakeBigVgan, FakeDit
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import OmniportError, UsageError
-from omniport.runtime.solver import Solver
-from omniport.runtime.timing import StageTimer
-from omniport.runtime.token2wav import NoiseStream, Token2Wav, Window
+from omniport.runtime.speech import token2wav
+from omniport.runtime.speech.ode import Solver
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav, Window
 
 LENGTHS = [0, 1, 11, 12, 13, 23, 24, 25, 35, 36, 37, 48, 60, 61, 100, 200]
 SAMPLES_PER_CODE = 480

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 import pytest
-from omniport.export import trace as tracing
-from omniport.export.checkpoint import Checkpoint
-from omniport.export.graph_defs import GraphDefinition, graph_definitions
-from omniport.export.onnx_export import write_model
-from omniport.export.trace import cache_folder, trace
-from omniport.runtime.solver import rk4_schedule
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.graphs import trace as tracing
+from omniport.export.graphs.trace import cache_folder, trace
+from omniport.export.graphs.writer import write_model
+from omniport.export.models.parts import GraphDefinition, graph_definitions
+from omniport.runtime.speech.ode import rk4_schedule
 
 
 class Traced(NamedTuple):

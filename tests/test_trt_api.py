@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omniport.export import trt_api
-from omniport.export.trt_api import (
+from omniport.export.tensorrt import builder_api as trt_api
+from omniport.export.tensorrt.builder_api import (
     Api,
     PhaseStack,
     attributes_of,
@@ -22,7 +22,7 @@ from omniport.export.trt_api import (
     too_old_for,
     version_numbers,
 )
-from omniport.runtime.backends.trt_runtime import TrtRuntime
+from omniport.runtime.backends.tensorrt.runtime_api import TrtRuntime
 from omniport.runtime.errors import BackendError
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(
@@ -190,7 +190,7 @@ def test_progress_stays_within_bounds_whatever_is_reported() -> None:
 def test_building_needs_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\n"
-        "import omniport.export.build, omniport.export.build_check, omniport.export.devices\n"
+        "import omniport.export.tensorrt.build, omniport.export.tensorrt.build_check, omniport.export.devices.detect\n"
         "heavy = {'torch', 'transformers', 'onnxscript', 'onnxruntime', 'tensorrt_rtx', 'tensorrt', 'optimum'}\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & heavy))"
     )

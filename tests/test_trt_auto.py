@@ -9,11 +9,14 @@ import pytest
 from fake_device import CAPABILITY, VERSION, FakeDriver, FakeRuntime, with_engines
 from live import sort
 from omniport.cli.main import app
-from omniport.export.validation.run import validate
+from omniport.export.validation.validate import validate
 from omniport.runtime import OmniSession, SamplingConfig
-from omniport.runtime.backends import here, mixed, open_backend, trt
-from omniport.runtime.backends.cuda import gpu_capability
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.backends import composite as mixed
+from omniport.runtime.backends import open_backend
+from omniport.runtime.backends import select as here
+from omniport.runtime.backends.tensorrt import backend as trt
+from omniport.runtime.backends.tensorrt.cuda import gpu_capability
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
 from typer.testing import CliRunner
 
@@ -24,7 +27,7 @@ no_gpu = pytest.mark.skipif(gpu_capability() is not None, reason="says what happ
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """A machine whose GPU and engines are stand-ins."""
     driver = FakeDriver()
-    monkeypatch.setattr("omniport.runtime.backends.cuda.gpu_capability", lambda: CAPABILITY)
+    monkeypatch.setattr("omniport.runtime.backends.tensorrt.cuda.gpu_capability", lambda: CAPABILITY)
     monkeypatch.setattr(trt, "CudaDriver", lambda: driver)
     return driver
 
@@ -86,7 +89,7 @@ def test_engines_of_another_gpu(
     bundle: Bundle, tiny_bundle: Path, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed(monkeypatch, bundle, gpu)
-    monkeypatch.setattr("omniport.runtime.backends.cuda.gpu_capability", lambda: "8.6")
+    monkeypatch.setattr("omniport.runtime.backends.tensorrt.cuda.gpu_capability", lambda: "8.6")
     assert "compute capability 8.9, and this machine's GPU has 8.6. Build it here: omniport build" in fallback(bundle)
 
 
@@ -94,7 +97,7 @@ def test_missing_packages(bundle: Bundle, gpu: FakeDriver, monkeypatch: pytest.M
     installed(monkeypatch, bundle, gpu)
     monkeypatch.setattr(here, "_has_bindings", lambda: False)
     assert "cuda-bindings is not installed here: pip install 'omniport[rtx]'" in fallback(bundle)
-    monkeypatch.setattr("omniport.runtime.backends.trt_runtime.installed_runtimes", list)
+    monkeypatch.setattr("omniport.runtime.backends.tensorrt.runtime_api.installed_runtimes", list)
     assert "tensorrt-rtx is not installed here: pip install 'omniport[rtx]'" in fallback(bundle)
 
 

@@ -15,12 +15,12 @@ from live import film, sort, voice
 from numpy.typing import NDArray
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
-from omniport.runtime.backends.trt import TrtBackend, positions_bucket
-from omniport.runtime.backends.trt_cache import StaticTrtCache
-from omniport.runtime.backends.trt_lane import from_bfloat16, to_bfloat16
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.backends.tensorrt.backend import TrtBackend, positions_bucket
+from omniport.runtime.backends.tensorrt.execution import from_bfloat16, to_bfloat16
+from omniport.runtime.backends.tensorrt.kv_cache import StaticTrtCache
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
-from omniport.runtime.vision import image_input
+from omniport.runtime.media.image import image_input
 
 THINKER = SamplingConfig(max_new_tokens=12)
 TALKER = SamplingConfig(max_new_tokens=26, temperature=0.0)

@@ -15,10 +15,10 @@ from live import sort
 from numpy.typing import NDArray
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
-from omniport.runtime.backends.trt import TrtBackend
-from omniport.runtime.backends.trt_cache import GrowingTrtCache
+from omniport.runtime.backends.tensorrt.backend import TrtBackend
+from omniport.runtime.backends.tensorrt.kv_cache import GrowingTrtCache
+from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec
 from omniport.runtime.errors import OmniportError
-from omniport.runtime.graphs import DimRange, GraphSpec
 from onnx import helper, numpy_helper
 
 HEADS, WIDTH = 2, 4

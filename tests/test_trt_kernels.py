@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_device import FakeDriver, FakeRuntime, with_engines
-from omniport.runtime.backends import trt_kernels, trt_runtime
-from omniport.runtime.backends.trt import TrtBackend
-from omniport.runtime.backends.trt_kernels import KernelFile
-from omniport.runtime.bundle import Bundle
-from omniport.runtime.engines import Engine, list_engines
+from omniport.runtime.backends.tensorrt import kernel_cache as trt_kernels
+from omniport.runtime.backends.tensorrt import runtime_api as trt_runtime
+from omniport.runtime.backends.tensorrt.backend import TrtBackend
+from omniport.runtime.backends.tensorrt.kernel_cache import KernelFile
+from omniport.runtime.bundle.engines import Engine, list_engines
+from omniport.runtime.bundle.reader import Bundle
 
 KERNELS = b"kernels, as bytes\n with a line break and \0"
 

@@ -11,8 +11,8 @@ import pytest
 from fake_device import VERSION, FakeDriver, FakeRuntime, feeds_of, with_engines
 from numpy.typing import NDArray
 from omniport.runtime import OmniSession
-from omniport.runtime.backends.trt import TrtBackend, TrtGraph
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.backends.tensorrt.backend import TrtBackend, TrtGraph
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, OmniportError, UsageError
 
 

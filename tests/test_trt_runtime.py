@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from graphs import cache_model, plain_model, put_graphs
-from omniport.export.build import build_bundle
-from omniport.export.targets import find_target
-from omniport.runtime.backends import open_backend, trt_runtime
-from omniport.runtime.backends.cuda import CudaDriver, gpu_capability
-from omniport.runtime.backends.trt_runtime import USED, TrtRuntime, installed_runtimes
-from omniport.runtime.bundle import Bundle
+from omniport.export.devices.catalog import find_target
+from omniport.export.tensorrt.build import build_bundle
+from omniport.runtime.backends import open_backend
+from omniport.runtime.backends.tensorrt import runtime_api as trt_runtime
+from omniport.runtime.backends.tensorrt.cuda import CudaDriver, gpu_capability
+from omniport.runtime.backends.tensorrt.runtime_api import USED, TrtRuntime, installed_runtimes
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
 
 no_gpu = pytest.mark.skipif(gpu_capability() is not None, reason="says what happens without a GPU, and here is one")

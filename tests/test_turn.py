@@ -20,7 +20,7 @@ from omniport.runtime import (
     UsageError,
 )
 from omniport.runtime.backends.fake import FakeEncoder
-from omniport.runtime.prompt import build_prompt
+from omniport.runtime.prompt.builder import build_prompt
 
 GREEDY = SamplingConfig(max_new_tokens=60)
 

@@ -14,19 +14,17 @@ import numpy as np
 import pytest
 from bundles import edit
 from omniport.cli import main
-from omniport.export.validation import (
-    decode_checks,
-    end_to_end_checks,
-    graph_checks,
-    layer_trace,
-    preprocess_checks,
-    speech_checks,
-)
+from omniport.export.validation.checks import decoding as decode_checks
+from omniport.export.validation.checks import end_to_end as end_to_end_checks
+from omniport.export.validation.checks import graphs as graph_checks
+from omniport.export.validation.checks import layers as layer_trace
+from omniport.export.validation.checks import preprocessing as preprocess_checks
+from omniport.export.validation.checks import speech as speech_checks
 from omniport.export.validation.context import Context
-from omniport.export.validation.run import GROUP_NAMES, validate
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check, ValidationReport
+from omniport.export.validation.validate import GROUP_NAMES, validate
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.errors import BackendError, PromptError, UsageError
-from omniport.runtime.graphs import GRAPH_NAMES
 
 Omniport = Callable[..., tuple[int, str, str]]
 Group = Callable[..., Iterator[Check]]
@@ -343,7 +341,7 @@ def test_the_quick_suite_holds_on_tiny_within_its_time(
 
 
 def test_a_graph_that_never_ran_is_no_proof() -> None:
-    from omniport.export.validation.run import _proven
+    from omniport.export.validation.validate import _proven
 
     def check(stage: str, status: str) -> Check:
         return Check(stage=stage, name="case", status=status)

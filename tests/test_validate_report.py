@@ -16,7 +16,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from omniport.export.validation import page, plots, report
+from omniport.export.evaluation import plots
+from omniport.export.validation import report_page as page
+from omniport.export.validation import summary as report
 from omniport.export.validation.tolerances import LIMITS
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check, ValidationReport
 from omniport.runtime.errors import ExportError

@@ -13,28 +13,28 @@ import numpy as np
 import pytest
 import reference as oracle
 from numpy.typing import NDArray
-from omniport.export.checkpoint import Checkpoint
-from omniport.export.validation import end_to_end_checks as checks_module
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.evaluation.conversations import read_conversations, standard_conversations
+from omniport.export.validation.checks import end_to_end as checks_module
+from omniport.export.validation.checks.end_to_end import end_to_end_checks
+from omniport.export.validation.checks.forced import decisions_check, ids_check
+from omniport.export.validation.checks.preprocessing import equal_check, position_checks, preprocess_checks
 from omniport.export.validation.context import Context
-from omniport.export.validation.conversations import read_conversations, standard_conversations
-from omniport.export.validation.end_to_end_checks import end_to_end_checks
-from omniport.export.validation.forced_checks import decisions_check, ids_check
-from omniport.export.validation.preprocess_checks import equal_check, position_checks, preprocess_checks
 from omniport.export.validation.reference import Reference
 from omniport.export.validation.reference_inputs import Processor
-from omniport.export.validation.staged import ReplyLimits, StagedReply, staged_replies
+from omniport.export.validation.reference_reply import ReplyLimits, StagedReply, staged_replies
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check
-from omniport.runtime import prompt as prompt_module
 from omniport.runtime import session as session_module
-from omniport.runtime import token2wav as token2wav_module
 from omniport.runtime.backends import open_backend
-from omniport.runtime.backends.ort import OrtGraph
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.backends.onnxruntime.backend import OrtGraph
+from omniport.runtime.bundle.manifest import SolverSpec
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, UsageError
-from omniport.runtime.layout import Segment
-from omniport.runtime.manifest import SolverSpec
-from omniport.runtime.prompt import Prompt, build_prompt
-from omniport.runtime.text import TextCodec
+from omniport.runtime.prompt import builder as prompt_module
+from omniport.runtime.prompt.builder import Prompt, build_prompt
+from omniport.runtime.prompt.positions import Segment
+from omniport.runtime.prompt.tokenizer import TextCodec
+from omniport.runtime.speech import token2wav as token2wav_module
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -342,8 +342,8 @@ def test_a_wrong_graph_is_named(
 
 
 def test_wrong_pixels_and_mel(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    from omniport.export.validation import preprocess_checks as module
-    from omniport.runtime import vision
+    from omniport.export.validation.checks import preprocessing as module
+    from omniport.runtime.media import image as vision
 
     build, mel = vision._build, module.log_mel
 

@@ -16,26 +16,26 @@ import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
-from omniport.export.checkpoint import Checkpoint
-from omniport.export.validation import decode_checks as decode_module
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.evaluation.half_emulation import EmulatedBackend, EmulateHalfPass
+from omniport.export.evaluation.metrics import MIN_ENERGY
+from omniport.export.evaluation.signals import log_mel_like, picture, voice
+from omniport.export.validation.checks import decoding as decode_module
+from omniport.export.validation.checks.decoding import decode_checks
+from omniport.export.validation.checks.graphs import array_check, graph_checks
+from omniport.export.validation.checks.layers import trace_layers
 from omniport.export.validation.context import Context
-from omniport.export.validation.decode_checks import decode_checks
-from omniport.export.validation.emulate import EmulatedBackend, EmulateHalfPass
-from omniport.export.validation.graph_checks import array_check, graph_checks
-from omniport.export.validation.inputs import log_mel_like, picture, voice
-from omniport.export.validation.layer_trace import trace_layers
-from omniport.export.validation.metrics import MIN_ENERGY
 from omniport.export.validation.reference import Reference
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Backend, Graph
-from omniport.runtime.backends.ort import OrtGraph
-from omniport.runtime.backends.ort_cache import OrtCache
-from omniport.runtime.bundle import Bundle, read_manifest
-from omniport.runtime.decoder import Decoder
+from omniport.runtime.backends.onnxruntime.backend import OrtGraph
+from omniport.runtime.backends.onnxruntime.kv_cache import OrtCache
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.manifest import FileRecord
+from omniport.runtime.bundle.reader import Bundle, read_manifest
 from omniport.runtime.errors import BackendError, BundleError, UsageError
-from omniport.runtime.graphs import GRAPH_NAMES
-from omniport.runtime.manifest import FileRecord
+from omniport.runtime.generation.decoder import Decoder
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 

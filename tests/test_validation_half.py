@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from omniport.export.validation import end_to_end_checks, speech_cases
-from omniport.export.validation.run import validate
+from omniport.export.validation.checks import end_to_end as end_to_end_checks
+from omniport.export.validation.checks import speech_cases
 from omniport.export.validation.tolerances import LIMITS, Limit
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, ValidationReport
+from omniport.export.validation.validate import validate
 
 GROUPS = ("vision_encoder", "talker", "dit", "bigvgan", "end_to_end", "speech")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}

@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from omniport.export.checkpoint import Checkpoint
-from omniport.export.reference_parts import load_reference, reference_bytes
-from omniport.export.validation import end_to_end_checks, machine, run, speech_cases
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.evaluation import machine
+from omniport.export.evaluation.reference_modules import load_reference, reference_bytes
+from omniport.export.validation import validate as run
+from omniport.export.validation.checks import end_to_end as end_to_end_checks
+from omniport.export.validation.checks import speech_cases
+from omniport.export.validation.low_memory_backend import TurnsBackend
 from omniport.export.validation.memory import give_back, peak_memory
-from omniport.export.validation.turns import TurnsBackend
 from omniport.export.validation.types import PASS
 from omniport.runtime.backends.base import Graph
-from omniport.runtime.backends.ort import physical_cores
+from omniport.runtime.backends.onnxruntime.backend import physical_cores
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.errors import BackendError
-from omniport.runtime.graphs import GRAPH_NAMES
 
 LINUX = sys.platform.startswith("linux")
 
@@ -141,7 +144,7 @@ def test_large_bundles_take_turns(
         return iter(())
 
     monkeypatch.setattr(machine, "_LARGE", limit)
-    monkeypatch.setattr("omniport.export.validation.speech_checks.speech_checks", group)
+    monkeypatch.setattr("omniport.export.validation.checks.speech.speech_checks", group)
     report, _ = run.validate(tiny_bundle, tiny_checkpoint, graphs=("speech",))
     assert (seen == [TurnsBackend]) == (limit == 0)
     assert report.backend == "ort-cpu"

@@ -14,19 +14,20 @@ import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from omniport.export.checkpoint import Checkpoint
-from omniport.export.validation import speech_asr, speech_cases
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.validation.checks import asr as speech_asr
+from omniport.export.validation.checks import speech_cases
+from omniport.export.validation.checks.speech import asr_checks, speech_checks
 from omniport.export.validation.context import Context
 from omniport.export.validation.reference import Reference
-from omniport.export.validation.speech_checks import asr_checks, speech_checks
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check
-from omniport.runtime import token2wav
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, UsageError
-from omniport.runtime.solver import solve
-from omniport.runtime.token2wav import MelPiece, NoiseStream, Token2Wav
+from omniport.runtime.speech import token2wav
+from omniport.runtime.speech.ode import solve
+from omniport.runtime.speech.token2wav import MelPiece, NoiseStream, Token2Wav
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -302,7 +303,7 @@ def test_a_wrong_weight_in_the_solver(brief: Context, monkeypatch: pytest.Monkey
         return solve(spec, doubled, initial)
 
     monkeypatch.setattr(token2wav, "solve", wrong)
-    monkeypatch.setattr("omniport.export.validation.speech_blame.solve", wrong)
+    monkeypatch.setattr("omniport.export.validation.checks.speech_blame.solve", wrong)
     failed = stages(brief)
     assert failed["mel"] == failed["whole"] == "solver"
 
@@ -392,7 +393,7 @@ def test_a_dit_that_overflows(brief: Context) -> None:
 
 def test_a_reference_without_energy_proves_nothing(brief: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """Silence on both sides is no agreement."""
-    from omniport.export.validation import speech_checks as module
+    from omniport.export.validation.checks import speech as module
 
     monkeypatch.setattr(module, "reference_wave", lambda _context, case: np.zeros(len(case.codes) * 480, np.float32))
     stand(brief).changes["bigvgan"] = samples_of(lambda count: 0.0)
@@ -403,7 +404,7 @@ def test_a_reference_without_energy_proves_nothing(brief: Context, monkeypatch: 
 
 def test_a_clipped_reference_proves_nothing(brief: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """A square wave at full scale on both sides is no agreement either."""
-    from omniport.export.validation import speech_checks as module
+    from omniport.export.validation.checks import speech as module
 
     def square(count: int) -> NDArray[np.float32]:
         return np.where(np.arange(count) % 100 < 50, 1, -1).astype(np.float32)

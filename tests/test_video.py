@@ -12,10 +12,10 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from omniport.runtime import video
+from omniport.runtime.bundle.manifest import VisionFrontend
 from omniport.runtime.errors import MediaError
-from omniport.runtime.manifest import VisionFrontend
-from omniport.runtime.video import load_video
+from omniport.runtime.media import video
+from omniport.runtime.media.video import load_video
 
 FRONTEND = VisionFrontend(
     image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25), min_pixels=3136, max_pixels=12845056

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from omniport.runtime import vision
+from omniport.runtime.bundle.manifest import VisionFrontend
 from omniport.runtime.errors import MediaError
-from omniport.runtime.manifest import VisionFrontend
-from omniport.runtime.vision import VisionInput, image_input, load_image, video_input
+from omniport.runtime.media import image as vision
+from omniport.runtime.media.image import VisionInput, image_input, load_image, video_input
 from PIL import Image
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import attention, merge_heads, split_heads
-from ..weights import ExportModule, Linear
 from .layers import LayerNorm
+from .module import ExportModule, Linear
+from .ops import attention, merge_heads, split_heads
 from .stack import Context, Stack
 
 __all__ = ["AudioEncoder", "AudioEncoderConfig", "GeluConv"]

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..ops import anti_aliased_snake
-from ..weights import Compute, ExportModule, WeightReader
+from .module import Compute, ExportModule, WeightReader
+from .ops import anti_aliased_snake
 from .stack import Context, Stack
 
 __all__ = ["BigVgan", "BigVganConfig"]
@@ -76,7 +76,7 @@ def _snake(reader: WeightReader, *, key: str, reciprocal: bool) -> NDArray[Any]:
 
 
 class _Activation(ExportModule):
-    """Anti-aliased snake: 2x up, x + sin^2(a x) / b, 2x down (see `omniport.export.ops.anti_aliased_snake`)."""
+    """Anti-aliased snake: 2x up, x + sin^2(a x) / b, 2x down (see `omniport.export.models.ops.anti_aliased_snake`)."""
 
     up: Tensor
     down: Tensor

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..ops import attention, merge_heads, pad_to_blocks, reshape_like, rotary_embedding, split_blocks, split_heads
-from ..weights import Compute, ExportModule, Linear, Rule, WeightReader
+from .module import Compute, ExportModule, Linear, Rule, WeightReader
+from .ops import attention, merge_heads, pad_to_blocks, reshape_like, rotary_embedding, split_blocks, split_heads
 from .stack import Context, Stack
 
 __all__ = ["Dit", "DitConfig"]
@@ -86,8 +86,8 @@ def _final_table(reader: WeightReader, *, prefix: str, times: Sequence[float]) -
 
 
 def _null_reference(reader: WeightReader) -> NDArray[Any]:
-    from ..checkpoint import Checkpoint
-    from ..speakers import null_reference
+    from ..checkpoint.checkpoint import Checkpoint
+    from .voices import null_reference
 
     return null_reference(cast(Checkpoint, reader))[None]
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import attention, merge_heads, rms_norm, rotary_embedding, split_heads, tensor_scatter
-from ..weights import ExportModule, Linear
+from .module import ExportModule, Linear
+from .ops import attention, merge_heads, rms_norm, rotary_embedding, split_heads, tensor_scatter
 from .stack import Context, Stack
 
 __all__ = ["Decoder", "DecoderConfig", "GatedMlp", "LayerNorm", "RmsNorm"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..weights import ExportModule
+from .module import ExportModule
 
 __all__ = ["Context", "Stack"]
 
@@ -17,7 +17,8 @@ Context = tuple[Any, ...]
 class Stack(ExportModule):
     """A part whose ``forward`` is ``enter``, every layer in order, ``leave``.
 
-    Calibration takes all of its samples through one layer before it loads the next (`omniport.calib.engine`); a graph
+    Calibration takes all of its samples through one layer before it loads the next
+    (`omniport.calib.calibration.layer_runner`); a graph
     is traced from ``forward``, which goes the same way.
     """
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..weights import Linear
 from .layers import Decoder, DecoderConfig
+from .module import Linear
 from .stack import Context, Stack
 
 __all__ = ["Talker"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..weights import Linear, Transpose
 from .layers import Decoder, DecoderConfig
+from .module import Linear, Transpose
 from .stack import Context, Stack
 
 __all__ = ["Thinker"]

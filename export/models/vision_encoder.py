@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ops import attention, merge_heads, rotary_embedding, split_heads
-from ..weights import ExportModule, Linear
 from .layers import GatedMlp, RmsNorm
+from .module import ExportModule, Linear
+from .ops import attention, merge_heads, rotary_embedding, split_heads
 from .stack import Context, Stack
 
 __all__ = ["VisionEncoder", "VisionEncoderConfig"]

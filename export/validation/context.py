@@ -8,9 +8,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Backend, most_context
-from omniport.runtime.bundle import Bundle
+from omniport.runtime.bundle.reader import Bundle
 
-from ..checkpoint import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from .reference import Reference
 
 __all__ = ["Context"]

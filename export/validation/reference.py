@@ -2,7 +2,7 @@
 
 A result is keyed by the checkpoint's fingerprint, the part, the case and the library versions, so that a second
 backend or precision does not pay for it again. It is stored as .npz under the cache folder (see
-`omniport.export.trace.cache_folder`); with the cache switched off every result is computed anew.
+`omniport.export.graphs.trace.cache_folder`); with the cache switched off every result is computed anew.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..checkpoint import Checkpoint
-from ..parity import load_reference
-from ..trace import cache_folder
+from ..checkpoint.checkpoint import Checkpoint
+from ..evaluation.cases import load_reference
+from ..graphs.trace import cache_folder
 from .memory import give_back
 
 __all__ = ["Reference", "array_key"]
@@ -52,7 +52,7 @@ class Reference:
         self._salt = [checkpoint.fingerprint, *versions]
 
     def part(self, graph: str) -> nn.Module:
-        """The transformers module behind a graph (see `omniport.export.parity.load_reference`)."""
+        """The transformers module behind a graph (see `omniport.export.evaluation.cases.load_reference`)."""
         if self._name != graph or self._module is None:
             self._module = None
             give_back()  # of the part before, and of what made the inputs

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
 
-from ..checkpoint import Checkpoint
-from .conversations import Conversation, Film
+from ..checkpoint.checkpoint import Checkpoint
+from ..evaluation.conversations import Conversation, Film
 
 __all__ = ["Inputs", "Processor", "open_processor"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..errors import BackendError
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.reader import Bundle
     from .base import Backend
 
 __all__ = ["BACKENDS", "open_backend"]
@@ -32,23 +32,23 @@ def open_backend(name: str, bundle: Bundle, *, threads: int | None = None) -> Ba
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; known backends: {', '.join(BACKENDS)}")
     if name in _ENGINES:
-        from .trt import TrtBackend
+        from .tensorrt.backend import TrtBackend
 
         return TrtBackend(bundle, name)
     engines = None
     if name == "auto":
-        from .here import engines_here
+        from .select import engines_here
 
         engines = engines_here(bundle)
     if engines is not None and not engines.missing:
         return engines
-    from .ort import OrtBackend, cuda_usable
+    from .onnxruntime.backend import OrtBackend, cuda_usable
 
     if name == "auto":
         name = "ort-cuda" if cuda_usable() else "ort-cpu"
     ort = OrtBackend(bundle, device=name.removeprefix("ort-"), threads=threads)
     if engines is None:
         return ort
-    from .mixed import MixedBackend
+    from .composite import MixedBackend
 
     return MixedBackend(engines, ort)

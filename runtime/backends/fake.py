@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..bundle.manifest import DecoderGeometry, Manifest
 from ..errors import BackendError
-from ..manifest import DecoderGeometry, Manifest
 from .base import Array, Graph, KvCache
 
 __all__ = ["FakeBackend", "FakeBigVgan", "FakeCache", "FakeDecoder", "FakeDit", "FakeEncoder", "FakeGraph"]

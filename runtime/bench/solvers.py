@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend
-from ..bundle import Bundle
+from ..bundle.manifest import SolverSpec
+from ..bundle.reader import Bundle
 from ..errors import UsageError
-from ..manifest import SolverSpec
-from ..solver import SOLVERS, solve, with_method
-from .jobs import Sizes
+from ..speech.ode import SOLVERS, solve, with_method
 from .results import Figure
 from .timing import Clock, alternate, spread
+from .workloads import Sizes
 
 __all__ = ["measure_solvers"]
 

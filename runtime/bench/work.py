@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends.ort import OrtBackend, OrtGraph
-from ..bundle import Bundle
+from ..backends.onnxruntime.backend import OrtBackend, OrtGraph
+from ..bundle.reader import Bundle
 
 __all__ = ["Profile", "profile_run", "read_profile", "weight_bytes"]
 

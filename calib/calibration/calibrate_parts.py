@@ -1,0 +1,303 @@
+"""The stages of a calibration: every part on what the part before it really gave.
+
+Encoders and thinker go a layer at a time over all samples, and can be resumed after every layer. Talker, DiT and
+vocoder are run by the runtime's own loops, a group of samples in lockstep, and can be resumed after every group.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from omniport.runtime.backends.base import Array, Backend, KvCache
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.manifest import VoiceSpec
+from omniport.runtime.concurrency.timing import StageTimer
+from omniport.runtime.errors import OmniportError
+from omniport.runtime.generation.decoder import Decoder
+from omniport.runtime.generation.talker import Talker
+from omniport.runtime.generation.thinker import audio_batches, heard, vision_batches
+from omniport.runtime.prompt.builder import MediaSpan
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+
+from .checkpoint_source import Source
+from .dataset import Sample
+from .findings import Findings
+from .layer_runner import Call, Engine
+from .lockstep import GrowingCache, Lockstep, Outputs, Request
+from .sites import SitePlan, plan_sites
+from .work_dir import Work
+
+__all__ = ["Job", "Stages"]
+
+Progress = Callable[[str, int, int], None]
+
+_HEAD = "lm_head.weight"
+#: samples that speak side by side: their KV caches are in memory
+_GROUP = 8
+#: parts whose products may become INT4
+_SEARCHED = ("thinker", "talker")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is calibrated, on what, and where work lies.
+
+    Attributes:
+        max_codes: codec tokens of a sample's speech at most (50 a second).
+        progress: called with the stage, and what is done of how much.
+    """
+
+    source: Source
+    samples: Sequence[Sample]
+    work: Work
+    seed: int
+    max_codes: int
+    progress: Progress
+
+
+class Stages:
+    """Runs the stages that are not finished yet, and gathers what they found."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._plans: dict[str, tuple[SitePlan, ...]] = {}
+
+    def run(self) -> None:
+        """Run all that is left.
+
+        Raises:
+            CheckFailed: a value that is not finite; names the layer.
+        """
+        definitions = self._job.source.definitions
+        stages: Mapping[str, Callable[[], None]] = {
+            "audio_encoder": partial(self._encoder, "audio_encoder"),
+            "vision_encoder": partial(self._encoder, "vision_encoder"),
+            "thinker": self._thinker,
+            "talker": partial(self._speak, "talker", self._codes),
+            "dit": partial(self._speak, "dit", self._mels),
+            "bigvgan": partial(self._speak, "bigvgan", self._sounds),
+        }
+        for name in GRAPH_NAMES:
+            if name in definitions and not self._job.work.done(name):
+                stages[name]()
+                self._job.work.finish(name)
+
+    def findings(self, graph: str) -> Findings:
+        """What was found of a graph."""
+        definition, ckpt = self._job.source.definitions[graph], self._job.source.ckpt
+        module = definition.module()
+        rules = dict(module.named_rules(str(module.prefix)))
+        folder = self._job.work.folder / "sites" / graph
+        return Findings(folder, self._sites(graph), rules, ckpt, graph in _SEARCHED)
+
+    def _sites(self, graph: str) -> tuple[SitePlan, ...]:
+        if graph not in self._plans:
+            self._job.progress(f"reading the graph of {graph}", 0, 1)
+            self._plans[graph] = plan_sites(self._job.source.exported[graph])
+        return self._plans[graph]
+
+    def _engine(self, graph: str, **options: Any) -> Engine:
+        job = self._job
+        definition, ckpt = job.source.definitions[graph], job.source.ckpt
+        spool = job.work.folder / "spool" / graph
+        return Engine(definition, ckpt, self._sites(graph), spool, **options)
+
+    def _layers(self, engine: Engine, findings: Findings, calls: Callable[[], Iterator[Call]], empty: Call) -> None:
+        """Take all calls of a part through its layers, from where an earlier run has come to.
+
+        Args:
+            empty: stands for any call once its inputs have entered.
+        """
+        work, depth, name = self._job.work, engine.module.depth, engine.name
+        if not work.done(f"{name}-enter"):
+            engine.enter(calls())
+            findings.take(engine.observers)
+            work.put(f"{name}-calls", len(engine.caches))
+            work.finish(f"{name}-enter")
+        engine.caches = [list(empty.caches) for _ in range(work.get(f"{name}-calls"))]
+        for index in range(depth):
+            self._job.progress(name, index, depth)
+            if work.done(f"{name}-{index}"):
+                continue
+            engine.run_layer(index, keep_caches=False)
+            findings.take(engine.observers)
+            work.finish(f"{name}-{index}")
+
+    def _encoder(self, graph: str) -> None:
+        kinds = ("audio",) if graph == "audio_encoder" else ("image", "video")
+        findings = self.findings(graph)
+        engine = self._engine(graph, memory=0, again=False)
+        places: list[tuple[int, int, list[int]]] = []
+
+        def calls() -> Iterator[Call]:
+            for number, place, feeds in self._media(kinds):
+                places.append((number, place, [int(count) for count in feeds.get("frames", ())]))
+                yield _call(self._job.source, graph, feeds)
+            self._job.work.put(f"{graph}-places", places)
+
+        self._layers(engine, findings, calls, Call(()))
+        outputs = zip(self._job.work.get(f"{graph}-places"), engine.leave(), strict=True)
+        for (number, place), calls_of_one in itertools.groupby(outputs, lambda found: found[0][:2]):
+            pieces = [heard(out.numpy(), frames) if frames else [out.numpy()] for (_, _, frames), out in calls_of_one]
+            rows = np.concatenate(list(itertools.chain.from_iterable(pieces)))
+            self._job.work.put_array(f"media/{number}-{place}", rows)
+        findings.take(engine.observers)
+        engine.close()
+
+    def _media(self, kinds: Sequence[str]) -> Iterator[tuple[int, int, Mapping[str, Array]]]:
+        """(sample, place among its media, what the encoder is called with), in order."""
+        for number, sample in enumerate(self._job.samples):
+            for place, span in enumerate(self._spans(sample)):
+                if span.kind in kinds:
+                    for feeds in _batches(span):
+                        yield number, place, feeds
+
+    def _spans(self, sample: Sample) -> list[MediaSpan]:
+        source = self._job.source
+        return sample.prompt(source.manifest, source.codec).media
+
+    def _thinker(self) -> None:
+        findings = self.findings("thinker")
+        engine = self._engine("thinker", memory=0, again=False, unseen=(_HEAD,))
+        calls = (self._teach(number, sample) for number, sample in enumerate(self._job.samples))
+        self._layers(engine, findings, lambda: calls, Call((), _no_caches(self._job.source, "thinker")))
+        for number, (sample, hidden) in enumerate(zip(self._job.samples, engine.leave(), strict=True)):
+            # The head is asked after the prompt and after each token of the reply.
+            prompt = hidden.shape[1] - len(sample.reply)
+            engine.observers[_HEAD].see(hidden[:, prompt - 1 :])
+            rows = hidden[0].numpy() + self._job.work.array(f"talk/{number}-embeds")
+            self._job.work.put_array(f"talk/{number}-rows", rows)
+        findings.take(engine.observers)
+        engine.close()
+
+    def _teach(self, number: int, sample: Sample) -> Call:
+        """Prompt and reply of a sample, as one call of the thinker; what the talker needs of it is written down."""
+        source, work = self._job.source, self._job.work
+        prompt = sample.prompt(source.manifest, source.codec)
+        table = source.bundle.embedding("thinker")
+        embeds = table.rows(np.concatenate([prompt.token_ids, np.asarray(sample.reply, np.int64)]))
+        spoken = embeds.copy()
+        spoken[: len(prompt.token_ids)][prompt.media_mask] = 0  # the talker hears the state alone there
+        for place, span in enumerate(prompt.media):
+            embeds[span.positions] = work.array(f"media/{number}-{place}")
+        ahead = np.tile(prompt.next_position + np.arange(len(sample.reply)), (3, 1))
+        positions = np.concatenate([prompt.position_ids, ahead], axis=1)
+        work.put_array(f"talk/{number}-embeds", spoken)
+        work.put_array(f"talk/{number}-positions", prompt.position_ids)
+        work.put(f"talk/{number}", prompt.next_position)
+        feeds = {
+            "inputs_embeds": embeds[None],
+            "position_ids": np.ascontiguousarray(positions[:, None]),
+            "kv_positions": np.arange(len(embeds)),
+            "write_index": np.zeros(1, np.int64),
+        }
+        return _call(source, "thinker", feeds, _no_caches(source, "thinker"))
+
+    def _codes(self, number: int, backend: Backend) -> None:
+        """Sample the codec tokens of a sample's speech, as a reply's are."""
+        source, work = self._job.source, self._job.work
+        manifest, config = source.manifest, source.manifest.talker_sampling
+        assert config is not None
+        talker = Talker(source.bundle)
+        config = msgspec.structs.replace(config, max_new_tokens=self._job.max_codes)
+        graph = backend.graph("talker")
+        decoder = Decoder(graph, graph.new_cache(manifest.kv.max_context))
+        rows, positions = work.array(f"talk/{number}-rows"), work.array(f"talk/{number}-positions")
+        count = positions.shape[1]
+        decoder.forward(rows[:count], positions)
+        sampler = talker.sampler(config, self._streams(number)[1])
+        tail, highest = int(work.get(f"talk/{number}")), int(positions.max())
+        codes = talker.codes(decoder, tail, highest, iter(rows[count:]), self._voice(number), sampler, StageTimer())
+        work.put(f"codes/{number}", list(codes))
+
+    def _mels(self, number: int, backend: Backend) -> None:
+        """Solve the mel windows of a sample's speech, as they go to the vocoder."""
+        source, work = self._job.source, self._job.work
+        dit = source.manifest.dit
+        assert dit is not None
+        _, speaker, reference = source.bundle.voice(self._voice(number).name)
+        noise = NoiseStream(None, self._streams(number)[2], dit.mel_dim)
+        token2wav = Token2Wav(backend, source.bundle, speaker, reference, noise, "stream", StageTimer())
+        pieces = [piece for code in work.get(f"codes/{number}") for piece in token2wav.mels(code)]
+        pieces += token2wav.last_mels()
+        for i, piece in enumerate(pieces):
+            work.put_array(f"mels/{number}-{i}", piece.mel)
+        work.put(f"mels/{number}", len(pieces))
+
+    def _sounds(self, number: int, backend: Backend) -> None:
+        """Let the vocoder hear a sample's mel windows."""
+        for i in range(self._job.work.get(f"mels/{number}")):
+            mel = self._job.work.array(f"mels/{number}-{i}")
+            backend.graph("bigvgan").run({"mel": np.ascontiguousarray(mel.T[None])})
+
+    def _speak(self, graph: str, job: Callable[[int, Backend], None]) -> None:
+        """Run a part for all samples that speak, a group in lockstep, from where an earlier run has come to."""
+        work, numbers = self._job.work, self._speaking
+        findings, engine = self.findings(graph), self._engine(graph)
+        lockstep: Lockstep[None]
+        for start in range(work.restore(graph, engine.observers), len(numbers), _GROUP):
+            self._job.progress(graph, start, len(numbers))
+            lockstep = Lockstep(partial(_execute, self._job.source, engine), self._new_cache)
+            lockstep.run([partial(job, number) for number in numbers[start : start + _GROUP]])
+            work.keep(graph, start + _GROUP, engine.observers)
+        findings.take(engine.observers)
+        engine.close()
+
+    @property
+    def _speaking(self) -> list[int]:
+        return [number for number, sample in enumerate(self._job.samples) if sample.reply]
+
+    def _new_cache(self, graph: str, capacity: int) -> KvCache:
+        return GrowingCache(_no_caches(self._job.source, graph), capacity)
+
+    def _voice(self, number: int) -> VoiceSpec:
+        """The voice that a sample speaks with: any of them."""
+        voices = self._job.source.manifest.voices
+        return voices[int(self._job.samples[number].digest, 16) % len(voices)]
+
+    def _streams(self, number: int) -> list[np.random.Generator]:
+        """Sources of randomness of a sample: thinker, talker, noise, as in a reply."""
+        entropy = [self._job.seed, int(self._job.samples[number].digest, 16)]
+        return [np.random.default_rng(s) for s in np.random.SeedSequence(entropy).spawn(3)]
+
+
+def _batches(span: MediaSpan) -> Iterator[Mapping[str, Array]]:
+    if span.kind == "audio":
+        assert span.chunks is not None
+        assert span.frames is not None
+        return audio_batches(span.chunks, span.frames)
+    assert span.vision is not None
+    return vision_batches(span.vision)
+
+
+def _call(source: Source, graph: str, feeds: Mapping[str, Array], caches: Sequence[torch.Tensor] = ()) -> Call:
+    """A call of a part with what the runtime would feed its graph."""
+    definition = source.definitions[graph]
+    inputs = definition.inputs[: len(definition.inputs) - definition.past]
+    return Call(tuple(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in inputs), list(caches))
+
+
+def _no_caches(source: Source, graph: str) -> list[torch.Tensor]:
+    geometry = source.manifest.thinker if graph == "thinker" else source.manifest.talker
+    assert geometry is not None
+    return [torch.zeros(1, geometry.num_kv_heads, 0, geometry.head_dim)] * (2 * geometry.num_layers)
+
+
+def _execute(source: Source, engine: Engine, graph: str, requests: Sequence[Request]) -> list[Outputs]:
+    """Carry out calls that the runtime's loops wait for."""
+    if graph != engine.name:
+        raise OmniportError(f"{graph} was asked for while {engine.name} is calibrated")
+    calls = []
+    for request in requests:
+        caches = request.cache.tensors if isinstance(request.cache, GrowingCache) else []
+        call = _call(source, graph, request.feeds)
+        calls.append(Call(call.inputs, caches))
+    (name,) = (spec.name for spec in source.definitions[graph].outputs if not spec.name.startswith("present_"))
+    return [{name: out.numpy()} for out in engine.run(calls)]

@@ -1,0 +1,80 @@
+"""A checkpoint as calibration needs it: its parts' modules, and what the runtime reads of a bundle beside graphs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from omniport.export.bundle_parts import base_manifest, voice_specs, write_embedding
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.checkpoint.tokenizer_json import tokenizer_json
+from omniport.export.export_options import ExportOptions
+from omniport.export.models.parts import GraphDefinition, graph_definitions
+from omniport.export.models.voices import load_speakers, speaker_vectors, write_voice
+from omniport.export.weights_check import check_weights, embedding_keys
+from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.prompt.tokenizer import TextCodec
+from omniport.runtime.speech.ode import rk4_schedule
+
+__all__ = ["Source"]
+
+_MAX_CONTEXT = 8192
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+        definitions: the parts in float32, in the order of the model; a decoder's cache grows with its tokens.
+        exported: the same as they are exported by default.
+        bundle: without graphs: manifest, embeddings, tokenizer and voices, for the runtime's own code.
+    """
+
+    ckpt: Checkpoint
+    definitions: Mapping[str, GraphDefinition]
+    exported: Mapping[str, GraphDefinition]
+    bundle: Bundle
+    codec: TextCodec
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @classmethod
+    def open(cls, checkpoint: str | os.PathLike[str], folder: Path) -> Source:
+        """Open and check a checkpoint; tokenizer, voices and embedding tables are written to ``folder``.
+
+        Raises:
+            CheckpointError: it is unusable; missing, extra and wrong-shaped weights are named.
+        """
+        ckpt = Checkpoint.open(checkpoint)
+        context = min(_MAX_CONTEXT, int(ckpt.config.thinker_config.text_config.max_position_embeddings))
+        solver = rk4_schedule()
+        definitions, exported = (
+            graph_definitions(ckpt.config, "fp32", context, solver, ckpt.tied_embeddings, kv_form=form)
+            for form in ("concat", "static")
+        )
+        check_weights(ckpt, definitions.values())
+        speakers = load_speakers(ckpt.path / "spk_dict.pt") if ckpt.has_speech else {}
+        references = speaker_vectors(ckpt, speakers) if speakers else {}
+        voices = voice_specs(speakers)
+        manifest = base_manifest(ckpt, ExportOptions(max_context=context, kv="concat"), solver, voices)
+        files = {_TOKENIZER: folder / _TOKENIZER}
+        (folder / "voices").mkdir(parents=True, exist_ok=True)
+        files[_TOKENIZER].write_bytes(tokenizer_json(ckpt))
+        for voice in voices:
+            files[voice.file] = folder / voice.file
+            write_voice(files[voice.file], speakers[voice.name].cond, references[voice.name])
+        for part in embedding_keys(ckpt):
+            geometry = manifest.thinker if part == "thinker" else manifest.talker
+            assert geometry is not None
+            files[geometry.embedding_file] = path = folder / geometry.embedding_file
+            path.parent.mkdir(exist_ok=True)
+            write_embedding(ckpt, part, path, lambda _: None)
+        bundle = Bundle(folder, manifest, files)
+        return cls(ckpt, definitions, exported, bundle, TextCodec.from_file(files[_TOKENIZER], manifest.tokens))

@@ -1,0 +1,126 @@
+"""From observers to finished sites, kept in the work folder until the calibration is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omniport.export.models.module import Rule, Transpose, WeightReader
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from ..calibration_file import Site, SiteRecord
+from .clips import choose_clips
+from .layer_weights import read_rows
+from .observers import Observer
+from .scale_search import AWQ_BLOCKS, Product, awq_factors, smooth_factors
+from .sites import SitePlan
+
+__all__ = ["Findings"]
+
+_RECORD = "record"
+#: outputs of a product that a search looks at: evenly spaced where there are more
+_OUTPUTS = 2048
+#: input channels of the products that are looked at together: about 250 MB of weights
+_GROUP_CHANNELS = 32768
+
+
+class Findings:
+    """The finished sites of one graph.
+
+    Args:
+        rules: where each weight comes from (`ExportModule.named_rules`).
+        searches: whether INT4 is searched for.
+    """
+
+    def __init__(
+        self, folder: Path, sites: Sequence[SitePlan], rules: Mapping[str, Rule], reader: WeightReader, searches: bool
+    ) -> None:
+        self._folder = folder
+        self._sites = {site.name: (i, site) for i, site in enumerate(sites)}
+        self._rules, self._reader, self._searches = rules, reader, searches
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def take(self, observers: dict[str, Observer]) -> None:
+        """Finish every site that was seen, and take its observer away."""
+        group: list[tuple[SitePlan, Observer]] = []
+        for name in [name for name, observer in observers.items() if observer.count]:
+            group.append((self._sites[name][1], observers.pop(name)))
+            if sum(len(observer.absmax) for _, observer in group) > _GROUP_CHANNELS:
+                self._finish(group)
+                group = []
+        self._finish(group)
+
+    def load(self) -> Iterator[Site]:
+        """The finished sites in the graph's order; those that were never seen are left out."""
+        for index, _ in self._sites.values():
+            path = self._path(index)
+            if not path.exists():
+                continue
+            with safe_open(path, framework="numpy") as file:
+                record = msgspec.json.decode(file.metadata()[_RECORD], type=SiteRecord)
+                yield Site(record, {name: file.get_tensor(name) for name in sorted(file.keys())})
+
+    def _finish(self, group: Sequence[tuple[SitePlan, Observer]]) -> None:
+        """Choose scales for some sites at once: Model Optimizer takes longer to begin than for a small product."""
+        products = {site.name: self._product(site, observer) for site, observer in group if site.smooths}
+        smooth = dict(zip(products, smooth_factors(list(products.values())) if products else (), strict=True))
+        for site, observer in group:
+            arrays: dict[str, NDArray[Any]] = {"absmax": observer.absmax, "hist": observer.hist}
+            if site.name in products:
+                arrays |= {"smooth": smooth[site.name], **self._search(products[site.name])}
+            record = SiteRecord(
+                weights=tuple(weight.name for weight in site.weights),
+                kind=site.kind,
+                count=observer.count,
+                clips=choose_clips(arrays["hist"], float(observer.absmax.max())),
+                output=site.output,
+            )
+            self._store(Site(record, arrays))
+
+    def _product(self, site: SitePlan, observer: Observer) -> Product:
+        return Product(observer.absmax, self._weight_absmax(site), observer.rows, self._some_outputs(site))
+
+    def _search(self, product: Product) -> dict[str, NDArray[Any]]:
+        blocks = [block for block in AWQ_BLOCKS if len(product.absmax) % block == 0] if self._searches else []
+        return {f"awq-{block}": awq_factors(product.rows, product.weight, block) for block in blocks}
+
+    def _weight_absmax(self, site: SitePlan) -> NDArray[np.float32]:
+        """float32 [K]: largest magnitude of each row of [K, N], over all weights of a site, read in blocks."""
+        top = np.zeros(site.weights[0].shape[0], np.float32)
+        for key in self._keys(site):
+            for _, _, rows in read_rows(key, self._reader):  # [outputs, K]
+                top = np.maximum(top, rows.reshape(len(rows), -1).abs().amax(dim=0).numpy())
+        return top
+
+    def _some_outputs(self, site: SitePlan) -> torch.Tensor:
+        """float32 [n, K]: evenly spaced outputs of all weights of a site, at most about `_OUTPUTS`."""
+        stride = -(-sum(weight.shape[1] for weight in site.weights) // _OUTPUTS)
+        found = []
+        for key in self._keys(site):
+            for start, _, rows in read_rows(key, self._reader):
+                found.append(rows.reshape(len(rows), -1)[-start % stride :: stride].clone())
+        return torch.cat(found)
+
+    def _keys(self, site: SitePlan) -> list[str]:
+        rules = [self._rules[weight.name] for weight in site.weights]
+        assert all(isinstance(rule, Transpose) for rule in rules), site.name
+        return [rule.key for rule in rules if isinstance(rule, Transpose)]
+
+    def _store(self, site: Site) -> None:
+        path = self._path(self._sites[site.name][0])
+        part = path.with_suffix(".part")
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in site.arrays.items()},
+            part,
+            {_RECORD: msgspec.json.encode(site.record, order="sorted").decode()},
+        )
+        part.replace(path)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{index:05d}.safetensors"

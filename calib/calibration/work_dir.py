@@ -1,0 +1,127 @@
+"""The work folder of a calibration: what finished stages left, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omniport.runtime.bundle.staging import folder_lock
+from omniport.runtime.errors import CheckFailed, UsageError
+
+from .observers import Observer
+
+__all__ = ["SOURCE", "Work", "work_folder"]
+
+_KEY = "key.json"
+#: what every run writes anew
+SOURCE = "source"
+
+
+class Work:
+    """A folder of named arrays and finished steps. Files appear whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def claim(self, key: Mapping[str, Any]) -> bool:
+        """Make the folder that of a run with this key; True if such a run has left something there."""
+        path = self.folder / _KEY
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            found = None
+        if found == dict(key):
+            return True
+        for child in self.folder.iterdir():
+            if child.name != SOURCE:
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+        self._write(path, json.dumps(dict(key)).encode())
+        return False
+
+    def done(self, step: str) -> bool:
+        """Whether a step is finished."""
+        return (self.folder / "done" / step).exists()
+
+    def finish(self, step: str) -> None:
+        """A step is finished: all that it wrote is there."""
+        self._write(self.folder / "done" / step, b"")
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a JSON value."""
+        self._write(self.folder / f"{name}.json", json.dumps(value).encode())
+
+    def get(self, name: str) -> Any:
+        """A JSON value that was kept."""
+        return json.loads((self.folder / f"{name}.json").read_text())
+
+    def put_array(self, name: str, array: NDArray[Any]) -> None:
+        """Keep an array."""
+        path = self.folder / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """An array that was kept."""
+        found: NDArray[Any] = np.load(self.folder / f"{name}.npy")
+        return found
+
+    def keep(self, step: str, samples: int, observers: Mapping[str, Observer]) -> None:
+        """Keep how many samples of a step are through, and what its observers have seen, as one file."""
+        path = self.folder / "observers" / f"{step}.pt"
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        torch.save((samples, {name: observer.state() for name, observer in observers.items()}), part)
+        part.replace(path)
+
+    def restore(self, step: str, observers: Mapping[str, Observer]) -> int:
+        """Give observers what they had seen; returns how many samples that were."""
+        path = self.folder / "observers" / f"{step}.pt"
+        if not path.exists():
+            return 0
+        samples, states = torch.load(path, weights_only=True)
+        for name, observer in observers.items():
+            observer.restore(*states[name])
+        return int(samples)
+
+    def _write(self, path: Path, content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(content)
+        part.replace(path)
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[Work]:
+    """The work folder beside ``out``, for this process alone.
+
+    It goes when the block ends, when a check has failed, and when there is nothing in it to go on from; it stays when
+    the block is interrupted.
+
+    Raises:
+        UsageError: another run writes to the same place, or the folder cannot be made.
+    """
+    folder = out.absolute().with_name(f".{out.name}.work")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write beside {out}: {error}. Choose a folder that can be written to") from error
+    lock = folder_lock(folder)
+    if lock is None:
+        raise UsageError(f"another calibration is writing {out} now: wait for it, or name another file")
+    try:
+        yield Work(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        if isinstance(error, CheckFailed) or not (folder / _KEY).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)

@@ -1,0 +1,246 @@
+"""What a bundle's graphs are given in use, recorded once, and what other bundles make of the very same inputs.
+
+The bundle that is to be quantized answers conversations, and every call of every graph is kept: the thinker's with
+real encoder outputs, the talker's with real thinker states, the DiT's at every solver step, the vocoder's with mels.
+A quantized graph is then given the same calls. Every step of a decoder is so judged on the same past (teacher forcing),
+and a graph's error is its own, not that of the graphs before it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+from omniport.export.evaluation.conversations import Conversation, read_conversations, standard_conversations
+from omniport.export.evaluation.metrics import logit_figures
+from omniport.export.evaluation.recording import RecordedGraph, RecordingBackend
+from omniport.runtime.backends.base import Backend, Graph
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.bundle.graph_spec import SPEECH_GRAPHS
+from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.errors import CheckFailed, UsageError
+from omniport.runtime.events import Done
+from omniport.runtime.session import OmniSession
+
+__all__ = ["DECODERS", "OUTPUTS", "Calls", "Loss", "Recording", "Replayed", "loss_of", "record", "replay"]
+
+Array = NDArray[Any]
+DECODERS = ("thinker", "talker")
+#: graph -> the output that is compared
+OUTPUTS: Mapping[str, str] = {
+    "audio_encoder": "embeds",
+    "vision_encoder": "embeds",
+    "thinker": "logits",
+    "talker": "logits",
+    "dit": "velocity",
+    "bigvgan": "wav",
+}
+#: built-in conversations: short, one for each way into the thinker
+_NAMES = ("text", "turns", "audio", "image")
+_MEDIA_GRAPH = {"audio": "audio_encoder", "image": "vision_encoder", "video": "vision_encoder"}
+#: a signal-to-noise ratio that stands for equal
+EQUAL_DB = 300.0
+
+
+@dataclass
+class Calls:
+    """Calls of one graph in order: what it was given, and the output that counts (`OUTPUTS`), [rows, width] each."""
+
+    feeds: list[dict[str, Array]] = field(default_factory=list)
+    wanted: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What `record` kept: names of the conversations, calls by graph, codes of a spoken reply."""
+
+    conversations: tuple[str, ...]
+    calls: Mapping[str, Calls]
+    codes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a graph made of recorded calls.
+
+    Attributes:
+        outputs: as `Calls.wanted`.
+        prefill: seconds of the longest call of a decoder; 0 for other graphs.
+        step: seconds of a decoder's fastest call of one token; of other graphs' fastest call.
+    """
+
+    outputs: list[NDArray[np.float32]]
+    prefill: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How far outputs are from those of the unquantized graph.
+
+    Attributes:
+        sqnr_db: energy of the unquantized outputs over energy of the difference, over all calls.
+        kl: of decoders: mean Kullback-Leibler divergence of the choice of the next token, in nats; else None.
+        agreement: of decoders: share of steps whose most likely token is the same; else None.
+    """
+
+    sqnr_db: float
+    kl: float | None = None
+    agreement: float | None = None
+
+
+def record(
+    bundle: Bundle,
+    *,
+    data: Path | None = None,
+    max_new_tokens: int = 16,
+    max_codes: int = 32,
+    sound: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Recording:
+    """Let a bundle answer conversations and keep what its graphs were given and gave.
+
+    Args:
+        bundle: not quantized.
+        data: JSON lines with ``messages``; built-in conversations without.
+        max_new_tokens, max_codes: of a reply at most.
+        sound: False: the replies' sound is not computed, and DiT and vocoder get no calls.
+        progress: called with the conversation, and the number done and in total.
+
+    Returns:
+        calls by graph, of those graphs that had any, and the codes of the first reply that was spoken.
+
+    Raises:
+        UsageError: the bundle cannot answer, or ``data`` is not usable (names the line).
+    """
+    if "thinker" not in bundle.manifest.graphs:
+        raise UsageError(f"{bundle.root} has no thinker, so that it cannot answer: export it without --graphs")
+    recording = RecordingBackend(OrtBackend(bundle))
+    backend: Backend = recording if sound else _Mute(recording, bundle.manifest)
+    with tempfile.TemporaryDirectory() as folder, OmniSession(bundle, backend) as session:
+        conversations = _conversations(session, data, Path(folder))
+        codes: list[list[int]] = []
+        for number, conversation in enumerate(conversations):
+            if progress is not None:
+                progress(f"recording {conversation.name}", number, len(conversations))
+            codes.append(_answer(session, conversation, max_new_tokens, max_codes))
+        calls = {name: _calls(name, graph) for name, graph in recording.graphs.items() if graph.calls}
+        spoken = next((tuple(ids) for ids in codes if ids), ())
+        return Recording(tuple(c.name for c in conversations), calls, spoken)
+
+
+def replay(graph: Graph, name: str, calls: Calls, rounds: int = 1) -> Replayed:
+    """Give a graph recorded calls.
+
+    Args:
+        name: of the graph.
+        rounds: how often, for times that are not those of a first call; outputs are of the first round.
+    """
+    decoder = name in DECODERS
+    capacity = max((len(feeds["kv_positions"]) for feeds in calls.feeds), default=0) if decoder else 0
+    cache = graph.new_cache(capacity) if decoder else None
+    outputs, times = [], []
+    for number in range(rounds):
+        for feeds in calls.feeds:
+            begun = time.perf_counter()
+            made = graph.run(feeds, cache)[OUTPUTS[name]]
+            times.append((time.perf_counter() - begun, _rows(feeds) if decoder else 1))
+            if number == 0:
+                outputs.append(made.reshape(-1, made.shape[-1]))
+    longest = max((rows for _, rows in times), default=1)
+    return Replayed(
+        outputs,
+        prefill=min((seconds for seconds, rows in times if rows == longest), default=0.0) if decoder else 0.0,
+        step=min((seconds for seconds, rows in times if rows == 1), default=0.0),
+    )
+
+
+def loss_of(name: str, outputs: Sequence[NDArray[np.float32]], wanted: Sequence[NDArray[np.float32]]) -> Loss:
+    """Compare outputs with those of the unquantized graph.
+
+    Raises:
+        CheckFailed: these have no energy, or the outputs are not finite.
+    """
+    signal = sum(float(np.square(rows, dtype=np.float64).sum()) for rows in wanted)
+    pairs = zip(outputs, wanted, strict=True)
+    noise = sum(float(np.square(a.astype(np.float64) - b).sum()) for a, b in pairs)
+    if signal == 0:
+        raise CheckFailed(f"the outputs of the unquantized {name} are silent, so that no loss can be measured")
+    if not np.isfinite(noise):
+        raise CheckFailed(f"the quantized {name} gives values that are not finite. Quantize with another recipe")
+    sqnr = EQUAL_DB if noise == 0 else min(EQUAL_DB, 10 * float(np.log10(signal / noise)))
+    if name not in DECODERS:
+        return Loss(sqnr)
+    figures = logit_figures(np.concatenate(outputs), np.concatenate(wanted))
+    return Loss(sqnr, float(figures["kl"] or 0), float(figures["top1_agreement"] or 0))
+
+
+def _conversations(session: OmniSession, data: Path | None, folder: Path) -> Sequence[Conversation]:
+    if data is not None:
+        return read_conversations(data, session.manifest, session.text_codec)
+    graphs = session.manifest.graphs
+    found = standard_conversations(folder, _NAMES)
+    return [c for c in found if all(_MEDIA_GRAPH[medium.kind] in graphs for medium in c.media)]
+
+
+def _answer(session: OmniSession, conversation: Conversation, max_new_tokens: int, max_codes: int) -> list[int]:
+    """Reply; returns the codes of its speech."""
+    manifest = session.manifest
+    thinker = replace(manifest.thinker_sampling, temperature=0.0, max_new_tokens=max_new_tokens)
+    talker = manifest.talker_sampling
+    if talker is not None:
+        talker = replace(talker, max_new_tokens=max_codes)
+    speak = _speaks(manifest)
+    events = session.reply(conversation.messages(), speak=speak, thinker=thinker, talker=talker, threads=False)
+    return [code for event in events if isinstance(event, Done) for code in event.codec_ids]
+
+
+def _speaks(manifest: Manifest) -> bool:
+    return all(name in manifest.graphs for name in SPEECH_GRAPHS)
+
+
+def _rows(feeds: Mapping[str, Array]) -> int:
+    return int(feeds["inputs_embeds"].shape[1])
+
+
+def _calls(name: str, graph: RecordedGraph) -> Calls:
+    wanted = [given[OUTPUTS[name]] for given in graph.given]
+    return Calls(list(graph.calls), [array.reshape(-1, array.shape[-1]) for array in wanted])
+
+
+class _Mute:
+    """A backend whose DiT and vocoder give silence at once: nothing that comes before hears them."""
+
+    def __init__(self, inner: RecordingBackend, manifest: Manifest) -> None:
+        self.name, self._inner = inner.name, inner
+        self._hop = manifest.vocoder.hop if manifest.vocoder is not None else 1
+
+    def graph(self, name: str) -> Graph:
+        """As ``Backend.graph``."""
+        return _Silent(self._hop) if name in ("dit", "bigvgan") else self._inner.graph(name)
+
+    def close(self) -> None:
+        """Forget the records."""
+
+
+class _Silent:
+    def __init__(self, hop: int) -> None:
+        self._hop = hop
+
+    def run(self, feeds: Mapping[str, Array], cache: Any = None) -> dict[str, NDArray[np.float32]]:
+        """As ``Graph.run``."""
+        if "x" in feeds:
+            return {"velocity": np.zeros_like(feeds["x"])}
+        return {"wav": np.zeros((1, feeds["mel"].shape[2] * self._hop), np.float32)}
+
+    def new_cache(self, capacity: int) -> Any:
+        """As ``Graph.new_cache``: neither graph has one."""
+        raise NotImplementedError(capacity)

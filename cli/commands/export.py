@@ -1,0 +1,167 @@
+"""omniport export"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
+
+if TYPE_CHECKING:
+    from omniport.export.exporter import ExportReport
+
+__all__ = ["EXAMPLE", "EXPORT_MODULES", "NAME", "Precision", "command", "graph_list", "report_dict"]
+
+NAME = "export"
+EXAMPLE = "omniport export Qwen/Qwen2.5-Omni-3B bundle --precision fp16"
+
+#: what export imports; the extra ``export`` brings all of it
+EXPORT_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "ml_dtypes", "onnxruntime")
+
+
+class Precision(str, Enum):
+    """Dtype of weights and matrix products."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class Ops(str, Enum):
+    """Operators that the graphs are made of."""
+
+    native = "native"
+    decomposed = "decomposed"
+
+
+class ZeroPoints(str, Enum):
+    """Where zero points of packed checkpoints go."""
+
+    keep = "keep"
+    separate = "separate"
+
+
+class Kv(str, Enum):
+    """Form of the KV cache."""
+
+    static = "static"
+    concat = "concat"
+
+
+def command(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder, Hugging Face id, or modelscope:ID of a Qwen2.5-Omni checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Bundle folder to write; a rerun skips graphs that did not change.")],
+    precision: Annotated[
+        Precision, typer.Option(help="Weights and matrix products; norms and the ODE state stay in FP32.")
+    ] = Precision.fp32,
+    graphs: Annotated[
+        str, typer.Option(metavar="A,B", help="Export these graphs only, for example thinker,talker.")
+    ] = "",
+    max_context: Annotated[int, typer.Option(min=64, help="KV cache capacity in tokens.")] = 8192,
+    ops: Annotated[
+        Ops,
+        typer.Option(help="decomposed: opset 18, for TensorRT before 10.15 (JetPack 6); goes with --kv concat."),
+    ] = Ops.native,
+    kv: Annotated[
+        Kv, typer.Option(help="static: updated in place; concat: each step returns a longer cache.")
+    ] = Kv.static,
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Layers that stay FP32, as in thinker/.*down_proj; may be repeated."),
+    ] = None,
+    ranges: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Ranges from omniport ranges: FP16 graphs keep in FP32 what overflows."),
+    ] = None,
+    zero_points: Annotated[
+        ZeroPoints,
+        typer.Option(help="Of GPTQ and AWQ checkpoints. separate: a product of their own, for TensorRT."),
+    ] = ZeroPoints.keep,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Export a checkpoint to a bundle.
+
+    The bundle holds one ONNX file per model part, and beside them all that the runtime needs. Weights of GPTQ and AWQ
+    checkpoints stay the integers that they are.
+    """
+    wanted = graph_list(graphs)
+    require_extra("export", *EXPORT_MODULES)
+    from omniport.export.exporter import export_checkpoint
+
+    with progress_bar(quiet or json) as progress:
+        report = export_checkpoint(
+            checkpoint,
+            out,
+            precision=precision.value,
+            graphs=wanted,
+            max_context=max_context,
+            ops=ops.value,
+            kv=kv.value,
+            keep_fp32=tuple(keep_fp32 or ()),
+            ranges=ranges,
+            zero_points=zero_points.value,
+            progress=progress,
+        )
+    if json:
+        print_json(report_dict(report))
+        return
+    rows = (
+        (row.name, "-", size_text(row.weight_bytes), "unchanged")
+        if row.skipped
+        else (row.name, row.nodes, size_text(row.weight_bytes), f"{row.seconds:.1f}")
+        for row in report.graphs
+    )
+    print_table(f"Exported to {report.path}", ("graph", "nodes", "weights", "seconds"), rows)
+    for row in report.graphs:
+        if row.overflowing:
+            log_console(quiet).print(
+                f"{row.name}: {len(row.overflowing)} operators stay FP32, their measured range is too large for FP16: "
+                f"{', '.join(row.overflowing[:3])}{' ...' if len(row.overflowing) > 3 else ''}",
+                markup=False,
+            )
+        if row.schemes:
+            counts = ", ".join(f"{count} {name}" for name, count in sorted(row.schemes.items()))
+            log_console(quiet).print(f"{row.name}: linear layers as the checkpoint packs them: {counts}", markup=False)
+    log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav")
+
+
+def graph_list(text: str) -> tuple[str, ...] | None:
+    """Graph names out of ``a,b``; None (all of them) when empty.
+
+    Raises:
+        UsageError: a name that is no graph.
+    """
+    from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+    from omniport.runtime.errors import UsageError
+
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in GRAPH_NAMES]
+    if unknown:
+        raise UsageError(f"--graphs: no graph named {', '.join(unknown)}; known: {', '.join(GRAPH_NAMES)}")
+    return names or None
+
+
+def report_dict(report: ExportReport) -> dict[str, Any]:
+    """The report as plain JSON values."""
+    return {
+        "path": str(report.path),
+        "seconds": round(report.seconds, 3),
+        "graphs": [
+            {
+                "name": graph.name,
+                "nodes": graph.nodes,
+                "weight_bytes": graph.weight_bytes,
+                "seconds": round(graph.seconds, 3),
+                "skipped": graph.skipped,
+                "overflowing": list(graph.overflowing),
+                "weights": dict(graph.schemes),
+            }
+            for graph in report.graphs
+        ],
+    }

@@ -1,0 +1,94 @@
+"""omniport quant-report"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
+from .export import EXPORT_MODULES
+
+if TYPE_CHECKING:
+    from omniport.calib.report.compare import BundleLoss, LossReport
+
+__all__ = ["EXAMPLE", "NAME", "command"]
+
+NAME = "quant-report"
+EXAMPLE = "omniport quant-report bundle bundle-w8 bundle-int4 --html report.html"
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="The bundle that the others were made from; not quantized.")],
+    quantized: Annotated[list[Path], typer.Argument(help="Quantized bundles to compare with it.")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a self-contained page.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="JSONL", help="Conversations to measure on; built-in ones without it."),
+    ] = None,
+    calib: Annotated[Path | None, typer.Option(metavar="FILE", help="Calibration whose ranges the page shows.")] = None,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Compare quantized bundles with the one they were made from.
+
+    Runs all of them on the same recorded calls: output error of each graph and layer, agreement of text and codes under
+    teacher forcing, distance of the sound, size and speed.
+    """
+    require_extra("export", *EXPORT_MODULES, *(("matplotlib",) if html is not None else ()))
+    _require_folder(html)
+    from omniport.calib.calibration_file import Calibration
+    from omniport.calib.report.compare import compare_bundles
+
+    calibration = None if calib is None else Calibration.load(calib)
+    with progress_bar(quiet or json) as progress:
+        report, waves = compare_bundles(bundle, quantized, data=data, calibration=calibration, progress=progress)
+        if html is not None:
+            from omniport.calib.report.quant_page import render
+            from omniport.export.validation.summary import write_file
+
+            progress("drawing the report", 1, 1)
+            write_file(html, render(report, waves).encode())
+    if json:
+        import msgspec
+
+        print_json(msgspec.to_builtins(report))
+        return
+    _print(report)
+    if html is not None:
+        log_console(quiet).print(f"Report: {html}", markup=False)
+
+
+def _print(report: LossReport) -> None:
+    columns = ("bundle", "recipe", "size", "thinker dB", "text same", "talker dB", "codes same", "mel dB", "step ms")
+    print_table(f"Quantization of {report.base}", columns, map(_row, report.bundles))
+    for bundle in report.bundles:
+        for what, why in bundle.missing.items():
+            typer.echo(f"{bundle.name}: {what} not measured: {why}", err=True)
+
+
+def _row(bundle: BundleLoss) -> list[str]:
+    cells = [bundle.name, bundle.recipe, size_text(bundle.bytes)]
+    losses = {graph.graph: graph.loss for graph in bundle.graphs}
+    for name in ("thinker", "talker"):
+        loss = losses.get(name)
+        agreement = None if loss is None else loss.agreement
+        cells += ["-" if loss is None else _decibels(loss.sqnr_db), "-" if agreement is None else f"{agreement:.0%}"]
+    cells.append("-" if bundle.sound is None else _decibels(bundle.sound.mel_sqnr_db))
+    step = next((graph.step_ms for graph in bundle.graphs if graph.graph == "thinker"), 0.0)
+    return [*cells, f"{step:.1f}"]
+
+
+def _decibels(value: float) -> str:
+    return "exact" if value >= 300 else f"{value:.1f}"
+
+
+def _require_folder(path: Path | None) -> None:
+    """Raises:
+    UsageError: a file in a folder that there is not.
+    """
+    if path is not None and not path.absolute().parent.is_dir():
+        from omniport.runtime.errors import UsageError
+
+        raise UsageError(f"--html {path}: there is no folder {path.parent}")

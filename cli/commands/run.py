@@ -1,0 +1,103 @@
+"""omniport run"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..common import JsonFlag, QuietFlag
+
+__all__ = ["EXAMPLE", "NAME", "BackendName", "SolverName", "command", "user_message"]
+
+NAME = "run"
+EXAMPLE = "omniport run bundle --audio question.wav --image picture.png --speak reply.wav"
+
+
+class BackendName(str, Enum):
+    """What can be asked to run the graphs."""
+
+    auto = "auto"
+    ort_cpu = "ort-cpu"
+    ort_cuda = "ort-cuda"
+    ort_tensorrt_rtx = "ort-tensorrt-rtx"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class SolverName(str, Enum):
+    """Solvers of speech (omniport.runtime.speech.ode)."""
+
+    rk4 = "rk4"
+    midpoint = "midpoint"
+    euler = "euler"
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
+    text: Annotated[str, typer.Option(help="What the user writes.")] = "",
+    audio: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Audio to send; may be repeated.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Image to send; may be repeated.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Video to send; may be repeated.")] = None,
+    use_audio_in_video: Annotated[bool, typer.Option(help="Listen to the sound of each video.")] = True,
+    system: Annotated[
+        str | None, typer.Option(help="System message; without it the one that the talker was trained with is used.")
+    ] = None,
+    voice: Annotated[str | None, typer.Option(help="Voice of the spoken reply (see omniport voices).")] = None,
+    speak: Annotated[Path | None, typer.Option(metavar="OUT.wav", help="Speak the reply into this WAV file.")] = None,
+    solver: Annotated[
+        SolverName, typer.Option(help="Solver of speech: rk4 as the reference, the others faster and less exact.")
+    ] = SolverName.rk4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Pick the likeliest token, in speech too.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens at most.")] = None,
+    max_speech: Annotated[float | None, typer.Option(min=0.1, help="Seconds of speech at most.")] = None,
+    backend: Annotated[BackendName, typer.Option(help="What runs the graphs.")] = BackendName.auto,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Answer text, audio, images and video.
+
+    The reply streams as text to stdout and, with --speak, as speech into a WAV file.
+
+    Without --text, --audio, --image and --video it starts a conversation: one line of stdin is one turn.
+    With --json, stdout carries one JSON object an event: text_delta, audio_chunk, and done with the measurements.
+    """
+    from omniport.runtime.errors import UsageError
+
+    message = user_message(text, audio or [], image or [], video or [], use_audio_in_video)
+    if json and not message["content"]:
+        raise UsageError("--json needs an input: give --text, --audio, --image or --video")
+    if voice is not None and speak is None:
+        raise UsageError("--voice is the voice of speech, and there is none: add --speak OUT.wav or drop --voice")
+
+    from omniport.runtime import OmniSession
+
+    from ..show_reply import Replier, chat
+
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    with OmniSession.open(bundle, backend=backend.value) as session:
+        if speak is not None:
+            session.bundle.find_voice(voice)  # refused once and at the start, not at every turn of a conversation
+        replier = Replier(
+            session, voice, seed, greedy, max_new_tokens, max_speech, solver=solver.value, json=json, quiet=quiet
+        )
+        if message["content"]:
+            replier.reply([*messages, message], speak)
+        else:
+            chat(replier, system, speak, use_audio_in_video)
+
+
+def user_message(
+    text: str, audio: list[Path], image: list[Path], video: list[Path], use_audio_in_video: bool
+) -> dict[str, Any]:
+    """One user message. Parts come in the order video, image, audio, text, as the model's users arrange them."""
+    parts: list[dict[str, Any]] = []
+    parts += [{"type": "video", "video": path, "use_audio": use_audio_in_video} for path in video]
+    parts += [{"type": "image", "image": path} for path in image]
+    parts += [{"type": "audio", "audio": path} for path in audio]
+    if text:
+        parts.append({"type": "text", "text": text})
+    return {"role": "user", "content": parts}

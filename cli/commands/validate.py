@@ -1,0 +1,146 @@
+"""omniport validate"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..common import QuietFlag, log_console, print_table, progress_bar, require_extra, size_text
+from .export import EXPORT_MODULES
+from .run import BackendName
+
+if TYPE_CHECKING:
+    from omniport.export.validation.types import ValidationReport
+
+__all__ = ["EXAMPLE", "NAME", "Suite", "Traced", "command"]
+
+NAME = "validate"
+EXAMPLE = "omniport validate bundle Qwen/Qwen2.5-Omni-3B --html report.html"
+
+
+class Suite(str, Enum):
+    """How much is checked."""
+
+    quick = "quick"
+    full = "full"
+
+
+class Traced(str, Enum):
+    """Graphs whose layers can be compared one by one."""
+
+    thinker = "thinker"
+    talker = "talker"
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="The checkpoint it was exported from: folder, Hugging Face id, or modelscope:ID.")
+    ],
+    backend: Annotated[
+        BackendName, typer.Option(help="What runs the graphs; one that cannot run here is reported as not run.")
+    ] = BackendName.ort_cpu,
+    suite: Annotated[Suite, typer.Option(help="quick: some cases of everything. full: all of them.")] = Suite.quick,
+    graphs: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B", help="Check these only: graphs, preprocess, positions, end_to_end, speech; all without it."
+        ),
+    ] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="JSONL", help='Own conversations to reply to: one object with "messages" a line.'),
+    ] = None,
+    trace: Annotated[
+        Traced | None, typer.Option(help="Compare this decoder's hidden states layer by layer as well.")
+    ] = None,
+    asr: Annotated[
+        str, typer.Option(metavar="CMD", help="Speech recogniser: prints the words in the WAV file it is given last.")
+    ] = "",
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is stdout.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a self-contained page.")] = None,
+    quiet: QuietFlag = False,
+) -> None:
+    """Compare a bundle with PyTorch.
+
+    Every graph, the preprocessing, whole replies and their speech are compared with transformers, one part in memory
+    at a time. Exit code 0: all checks hold. 1: one failed, or none ran. 2: bad input.
+    """
+    require_extra("export", *EXPORT_MODULES)
+    if html is not None:
+        require_extra("export", "matplotlib")  # found out now, not when everything has been computed
+    for path in (json, html):
+        _require_folder(path)
+    from omniport.export.validation.summary import encode, write_file
+    from omniport.export.validation.validate import validate
+
+    names = tuple(name.strip() for name in graphs.split(",") if name.strip()) or None
+    with progress_bar(quiet) as progress:
+        report, artifacts = validate(
+            bundle,
+            checkpoint,
+            backend=backend.value,
+            suite=suite.value,
+            graphs=names,
+            data=data,
+            trace=None if trace is None else trace.value,
+            asr=asr or None,
+            progress=progress,
+        )
+        if json is not None and str(json) != "-":
+            write_file(json, encode(report))
+        if html is not None:
+            from omniport.export.validation.report_page import render
+
+            progress("drawing the report", 1, 1)
+            write_file(html, render(report, artifacts).encode())
+    if json is not None and str(json) == "-":
+        sys.stdout.write(encode(report).decode())
+        sys.stdout.flush()
+    else:
+        _print(report)
+    if html is not None:
+        log_console(quiet).print(f"Report: {html}", markup=False)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _require_folder(path: Path | None) -> None:
+    """UsageError if a file could not be written there; found out before minutes of work."""
+    from omniport.runtime.errors import UsageError
+
+    if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(f"cannot write {path}: it is a folder or its folder does not exist; give a file name")
+
+
+def _print(report: ValidationReport) -> None:
+    """The summary table, then what failed and what did not run."""
+    from omniport.export.validation.summary import failures, stage_rows
+    from omniport.export.validation.types import NOT_RUN
+
+    rows = [
+        (
+            row.stage + (" (emulated)" if row.emulated else ""),
+            row.status.replace("_", " "),
+            row.checks,
+            row.failed or "",
+            row.worst.text if row.worst else "",
+            row.worst.check if row.worst else "",
+        )
+        for row in stage_rows(report)
+    ]
+    title = f"{report.bundle} ({report.precision}) on {report.backend}, suite {report.suite}"
+    print_table(title, ("stage", "status", "checks", "failed", "closest to its limit", "in"), rows)
+    for check in failures(report):
+        typer.echo(f"FAIL {check.stage}: {check.name}: {check.message or 'a figure is beyond its limit'}")
+    for check in report.checks:
+        if check.status == NOT_RUN:
+            typer.echo(f"not run: {check.stage}: {check.name}: {check.message}")
+    verdict = "every check that ran holds" if report.ok else "this bundle does NOT match its checkpoint"
+    if not report.ok and not any(failures(report)):
+        verdict = "not proven: a graph of the bundle, or all of them, could not run here"
+    typer.echo(f"{verdict} ({report.seconds:.0f} s, peak memory {size_text(report.peak_memory_bytes)})")

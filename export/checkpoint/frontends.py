@@ -1,0 +1,249 @@
+"""What the bundle's manifest says of a checkpoint besides its graphs: front ends, token ids, sampling.
+
+Read from config.json, preprocessor_config.json (or transformers 5's processor_config.json), generation_config.json and
+the tokenizer. Values that two files state are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omniport.runtime.bundle.manifest import (
+    AudioFrontend,
+    ChatSpec,
+    CodecTokens,
+    SamplingConfig,
+    SpecialTokens,
+    TextTokens,
+    VisionFrontend,
+)
+from omniport.runtime.errors import CheckpointError
+
+from .checkpoint import Checkpoint
+from .tokenizer_json import load_tokenizer
+
+__all__ = [
+    "SPEECH_PROMPT",
+    "TOKEN_STRINGS",
+    "audio_frontend",
+    "chat_spec",
+    "codec_tokens",
+    "sampling_defaults",
+    "special_tokens",
+    "text_tokens",
+    "vision_frontend",
+]
+
+#: the system prompt that the model's page asks for when speech is wanted; the talker was trained with it
+SPEECH_PROMPT = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
+    "visual inputs, as well as generating text and speech."
+)
+
+#: field of SpecialTokens -> string in the tokenizer
+TOKEN_STRINGS: Mapping[str, str] = {
+    "endoftext": "<|endoftext|>",
+    "im_start": "<|im_start|>",
+    "im_end": "<|im_end|>",
+    "audio": "<|AUDIO|>",
+    "audio_bos": "<|audio_bos|>",
+    "audio_eos": "<|audio_eos|>",
+    "vision_bos": "<|vision_bos|>",
+    "vision_eos": "<|vision_eos|>",
+    "image": "<|IMAGE|>",
+    "video": "<|VIDEO|>",
+}
+
+#: field of SpecialTokens -> name under which thinker_config or talker_config may state the same id
+_TOKEN_NAMES_IN_CONFIG: Mapping[str, str] = {
+    "audio": "audio_token_index",
+    "image": "image_token_index",
+    "video": "video_token_index",
+    "audio_bos": "audio_start_token_id",
+    "audio_eos": "audio_end_token_id",
+    "vision_bos": "vision_start_token_id",
+    "vision_eos": "vision_end_token_id",
+}
+
+
+def audio_frontend(ckpt: Checkpoint) -> AudioFrontend:
+    """Log-mel settings and encoder chunking. CheckpointError if the processor and the encoder disagree."""
+    settings = _preprocessor(ckpt, "feature_extractor")
+    encoder = ckpt.config.thinker_config.audio_config
+    n_mels = int(settings.get("feature_size", encoder.num_mel_bins))
+    _same(ckpt, "feature_size (mel bins)", n_mels, "audio_config.num_mel_bins", encoder.num_mel_bins)
+    return AudioFrontend(
+        sampling_rate=int(settings.get("sampling_rate", 16000)),
+        n_fft=int(settings.get("n_fft", 400)),
+        hop_length=int(settings.get("hop_length", 160)),
+        n_mels=n_mels,
+        chunk_frames=2 * encoder.n_window,
+        # a convolution of stride 2, then average pooling by 2
+        chunk_tokens=encoder.n_window // 2,
+        max_seconds=float(settings.get("chunk_length", 300)),
+    )
+
+
+def vision_frontend(ckpt: Checkpoint) -> VisionFrontend:
+    """Image preprocessing and window geometry. CheckpointError if the processor and the encoder disagree.
+
+    Pixel limits are the checkpoint's; video limits are the reference processor's, which checkpoints do not store.
+    """
+    settings = _preprocessor(ckpt, "image_processor")
+    encoder = ckpt.config.thinker_config.vision_config
+    for ours, theirs in (
+        ("patch_size", "patch_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+        ("merge_size", "spatial_merge_size"),
+    ):
+        wanted = getattr(encoder, theirs)
+        _same(ckpt, ours, settings.get(ours, wanted), f"vision_config.{theirs}", wanted)
+    size = settings.get("size") or {}
+    try:
+        mean, std = (tuple(float(value) for value in settings[name]) for name in ("image_mean", "image_std"))
+        limits = [
+            int(settings.get(name) or size[edge])
+            for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"preprocessor_config.json of {ckpt.name} lacks usable image_mean, image_std, min_pixels or max_pixels "
+            f"({error!r}). Copy the file from the base model."
+        ) from error
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not 0 < limits[0] <= limits[1]:
+        raise CheckpointError(
+            f"preprocessor_config.json of {ckpt.name} has image_mean {mean}, image_std {std}, min_pixels {limits[0]}, "
+            f"max_pixels {limits[1]}; expected three means, three positive deviations and 0 < min <= max."
+        )
+    return VisionFrontend(
+        patch_size=encoder.patch_size,
+        temporal_patch_size=encoder.temporal_patch_size,
+        merge_size=encoder.spatial_merge_size,
+        window_size=encoder.window_size,
+        image_mean=(mean[0], mean[1], mean[2]),
+        image_std=(std[0], std[1], std[2]),
+        min_pixels=limits[0],
+        max_pixels=limits[1],
+    )
+
+
+def special_tokens(ckpt: Checkpoint) -> SpecialTokens:
+    """Ids of the control tokens, looked up by their strings.
+
+    Raises:
+        CheckpointError: a string is not in the tokenizer, an id is outside the vocabulary, or config.json states
+            another id.
+    """
+    tokenizer = load_tokenizer(ckpt)
+    vocab_size = ckpt.config.thinker_config.text_config.vocab_size
+    ids: dict[str, int] = {}
+    for field, text in TOKEN_STRINGS.items():
+        token_id = tokenizer.token_to_id(text)
+        if token_id is None:
+            raise CheckpointError(
+                f"the tokenizer of {ckpt.name} has no token {text!r}. Copy the tokenizer files of the base model."
+            )
+        _in_vocabulary(ckpt, text, token_id, vocab_size)
+        ids[field] = token_id
+    parts = {"thinker_config": ckpt.config.thinker_config}
+    if ckpt.has_speech:
+        parts["talker_config"] = ckpt.config.talker_config
+    for part, config in parts.items():
+        for field, name in _TOKEN_NAMES_IN_CONFIG.items():
+            stated = getattr(config, name, None)
+            if stated is not None:
+                _same(ckpt, f"the tokenizer's {TOKEN_STRINGS[field]}", ids[field], f"{part}.{name}", stated)
+    return SpecialTokens(**ids)
+
+
+def chat_spec(ckpt: Checkpoint) -> ChatSpec:
+    """System prompt and stop ids: im_end, endoftext, and what generation_config.json or config.json call eos.
+
+    Raises:
+        CheckpointError: the chat template is not ChatML, or a stop id is outside the vocabulary.
+    """
+    template = _chat_template(ckpt)
+    tokens = special_tokens(ckpt)
+    if template is not None and TOKEN_STRINGS["im_start"] not in template:
+        raise CheckpointError(
+            f"the chat template of {ckpt.name} does not use {TOKEN_STRINGS['im_start']}; omniport builds ChatML "
+            "prompts. Use a checkpoint that keeps Qwen2.5-Omni's chat format."
+        )
+    text = ckpt.config.thinker_config.text_config
+    stop = [tokens.im_end, tokens.endoftext]
+    stated = [(ckpt.json("generation_config.json") or {}).get("eos_token_id")]
+    stated += [getattr(config, "eos_token_id", None) for config in (ckpt.config.thinker_config, text)]
+    for eos in stated:
+        stop += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for token_id in stop:
+        _in_vocabulary(ckpt, "eos_token_id", token_id, text.vocab_size)
+    return ChatSpec(system_prompt=SPEECH_PROMPT, stop=tuple(dict.fromkeys(stop)))
+
+
+def text_tokens(ckpt: Checkpoint) -> TextTokens:
+    """Thinker-vocabulary ids that condition the talker. CheckpointError if one is outside that vocabulary."""
+    talker = ckpt.config.talker_config
+    ids = {name: getattr(talker, f"tts_text_{key}_token_id") for name, key in _TTS_NAMES.items()}
+    for name, token_id in ids.items():
+        _in_vocabulary(ckpt, f"tts text {name}", token_id, ckpt.config.thinker_config.text_config.vocab_size)
+    return TextTokens(**ids)
+
+
+def codec_tokens(ckpt: Checkpoint) -> CodecTokens:
+    """Talker-vocabulary ids. Speech stops on pad or eos, and bos is never sampled (the reference's ``generate``).
+
+    Raises:
+        CheckpointError: an id is outside the talker's vocabulary.
+    """
+    talker = ckpt.config.talker_config
+    ids = {name: getattr(talker, f"tts_codec_{key}_token_id") for name, key in (_TTS_NAMES | {"mask": "mask"}).items()}
+    for name, token_id in ids.items():
+        _in_vocabulary(ckpt, f"tts codec {name}", token_id, talker.vocab_size)
+    return CodecTokens(**ids, stop=(ids["pad"], ids["eos"]), suppress=(ids["bos"],))
+
+
+def sampling_defaults(ckpt: Checkpoint) -> tuple[SamplingConfig, SamplingConfig]:
+    """Defaults of the reference's ``generate``: thinker (greedy) and talker."""
+    talker = SamplingConfig(max_new_tokens=4096, temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05)
+    return SamplingConfig(max_new_tokens=1024), talker
+
+
+_TTS_NAMES = {"bos": "start", "eos": "end", "pad": "pad"}
+
+
+def _preprocessor(ckpt: Checkpoint, part: str) -> dict[str, Any]:
+    """Settings of one processor: the flat preprocessor_config.json, else its section of processor_config.json."""
+    flat = ckpt.json("preprocessor_config.json")
+    if flat is not None:
+        return flat
+    section = (ckpt.json("processor_config.json") or {}).get(part)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{ckpt.name} has no preprocessor_config.json. Copy the file from the base model.")
+    return section
+
+
+def _chat_template(ckpt: Checkpoint) -> str | None:
+    path = ckpt.path / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8", errors="replace")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = (ckpt.json(name) or {}).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def _same(ckpt: Checkpoint, first: str, got: object, second: str, wanted: object) -> None:
+    if got != wanted:
+        raise CheckpointError(
+            f"{ckpt.name} contradicts itself: {first} is {got} and {second} is {wanted}. Its files come from different "
+            "models; take all of them from one."
+        )
+
+
+def _in_vocabulary(ckpt: Checkpoint, name: str, token_id: object, vocab_size: int) -> None:
+    if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+        raise CheckpointError(
+            f"{ckpt.name}: {name} has id {token_id}, expected an integer from 0 to {vocab_size - 1} (the vocabulary)."
+        )

@@ -1,0 +1,65 @@
+"""The machine that a validation runs on: how many threads to use, and what its figures depend on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from omniport.runtime.backends.onnxruntime.backend import physical_cores
+from omniport.runtime.bundle.reader import Bundle
+
+__all__ = ["environment", "is_large", "limited_torch", "usable_threads"]
+
+#: bytes of weights above which graphs are large
+_LARGE = 256 << 20
+
+
+def is_large(bundle: Bundle) -> bool:
+    """Whether a bundle's graphs count: in memory, and in work for more than one thread."""
+    manifest = bundle.manifest
+    return sum(manifest.files[name].size for graph in manifest.graphs.values() for name in graph.data) > _LARGE
+
+
+def usable_threads(bundle: Bundle) -> int:
+    """Threads of one operator.
+
+    One for small graphs: a second waits for work longer than it works, and on a busy machine the first one then waits
+    for it (the quick suite of ``tiny`` took 102 s of processor time instead of 30).
+    """
+    return physical_cores() if is_large(bundle) else 1
+
+
+@contextmanager
+def limited_torch(threads: int) -> Iterator[None]:
+    """Let the reference compute with as many threads, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(threads, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Versions and machine: what a figure may depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu_name()}
+    found["threads"] = str(threads)
+    for package in ("omniport", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

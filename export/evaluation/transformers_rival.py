@@ -1,0 +1,198 @@
+"""What ``omniport bench --against`` measures beside a bundle: transformers' own modules, run eagerly.
+
+They are given the same inputs and threads, in the same process. Attention is transformers' default (``sdpa``), the
+faster of its two on a CPU. One part is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omniport.runtime.bench.workloads import GRAPH_OF, Job
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.errors import UsageError
+from torch import nn
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..models.voices import load_speakers
+from .cases import dit_case, reference_logits, vision_case
+from .reference_modules import cache_keyword, load_reference
+
+__all__ = ["TransformersRival"]
+
+Array = NDArray[Any]
+
+_PIECE = 512
+
+
+class TransformersRival:
+    """The checkpoint that a bundle was exported from, in transformers.
+
+    Args:
+        threads: of one operator.
+
+    Raises:
+        UsageError: the bundle was exported from another checkpoint.
+        CheckpointError: it cannot be read.
+    """
+
+    name: str = "transformers"
+    libraries: tuple[str, ...] = ("torch", "transformers")
+
+    def __init__(self, bundle: Bundle, checkpoint: str, threads: int) -> None:
+        self._bundle = bundle
+        self._checkpoint = Checkpoint.open(checkpoint)
+        self._part: tuple[str, nn.Module] | None = None
+        self._filled: Any = None
+        source = bundle.manifest.source
+        if source.fingerprint != self._checkpoint.fingerprint:
+            raise UsageError(
+                f"{bundle.root} was exported from {source.name} with fingerprint {source.fingerprint[:12]}, and "
+                f"{checkpoint} has {self._checkpoint.fingerprint[:12]}. Give the checkpoint it was exported from"
+            )
+        torch.set_num_threads(threads)
+
+    def runner(self, job: Job) -> Callable[[], Array] | None:
+        """See `omniport.runtime.bench.workloads.Rival`."""
+        makers: dict[str, Callable[[Job, Any], Callable[[], torch.Tensor]]] = {
+            "audio_encoder": self._audio,
+            "vision_encoder": self._vision,
+            "prefill": self._decoder,
+            "decode": self._decoder,
+            "talker": self._decoder,
+            "dit": self._dit,
+            "bigvgan": self._bigvgan,
+        }
+        if job.stage not in makers:
+            return None
+        run = makers[job.stage](job, self._module(GRAPH_OF[job.stage]))
+
+        def computed() -> Array:
+            with torch.inference_mode():
+                return np.asarray(run().float().numpy())
+
+        return computed
+
+    def release(self) -> None:
+        """See `omniport.runtime.bench.workloads.Rival`."""
+        self._part = self._filled = None
+
+    def reply(self, prompt_ids: NDArray[np.int64], text_tokens: int, codes: int) -> tuple[float, float]:
+        """``generate``: its waveform comes when everything is done. The first call loads the whole model and warms up.
+
+        Raises:
+            UsageError: it is silent, so that its time says nothing.
+        """
+        model = self._whole()
+        seconds, sound = _generate(model, prompt_ids, text_tokens, codes)
+        if not float(np.std(sound)) > 1e-4:
+            raise UsageError("the reference's speech is silent: its time says nothing. Give another checkpoint")
+        return seconds, sound.size / 24000
+
+    def _whole(self) -> Any:
+        import transformers
+
+        if self._part is None or self._part[0] != "whole":
+            self.release()
+            loaded: Any = transformers.Qwen2_5OmniForConditionalGeneration
+            model = loaded.from_pretrained(
+                self._checkpoint.path, dtype=torch.float32, attn_implementation="sdpa"
+            ).eval()
+            self._part = ("whole", model)
+            _generate(model, np.arange(16, dtype=np.int64), 2, 26)
+        return self._part[1]
+
+    def _module(self, graph: str) -> nn.Module:
+        if self._part is None or self._part[0] != graph:
+            self.release()
+            self._part = (graph, load_reference(self._checkpoint, graph))
+        return self._part[1]
+
+    def _audio(self, job: Job, module: Any) -> Callable[[], torch.Tensor]:
+        mel = job.given["mel"]
+
+        def run() -> torch.Tensor:
+            output = module(input_features=torch.from_numpy(mel), feature_lens=torch.tensor([mel.shape[1]]))
+            return torch.as_tensor(output.last_hidden_state)
+
+        return run
+
+    def _vision(self, job: Job, module: Any) -> Callable[[], torch.Tensor]:
+        case = vision_case(job.name, job.given["vision"])
+        return lambda: case.reference(module)
+
+    def _decoder(self, job: Job, module: Any) -> Callable[[], torch.Tensor]:
+        """The tokens after ``context``, over a cache that holds those before, and the last one's logits."""
+        rows, context = torch.from_numpy(job.given["rows"]), job.given["context"]
+        graph, cache = GRAPH_OF[job.stage], self._cache(context)
+        decoder: Any = module
+        project: Any = nn.Identity()
+        if graph == "talker":
+            decoder, project = module.model, module.thinker_to_talker_proj
+        places = torch.arange(len(rows))[None, None].expand(3, 1, -1)
+
+        def feed(start: int, stop: int) -> torch.Tensor:
+            output = decoder(
+                inputs_embeds=project(rows[None, start:stop]),
+                position_ids=places[..., start:stop],
+                use_cache=True,
+                **{cache_keyword(decoder): cache},
+            )
+            return torch.as_tensor(output.last_hidden_state)
+
+        with torch.inference_mode():
+            for start in range(cache.get_seq_length(), context, _PIECE):
+                feed(start, min(start + _PIECE, context))
+
+        def run() -> torch.Tensor:
+            _cut(cache, context)
+            return reference_logits(module, graph, feed(context, len(rows))[0, -1])
+
+        return run
+
+    def _cache(self, context: int) -> Any:
+        """A cache of at most ``context`` tokens, those of the job before: contexts of a stage grow."""
+        import transformers
+
+        if self._filled is None or context == 0:
+            made: Any = transformers.DynamicCache
+            self._filled = made()
+        _cut(self._filled, context)
+        return self._filled
+
+    def _dit(self, job: Job, module: Any) -> Callable[[], torch.Tensor]:
+        feeds, voice = job.given["feeds"], job.given["voice"]
+        speaker = load_speakers(self._checkpoint.path / "spk_dict.pt")[voice]
+        step = int(feeds["step"][0])
+        case = dit_case(job.name, feeds["x"], feeds["codes"], step, voice, self._bundle, speaker)
+        return lambda: case.reference(module)
+
+    def _bigvgan(self, job: Job, module: Any) -> Callable[[], torch.Tensor]:
+        return lambda: torch.as_tensor(module(torch.from_numpy(job.given["mel"])))
+
+
+def _cut(cache: Any, tokens: int) -> None:
+    """Forget what lies behind the first ``tokens``: transformers' ``crop`` takes how many to remove, negated."""
+    more = cache.get_seq_length() - tokens
+    if more > 0:
+        cache.crop(-more)
+
+
+def _generate(model: Any, prompt_ids: NDArray[np.int64], text_tokens: int, codes: int) -> tuple[float, Array]:
+    ids = torch.from_numpy(prompt_ids[None])
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        _, wave = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            thinker_max_new_tokens=text_tokens,
+            thinker_min_new_tokens=text_tokens,
+            talker_max_new_tokens=codes,
+            talker_min_new_tokens=codes,
+        )
+    return time.perf_counter() - begin, wave.numpy()

@@ -1,0 +1,110 @@
+"""What an export was asked for, checked before any work is done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.manifest import KV_FORMS
+from omniport.runtime.errors import ExportError
+
+from .graphs.lowering import OPS
+from .graphs.packed_weights import ZERO_POINTS
+from .models.parts import PRECISIONS, GraphDefinition
+
+__all__ = ["ExportOptions"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options that decide what the graphs of a bundle look like.
+
+    Attributes:
+        precision: fp32, fp16 or bf16.
+        max_context: KV-cache capacity in tokens.
+        ops: ``native``, or ``decomposed`` for parsers older than the native operators
+            (`omniport.export.graphs.lowering`).
+        kv: form of the KV cache, ``static`` or ``concat``.
+        keep_fp32: regular expressions searched for in ``GRAPH/module.path``: layers that stay float32.
+        ranges: a ranges.json; float16 graphs keep in float32 what it shows to overflow.
+        zero_points: of a GPTQ or AWQ checkpoint (`omniport.export.graphs.packed_weights.ZERO_POINTS`).
+    """
+
+    precision: str = "fp32"
+    max_context: int = 8192
+    ops: str = "native"
+    kv: str = "static"
+    keep_fp32: tuple[str, ...] = ()
+    ranges: Path | None = None
+    zero_points: str = "keep"
+
+    @property
+    def patterns(self) -> list[re.Pattern[str]]:
+        """``keep_fp32``, compiled."""
+        return [re.compile(text) for text in self.keep_fp32]
+
+    def check(self, graphs: Sequence[str] | None) -> None:
+        """Raises:
+        ExportError: an unknown name, or options that do not go together.
+        """
+        for what, value, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("--ops", self.ops, OPS),
+            ("--kv", self.kv, KV_FORMS),
+            ("--zero-points", self.zero_points, ZERO_POINTS),
+        ):
+            if value not in known:
+                raise ExportError(f"no {what} {value!r}; known: {', '.join(known)}")
+        unknown = sorted(set(graphs or ()) - set(GRAPH_NAMES))
+        if unknown:
+            raise ExportError(f"no graph named {', '.join(unknown)}; known: {', '.join(GRAPH_NAMES)}")
+        if self.ops == "decomposed" and self.kv == "static":
+            raise ExportError(
+                "--ops decomposed goes with --kv concat: a static KV cache is updated in place by TensorScatter, which "
+                "has no equivalent before opset 24. Add --kv concat, or leave --ops native."
+            )
+
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        for text in self.keep_fp32:
+            try:
+                re.compile(text)
+            except re.error as error:
+                raise ExportError(f"--keep-fp32 {text!r} is not a regular expression: {error}") from error
+        if self.keep_fp32 and self.precision == "fp32":
+            raise ExportError("--keep-fp32 goes with --precision fp16 or bf16: everything is FP32 already")
+        if self.ranges is not None and self.precision != "fp16":
+            raise ExportError(
+                "--ranges goes with --precision fp16: it is about what overflows float16, and "
+                f"{self.precision} has the range of float32"
+            )
+
+    def check_patterns(self, definitions: Iterable[GraphDefinition]) -> None:
+        """Raises:
+        ExportError: a ``keep_fp32`` that matches no module of the half-precision graphs among ``definitions``.
+        """
+        if not self.keep_fp32:
+            return
+        half = [definition for definition in definitions if definition.precision != "float32"]
+        paths = [f"{d.name}/{path}" for d in half for path, _ in d.module().named_modules() if path]
+        if not paths:
+            raise ExportError("--keep-fp32: none of the graphs to export is in half precision")
+        for pattern in self.patterns:
+            if not any(pattern.search(path) for path in paths):
+                raise ExportError(
+                    f"--keep-fp32 {pattern.pattern!r} matches no layer; it is searched for in names such as "
+                    f"{paths[-1]} and {paths[len(paths) // 2]}"
+                )
+
+    def check_context(self, limit: int) -> None:
+        """Raises:
+        ExportError: a capacity that the model has no positions for; ``limit`` is how many it has.
+        """
+        if not 64 <= self.max_context <= limit:
+            raise ExportError(
+                f"--max-context {self.max_context}: expected 64 to {limit}, the positions the model was trained on"
+            )

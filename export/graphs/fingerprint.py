@@ -1,0 +1,84 @@
+"""What of an older bundle can be taken over: a key over everything a graph is made from, and whole files.
+
+A key covers the checkpoint (its fingerprint, and size and time of every shard, as ``make`` would), the graph's borders
+and precision, the source code that traces and writes it, and the versions of the libraries underneath. A file is whole
+when its sha256 is the one that bundle.json lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.bundle.manifest import FileRecord, Manifest, SolverSpec
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..models.parts import GraphDefinition
+from ..source_code import package_digest
+
+__all__ = ["file_record", "graph_key", "graph_whole", "source_key"]
+
+_LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir")
+
+
+def source_key(ckpt: Checkpoint) -> str:
+    """sha256 over a checkpoint's state on disk. Weights are not read: their time of change stands for them."""
+    shards = [(path.name, path.stat()) for path in sorted(ckpt.path.glob("*.safetensors"))]
+    return _sha256_of([ckpt.fingerprint, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in shards]])
+
+
+def graph_key(definition: GraphDefinition, solver: SolverSpec, source: str, kept: Sequence[object] = ()) -> str:
+    """sha256 over everything that a graph is made from.
+
+    Args:
+        source: as `source_key` gives it.
+        kept: what was said about parts that stay float32.
+    """
+    return _sha256_of(
+        [
+            definition.name,
+            definition.precision,
+            definition.geometry,
+            definition.ops,
+            msgspec.to_builtins((definition.inputs, definition.outputs, definition.dims, definition.aliases)),
+            msgspec.to_builtins(solver) if definition.name == "dit" else None,
+            source,
+            kept,
+            package_digest("models", "graphs", "checkpoint"),
+            [importlib.metadata.version(name) for name in _LIBRARIES],
+        ]
+    )
+
+
+def graph_whole(out: Path, manifest: Manifest, spec: GraphSpec) -> bool:
+    """Whether every file of a graph is what the manifest lists, byte for byte."""
+    for file in (spec.file, *spec.data):
+        path, record = out / file, manifest.files.get(file)
+        if record is None or not path.is_file() or path.stat().st_size != record.size:
+            return False
+        if _sha256_file(path) != record.sha256.lower():
+            return False
+    return True
+
+
+def file_record(path: Path, advance: Callable[[int], None] | None = None) -> FileRecord:
+    """Size and sha256 of a file; ``advance`` is called with the bytes read, block by block."""
+    return FileRecord(size=path.stat().st_size, sha256=_sha256_file(path, advance))
+
+
+def _sha256_of(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value)).hexdigest()
+
+
+def _sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            if advance is not None:
+                advance(len(block))
+    return digest.hexdigest()

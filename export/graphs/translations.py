@@ -1,0 +1,111 @@
+"""Which ONNX nodes each custom op of `omniport.export.models.ops` becomes (opset 24, standard domain).
+
+Pads are given for every axis: the ``axes`` input of Pad is unknown to TensorRT's parser before 10.4.
+`omniport.export.graphs.lowering` replaces the nodes that need an opset above 18.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript.values import Opset
+
+from ..models import ops as _registered  # noqa: F401 - puts the ops into torch.ops.omniport
+
+__all__ = ["translations"]
+
+op: Any = Opset("", 24)
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The table that turns the custom ops into ONNX nodes, for ``torch.onnx.export(custom_translation_table=...)``."""
+    ops = torch.ops.omniport
+    return {
+        ops.anti_aliased_snake.default: _snake_node,
+        ops.attention.default: _attention_node,
+        ops.linear.default: _linear_node,
+        ops.merge_heads.default: _merge_heads_node,
+        ops.pad_to_blocks.default: _pad_to_blocks_node,
+        ops.reshape_like.default: _reshape_like_node,
+        ops.split_blocks.default: _split_blocks_node,
+        ops.split_heads.default: _split_heads_node,
+        ops.rotary_embedding.default: _rotary_node,
+        ops.rms_norm.default: _rms_norm_node,
+        ops.tensor_scatter.default: _scatter_node,
+    }
+
+
+def _attention_node(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    return op.Attention(*inputs, scale=scale)[0]
+
+
+def _rotary_node(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
+    return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved))
+
+
+def _rms_norm_node(x: Any, weight: Any, eps: float) -> Any:
+    return op.RMSNormalization(x, weight, axis=-1, epsilon=eps, stash_type=1)
+
+
+def _scatter_node(cache: Any, update: Any, write_index: Any) -> Any:
+    return op.TensorScatter(cache, update, write_index, axis=-2, mode="linear")
+
+
+def _linear_node(x: Any, weight: Any) -> Any:
+    return op.MatMul(x, weight)
+
+
+def _split_heads_node(x: Any, heads: int) -> Any:
+    shape = op.Constant(value_ints=[0, 0, heads, int(x.shape[2]) // heads])
+    return op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1, 3])
+
+
+def _merge_heads_node(x: Any) -> Any:
+    shape = op.Constant(value_ints=[0, 0, int(x.shape[1]) * int(x.shape[3])])
+    return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), shape)
+
+
+def _split_blocks_node(x: Any, block: int, back: bool, ahead: bool) -> Any:
+    width = int(x.shape[2])
+    flat = op.Constant(value_ints=[-1, block * (1 + back + ahead), width])
+    if not back and not ahead:
+        return op.Reshape(x, flat)
+    axis = op.Constant(value_ints=[1])
+    blocks = op.Reshape(x, op.Constant(value_ints=[0, -1, block, width]))
+    parts = [blocks]
+    if back:
+        padded = op.Pad(blocks, op.Constant(value_ints=[0, 1, 0, 0, 0, 0, 0, 0]))
+        parts.insert(0, op.Slice(padded, op.Constant(value_ints=[0]), op.Constant(value_ints=[-1]), axis))
+    if ahead:
+        padded = op.Pad(blocks, op.Constant(value_ints=[0, 0, 0, 0, 0, 1, 0, 0]))
+        parts.append(op.Slice(padded, op.Constant(value_ints=[1]), op.Constant(value_ints=[2**62]), axis))
+    return op.Reshape(op.Concat(*parts, axis=2), flat)
+
+
+def _reshape_like_node(x: Any, like: Any) -> Any:
+    return op.Reshape(x, op.Shape(like))
+
+
+def _pad_to_blocks_node(x: Any, block: int) -> Any:
+    length = op.Shape(x, start=1, end=2)
+    # ONNX Mod has the sign of the divisor, so this is how much is missing.
+    missing = op.Mod(op.Neg(length), op.Constant(value_ints=[block]))
+    pads = op.Concat(op.Constant(value_ints=[0, 0, 0, 0]), missing, op.Constant(value_ints=[0]), axis=0)
+    return op.Pad(x, pads)
+
+
+def _snake_node(x: Any, up: Any, down: Any, alpha: Any, inverse_beta: Any, even: Any, odd: Any) -> Any:
+    channels = x.shape[1]
+    zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+    minus_one, end = op.Constant(value_ints=[-1]), op.Constant(value_ints=[2**62])
+    axis = op.Constant(value_ints=[2])
+    padded = op.Pad(x, op.Constant(value_ints=[0, 0, 3, 0, 0, 3]), mode="edge")
+    u = op.Conv(padded, up, group=channels)
+    s = op.Sin(op.Mul(u, alpha))
+    u = op.Add(u, op.Mul(inverse_beta, op.Mul(s, s)))
+    first = op.Gather(op.Slice(u, zero, one, axis), even, axis=1)
+    last = op.Gather(op.Slice(u, minus_one, end, axis), odd, axis=1)
+    return op.Conv(op.Concat(first, first, first, u, last, last, last, axis=2), down, group=channels)

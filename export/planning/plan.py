@@ -1,0 +1,329 @@
+"""Plan a device before buying it: what fits, how fast it answers, and whether it speaks in real time.
+
+Nothing is built and no weight is read. The model is written down in docs/plan.md, with the measurements that it is held
+against: memory is counted, a decode step reads every weight once, and prefill multiplies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from omniport.runtime.errors import UsageError
+
+from ..devices.budget import BUILD_CONSTANT, BUILD_FACTOR
+from .machines import Machine
+from .recipes import RECIPES, PlanRecipe, graph_bytes, matrix_bytes, storage_of
+from .shapes import DecoderShape, ModelShape
+from .weights import GraphShape, Matrix
+
+__all__ = ["CODES_PER_SECOND", "Memory", "RecipePlan", "Speed", "TargetPlan", "make_plan"]
+
+#: codec tokens a second of speech
+CODES_PER_SECOND = 50.0
+FRAMES_PER_CODE = 2
+#: text tokens a second of speech: 150 words a minute of 1.6 tokens
+TEXT_PER_SECOND = 4.0
+#: tokens of a conversation when a question has ended, and those of them that are not prefilled yet
+PROMPT, LATE = 256, 40
+#: codes of the first window with its look-ahead, and of a later one: new ones, and what is solved with them
+FIRST_CODES, NEW_CODES, WINDOW_CODES = 24, 48, 84
+#: the latter on a CPU whose DiT and vocoder are slower than the speech is heard (runtime/speech/token2wav.py)
+NEW_CODES_BEHIND, WINDOW_CODES_BEHIND = 240, 276
+#: mel frames around a window that the vocoder sees
+VOCODER_CONTEXT = 34
+#: most rows of one call: new tokens, mel frames of 32 chunks (15 on a CPU: 30 s), patches of a 1024x768 image
+PREFILL_ROWS, AUDIO_ROWS, AUDIO_ROWS_CPU, PATCHES = 512, 6400, 3000, 3996
+#: attention scores that a CPU holds at once, over their size: measured, with a picture
+SCORES = 1.25
+#: bytes of kernels and graph in an engine, over its weights (docs/results/build-matrix.md)
+ENGINE_EXTRA = 8_000_000
+
+_ITEMSIZE: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+#: recipes from the least to the most that they may lose
+_LOSS = ("", "w8", "fp8", "edge-16gb", "int8", "int4", "edge-8gb")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes.
+
+    Attributes:
+        weights: by graph, as the runtime holds them. mapped: token tables, read from their files row by row.
+    """
+
+    weights: Mapping[str, int]
+    caches: int
+    activations: int
+    runtime: int
+    mapped: int
+
+    @property
+    def total(self) -> int:
+        """All that has to be in memory at once."""
+        return sum(self.weights.values()) + self.caches + self.activations + self.runtime
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Predicted rates.
+
+    Attributes:
+        prefill: tokens a second, 512 at once. decode: text tokens a second at the planned context. codes: the talker's.
+        first_token, first_audio: seconds after a spoken question has ended.
+        speech: seconds of work for one second of speech.
+    """
+
+    prefill: float
+    decode: float
+    codes: float | None
+    first_token: float
+    first_audio: float | None
+    speech: float | None
+
+    @property
+    def real_time(self) -> bool:
+        """Whether speech is made faster than it is heard, all of its parts taking turns."""
+        return self.speech is not None and self.speech <= 1.0 and (self.codes or 0) >= CODES_PER_SECOND
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """One recipe on one machine.
+
+    Attributes:
+        problem: why the machine cannot have it; memory and speed are None then.
+        build_bytes: what building the largest graph takes; 0 where nothing is built.
+    """
+
+    recipe: PlanRecipe
+    problem: str = ""
+    memory: Memory | None = None
+    speed: Speed | None = None
+    usable: int = 0
+    build_bytes: int = 0
+    builds: bool = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything is in memory at once."""
+        return self.memory is not None and self.memory.total <= self.usable
+
+    @property
+    def works(self) -> bool:
+        """Whether it can be built and run there."""
+        return self.fits and self.builds
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """All recipes on one machine. ``best``: name of the one to take; empty if none works."""
+
+    model: str
+    machine: Machine
+    context: int
+    recipes: tuple[RecipePlan, ...]
+
+    @property
+    def best(self) -> str:
+        """The recipe that loses least of those that speak in real time, or else the one that works least on speech."""
+        working = [row for row in self.recipes if row.works]
+        speaking = [row for row in working if row.speed is not None and row.speed.real_time]
+        if speaking:
+            return min(speaking, key=lambda row: (_loss(row.recipe), _load(row))).recipe.name
+        return min(working, key=_load).recipe.name if working else ""
+
+
+def make_plan(model: ModelShape, machine: Machine, context: int = 4096) -> TargetPlan:
+    """Plan every recipe.
+
+    Args:
+        context: tokens of the KV caches.
+
+    Raises:
+        UsageError: a context that is not positive, or longer than the model has positions for.
+    """
+    if not 1 <= context <= model.max_context:
+        raise UsageError(f"--context {context}: 1 to {model.max_context} was expected, what {model.name} has room for")
+    rows = tuple(_plan(model, machine, recipe, context) for recipe in RECIPES.values())
+    return TargetPlan(model.name, machine, context, rows)
+
+
+def _plan(model: ModelShape, machine: Machine, recipe: PlanRecipe, context: int) -> RecipePlan:
+    lacking = [need for need in recipe.needs if need not in machine.formats]
+    if lacking:
+        return RecipePlan(recipe, f"{machine.name} has no {', '.join(lacking)}")
+    if machine.target is None and any(_arithmetic(recipe)):
+        return RecipePlan(recipe, "ONNX Runtime has no CPU kernels that pay for it: w8 computes in integers as well")
+    job = _Job(model, machine, recipe, context)
+    largest = max(job.file_bytes(graph) for graph in model.graphs.values())
+    build = int(BUILD_FACTOR * largest) + BUILD_CONSTANT if machine.target is not None else 0
+    return RecipePlan(
+        recipe,
+        memory=job.memory(),
+        speed=job.speed(),
+        usable=machine.usable,
+        build_bytes=build,
+        builds=build <= machine.usable or not machine.builds_itself,
+    )
+
+
+def _arithmetic(recipe: PlanRecipe) -> list[str]:
+    return [s.arithmetic for kinds in (recipe.graphs or {}).values() for s in kinds.values() if s.arithmetic]
+
+
+def _loss(recipe: PlanRecipe) -> int:
+    return _LOSS.index(recipe.name) if recipe.graphs else 0
+
+
+def _load(row: RecipePlan) -> float:
+    assert row.speed is not None
+    return row.speed.speech if row.speed.speech is not None else 1 / row.speed.decode
+
+
+class _Job:
+    """One model, machine and recipe."""
+
+    def __init__(self, model: ModelShape, machine: Machine, recipe: PlanRecipe, context: int) -> None:
+        self.model, self.machine, self.recipe, self.context = model, machine, recipe, context
+
+    def itemsize(self, graph: str) -> int:
+        return _ITEMSIZE[self.recipe.graph_precision(graph, self.machine.precision)]
+
+    # --- memory
+
+    def file_bytes(self, shape: GraphShape) -> int:
+        return graph_bytes(shape, self.recipe, self.itemsize(shape.name))
+
+    def memory(self) -> Memory:
+        weights = {name: self.held_bytes(shape) for name, shape in self.model.graphs.items()}
+        # a CPU's caches are as wide as what it computes in; both decoders keep one
+        caches = sum(d.cache_elements(self.context) * self.itemsize(name) for name, d in self.model.decoders.items())
+        activations = sum(self.activations(shape) for shape in self.model.graphs.values())
+        return Memory(weights, caches, activations, self.machine.process, sum(self.model.embedding_bytes.values()))
+
+    def held_bytes(self, shape: GraphShape) -> int:
+        """Weights in memory: engines hold them as they are stored, packed kernels in a layout of their own."""
+        if self.machine.target is not None:
+            return self.file_bytes(shape) + ENGINE_EXTRA
+        item, total = self.itemsize(shape.name), shape.other * self.itemsize(shape.name) + shape.fixed * 4
+        for matrix in shape.matrices:
+            total += self.held_matrix(shape.name, matrix, item)
+        return total
+
+    def held_matrix(self, graph: str, matrix: Matrix, item: int) -> int:
+        storage = storage_of(self.recipe, graph, matrix)
+        if storage.bits in self.machine.packed:
+            return int(matrix.elements * self.machine.packed[storage.bits])
+        return matrix_bytes(matrix, storage, item)
+
+    def activations(self, shape: GraphShape) -> int:
+        """Values that live at once in the largest call of a graph; attention scores only where they are stored."""
+        item, cpu = self.itemsize(shape.name), self.machine.target is None
+        decoder = self.model.decoders.get(shape.name)
+        if decoder is not None:
+            rows = min(PREFILL_ROWS, self.context)
+            scores = int(SCORES * decoder.heads * rows * self.context * 4) if cpu else 0
+            values = rows * (3 * shape.ffn + 6 * shape.width) * item
+            return values + scores + (decoder.vocabulary + rows * shape.width) * 4
+        if shape.name == "audio_encoder":
+            rows = AUDIO_ROWS_CPU if cpu else AUDIO_ROWS
+            scores = int(SCORES * shape.heads * rows / 2 * 100 * 4) if cpu else 0
+            return (2 * rows * shape.width + rows // 2 * (2 * shape.ffn + 4 * shape.width)) * item + scores
+        if shape.name == "vision_encoder":
+            scores = int(SCORES * shape.heads * PATCHES**2 * 4) if cpu else 0
+            return PATCHES * (3 * shape.ffn + 6 * shape.width) * item + scores
+        frames = FRAMES_PER_CODE * (WINDOW_CODES_BEHIND if cpu else WINDOW_CODES)
+        if shape.name == "dit":
+            return 2 * frames * (3 * shape.ffn + 8 * shape.width) * item
+        # the widest stage of the vocoder, and its two phases
+        widest = max(m.n * m.steps for m in shape.matrices)
+        return int(frames * widest * 2 * 4 * item)
+
+    # --- time
+
+    def speed(self) -> Speed:
+        thinker = self.model.graphs["thinker"]
+        decode = self.run("thinker", 1, self.context)
+        rows = min(PREFILL_ROWS, self.context)
+        late = self.run("audio_encoder", 200) if "audio_encoder" in self.model.graphs else 0.0
+        late += self.run(thinker.name, LATE, PROMPT)
+        first = late + self.run("thinker", 1, PROMPT)
+        codes = speech = audio = None
+        if self.model.speaks:
+            step = self.run("talker", 1, self.context)
+            codes, speech = 1 / step, self._speech(decode, step)
+            audio = first + self._first_window()
+        return Speed(rows / self.run("thinker", rows, rows), 1 / decode, codes, first, audio, speech)
+
+    def _speech(self, decode: float, step: float) -> float:
+        """Work for one second of speech: thinker, talker, and windows of DiT and vocoder."""
+        windows = self._window(NEW_CODES, WINDOW_CODES)
+        if self.machine.target is None and windows > 1:
+            windows = self._window(NEW_CODES_BEHIND, WINDOW_CODES_BEHIND)
+        return TEXT_PER_SECOND * decode + CODES_PER_SECOND * step + windows
+
+    def _window(self, new: int, codes: int) -> float:
+        """Seconds of DiT and vocoder for a second of speech, in windows of that many new codes and codes in all."""
+        vocoder = self.run("bigvgan", FRAMES_PER_CODE * new + 2 * VOCODER_CONTEXT)
+        return (self._solving(codes) + vocoder) * CODES_PER_SECOND / new
+
+    def _solving(self, codes: int) -> float:
+        """Seconds of the whole solution of a window."""
+        return self.model.evaluations * self.run("dit", FRAMES_PER_CODE * codes)
+
+    def _first_window(self) -> float:
+        """From the first text token to the first sound; the talker's step i waits for the thinker's token i."""
+        both = self.run("thinker", 1, PROMPT) + self.run("talker", 1, PROMPT)
+        tail = self._solving(FIRST_CODES) + self.run("bigvgan", FRAMES_PER_CODE * FIRST_CODES)
+        return self.run("talker", PROMPT, PROMPT) + FIRST_CODES * both + tail
+
+    def run(self, graph: str, rows: int, context: int = 0) -> float:
+        """Seconds of one call: everything is read once, and multiplied by every row."""
+        shape, machine = self.model.graphs[graph], self.machine
+        item = self.itemsize(graph)
+        reading = shape.other * item / machine.bandwidth
+        reading += sum(self._reading(graph, matrix, item) for matrix in shape.matrices)
+        computing = sum(self._operations(m, rows) / self._rate(graph, m) for m in shape.matrices)
+        decoder = self.model.decoders.get(graph)
+        if decoder is not None:
+            reading += decoder.cache_elements(context) * item / machine.bandwidth
+            computing += _scores(decoder, rows, context) / machine.rates[self._own(graph)]
+        if rows == 1:  # one row is read, not computed
+            computing = 0.0
+        return reading + computing + self._layers(shape) * machine.layer
+
+    def _reading(self, graph: str, matrix: Matrix, item: int) -> float:
+        """Seconds to read weights once, or to unpack them where that takes longer."""
+        seconds = self.held_matrix(graph, matrix, item) / self.machine.bandwidth
+        bits = storage_of(self.recipe, graph, matrix).bits
+        if bits in self.machine.unpacking:
+            return max(seconds, matrix.elements / self.machine.unpacking[bits])
+        return seconds
+
+    def _operations(self, matrix: Matrix, rows: int) -> float:
+        return 2 * matrix.elements * (matrix.steps * rows or 1)
+
+    def _rate(self, graph: str, matrix: Matrix) -> float:
+        storage = storage_of(self.recipe, graph, matrix)
+        if storage.arithmetic:
+            return self.machine.rates[storage.arithmetic]
+        if not matrix.kind.product:
+            return self.machine.rates["convolution"]
+        return self.machine.rates[str(storage.bits) if storage.bits else self._own(graph)]
+
+    def _own(self, graph: str) -> str:
+        return self.recipe.graph_precision(graph, self.machine.precision)
+
+    def _layers(self, shape: GraphShape) -> float:
+        decoder = self.model.decoders.get(shape.name)
+        return decoder.layers if decoder is not None else sum(m.count for m in shape.matrices) / _MATRICES
+
+
+#: matrices of a layer, for graphs that are not decoders
+_MATRICES = 6
+
+
+def _scores(decoder: DecoderShape, rows: int, context: int) -> float:
+    """Operations of attention over so many tokens, half of which the last row alone sees."""
+    return 4 * decoder.layers * decoder.heads * decoder.head_dim * rows * context / 2

@@ -1,0 +1,314 @@
+"""A bundle's graphs to engines for one machine: who builds, what has changed, and what can be proven elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from omniport.runtime.backends.select import installed_version
+from omniport.runtime.bundle.activation_ranges import limit, overflowing
+from omniport.runtime.bundle.engines import EngineRecord, engine_path, graph_files
+from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.bundle.listed_files import sha256_of
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.bundle.staging import check_space
+from omniport.runtime.errors import BackendError, BuildError, BundleError, UsageError
+
+from ..devices.catalog import THIS, Target
+from ..source_code import package_digest
+from .builder_api import Api, installed_builders, load_api
+from .engine_builder import Built, Progress, build_engine
+from .engine_store import EngineStore, file_record
+from .interruptible import run_aside
+from .profiles import Limits, graph_dims, make_profiles
+
+__all__ = [
+    "BuildReport",
+    "GraphBuild",
+    "build_bundle",
+    "builder_version",
+    "choose_builder",
+    "engine_key",
+    "require_ranges",
+]
+
+
+@dataclass(frozen=True)
+class GraphBuild:
+    """One graph of a build. ``built``: False when the engine that was there is still right."""
+
+    graph: str
+    path: Path
+    built: bool
+    record: EngineRecord
+
+
+@dataclass
+class BuildReport:
+    """What a build made."""
+
+    bundle: Path
+    target: Target
+    builder: str
+    version: str
+    graphs: list[GraphBuild] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def build_bundle(
+    bundle: Bundle,
+    target: Target,
+    *,
+    builder: str = "auto",
+    precision: str | None = None,
+    graphs: Sequence[str] | None = None,
+    limits: Limits | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Build the engines of a bundle for a target, those that are missing or out of date.
+
+    Args:
+        precision: what the caller believes the bundle to be; the bundle decides.
+        graphs: these only; all by default.
+        force: build also what did not change.
+        progress: called with the stage, and thousandths done and in all.
+
+    Raises:
+        UsageError: a precision, graph or limit that does not go with the bundle.
+        BackendError: no builder for the target is installed, or the target's engines are built elsewhere.
+        BuildError: a graph cannot become the engine its spec describes (engines built before it stay), or one holds
+            values in float16 that were observed too large for it (nothing is built).
+    """
+    started = time.perf_counter()
+    limits = limits or Limits()
+    check_bundle_precision(bundle, precision)
+    names = _chosen(bundle, graphs)
+    for name in names:
+        require_ranges(bundle, name)
+    chosen = choose_builder(target, builder, str(bundle.root))
+    report = BuildReport(bundle.root, target, chosen, builder_version(chosen))
+    store = EngineStore(bundle.root, f"omniport {importlib.metadata.version('omniport')}")
+    api: Api | None = None
+    with store.held():
+        for name in names:
+            spec = bundle.manifest.graphs[name]
+            place = engine_path(chosen, target.name, bundle.manifest.precision, name)
+            key = engine_key(bundle, spec, target, chosen, report.version, limits)
+            held = store.record(place)
+            if held is not None and held.key == key and not force:
+                report.graphs.append(GraphBuild(name, bundle.root / place, False, held))
+                continue
+            api = api or run_aside(lambda _: load_api(chosen), lambda: None)
+            record = _build(api, bundle, spec, target, store, place, key, limits, progress)
+            report.graphs.append(GraphBuild(name, bundle.root / place, True, record))
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def check_bundle_precision(bundle: Bundle, precision: str | None) -> None:
+    """Whether a bundle is of the precision asked for.
+
+    Raises:
+        UsageError: it is not; says what makes one.
+    """
+    held = bundle.manifest.precision
+    if precision is None or precision == held:
+        return
+    made_by = (
+        f"omniport export CHECKPOINT OUT --precision {precision}"
+        if precision in ("fp32", "fp16", "bf16")
+        else f"omniport quantize {bundle.root} --recipe {precision} OUT"
+    )
+    raise UsageError(
+        f"--precision {precision}: {bundle.root} is {held}, and its graphs say the dtype of every value, so the bundle "
+        f"decides what its engines compute in. Make a bundle in {precision}: {made_by}"
+    )
+
+
+def require_ranges(bundle: Bundle, graph: str) -> None:
+    """Whether a float16 graph holds in float16 only what was observed to fit; nothing without measured ranges.
+
+    Raises:
+        BuildError: an observed value would overflow; says how to keep it in float32.
+    """
+    found = overflowing(bundle, graph)
+    if found:
+        worst = ", ".join(f"{layer.name} ({layer.max:.3g})" for layer in found[:3])
+        raise BuildError(
+            f"{graph} holds {len(found)} values in float16 that were observed beyond {limit():.0f}, half of what it "
+            f"can hold: {worst}. The engine would give infinities. Export again so that they stay in float32: omniport "
+            f"export CHECKPOINT OUT --precision fp16 --ranges {bundle.root / str(bundle.manifest.ranges_file)}"
+        )
+
+
+def choose_builder(target: Target, builder: str, bundle: str = "BUNDLE") -> str:
+    """Which package builds for a target here.
+
+    Args:
+        builder: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
+
+    Raises:
+        BackendError: none that is installed can, or the engines are built on the target itself.
+    """
+    if builder == "tensorrt-rtx" and not target.built_anywhere:
+        raise BackendError(
+            f"tensorrt-rtx does not build for {target.name} ({target.sm}): its engines come from the TensorRT on the "
+            f"device. Run there: {on_device(target, bundle)}"
+        )
+    here = installed_builders()
+    if builder == "auto" and target.built_anywhere and ("tensorrt-rtx" in here or "tensorrt" not in here):
+        return _require("tensorrt-rtx", here)
+    if builder == "tensorrt-rtx":
+        return _require(builder, here)
+    # TensorRT measures kernels on the GPU that it builds for
+    found = _own_capability() if target.name != THIS else target.capability
+    if found != target.capability:
+        what = f"this machine's has {found}" if found else "this machine has none"
+        raise BackendError(
+            f"engines of {target.name} are built on the device: TensorRT needs a GPU of compute capability "
+            f"{target.capability}, and {what}. Run there: {on_device(target, bundle)}. Add --check to prove here what "
+            "can be proven without it"
+        )
+    return _require("tensorrt", here)
+
+
+def on_device(target: Target, bundle: str) -> str:
+    """The command to run on the target."""
+    return f"omniport build {bundle} --target {target.name} --builder tensorrt"
+
+
+def builder_version(builder: str) -> str:
+    """Version of an installed builder, from its metadata; the package itself is imported only where there is none."""
+    return installed_version(builder) or load_api(builder).version
+
+
+def engine_key(bundle: Bundle, spec: GraphSpec, target: Target, builder: str, version: str, limits: Limits) -> str:
+    """sha256 over everything that an engine is made from."""
+    parts: list[Any] = [
+        {name: record.sha256.lower() for name, record in graph_files(bundle.manifest, spec.name).items()},
+        msgspec.to_builtins((spec.inputs, spec.outputs, spec.aliases)),
+        msgspec.to_builtins(make_profiles(spec, graph_dims(spec, limits), limits.image_classes)),
+        (builder, version, target.name, target.capability),
+        package_digest("tensorrt"),
+    ]
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def _build(
+    api: Api,
+    bundle: Bundle,
+    spec: GraphSpec,
+    target: Target,
+    store: EngineStore,
+    place: str,
+    key: str,
+    limits: Limits,
+    progress: Progress | None,
+) -> EngineRecord:
+    files = graph_files(bundle.manifest, spec.name)
+    size = sum(record.size for record in files.values())
+    check_space(bundle.root / place, size)
+    _check_files(bundle, spec, size, progress)
+    scratch = store.scratch(place)
+    timings = _timings(api, target) if api.features.timing_cache else None
+    built = build_engine(
+        api, bundle.path(spec.file), spec, target, scratch, limits=limits, timing_cache=timings, progress=progress
+    )
+    try:
+        record = _record(api, bundle, spec, target, built, scratch, key)
+        store.put(place, scratch, record)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return record
+
+
+def _record(
+    api: Api, bundle: Bundle, spec: GraphSpec, target: Target, built: Built, engine: Path, key: str
+) -> EngineRecord:
+    return EngineRecord(
+        graph=spec.name,
+        builder=api.builder,
+        builder_version=api.version,
+        target=target.name,
+        compute_capability=target.capability,
+        precision=bundle.manifest.precision,
+        dtype=spec.precision,
+        profiles=built.profiles,
+        fixed_dims=built.fixed,
+        flags=api.flag_names(spec.name),
+        onnx=graph_files(bundle.manifest, spec.name),
+        engine=file_record(engine),
+        weights_bytes=built.weights_bytes,
+        layers=dict(sorted(built.layers.items())),
+        build_seconds=round(built.seconds, 3),
+        peak_memory_bytes=built.peak_memory,
+        key=key,
+    )
+
+
+def _check_files(bundle: Bundle, spec: GraphSpec, size: int, progress: Progress | None) -> None:
+    """The graph's files are those that bundle.json lists: the record will say that the engine was built from them."""
+    done = 0
+
+    def advance(read: int) -> None:
+        nonlocal done
+        done += read
+        if progress is not None:
+            progress(f"reading {spec.name}", done, size)
+
+    for name, record in graph_files(bundle.manifest, spec.name).items():
+        if sha256_of(bundle.path(name), advance) != record.sha256.lower():
+            raise BundleError(
+                f"{name} in {bundle.root} is not the file that bundle.json lists (sha256). Copy or export the bundle "
+                "again"
+            )
+
+
+def _chosen(bundle: Bundle, graphs: Sequence[str] | None) -> list[str]:
+    held = bundle.manifest.graphs
+    absent = [name for name in graphs or () if name not in held]
+    if absent:
+        raise UsageError(f"{bundle.root} has no graph {', '.join(absent)}; it has {', '.join(held)}")
+    names = [name for name in held if graphs is None or name in graphs]
+    if not names:
+        raise BuildError(f"{bundle.root} has no graphs to build: export it again")
+    return names
+
+
+def _require(builder: str, here: Sequence[str]) -> str:
+    if builder not in here:
+        extra = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}[builder]
+        raise BackendError(f"{builder} is not installed here: pip install 'omniport[{extra}]'")
+    return builder
+
+
+def _own_capability() -> str | None:
+    """Compute capability of the machine's own GPU; None if there is none."""
+    from ..devices.detect import this_target
+
+    try:
+        return this_target().capability
+    except BackendError:
+        return None
+
+
+def _timings(api: Api, target: Target) -> Path | None:
+    """The kernel timings kept for a target: they depend on the builder's version and on the GPU."""
+    named = os.environ.get("OMNIPORT_CACHE")  # as for traced graphs; empty switches the cache off
+    if named == "":
+        return None
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(named or Path(base) / "omniport") / "timings"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a cache that cannot be written is no reason to fail
+        return None
+    return folder / f"{api.builder}-{api.version}-{target.sm}-{target.name}.cache"

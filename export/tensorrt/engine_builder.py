@@ -1,0 +1,194 @@
+"""One graph to one engine. Imports neither torch nor transformers: it runs on the device as well.
+
+Networks are strongly typed: the graph says every dtype, and the builder chooses none.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omniport.runtime.bundle.engines import Profile
+from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.errors import BuildError
+
+from ..devices.catalog import Target, precisions_of
+from ..memory import MemoryWatch
+from .builder_api import Api
+from .engine_store import replace_file
+from .interruptible import Cancelled, run_aside
+from .network import Parsed, check_unused, parse
+from .onnx_file import open_onnx
+from .profiles import Limits, fixed_dims, graph_dims, make_profiles
+
+__all__ = ["Built", "Progress", "build_engine", "check_precision"]
+
+#: progress(stage, done, total)
+Progress = Callable[[str, int, int], None]
+
+#: progress is told in thousandths
+_STEPS = 1000
+#: tensorrt-rtx gives Turing FP32 and FP16 only (support matrix of TensorRT-RTX 1.4)
+_RTX_LACKS = {"7.5": frozenset({"int8", "int4"})}
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build made. ``peak_memory``: resident bytes above those before it; 0 where nobody can say."""
+
+    profiles: tuple[Profile, ...]
+    fixed: dict[str, int]
+    layers: dict[str, int]
+    weights_bytes: int
+    seconds: float
+    peak_memory: int
+
+
+def build_engine(
+    api: Api,
+    graph: Path,
+    spec: GraphSpec,
+    target: Target,
+    out: Path,
+    *,
+    limits: Limits | None = None,
+    capability: str | None = None,
+    timing_cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Built:
+    """Build one engine.
+
+    Args:
+        graph: the ONNX file.
+        out: file to write, removed again when the build does not go well.
+        capability: compute capability to compile for, where the target's has no compiler here.
+        timing_cache: kernel timings to start from and to add to, for builders that measure.
+        progress: called with what is being built, and thousandths done.
+
+    Raises:
+        BuildError: the graph cannot become the engine that its spec describes, or the builder failed.
+        BackendError: the builder cannot compile for the target.
+        KeyboardInterrupt: Ctrl-C; nothing is left behind.
+    """
+    started = time.perf_counter()
+    watch = MemoryWatch()
+    limits = limits or Limits()
+    onnx_file = open_onnx(graph)
+    check_precision(spec.name, onnx_file.formats(), target, api.builder)
+    dims = graph_dims(spec, limits)
+    fixed, profiles = fixed_dims(dims), make_profiles(spec, dims, limits.image_classes)
+
+    def work(cancelled: threading.Event) -> Parsed:
+        parsed = parse(api, onnx_file, spec, fixed)
+        config = _configure(api, parsed, profiles, capability or target.capability, timing_cache)
+        _compile(api, parsed, config, out, _stepper(spec.name, progress, cancelled))
+        if timing_cache is not None:
+            _keep_timings(config, timing_cache)
+        return parsed
+
+    def look() -> None:
+        watch.look()
+        onnx_file.release()
+
+    try:
+        parsed = run_aside(work, look)
+        check_unused(spec.name, api.messages())
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
+    return Built(
+        profiles=profiles,
+        fixed=fixed,
+        layers=parsed.layers,
+        weights_bytes=onnx_file.weights_bytes,
+        seconds=time.perf_counter() - started,
+        peak_memory=watch.peak(),
+    )
+
+
+def check_precision(graph: str, formats: frozenset[str], target: Target, builder: str) -> None:
+    """Whether the target computes in every number format that the graph uses.
+
+    Raises:
+        BuildError: names the formats it lacks and those it has.
+    """
+    lacks = _RTX_LACKS.get(target.capability, frozenset()) if builder == "tensorrt-rtx" else frozenset()
+    has = [name for name in target.precisions if name not in lacks]
+    missing = sorted(formats - set(has))
+    if not missing:
+        return
+    with_it = [name for name in ("7.5", "8.0", "8.9", "10.0") if not set(missing) - set(precisions_of(name))]
+    newer = f"; compute capability {with_it[0]} and later have it" if with_it else ""
+    raise BuildError(
+        f"{graph} uses {', '.join(missing)}, which {target.name} ({target.sm}) lacks with {builder}: it has "
+        f"{', '.join(has)}{newer}. Export or quantize the bundle in one of these"
+    )
+
+
+def _configure(
+    api: Api, parsed: Parsed, profiles: tuple[Profile, ...], capability: str, timing_cache: Path | None
+) -> Any:
+    config = parsed.builder.create_builder_config()
+    api.set_capability(config, capability)
+    api.require_user_allocation(config, parsed.graph)
+    for profile in profiles:
+        made = parsed.builder.create_optimization_profile()
+        for tensor in parsed.inputs().values():
+            if tensor.name in profile.inputs:
+                shapes = profile.inputs[tensor.name]
+                made.set_shape(tensor.name, shapes.min, shapes.opt, shapes.max)
+        config.add_optimization_profile(made)
+    if timing_cache is not None and api.features.timing_cache:
+        held = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(held), False)
+    return config
+
+
+def _stepper(graph: str, progress: Progress | None, cancelled: threading.Event) -> Callable[[float], bool]:
+    """What the builder calls with the share that is done; it stops when it hears False."""
+
+    def step(share: float) -> bool:
+        if progress is not None and not cancelled.is_set():
+            progress(f"building {graph}", int(share * _STEPS), _STEPS)
+        return not cancelled.is_set()
+
+    return step
+
+
+def _compile(api: Api, parsed: Parsed, config: Any, out: Path, step: Callable[[float], bool]) -> None:
+    """Write the engine to ``out``.
+
+    Raises:
+        BuildError: the builder gave up; with its messages. Also when it was told to stop, which nobody sees then.
+    """
+    if not step(0.0):
+        raise Cancelled
+    if api.features.progress:
+        config.progress_monitor = monitor = api.progress_monitor(step)  # noqa: F841 - the builder keeps no reference
+    with open(out, "wb") as file:
+        if api.features.streamed_engine:
+            writer = api.stream_writer(file.write)
+            made = bool(parsed.builder.build_serialized_network_to_stream(parsed.network, config, writer))
+            if writer.error is not None:
+                raise writer.error
+        else:
+            engine = parsed.builder.build_serialized_network(parsed.network, config)
+            made = engine is not None
+            file.write(memoryview(engine) if made else b"")
+    if not made or out.stat().st_size == 0:
+        raise BuildError(f"{parsed.graph}: the builder failed: {_reason(api)} ({api.builder} {api.version})")
+
+
+def _keep_timings(config: Any, timing_cache: Path) -> None:
+    cache = config.get_timing_cache()
+    if cache is not None:
+        replace_file(timing_cache, bytes(memoryview(cache.serialize())))
+
+
+def _reason(api: Api) -> str:
+    errors = [" ".join(text.split()) for severity, text in api.messages() if severity != "WARNING"]
+    return "; ".join(errors)[:800] or "it gives no reason"

@@ -1,0 +1,246 @@
+"""The backend's graphs driven over the reference's own tokens and codes, and replies compared token by token.
+
+Teacher forcing keeps one difference from becoming all that follow: every step is judged on the same past.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omniport.runtime.bundle.manifest import SamplingConfig
+from omniport.runtime.concurrency.timing import StageTimer
+from omniport.runtime.generation.decoder import Decoder
+from omniport.runtime.generation.sampling import Sampler
+from omniport.runtime.prompt.tokenizer import TextCodec
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+
+from ...evaluation.metrics import MIN_ENERGY, Figures, energy
+from ...evaluation.recording import RecordingBackend
+from ..context import Context
+from ..reference_reply import Floats, StagedReply
+from ..tolerances import limit
+from ..types import FAIL, NOT_RUN, PASS, Check
+from .graphs import array_check
+from .speech_blame import blame_mel
+from .speech_verdict import Verdict
+
+__all__ = ["coarsest", "decisions_check", "ids_check", "speech_parts", "talker_check", "thinker_checks"]
+
+#: from the finest to the coarsest
+_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
+#: tokens shown on each side of the first difference
+_SHOWN = 6
+
+
+def coarsest(context: Context, graphs: Sequence[str]) -> str:
+    """The coarsest precision among those of ``graphs`` that the bundle holds."""
+    return max((context.precision[name] for name in graphs if name in context.precision), key=_PRECISIONS.index)
+
+
+def thinker_checks(context: Context, name: str, reply: StagedReply) -> Iterator[Check]:
+    """Hidden states of prompt and reply, and the logits of every step."""
+    trace, precision = reply.thinker, context.precision["thinker"]
+    assert trace is not None
+    prompt = len(reply.inputs.token_ids)
+    logits, hidden = _forced(context, "thinker", trace.embeds, trace.positions, prompt)
+    yield array_check("thinker", f"{name}: hidden states", hidden, trace.hidden, precision)
+    check = array_check("thinker", f"{name}: logits step by step", logits, trace.logits, precision, logits=True)
+    yield _judge_choices(check, logits.argmax(-1), trace.tokens, trace.logits, precision)
+
+
+def talker_check(context: Context, name: str, reply: StagedReply, config: SamplingConfig) -> Iterator[Check]:
+    """Logits of every step over the reference's rows, and what the runtime's sampler picks from them."""
+    trace, precision = reply.talker, context.precision["talker"]
+    codec = context.bundle.manifest.codec
+    assert trace is not None
+    assert codec is not None
+    prompt = len(trace.history)
+    logits, _ = _forced(context, "talker", trace.embeds, trace.positions, prompt)
+    check = array_check("talker", f"{name}: logits step by step", logits, trace.logits, precision, logits=True)
+    if not np.isfinite(logits).all():
+        yield check
+        return
+    sampler = Sampler(config, None, codec.suppress)
+    seen = np.concatenate([trace.history, trace.codes])
+    picks = [sampler.pick(row, seen[: prompt + k]) for k, row in enumerate(logits)]
+    yield _judge_choices(check, np.asarray(picks), trace.codes, trace.scores, precision)
+
+
+def _forced(
+    context: Context, name: str, embeds: Floats, positions: NDArray[np.int64], prompt: int
+) -> tuple[Floats, Floats]:
+    """Prefill of ``prompt`` rows, then one row at a time: logits [n, V] and hidden [prompt + n - 1, H]."""
+    graph = context.backend.graph(name)
+    decoder = Decoder(graph, graph.new_cache(context.max_context))
+    bounds = [0, *range(prompt, len(embeds) + 1)]
+    steps = [decoder.forward(embeds[a:b], positions[:, a:b]) for a, b in itertools.pairwise(bounds)]
+    hidden = [part for _, part in steps if part is not None]
+    return np.stack([logits for logits, _ in steps]), np.concatenate(hidden) if hidden else np.zeros((0, 0), np.float32)
+
+
+def _gap(scores: Floats, wanted: int, got: int) -> float:
+    """By how much the reference prefers its own choice, in standard deviations of its logits at that step."""
+    finite = scores[np.isfinite(scores)].astype(np.float64)
+    difference = float(scores[wanted]) - float(scores[got])
+    return difference / max(float(finite.std()), 1e-9) if np.isfinite(difference) else float("inf")
+
+
+def _judge_choices(
+    check: Check, got: NDArray[np.int64], wanted: NDArray[np.int64], scores: Floats, precision: str
+) -> Check:
+    """Add to a check how often the choice is the reference's, and the widest gap at which it is not."""
+    gaps = [_gap(row, int(b), int(a)) for row, a, b in zip(scores, got, wanted, strict=True) if a != b]
+    worst, allowed = max(gaps, default=0.0), limit("choice.gap", precision)
+    check.figures |= {"choice_agreement": 1 - len(gaps) / len(wanted), "choice_gap": worst}
+    check.limits["choice_gap"], check.reasons["choice_gap"] = allowed.value, allowed.reason
+    if worst > allowed.value:
+        check.status = FAIL
+        said = f"the choice differs where the reference prefers its own by {worst:.3g} standard deviations"
+        check.message = "; ".join(filter(None, [check.message, f"{said}, at most {allowed.value:g} is allowed"]))
+    return check
+
+
+def decisions_check(name: str, pairs: Mapping[str, tuple[list[int], list[int]]]) -> Check:
+    """Stop ids, penalty, suppression and choice over the very same logits: ids must be equal."""
+    faults, figures = [], {}
+    for kind, (got, wanted) in pairs.items():
+        at = _parting(got, wanted)
+        figures[f"{kind}_ids_equal"] = got == wanted
+        if got != wanted:
+            faults.append(
+                f"{kind} ids differ from number {at} on: {got[at : at + 4]}, the reference {wanted[at : at + 4]}"
+            )
+    if not any(ids for pair in pairs.values() for ids in pair):
+        message = "the reference's reply is empty: there is nothing to compare"
+        return Check(stage="end_to_end", name=name, status=NOT_RUN, message=message)
+    status = FAIL if faults else PASS
+    return Check(stage="end_to_end", name=name, status=status, figures={**figures}, message="; ".join(faults))
+
+
+def _parting(got: Sequence[int], wanted: Sequence[int]) -> int:
+    """Number of leading ids that are equal."""
+    pairs = zip(got, wanted, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(got), len(wanted)))
+
+
+def ids_check(
+    name: str,
+    got: list[int],
+    wanted: list[int],
+    scores: Floats,
+    stop: Sequence[int],
+    precision: str,
+    codec: TextCodec | None = None,
+) -> Check:
+    """A greedy reply against the reference's: equal, or parted where the reference was undecided.
+
+    Args:
+        got, wanted: ids without stop ids. scores: the reference's [n, V], one row for each id and for its stop id.
+        codec: to show the ids as text.
+    """
+    at, allowed = _parting(got, wanted), limit("choice.gap", precision)
+    level = energy(scores[np.isfinite(scores)])
+    figures: Figures = {
+        "energy": level,
+        "count": len(wanted),
+        "equal": at,
+        "distinct": len(set(wanted)),
+        "choice_gap": 0.0,
+    }
+    message, status = "", PASS
+    if not got and not wanted:
+        message, status = "the reference's reply is empty: there is nothing to compare", NOT_RUN
+    elif got != wanted and at < len(scores):
+        ends = max(stop, key=lambda token: float(scores[at][token]))
+        theirs, ours = (ids[at] if at < len(ids) else ends for ids in (wanted, got))
+        gap = _gap(scores[at], theirs, ours)
+        figures |= {"choice_gap": gap, "first_difference": at}
+        figures["logit_gap"] = float(scores[at][theirs]) - float(scores[at][ours])
+        figures["tokens of the reference"] = _shown(wanted, at, codec)
+        figures["tokens of the bundle"] = _shown(got, at, codec)
+        if not gap <= allowed.value:
+            message = (
+                f"id number {at} is {ours}, the reference has {theirs} and prefers it by {gap:.3g} standard deviations "
+                f"of its logits; at most {allowed.value:g} is allowed"
+            )
+    elif got != wanted:
+        message = f"{len(got)} ids; the reference ends after {len(wanted)}"
+    if not level > MIN_ENERGY:
+        message, status = f"the reference's logits are silent (RMS {level:.1e}), so they prove nothing", FAIL
+    return Check(
+        stage="end_to_end",
+        name=name,
+        status=FAIL if message and status == PASS else status,
+        figures=figures,
+        limits={"choice_gap": allowed.value},
+        reasons={"choice_gap": allowed.reason},
+        message=message,
+    )
+
+
+def _shown(ids: Sequence[int], at: int, codec: TextCodec | None) -> str:
+    """Ids around the first difference, which is in brackets, with their text."""
+    first = max(0, at - _SHOWN)
+    parts = []
+    for i, token in enumerate(ids[first : at + _SHOWN], first):
+        part = str(token) if codec is None else f"{token} {codec.decode([token])!r}"
+        parts.append(f"[{part}]" if i == at else part)
+    return ("... " if first else "") + "  ".join(parts) + ("" if at < len(ids) else "  [end]")
+
+
+def speech_parts(context: Context, name: str, reply: StagedReply, noise: Floats, own: Floats | None) -> Iterator[Check]:
+    """DiT and solver over the reference's codes, the vocoder over its mel, and the waveform.
+
+    Args:
+        own: the reply's waveform, if its codes are the reference's; else the waveform is made of the reference's codes.
+    """
+    solve, wave = reply.solve, reply.waveform
+    assert solve is not None
+    assert wave is not None
+    mel, forced = _to_sound(context, reply.codec_ids, noise)
+    check = array_check("dit", f"{name}: mel", mel, solve.mel, context.precision["dit"], rule="speech.mel.rel_rms")
+    if check.status == FAIL and mel.shape == solve.mel.shape:
+        check.stage = _blame(context, reply, noise, check.limits["rel_rms"])
+    yield check
+    vocoder = context.backend.graph("bigvgan").run({"mel": np.ascontiguousarray(solve.mel[None])})["wav"].reshape(-1)
+    title, precision = f"{name}: waveform of the reference's mel", context.precision["bigvgan"]
+    yield array_check("bigvgan", title, vocoder, wave, precision, rule="speech.wave.rel_rms")
+    verdict = Verdict(coarsest(context, ("dit", "bigvgan")))
+    verdict.require_energy(wave, "the reference's waveform")
+    verdict.figures["codes"] = "the reference's" if own is None else "its own, which are equal"
+    got = forced if own is None else own
+    verdict.compare_waves(got, wave, "speech.wave")
+    context.artifacts |= {f"{name}/reference": wave, f"{name}/whole": got}
+    artifacts = {"reference": f"{name}/reference", "whole": f"{name}/whole"}
+    yield verdict.check("end_to_end", f"{name}: waveform", artifacts)
+
+
+def _to_sound(context: Context, codes: Sequence[int], noise: Floats) -> tuple[Floats, Floats]:
+    """Mel [80, T] and waveform of codes, in one window."""
+    bundle, recording = context.bundle, RecordingBackend(context.backend)
+    _, speaker, timbre = bundle.voice(None)
+    stream = NoiseStream(noise, np.random.default_rng(0), noise.shape[1])
+    vocal = Token2Wav(recording, bundle, speaker, timbre, stream, "whole", StageTimer())
+    chunks = [samples for code in codes for samples in vocal.push(code)] + vocal.finish()
+    mel: Floats = np.concatenate([call["mel"][0] for call in recording.graph("bigvgan").calls], axis=1)
+    return mel, np.concatenate(chunks)
+
+
+def _blame(context: Context, reply: StagedReply, noise: Floats, allowed: float) -> str:
+    """The stage at fault for a wrong mel."""
+    solver, solve = context.bundle.manifest.solver, reply.solve
+    assert solver is not None
+    assert solve is not None
+    _, speaker, timbre = context.bundle.voice(None)
+    feeds: dict[str, NDArray[Any]] = {
+        "codes": np.asarray([reply.codec_ids], np.int64),
+        "speaker": speaker[None],
+        "reference": timbre[None],
+    }
+    wanted = np.ascontiguousarray(solve.mel.T[None])
+    stage = blame_mel(context.backend, solver, feeds, noise[None, : wanted.shape[1]], wanted, allowed)
+    return "end_to_end" if stage == "speech" else stage

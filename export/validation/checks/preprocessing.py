@@ -1,0 +1,169 @@
+"""Preprocessing against the reference's processors, and prompt positions against ``get_rope_index``.
+
+No graph and no weight takes part: what fails here is the runtime's host code or the bundle's settings.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omniport.runtime import session as session_module
+from omniport.runtime.errors import OmniportError, PromptTooLong
+from omniport.runtime.media.audio import load_audio
+from omniport.runtime.media.image import VisionInput, image_input, load_image, video_input
+from omniport.runtime.media.log_mel import audio_tokens, chunk_mel, log_mel
+from omniport.runtime.prompt.builder import Prompt
+from omniport.runtime.prompt.tokenizer import TextCodec
+
+from ...evaluation.conversations import Conversation, standard_conversations
+from ...evaluation.signals import RATE, generator, picture, voice
+from ..context import Context
+from ..reference_inputs import Inputs, Processor, open_processor
+from ..types import FAIL, NOT_RUN, PASS, Check
+from .graphs import array_check
+
+__all__ = ["equal_check", "laid_out", "position_checks", "preprocess_checks", "prompt_checks"]
+
+#: seconds of sound: less than one chunk, exactly one, and several with a partial last one
+_SECONDS = (0.31, 2.0, 4.33)
+#: height and width of pictures: small, square, ragged windows, and beyond the largest size that is kept
+_PICTURES = ((28, 28), (112, 112), (97, 201), (230, 170))
+_LARGE = (600, 700)
+
+
+def preprocess_checks(context: Context) -> Iterator[Check]:
+    """Log-mel, pixels, window layout and token ids; stage ``preprocess``."""
+    processor = open_processor(context.checkpoint)
+    if "audio_encoder" in context.bundle.manifest.graphs:
+        context.progress("preprocess: sound")
+        yield from _mel_checks(context, processor)
+    if "vision_encoder" in context.bundle.manifest.graphs:
+        context.progress("preprocess: pictures")
+        yield from _picture_checks(context, processor)
+    context.progress("preprocess: token ids")
+    yield from _conversation_checks(context, processor, "preprocess")
+
+
+def position_checks(context: Context) -> Iterator[Check]:
+    """TMRoPE positions of prompts of every modality, and of the reply's first token; stage ``positions``."""
+    context.progress("positions")
+    yield from _conversation_checks(context, open_processor(context.checkpoint), "positions")
+
+
+def _conversation_checks(context: Context, processor: Processor, stage: str) -> Iterator[Check]:
+    with tempfile.TemporaryDirectory() as folder:
+        for conversation in standard_conversations(Path(folder)):
+            for check in prompt_checks(context, conversation, processor.prompt(conversation)):
+                if check.stage == stage:
+                    yield check
+
+
+def prompt_checks(context: Context, conversation: Conversation, inputs: Inputs) -> Iterator[Check]:
+    """One conversation's token ids (stage ``preprocess``) and positions (stage ``positions``)."""
+    try:
+        prompt = laid_out(context, conversation)
+    except OmniportError as error:
+        status = NOT_RUN if isinstance(error, PromptTooLong) else FAIL
+        for stage, what in (("preprocess", "token ids"), ("positions", "prompt")):
+            yield Check(stage=stage, name=f"{conversation.name}: {what}", status=status, message=str(error))
+        return
+    yield equal_check("preprocess", f"{conversation.name}: token ids", prompt.token_ids, inputs.token_ids)
+    got, wanted = prompt.position_ids, inputs.positions
+    yield equal_check(
+        "positions",
+        f"{conversation.name}: prompt",
+        np.concatenate([got, np.full((3, 1), prompt.next_position)], axis=1),
+        np.concatenate([wanted, np.full((3, 1), inputs.next_position)], axis=1),
+    )
+
+
+def laid_out(context: Context, conversation: Conversation) -> Prompt:
+    """The prompt as a session makes it."""
+    manifest = context.bundle.manifest
+    codec = TextCodec.from_file(context.bundle.path(manifest.tokenizer_file), manifest.tokens)
+    # through the session's own name, so that what is checked is what replies
+    return session_module.build_prompt(conversation.messages(), manifest, codec)  # type: ignore[attr-defined]
+
+
+def equal_check(stage: str, name: str, got: NDArray[np.int64], wanted: NDArray[np.int64]) -> Check:
+    """Whole numbers that must be equal. The reference must hold more than one value."""
+    same_shape = got.shape == wanted.shape
+    different = int((got != wanted).sum()) if same_shape else max(got.size, wanted.size)
+    figures: dict[str, float | int | bool | str | None] = {"different": different, "count": int(wanted.size)}
+    message = ""
+    if not same_shape:
+        message = f"shape {got.shape}; the reference has {wanted.shape}"
+    elif different:
+        at = np.unravel_index(int((got != wanted).argmax()), got.shape)
+        where = [int(i) for i in at]
+        message = f"{different} of {got.size} differ, the first at {where}: {got[at]}, the reference has {wanted[at]}"
+    elif len(np.unique(wanted)) < 2:
+        message = "the reference is constant, so it proves nothing"
+    return Check(
+        stage=stage,
+        name=name,
+        status=FAIL if message else PASS,
+        figures=figures,
+        limits={"different": 0},
+        reasons={"different": "whole numbers: nothing is rounded"},
+        message=message,
+    )
+
+
+def _mel_checks(context: Context, processor: Processor) -> Iterator[Check]:
+    frontend = context.bundle.manifest.audio
+    clips = {f"{seconds:g} s of voice": voice(seconds) for seconds in _SECONDS}
+    clips["1 s of noise"] = (0.1 * generator("mel noise").standard_normal(RATE)).astype(np.float32)
+    for name, samples in clips.items():
+        chunks, frames = chunk_mel(log_mel(load_audio((samples, RATE), frontend.sampling_rate), frontend), frontend)
+        got = np.concatenate([chunk[:, :count] for chunk, count in zip(chunks, frames, strict=True)], axis=1)
+        mel, mask = processor.mel(samples)
+        wanted = mel[0][:, mask[0].bool()].numpy()
+        yield array_check("preprocess", f"log-mel, {name}", got, wanted, "float32", rule="preprocess.rel_rms")
+    from transformers.models.qwen2_5_omni import processing_qwen2_5_omni as processing
+
+    counts = np.arange(3, 1201)
+    ours = np.asarray([audio_tokens(int(count)) for count in counts], np.int64)
+    lengths: Any = processing._get_feat_extract_output_lengths
+    theirs = lengths(torch.from_numpy(counts)).numpy()
+    yield equal_check("preprocess", "audio tokens of 3 to 1200 mel frames", ours, theirs)
+
+
+def _picture_checks(context: Context, processor: Processor) -> Iterator[Check]:
+    frontend = context.bundle.manifest.vision
+    sizes = [*_PICTURES, _LARGE] if context.full else _PICTURES
+    for height, width in sizes:
+        pixels = picture(height, width)
+        vision = image_input(load_image(pixels), frontend)
+        patches, grid = processor.still(pixels)
+        yield from _vision_checks(f"picture {height}x{width}", vision, patches, grid, processor)
+    frames = np.stack([picture(84, 112, shift / 5) for shift in range(5)])
+    yield from _vision_checks("5 frames of 84x112", video_input(frames, frontend), *processor.clip(frames), processor)
+
+
+def _vision_checks(
+    name: str, vision: VisionInput, patches: torch.Tensor, grid: Sequence[int], processor: Processor
+) -> Iterator[Check]:
+    """Pixels, grid, 2-D positions of patches, and windows of one medium."""
+    from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+    got = vision.patches.reshape(-1, vision.patches.shape[-1])
+    yield array_check("preprocess", f"pixels, {name}", got, patches.numpy(), "float32", rule="preprocess.rel_rms")
+    yield equal_check("preprocess", f"grid, {name}", np.asarray(vision.grid_thw), np.asarray(grid))
+    config = processor.config.vision_config
+    merge, window, patch = config.spatial_merge_size, config.window_size, config.patch_size
+    frame = torch.tensor([[1, *grid[1:]]])  # windows and positions repeat from frame to frame
+    places = get_vision_position_ids(frame, merge).numpy()
+    yield equal_check("preprocess", f"patch positions, {name}", vision.grid_hw, places)
+    units, bounds = get_vision_window_index(frame, merge, window, patch)
+    order = (units.numpy()[:, None] * merge**2 + np.arange(merge**2)).reshape(-1)
+    valid = vision.window_valid
+    index = vision.window_index.reshape(valid.shape)
+    ours = np.concatenate([index[valid], np.cumsum(valid.sum(axis=1))])
+    yield equal_check("preprocess", f"windows, {name}", ours, np.concatenate([order, bounds.numpy()[1:]]))

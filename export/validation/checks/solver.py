@@ -1,0 +1,103 @@
+"""The runtime's ODE solver against transformers' ``RungeKutta4ODESolver``, with no graph of the bundle taking part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from omniport.runtime.backends.base import Array
+from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.concurrency.timing import StageTimer
+from omniport.runtime.errors import OmniportError
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+
+from ...evaluation.recording import RecordedGraph, ScriptedBackend
+from ..reference_reply import Floats, Solve
+from ..types import FAIL, Check
+from .graphs import array_check
+
+__all__ = ["known_flow_check", "trajectory_checks"]
+
+_CODES = 15
+#: schedule of ``Qwen2_5OmniToken2WavDiTModel.sample``
+_POINTS, _SWAY = 10, -1.0
+
+
+def known_flow_check(bundle: Bundle) -> Check:
+    """A flow given by a formula, through ``Token2Wav`` and through the reference's solver from the same noise."""
+    manifest = bundle.manifest
+    dit, vocoder, solver = manifest.dit, manifest.vocoder, manifest.solver
+    assert dit is not None
+    assert vocoder is not None
+    assert solver is not None
+    table, hop = solver.table, vocoder.hop
+    noise = np.random.default_rng(5).standard_normal((_CODES * dit.repeats, dit.mel_dim)).astype(np.float32)
+
+    def velocity(feeds: Mapping[str, Array]) -> dict[str, Floats]:
+        time = torch.tensor(table[int(feeds["step"][0])], dtype=torch.float32)
+        return {"velocity": _flow(time, torch.from_numpy(np.asarray(feeds["x"], np.float32))).numpy()}
+
+    backend = ScriptedBackend(
+        {"dit": velocity, "bigvgan": lambda feeds: {"wav": np.zeros((1, hop * feeds["mel"].shape[2]), np.float32)}}
+    )
+    _, speaker, timbre = bundle.voice(None)
+    stream = NoiseStream(noise, np.random.default_rng(0), dit.mel_dim)
+    try:
+        vocal = Token2Wav(backend, bundle, speaker, timbre, stream, "whole", StageTimer())
+        for code in range(_CODES):
+            vocal.push(code)
+        vocal.finish()
+    except (OmniportError, IndexError, ValueError) as error:
+        return Check(stage="solver", name="a known flow", status=FAIL, message=f"the solver broke down: {error}")
+    got = backend.graph("bigvgan").calls[0]["mel"][0].T
+    wanted = _reference_solve(noise)
+    return array_check("solver", "a known flow", got, wanted, "float32", rule="solver.rel_rms")
+
+
+def _flow(time: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Depends on time, and not linearly on the state, so that every weight and every time point of the rule counts."""
+    return 3 * torch.cos(5 * time) - 2 * (1 + time) * x + torch.sin(3 * x)
+
+
+def _reference_solve(noise: Floats) -> Floats:
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
+
+    times = torch.linspace(0, 1, _POINTS)
+    times = times + _SWAY * (torch.cos(torch.pi / 2 * times) - 1 + times)
+    solver_class: Any = modeling.RungeKutta4ODESolver
+    result: Floats = solver_class(_flow, torch.from_numpy(noise)).integrate(times)[-1].numpy()
+    return result
+
+
+def trajectory_checks(
+    name: str, graph: RecordedGraph, mel: Floats, solve: Solve, manifest: Manifest
+) -> Iterator[Check]:
+    """The solver over the reference DiT's velocities: when and where it asked for them, and what it made of them.
+
+    Args:
+        graph: what stood for the DiT. mel: float32 [80, T], what came out.
+    """
+    solver = manifest.solver
+    assert solver is not None
+    steps = [int(call["step"][0]) for call in graph.calls]
+    if not all(0 <= step < len(solver.table) for step in steps):
+        message = f"the solver asks for steps {steps} of a table of {len(solver.table)}"
+        yield Check(stage="solver", name=f"{name}: times", status=FAIL, message=message)
+        return
+    times = np.asarray([solver.table[step] for step in steps], np.float32)
+    yield array_check("solver", f"{name}: times", times, solve.times, "float32", rule="solver.rel_rms")
+    states = np.concatenate([call["x"] for call in graph.calls])
+    title = f"{name}: states and mel over the reference's velocities"
+    if states.shape != solve.x.shape or mel.shape != solve.mel.shape:
+        message = (
+            f"{states.shape} states and a mel of {mel.shape}; the reference has {solve.x.shape} and {solve.mel.shape}"
+        )
+        yield Check(stage="solver", name=title, status=FAIL, message=message)
+        return
+    got = np.concatenate([states, mel.T[None]])
+    yield array_check(
+        "solver", title, got, np.concatenate([solve.x, solve.mel.T[None]]), "float32", rule="solver.rel_rms"
+    )

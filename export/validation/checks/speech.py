@@ -1,0 +1,208 @@
+"""Speech: codes to sound through the runtime, whole and streamed, against the reference and each other.
+
+For replies that end at and around the borders of the DiT's blocks: the whole reply's mel and waveform against
+transformers', part by part, then the streamed reply against the whole one over the same noise. A failure of a part is
+traced to that part: the DiT's graph, the solver, the vocoder's graph, or (stage ``speech``) what the runtime does
+around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omniport.runtime.errors import BackendError, OmniportError
+
+from ...evaluation.metrics import compare, energy
+from ...evaluation.speech_metrics import seam_figures
+from ..context import Context
+from ..tolerances import limit
+from ..types import FAIL, NOT_RUN, Check
+from .asr import asr_checks, parse_command
+from .speech_blame import blame_mel, misplaced_chunks
+from .speech_cases import SpeechCase, reference_mel, reference_wave, speech_cases
+from .speech_runs import SpeechRun, centred, mel_error, speak, streamed_mel, without_context
+from .speech_verdict import Verdict
+
+__all__ = ["asr_checks", "speech_checks"]
+
+#: from the finest to the coarsest
+_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
+
+
+def speech_checks(context: Context, asr: str | None = None) -> Iterator[Check]:
+    """Whole replies against transformers, streamed replies against whole ones.
+
+    Args:
+        asr: command of a recogniser that a spoken reply is given to, see ``asr_checks``.
+
+    Yields:
+        for every length: ``dit`` (or ``solver``) the mel, ``bigvgan`` the waveform of the reference's mel, ``speech``
+        the whole reply and the streamed reply. One check with status ``not_run`` where the bundle or backend does not
+        speak.
+
+    Raises:
+        UsageError: ``asr`` is no command that can be run.
+    """
+    if asr is not None:
+        parse_command(asr)  # a mistyped command shows before the long work
+    if reason := _why_not(context):
+        yield Check(stage="speech", name="spoken replies", status=NOT_RUN, message=reason)
+        return
+    cases = speech_cases(context)
+    longest = max(cases, key=lambda case: len(case.codes))
+    context.progress("speech: the reference's mel")
+    for case in cases:
+        case.mel = reference_mel(context, case)
+    context.progress("speech: the reference's waveform")
+    for case in cases:
+        case.wave = reference_wave(context, case)
+    context.reference.release()
+    for case in cases:
+        context.progress(f"speech: {case.name}")
+        yield from _check_case(context, case, alone=case is longest)
+    if asr is not None:
+        yield from asr_checks(context, asr)
+
+
+def _why_not(context: Context) -> str:
+    """Why nothing can be spoken here; empty if it can."""
+    manifest = context.bundle.manifest
+    if manifest.dit is None or manifest.vocoder is None or manifest.solver is None or not manifest.voices:
+        return "the bundle does not speak: it was exported from a checkpoint without talker"
+    if missing := [name for name in ("dit", "bigvgan") if name not in context.graphs]:
+        return f"{', '.join(missing)}: not in the bundle, or left out by --graphs"
+    try:
+        for name in ("dit", "bigvgan"):
+            context.backend.graph(name)
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+# --- one case --------------------------------------------------------------------------------------------------------
+
+
+def _check_case(context: Context, case: SpeechCase, alone: bool) -> Iterator[Check]:
+    """Mel, vocoder, whole, streamed; a later check that fails after an earlier one takes that one's stage."""
+    whole = speak(context, case, "whole")
+    mel = _mel_check(context, case, whole)
+    vocoder = _vocoder_check(context, case)
+    stage = next((check.stage for check in (mel, vocoder) if check.status == FAIL), "speech")
+    yield mel
+    yield vocoder
+    check = _whole_check(context, case, whole, stage)
+    yield check
+    yield _streamed_check(context, case, whole, stage if check.status == FAIL else "speech", alone)
+
+
+def _mel_check(context: Context, case: SpeechCase, whole: SpeechRun) -> Check:
+    """Our DiT and solver against the reference's: float32 [80, 2n]."""
+    verdict = Verdict(context.precision["dit"])
+    wanted = case.mel
+    got = whole.mels[0] if len(whole.mels) == 1 else None
+    verdict.require_energy(wanted - wanted.mean(), "the reference's mel, less its mean,")
+    if got is None:
+        verdict.fault(whole.error or f"the vocoder was called {len(whole.mels)} times; once was expected")
+    elif got.shape != wanted.shape:
+        verdict.fault(f"the mel is {list(got.shape)}; {list(wanted.shape)} was expected")
+    else:
+        verdict.figures |= compare(*centred(got, wanted))
+        verdict.hold("rel_rms", "speech.mel.rel_rms")
+    stage = _blame(context, case) if verdict.faults else "dit"
+    kept = _keep(context, case, {"reference_mel": wanted, "whole_mel": got})
+    return verdict.check(stage, f"mel of {case.name}", kept)
+
+
+def _blame(context: Context, case: SpeechCase) -> str:
+    """The stage that a wrong mel comes from."""
+    _, speaker, timbre = context.bundle.voice()
+    feeds: dict[str, NDArray[Any]] = {
+        "codes": np.asarray([case.codes], np.int64),
+        "speaker": speaker[None],
+        "reference": timbre[None],
+    }
+    solver = context.bundle.manifest.solver
+    assert solver is not None  # _why_not
+    allowed = limit("speech.mel.rel_rms", context.precision["dit"]).value * float(case.mel.std()) / energy(case.mel)
+    return blame_mel(context.backend, solver, feeds, case.noise[None], case.mel.T[None], allowed)
+
+
+def _vocoder_check(context: Context, case: SpeechCase) -> Check:
+    """Our vocoder's graph against the reference's, both on the reference's mel."""
+    verdict = Verdict(context.precision["bigvgan"])
+    verdict.require_energy(case.wave, "the reference's waveform")
+    try:
+        got = context.backend.graph("bigvgan").run({"mel": np.ascontiguousarray(case.mel[None])})["wav"].reshape(-1)
+    except OmniportError as error:
+        verdict.fault(str(error))
+    else:
+        verdict.compare_waves(got, case.wave, "speech.wave")
+    return verdict.check("bigvgan", f"waveform of the reference's mel, {case.name}", {})
+
+
+def _whole_check(context: Context, case: SpeechCase, whole: SpeechRun, stage: str) -> Check:
+    """The whole reply against the reference's, samples counted."""
+    verdict = Verdict(_coarsest(context))
+    verdict.require_energy(case.wave, "the reference's waveform")
+    got = verdict.take_samples(whole, len(case.wave))
+    if got is not None:
+        verdict.compare_waves(got, case.wave, "speech.wave")
+    named = {"reference": case.wave, "whole": got, "reference_mel": case.mel}
+    named["whole_mel"] = whole.mels[0] if len(whole.mels) == 1 else None
+    stage = whole.broken or stage
+    return verdict.check(stage, f"whole reply of {case.name}", _keep(context, case, named))
+
+
+def _streamed_check(context: Context, case: SpeechCase, whole: SpeechRun, stage: str, alone: bool) -> Check:
+    """The streamed reply against the whole one: every sample once and in order, and no audible seams.
+
+    ``alone``: also against windows that are solved without context.
+    """
+    verdict = Verdict(_coarsest(context))
+    streamed = speak(context, case, "stream")
+    wanted = whole.wave
+    verdict.require_energy(case.wave, "the reference's waveform")
+    verdict.require_energy(wanted, "the whole reply")
+    got, mel = verdict.take_samples(streamed, len(case.wave)), streamed_mel(context, streamed)
+    if got is not None and got.shape == wanted.shape and not verdict.faults:
+        verdict.compare_waves(got, wanted, "speech.streamed")
+        ends = np.cumsum([len(chunk) for chunk in streamed.chunks])
+        verdict.figures |= {"chunks": len(streamed.chunks), **seam_figures(got, wanted, ends[:-1].tolist())}
+        for figure in ("seam_jump", "seam_error", "seam_mel_l1"):
+            verdict.hold(figure, f"speech.streamed.{figure}")
+        verdict.figures["mel_rel_rms"] = mel_error(mel, whole)
+        verdict.hold("mel_rel_rms", "speech.streamed.mel_rel_rms")
+        if alone and len(streamed.chunks) > 1 and not verdict.faults:
+            blind = speak(context, case, "stream", without_context(context))
+            error = mel_error(streamed_mel(context, blind), whole)
+            gain = error / max(float(verdict.figures["mel_rel_rms"] or 0), 1e-12)
+            verdict.figures |= {"mel_rel_rms_without_context": error, "context_gain": min(gain, 1e6)}
+            verdict.hold("context_gain", "speech.streamed.context_gain")
+    if verdict.faults:
+        verdict.faults += misplaced_chunks(streamed.chunks, wanted)
+    whole_mel = whole.mels[0] if len(whole.mels) == 1 else None
+    named = {"reference": case.wave, "whole": wanted, "streamed": got, "reference_mel": case.mel}
+    named |= {"whole_mel": whole_mel, "streamed_mel": mel}
+    stage = streamed.broken or stage
+    return verdict.check(stage, f"streamed reply of {case.name}", _keep(context, case, named))
+
+
+def _keep(context: Context, case: SpeechCase, arrays: Mapping[str, NDArray[Any] | None]) -> dict[str, str]:
+    """Keep arrays for the report; gives role -> name. Mels end in ``.mel``, waveforms in ``.wav``."""
+    if not case.kept:
+        return {}
+    names = {}
+    for role, array in arrays.items():
+        if array is not None:
+            side, _, mel = role.partition("_")
+            names[role] = f"speech/{len(case.codes)}/{side}.{mel or 'wav'}"
+            context.artifacts[names[role]] = array
+    return names
+
+
+def _coarsest(context: Context) -> str:
+    """Dtype of the coarser weights of the two graphs that sound comes from."""
+    return max((context.precision["dit"], context.precision["bigvgan"]), key=_PRECISIONS.index)

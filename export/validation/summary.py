@@ -1,0 +1,167 @@
+"""What a report says at a glance: a row per stage, and the figures that come closest to their limits.
+
+`omniport.export.validation.report_page` draws the HTML page from the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.errors import ExportError
+
+from .tolerances import LIMITS
+from .types import FAIL, NOT_RUN, PASS, Check, ValidationReport
+
+__all__ = [
+    "STAGES",
+    "StageRow",
+    "Worst",
+    "at_least",
+    "encode",
+    "failures",
+    "figure_text",
+    "json_schema",
+    "stage_rows",
+    "worst_figure",
+    "write_file",
+]
+
+#: stages in the order in which they are shown
+STAGES = ("preprocess", "positions", *GRAPH_NAMES, "conditioning", "solver", "end_to_end", "speech")
+
+#: figures whose limit is the smallest value that passes
+_AT_LEAST = frozenset(what.rpartition(".")[2] for (what, _), limit in LIMITS.items() if limit.at_least)
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A figure beside its limit. ``used``: share of the limit that it takes; above 1 it fails."""
+
+    figure: str
+    value: float
+    limit: float
+    used: float
+    check: str
+
+    @property
+    def text(self) -> str:
+        """``rel_rms 2.1e-06 <= 0.0001``"""
+        sign = ">=" if at_least(self.figure) else "<="
+        return f"{self.figure} {figure_text(self.value)} {sign} {figure_text(self.limit)}"
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage of the summary."""
+
+    stage: str
+    status: str
+    checks: int
+    failed: int
+    not_run: int
+    worst: Worst | None
+    emulated: bool
+
+
+def at_least(figure: str) -> bool:
+    """Whether a figure's limit is the smallest value that passes."""
+    return figure.rpartition(".")[2] in _AT_LEAST
+
+
+def stage_rows(report: ValidationReport) -> list[StageRow]:
+    """The summary: a row for each stage that has checks."""
+    known = [*STAGES, *sorted({check.stage for check in report.checks} - set(STAGES))]
+    return [row for stage in known if (row := _row(report, stage)) is not None]
+
+
+def _row(report: ValidationReport, stage: str) -> StageRow | None:
+    checks = [check for check in report.checks if check.stage == stage]
+    if not checks:
+        return None
+    failed = sum(check.status == FAIL for check in checks)
+    not_run = sum(check.status == NOT_RUN for check in checks)
+    status = FAIL if failed else NOT_RUN if not_run == len(checks) else PASS
+    worst = [w for check in checks if (w := worst_figure(check)) is not None]
+    return StageRow(
+        stage=stage,
+        status=status,
+        checks=len(checks),
+        failed=failed,
+        not_run=not_run,
+        worst=max(worst, key=lambda w: w.used, default=None),
+        emulated=stage in report.emulated,
+    )
+
+
+def worst_figure(check: Check) -> Worst | None:
+    """The figure of a check that takes most of its limit; None if it has no limits."""
+    found = []
+    for figure, bound in check.limits.items():
+        value = check.figures.get(figure)
+        if value is None or isinstance(value, str):
+            value = math.inf  # JSON has no infinity: it comes back as null
+        found.append(Worst(figure, float(value), bound, _used(figure, float(value), bound), check.name))
+    return max(found, key=lambda w: w.used, default=None)
+
+
+def _used(figure: str, value: float, bound: float) -> float:
+    if not math.isfinite(value):
+        return math.inf
+    if at_least(figure):
+        # a level in dB may be negative: the distance below the bound counts
+        return bound / value if value > 0 and bound > 0 else 1.0 + max(0.0, bound - value)
+    if bound > 0:
+        return value / bound
+    return 0.0 if value <= bound else 1.0 + value - bound
+
+
+def failures(report: ValidationReport) -> Iterator[Check]:
+    """Checks that failed, in the order in which they ran."""
+    return (check for check in report.checks if check.status == FAIL)
+
+
+def figure_text(value: float | int | bool | str | None) -> str:
+    """A figure as people read it: four digits at most, no digits that mean nothing."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | str):
+        return str(value)
+    if not math.isfinite(value):
+        return "inf" if value > 0 else "-inf" if value < 0 else "nan"
+    return f"{value:.3g}"
+
+
+def encode(report: ValidationReport) -> bytes:
+    """The report as JSON, as docs/validate.md describes it. Infinity and NaN are null."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of `encode`'s document."""
+    return msgspec.json.schema(ValidationReport)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write aside and rename: a reader never finds half a file.
+
+    Raises:
+        ExportError: the folder is missing or cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ExportError(f"cannot write {path}: {error.strerror}. Give a file in a folder that can be written") from (
+            error
+        )

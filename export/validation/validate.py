@@ -1,0 +1,336 @@
+"""A validation run: every group of checks in order, with one reference part and its graph in memory at a time."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omniport.runtime.backends import BACKENDS, open_backend
+from omniport.runtime.backends.base import Backend
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.errors import BackendError, BundleError, UsageError, UserError
+from omniport.runtime.prompt.tokenizer import TextCodec
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config import quiet_transformers
+from ..evaluation.machine import environment, is_large, limited_torch, usable_threads
+from .context import Context
+from .low_memory_backend import TurnsBackend
+from .memory import peak_memory
+from .reference import Reference
+from .types import FAIL, NOT_RUN, Check, ValidationReport
+
+__all__ = ["GROUP_NAMES", "SUITES", "Artifacts", "Progress", "validate"]
+
+Artifacts = dict[str, NDArray[Any]]
+#: progress(what is being checked, groups done, groups in all)
+Progress = Callable[[str, int, int], None]
+
+SUITES = ("quick", "full")
+#: what ``graphs`` may name: each of these is one or two groups of checks
+GROUP_NAMES = ("preprocess", "positions", *GRAPH_NAMES, "end_to_end", "speech")
+_TEXT = ("audio_encoder", "vision_encoder", "thinker")
+_DECODERS = ("thinker", "talker")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One group of checks.
+
+    Attributes:
+        stage: what is at fault when the group itself breaks down.
+        function: ``module.function`` below this package.
+        part: groups that follow each other and share it keep the reference part and the graphs loaded.
+        needs: graphs without which nothing can be checked.
+        graphs: what the group is told to check; None for all that the bundle holds.
+    """
+
+    stage: str
+    function: str
+    part: str
+    needs: tuple[str, ...] = ()
+    graphs: tuple[str, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, context: Context) -> Iterator[Check]:
+        module, _, name = self.function.partition(".")
+        # imported here: a group may need packages that others do not
+        function = getattr(importlib.import_module(f"{__package__}.checks.{module}"), name)
+        yield from function(context, **self.options)
+
+
+def validate(
+    bundle: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str],
+    *,
+    backend: str = "ort-cpu",
+    suite: str = "quick",
+    graphs: Sequence[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    trace: str | None = None,
+    asr: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[ValidationReport, Artifacts]:
+    """Compare a bundle, and the whole conversation, with transformers.
+
+    Args:
+        bundle: bundle folder; every file's sha256 is compared first.
+        checkpoint: the checkpoint it was exported from: folder, Hugging Face id or ``modelscope:ID``.
+        backend: one of ``omniport.runtime.backends.BACKENDS``. One that cannot run here gives ``not_run`` checks.
+        suite: ``quick`` or ``full``.
+        graphs: check these of `GROUP_NAMES` only; everything by default.
+        data: JSON lines, each an object with ``messages``, to add to the end-to-end checks.
+        trace: ``thinker`` or ``talker``: also compare its hidden states layer by layer.
+        asr: command that prints the words it hears in the WAV file whose path it is given last.
+        progress: called before each case.
+
+    Returns:
+        the report, and the arrays that its checks name.
+
+    Raises:
+        UsageError: wrong options, unusable ``data``, or a bundle that was exported from another checkpoint.
+        BundleError, CheckpointError: bundle or checkpoint cannot be used.
+
+    """
+    started = time.perf_counter()
+    _require_options(backend, suite, graphs, trace)
+    report_progress = progress or (lambda _line, _done, _total: None)
+    opened = Bundle.open(bundle, verify=True, progress=lambda name, _d, _t: report_progress(f"verify {name}", 0, 1))
+    ckpt = Checkpoint.open(checkpoint)
+    _require_same_source(opened, bundle, ckpt, checkpoint)
+    _require_inputs(opened, data, asr)
+    job = _Job(opened, ckpt, backend, suite, report_progress)
+    with quiet_transformers(), limited_torch(job.threads):
+        job.run(_groups(graphs, data, trace, asr))
+    manifest = opened.manifest
+    report = ValidationReport(
+        ok=_proven(job.checks, [name for name in manifest.graphs if graphs is None or name in graphs]),
+        bundle=os.fspath(bundle),
+        checkpoint=ckpt.name,
+        fingerprint=ckpt.fingerprint,
+        backend=job.backend_name,
+        precision=manifest.precision,
+        emulated=sorted(job.emulated, key=GRAPH_NAMES.index),
+        suite=suite,
+        checks=job.checks,
+        environment=environment(job.threads),
+        hashes={f: manifest.files[f].sha256 for g in manifest.graphs.values() for f in (g.file, *g.data)},
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory(),
+    )
+    return report, job.artifacts
+
+
+class _Job:
+    """The groups' shared state: what is loaded, and what came out so far."""
+
+    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, backend: str, suite: str, progress: Progress) -> None:
+        self.bundle, self.checkpoint, self.suite = bundle, checkpoint, suite
+        self.backend_name = self._asked = backend
+        self.threads = usable_threads(bundle)
+        self.checks: list[Check] = []
+        self.artifacts: Artifacts = {}
+        self.emulated: set[str] = set()
+        self._progress = progress
+        self._reference = Reference(checkpoint)
+        self._backend: Backend | None = None
+
+    def run(self, groups: Sequence[_Group]) -> None:
+        """Run the groups in order."""
+        held = tuple(name for name in GRAPH_NAMES if name in self.bundle.manifest.graphs)
+        part = ""
+        for i, group in enumerate(groups):
+            if group.part != part:
+                self._release()
+                part = group.part
+            self._progress(group.stage, i, len(groups))
+            self.checks += self._checks(group, held, i, len(groups))
+        self._release()
+        self._progress("done", len(groups), len(groups))
+
+    def _checks(self, group: _Group, held: tuple[str, ...], index: int, total: int) -> list[Check]:
+        missing = [name for name in group.needs if name not in held]
+        if missing:
+            return [_not_run(group, f"the bundle holds no {', '.join(missing)}")]
+        try:
+            backend = self._open_backend()
+        except BackendError as error:
+            return [_not_run(group, str(error))]
+        context = Context(
+            bundle=self.bundle,
+            checkpoint=self.checkpoint,
+            backend=backend,
+            reference=self._reference,
+            suite=self.suite,
+            graphs=held if group.graphs is None else group.graphs,
+            precision={name: spec.precision for name, spec in self.bundle.manifest.graphs.items()},
+            progress=lambda line: self._progress(line, index, total),
+            artifacts=self.artifacts,
+            threads=self.threads,
+        )
+        checks: list[Check] = []
+        try:
+            for check in group.run(context):
+                check.figures = {key: _plain(value) for key, value in check.figures.items()}
+                check.limits = {key: float(value) for key, value in check.limits.items()}
+                checks.append(check)
+        except Exception as error:
+            # BackendError and BundleError tell what a graph did, the other user errors what was asked for
+            if isinstance(error, UserError) and not isinstance(error, BackendError | BundleError):
+                raise
+            checks.append(_broken(group, error))
+        return checks or [_not_run(group, "the group gave no checks")]
+
+    def _open_backend(self) -> Backend:
+        if self._backend is None:
+            self._backend = self._new_backend()
+            self.backend_name = self._backend.name
+        return self._backend
+
+    def _new_backend(self) -> Backend:
+        backend = self._open_whole()
+        if backend.name != "ort-cpu" or not is_large(self.bundle):
+            return backend
+        backend.close()
+        return TurnsBackend(self._open_whole)
+
+    def _open_whole(self) -> Backend:
+        """The backend asked for, with emulation copies where this machine cannot run the graphs as they are."""
+        brain = {name for name, spec in self.bundle.manifest.graphs.items() if spec.compute_dtype == "bfloat16"}
+        name = self._asked
+        if not brain or name not in ("auto", "ort-cpu"):
+            return open_backend(name, self.bundle, threads=self.threads)
+        from omniport.runtime.backends.composite import MixedBackend
+        from omniport.runtime.backends.onnxruntime.backend import cuda_usable
+        from omniport.runtime.backends.select import engines_here
+
+        from ..evaluation.half_emulation import EmulatedBackend
+
+        engines = engines_here(self.bundle) if name == "auto" else None
+        if engines is not None and not engines.missing:
+            return engines
+        others: Backend
+        if name == "auto" and cuda_usable():
+            others = open_backend("ort-cuda", self.bundle, threads=self.threads)
+        else:
+            others = emulated = EmulatedBackend(self.bundle, threads=self.threads)
+            self.emulated |= {graph for graph in emulated.emulated if engines is None or graph in engines.missing}
+        return others if engines is None else MixedBackend(engines, others)
+
+    def _release(self) -> None:
+        self._reference.release()
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+
+def _groups(
+    graphs: Sequence[str] | None, data: str | os.PathLike[str] | None, trace: str | None, asr: str | None
+) -> list[_Group]:
+    """Everything to run, in an order in which no part is loaded twice."""
+    wanted = GROUP_NAMES if graphs is None else tuple(graphs)
+    groups = [
+        _Group("preprocess", "preprocessing.preprocess_checks", "preprocess"),
+        _Group("positions", "preprocessing.position_checks", "preprocess"),
+    ]
+    for name in GRAPH_NAMES:
+        groups.append(_Group(name, "graphs.graph_checks", name, (name,), (name,)))
+        if name in _DECODERS:
+            groups.append(_Group(name, "decoding.decode_checks", name, (name,), (name,)))
+    groups += [
+        _Group(
+            "end_to_end",
+            "end_to_end.end_to_end_checks",
+            "end_to_end",
+            _TEXT,
+            options={} if data is None else {"data": Path(data)},
+        ),
+        _Group(
+            "speech",
+            "speech.speech_checks",
+            "speech",
+            ("dit", "bigvgan"),
+            options={} if asr is None else {"asr": asr},
+        ),
+    ]
+    groups = [group for group in groups if group.stage in wanted]
+    if trace is not None:
+        groups.append(_Group(trace, "layers.trace_layers", f"trace {trace}", (trace,), (trace,)))
+    return groups
+
+
+def _proven(checks: Sequence[Check], graphs: Sequence[str]) -> bool:
+    """Nothing failed, something ran, and no graph that the bundle holds went without a check.
+
+    A graph that did not load has only ``not_run`` checks: that is no failure of the graph, and no proof either.
+    """
+    ran = {check.stage for check in checks if check.status != NOT_RUN}
+    return bool(ran) and ran.issuperset(graphs) and all(check.status != FAIL for check in checks)
+
+
+def _plain(value: Any) -> Any:
+    """A Python number for a numpy one, which JSON does not take."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _not_run(group: _Group, reason: str) -> Check:
+    return Check(stage=group.stage, name=_title(group), status=NOT_RUN, message=reason)
+
+
+def _broken(group: _Group, error: Exception) -> Check:
+    """A group that raised: a failure of its stage, and the checks it did not come to are missing from the report."""
+    return Check(
+        stage=group.stage,
+        name=f"{_title(group)}: stopped by an error",
+        status=FAIL,
+        message=f"{type(error).__name__}: {error}",
+    )
+
+
+def _title(group: _Group) -> str:
+    return group.function.rpartition(".")[2].replace("_", " ")
+
+
+def _require_options(backend: str, suite: str, graphs: Sequence[str] | None, trace: str | None) -> None:
+    if backend not in BACKENDS:
+        raise UsageError(f"no backend {backend!r}; known: {', '.join(BACKENDS)}")
+    if suite not in SUITES:
+        raise UsageError(f"no suite {suite!r}; known: {', '.join(SUITES)}")
+    unknown = [name for name in graphs or () if name not in GROUP_NAMES]
+    if unknown:
+        raise UsageError(f"nothing to check is named {', '.join(unknown)}; known: {', '.join(GROUP_NAMES)}")
+    if trace is not None and trace not in _DECODERS:
+        raise UsageError(f"--trace {trace}: only {' and '.join(_DECODERS)} can be traced layer by layer")
+
+
+def _require_same_source(
+    opened: Bundle, bundle: str | os.PathLike[str], ckpt: Checkpoint, checkpoint: str | os.PathLike[str]
+) -> None:
+    source = opened.manifest.source
+    if source.fingerprint != ckpt.fingerprint:
+        raise UsageError(
+            f"{bundle} was exported from {source.name} with fingerprint {source.fingerprint[:12]}, and {checkpoint} "
+            f"has {ckpt.fingerprint[:12]}. Give the checkpoint it was exported from, or export again"
+        )
+
+
+def _require_inputs(opened: Bundle, data: str | os.PathLike[str] | None, asr: str | None) -> None:
+    """Read what is read only after minutes of work, so that a mistake there is found at once."""
+    if data is not None:
+        from ..evaluation.conversations import read_conversations
+
+        manifest = opened.manifest
+        codec = TextCodec.from_file(opened.path(manifest.tokenizer_file), manifest.tokens)
+        read_conversations(Path(data), manifest, codec)
+    if asr is not None:
+        from .checks.asr import parse_command
+
+        parse_command(asr)

@@ -1,0 +1,344 @@
+"""ONNX Runtime on the CPU or an NVIDIA GPU, with a static KV cache updated in place.
+
+A decoder's ``past_*`` input and ``present_*`` output are bound to the very same OrtValue, so TensorScatter writes the
+new rows where the cache lies. If ONNX Runtime cannot do that it copies the whole cache every step and logs the warning
+``in-place optimization not activated``; warnings therefore stay on.
+
+A concat KV cache is what the last call returned: `omniport.runtime.backends.onnxruntime.kv_cache`.
+
+On a GPU the cache stays on the device. What else a graph takes and gives is made or read on the host at every step, so
+it crosses in any case: 8 KB in and one row of logits out for a token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...bundle.graph_spec import GraphSpec
+from ...errors import BackendError, BundleError, OmniportError
+from ..base import Array, KvCache
+from .kv_cache import GrowingCache, OrtCache, StaticCache
+from .onnx_scan import STANDARD_DOMAINS, scan_onnx
+from .placement import host_nodes, record_placement, warn_of_host_nodes
+from .plugin import PROVIDER, plugin_devices
+
+if TYPE_CHECKING:
+    from ...bundle.reader import Bundle
+
+__all__ = ["OrtBackend", "OrtGraph", "cuda_usable", "physical_cores"]
+
+_WARNING = 2
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt-rtx": PROVIDER}
+
+
+class OrtRun:
+    """One run of ONNX Runtime that can be stopped (see `StoppableGraph`)."""
+
+    def __init__(self, module: Any) -> None:
+        self.options = module.RunOptions()
+
+    def stop(self) -> None:
+        """As ``RunHandle.stop``."""
+        self.options.terminate = True
+
+
+class OrtGraph:
+    """One InferenceSession behind the Graph protocol."""
+
+    def __init__(self, session: Any, spec: GraphSpec, device: str, module: Any) -> None:
+        self._session = session
+        self._ort = module
+        self._device = device
+        self.spec = spec
+        self._cached = spec.cache
+        self._inputs = {t.name: np.dtype(t.dtype) for t in spec.inputs if t.name not in self._cached}
+        self._outputs = [t.name for t in spec.outputs if t.name not in self._cached.values()]
+
+    def handle(self) -> OrtRun:
+        """As ``StoppableGraph.handle``."""
+        return OrtRun(self._ort)
+
+    def run(
+        self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: OrtRun | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Run once; see ``Graph.run``.
+
+        Raises:
+            BackendError: ONNX Runtime failed, ran out of memory, or was stopped.
+            OmniportError: feeds that do not match the GraphSpec.
+        """
+        if feeds.keys() != self._inputs.keys():
+            raise OmniportError(f"graph {self.spec.name!r} got {sorted(feeds)}; it takes {sorted(self._inputs)}")
+        binding = self._binding(feeds, cache)
+        held = []  # ONNX Runtime reads these buffers during the run
+        for name, dtype in self._inputs.items():
+            array = np.ascontiguousarray(feeds[name])
+            if array.dtype != dtype:
+                raise OmniportError(
+                    f"input {name!r} of graph {self.spec.name!r} is {array.dtype}; {dtype} was expected"
+                )
+            held.append(array)
+            binding.bind_cpu_input(name, array)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu")
+        with self._failing(f"run graph {self.spec.name!r}"):
+            self._session.run_with_iobinding(binding, None if handle is None else handle.options)
+        outputs = dict(zip(self._bound_outputs(cache), binding.get_outputs(), strict=True))
+        if isinstance(cache, OrtCache):
+            cache.take(outputs)
+        return {name: np.array(outputs[name].numpy(), np.float32) for name in self._outputs}
+
+    def new_cache(self, capacity: int) -> OrtCache:
+        """A cache for ``capacity`` tokens.
+
+        Raises:
+            BackendError: the graph is not a decoder, or there is not enough memory.
+        """
+        if not self._cached:
+            raise BackendError(f"graph {self.spec.name!r} keeps no KV cache: only thinker and talker do")
+        kind = GrowingCache if self.spec.grows else StaticCache
+        with self._failing(f"allocate the KV cache of {self.spec.name!r} for {capacity} tokens"):
+            return kind(self._session, self.spec, capacity, self._device, self._ort)
+
+    def _binding(self, feeds: Mapping[str, Array], cache: KvCache | None) -> Any:
+        if isinstance(cache, OrtCache):
+            with self._failing(f"bind the KV cache of {self.spec.name!r}"):
+                return cache.bind(int(feeds["write_index"][0]))
+        if cache is None and not self._cached:
+            return self._session.io_binding()
+        raise OmniportError(f"graph {self.spec.name!r} got {type(cache).__name__} as its cache; use new_cache()")
+
+    def _bound_outputs(self, cache: KvCache | None) -> list[str]:
+        """Output names in the order in which they were first bound."""
+        return ([] if cache is None else list(self._cached.values())) + self._outputs
+
+    def end_profile(self) -> Path:
+        """The profile of every run so far; the backend was opened with ``profiles``, and nothing runs afterwards."""
+        return Path(self._session.end_profiling())
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except _ort_errors(self._ort) as error:
+            raise BackendError(
+                f"ONNX Runtime could not {what}: {_first_line(error)}. If it is out of memory, shorten the prompt or "
+                "export with a smaller --max-context; 'omniport inspect --verify' checks the bundle"
+            ) from error
+
+
+class OrtBackend:
+    """ONNX Runtime for one bundle.
+
+    Args:
+        device: ``cpu``, ``cuda``, or ``tensorrt-rtx`` (a plugin of ONNX Runtime).
+        threads: threads of one operator; the physical cores this process may use if None.
+        profiles: folder in which every graph keeps a profile of its runs; none are kept if None.
+
+    Attributes:
+        host_nodes: (operator, name) of nodes that a GPU has no kernel for, by loaded graph.
+
+    Raises:
+        BackendError: onnxruntime or its CUDA provider is missing, or the bundle's precision does not run there.
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, profiles: Path | None = None
+    ) -> None:
+        self._ort = _import_ort()
+        self._profiles = profiles
+        self._bundle = bundle
+        self._device = device
+        self._threads = threads if threads is not None else physical_cores()
+        self._graphs: dict[str, OrtGraph] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self.name = f"ort-{device}"
+        self.host_nodes: dict[str, tuple[tuple[str, str], ...]] = {}
+        self._plugin = plugin_devices(self._ort) if device == "tensorrt-rtx" else []
+        if device == "cuda" and _PROVIDERS["cuda"] not in self._ort.get_available_providers():
+            raise BackendError(
+                "the installed onnxruntime has no CUDA provider: pip uninstall onnxruntime, then "
+                "pip install 'omniport[ort-gpu]'; or use backend 'ort-cpu'"
+            )
+        if device == "cpu":
+            for spec in bundle.manifest.graphs.values():
+                _refuse_bfloat16(spec)
+
+    def graph(self, name: str) -> OrtGraph:
+        """The graph of that name, loaded on first use and kept.
+
+        Raises:
+            BackendError: the bundle has no such graph, the backend is closed, or ONNX Runtime refuses the graph.
+            BundleError: the graph uses non-standard operators or data outside the bundle.
+        """
+        with self._lock:  # workers ask for their graphs at once
+            if self._closed:
+                raise BackendError(f"the {self.name} backend is closed; open the session again")
+            if name not in self._graphs:
+                self._graphs[name] = self._load(name)
+            return self._graphs[name]
+
+    def at_once(self) -> int | None:
+        """On the CPU, a run for every ``threads`` cores."""
+        return max(1, physical_cores() // self._threads) if self._device == "cpu" else None
+
+    def close(self) -> None:
+        """Release every graph."""
+        with self._lock:
+            self._graphs.clear()
+            self._closed = True
+
+    def _load(self, name: str) -> OrtGraph:
+        known = self._bundle.manifest.graphs
+        if name not in known:
+            raise BackendError(
+                f"{self._bundle.root} has no graph {name!r}; it has {', '.join(known) or 'none'}. "
+                "Export it again without --graphs, or with this graph among them"
+            )
+        spec = known[name]
+        path = self._bundle.path(spec.file)
+        _check_graph_file(self._bundle, spec, path)
+        try:
+            session = self._session(path)
+        except _ort_errors(self._ort) as error:
+            raise BackendError(
+                f"ONNX Runtime {self._ort.__version__} cannot load graph {name!r} ({path}): {_first_line(error)}. "
+                "Version 1.28 or newer is needed; check the bundle with 'omniport inspect --verify'"
+            ) from error
+        if _PROVIDERS[self._device] not in session.get_providers():
+            raise BackendError(
+                f"ONNX Runtime cannot use {_PROVIDERS[self._device]} here (driver or CUDA libraries missing): "
+                "run 'omniport doctor', or use backend 'ort-cpu'"
+            )
+        _check_signature(session, spec)
+        if self._device == "cpu":
+            _trim_heap()
+        else:
+            self.host_nodes[name] = host_nodes(session)
+            warn_of_host_nodes(name, _PROVIDERS[self._device], self.host_nodes[name])
+        return OrtGraph(session, spec, self._device, self._ort)
+
+    def _session(self, path: Path) -> Any:
+        options = self._options()
+        if self._plugin:
+            options.add_provider_for_devices(self._plugin, {})
+            return self._ort.InferenceSession(str(path), options)
+        providers = list(dict.fromkeys((_PROVIDERS[self._device], _PROVIDERS["cpu"])))
+        return self._ort.InferenceSession(str(path), options, providers=providers)
+
+    def _options(self) -> Any:
+        options = self._ort.SessionOptions()
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = _WARNING
+        # A pattern is a second block, as large as all that a call needs, from the second call of a shape on.
+        options.enable_mem_pattern = False
+        # Six graphs take turns: threads of one must not spin while another computes.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._device != "cpu":
+            record_placement(options)
+        if self._profiles is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._profiles / "run")
+        return options
+
+
+def cuda_usable() -> bool:
+    """True if the installed onnxruntime has the CUDA provider and the driver sees a device."""
+    if _PROVIDERS["cuda"] not in _import_ort().get_available_providers():
+        return False
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may run on, at least 1: hyper-threads share the arithmetic units."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in usable:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:  # not Linux, or no topology: count every CPU
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system: packing integer weights frees a third of what it keeps, held by glibc."""
+    with suppress(OSError, AttributeError):  # not glibc: nothing to trim
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _import_ort() -> Any:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendError(f"onnxruntime is not installed ({error}): pip install 'omniport[ort]'") from error
+
+
+def _ort_errors(module: Any) -> tuple[type[BaseException], ...]:
+    """What onnxruntime raises: its own classes derive from Exception, with no common base of their own."""
+    state = vars(module.capi.onnxruntime_pybind11_state).values()
+    own = [value for value in state if isinstance(value, type) and issubclass(value, Exception)]
+    return (*own, RuntimeError, ValueError, MemoryError)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _refuse_bfloat16(spec: GraphSpec) -> None:
+    tensors = {tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
+    if spec.compute_dtype == "bfloat16" or "bfloat16" in tensors:
+        raise BackendError(
+            f"graph {spec.name!r} is bfloat16, for which ONNX Runtime has no CPU kernels: export with --precision fp32 "
+            "(or fp16) for the CPU, or run this bundle on a GPU"
+        )
+
+
+def _check_graph_file(bundle: Bundle, spec: GraphSpec, path: Path) -> None:
+    """Standard operators only, and no weights but those that the manifest lists for this graph."""
+    summary = scan_onnx(path)
+    foreign = sorted(summary.domains - STANDARD_DOMAINS)
+    if foreign or summary.functions:
+        what = f"operators of {', '.join(foreign)}" if foreign else f"{summary.functions} local functions"
+        raise BundleError(f"{path} uses {what}; a bundle's graphs hold standard ONNX operators only. Export it again")
+    folder = PurePosixPath(spec.file).parent
+    for location in sorted(summary.external):
+        name = str(folder / location)
+        if name not in spec.data or ".." in PurePosixPath(name).parts:
+            raise BundleError(
+                f"{path} takes weights from {location!r}, which bundle.json does not list for graph {spec.name!r} "
+                f"(it lists {', '.join(spec.data) or 'none'}). Export the bundle again"
+            )
+        bundle.path(name)
+
+
+def _check_signature(session: Any, spec: GraphSpec) -> None:
+    """The file's inputs and outputs are those of the GraphSpec, by name."""
+    for kind, found, tensors in (
+        ("inputs", session.get_inputs(), spec.inputs),
+        ("outputs", session.get_outputs(), spec.outputs),
+    ):
+        names, expected = {value.name for value in found}, {tensor.name for tensor in tensors}
+        if names != expected:
+            raise BundleError(
+                f"graph {spec.name!r} has {kind} {sorted(names)}; bundle.json says {sorted(expected)}. Export it again"
+            )

@@ -1,0 +1,137 @@
+"""What an ONNX file asks for, read without onnx: operator domains and external data files.
+
+A graph of a bundle may use standard operators only, and its weights must be the files that the manifest lists. This
+walks the protobuf wire format (onnx.proto: ModelProto and the messages below it) over a memory map and skips tensor
+contents, so that even a file of gigabytes is scanned in a moment.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...errors import BundleError
+
+__all__ = ["STANDARD_DOMAINS", "OnnxSummary", "scan_onnx"]
+
+STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
+
+# Field numbers of onnx.proto.
+_MODEL_GRAPH, _MODEL_OPSET, _MODEL_FUNCTIONS = 7, 8, 25
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
+_NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_TENSOR_EXTERNAL, _ENTRY_KEY, _ENTRY_VALUE = 13, 1, 2
+_OPSET_DOMAIN = 1
+_MAX_DEPTH = 16
+
+
+@dataclass
+class OnnxSummary:
+    """Domains named by operators and opset imports, local functions, and locations of external data."""
+
+    domains: set[str] = field(default_factory=set)
+    functions: int = 0
+    external: set[str] = field(default_factory=set)
+
+
+def scan_onnx(path: Path) -> OnnxSummary:
+    """Scan one ONNX file.
+
+    Raises:
+        BundleError: the file is not a readable protobuf message.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            summary = OnnxSummary()
+            _model(data, summary)
+            return summary
+    except (OSError, ValueError, IndexError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is not a readable ONNX file ({error}): copy or export the bundle again") from error
+
+
+def _model(data: mmap.mmap, out: OnnxSummary) -> None:
+    for number, start, end in _fields(data, 0, len(data)):
+        if number == _MODEL_GRAPH:
+            _graph(data, start, end, out, 0)
+        elif number == _MODEL_OPSET:
+            out.domains.add(_text(data, start, end, _OPSET_DOMAIN))
+        elif number == _MODEL_FUNCTIONS:
+            out.functions += 1
+
+
+def _graph(data: mmap.mmap, start: int, end: int, out: OnnxSummary, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"graphs nested more than {_MAX_DEPTH} deep")
+    for number, first, last in _fields(data, start, end):
+        if number == _GRAPH_NODE:
+            _node(data, first, last, out, depth)
+        elif number == _GRAPH_INITIALIZER:
+            _tensor(data, first, last, out)
+        elif number == _GRAPH_SPARSE:
+            raise ValueError("sparse initializers")
+
+
+def _node(data: mmap.mmap, start: int, end: int, out: OnnxSummary, depth: int) -> None:
+    domain = ""
+    for number, first, last in _fields(data, start, end):
+        if number == _NODE_DOMAIN:
+            domain = data[first:last].decode()
+        elif number == _NODE_ATTRIBUTE:
+            for kind, a, b in _fields(data, first, last):
+                if kind in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+                    _tensor(data, a, b, out)
+                elif kind in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
+                    _graph(data, a, b, out, depth + 1)
+    out.domains.add(domain)
+
+
+def _tensor(data: mmap.mmap, start: int, end: int, out: OnnxSummary) -> None:
+    for number, first, last in _fields(data, start, end):
+        if number == _TENSOR_EXTERNAL and _text(data, first, last, _ENTRY_KEY) == "location":
+            out.external.add(_text(data, first, last, _ENTRY_VALUE))
+
+
+def _text(data: mmap.mmap, start: int, end: int, wanted: int) -> str:
+    """The last value of a string field, as protobuf readers take it; empty if absent."""
+    text = ""
+    for number, first, last in _fields(data, start, end):
+        if number == wanted:
+            text = data[first:last].decode()
+    return text
+
+
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(field number, start, end) of every length-delimited field of one message; other fields are skipped."""
+    at = start
+    while at < end:
+        key, at = _varint(data, at, end)
+        wire = key & 7
+        if wire == 2:
+            size, at = _varint(data, at, end)
+            if at + size > end:
+                raise ValueError(f"a field of {size} bytes at offset {at} passes the end of its message")
+            yield key >> 3, at, at + size
+            at += size
+        elif wire == 0:
+            _, at = _varint(data, at, end)
+        elif wire in (1, 5):
+            at += 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire} at offset {at}")
+    if at != end:
+        raise ValueError(f"a message ends at offset {at} instead of {end}")
+
+
+def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < end and shift < 70:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise ValueError(f"a malformed number at offset {at}")

@@ -1,0 +1,363 @@
+"""TensorRT and TensorRT-RTX engines behind the Backend protocol.
+
+Only engines that the bundle lists for this machine are loaded: by hash, builder, version and compute capability
+(`omniport.runtime.bundle.engines`). Each graph has one stream, and takes one call at a time.
+
+Decoding has shapes of its own. The live length is an input dimension, so it would differ at every step, and nothing
+could be captured. But the graph masks positions that no token has reached: ``kv_positions <= write_index + arange(S)``.
+So longer ``kv_positions`` give the same result: they are filled up to the next of a few lengths, and each length has an
+execution context and a CUDA graph. The first graph is timed against the same call without one, and is not used where it
+is not quicker. A step can be repeated for that: it writes the same row of the cache again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...bundle.engines import Engine, Profile, build_line, find_engine, verify_engine
+from ...bundle.graph_spec import GraphSpec
+from ...errors import BackendError, BundleError, OmniportError
+from ..base import Array, KvCache
+from .cuda import CudaDriver, Driver
+from .execution import Lane, Scratch
+from .kernel_cache import KernelFile
+from .kv_cache import GrowingTrtCache, StaticTrtCache, TrtCache
+from .runtime_api import EngineRuntime, LoadedEngine, TrtRuntime
+
+if TYPE_CHECKING:
+    from ...bundle.reader import Bundle
+
+__all__ = ["DecodeTiming", "TrtBackend", "TrtGraph", "positions_bucket"]
+
+#: fewest positions of a decoding step: a step reads the weights, and 256 rows of the cache are little beside them
+_LEAST_BUCKET = 256
+#: runs that are timed to choose between a CUDA graph and the plain call
+_TIMED = 5
+
+
+@dataclass(frozen=True)
+class DecodeTiming:
+    """Why decoding launches a CUDA graph, or does not.
+
+    Attributes:
+        plain, graph: seconds of one step, the quickest of a few; ``graph`` is None where none could be captured.
+        problem: why not.
+    """
+
+    plain: float
+    graph: float | None
+    problem: str = ""
+
+    @property
+    def uses_graph(self) -> bool:
+        """Whether decoding launches CUDA graphs."""
+        return self.graph is not None and self.graph < self.plain
+
+
+def positions_bucket(live: int, capacity: int) -> int:
+    """The length that ``live`` positions are filled up to: less than a quarter or 256 more, never over ``capacity``."""
+    step = max(_LEAST_BUCKET, (1 << max(0, live - 1).bit_length()) // 8)
+    return min(capacity, -(-live // step) * step)
+
+
+class TrtGraph:
+    """One loaded engine behind the Graph protocol.
+
+    Args:
+        kernels: where to keep what the engine compiles while it runs; None to keep nothing.
+
+    Attributes:
+        decoding: how decoding runs, once a step has been timed.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedEngine,
+        engine: Engine,
+        spec: GraphSpec,
+        driver: Driver,
+        kernels: KernelFile | None = None,
+    ) -> None:
+        self.spec = spec
+        self.decoding: DecodeTiming | None = None
+        self._loaded, self._engine, self._driver = loaded, engine, driver
+        self._cached = spec.cache
+        _check_signature(loaded, engine, spec)
+        self._inputs = {t.name: t.dtype for t in spec.inputs if t.name not in self._cached}
+        self._outputs = {t.name: t.dtype for t in spec.outputs if t.name not in self._cached.values()}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._stream = driver.create_stream()
+        self._scratch = Scratch(driver)
+        self._decode_scratch = Scratch(driver)
+        self._lanes: dict[int, Lane] = {}
+        self._kernels, self._held_kernels = kernels, b""
+        if kernels is not None and (held := kernels.read()) and loaded.take_kernels(held):
+            self._held_kernels = held
+
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
+        """Run once; see ``Graph.run``. Calls from several threads take turns.
+
+        Raises:
+            BackendError: shapes that the engine was not built for, or the driver or engine failed.
+            OmniportError: feeds that do not match the GraphSpec.
+        """
+        _check_feeds(self.spec, self._inputs, feeds)
+        if isinstance(cache, TrtCache) != bool(self._cached) or not isinstance(cache, TrtCache | None):
+            raise OmniportError(f"graph {self.spec.name!r} got {type(cache).__name__} as its cache; use new_cache()")
+        if isinstance(cache, StaticTrtCache) and "kv_positions" in feeds:
+            feeds = _fill_positions(feeds, cache.capacity)
+        profile = self._profile_for(feeds)
+        with self._lock:
+            if self._closed:
+                raise BackendError(f"graph {self.spec.name!r} is closed; open the session again")
+            if profile not in self._lanes:
+                self._lanes[profile] = self._new_lane(fixed=False, profile=profile)
+            if cache is None:
+                return self._lanes[profile].run(feeds)
+            return self._run_cached(feeds, cache, self._lanes[profile])
+
+    def new_cache(self, capacity: int) -> TrtCache:
+        """A cache for ``capacity`` tokens at least: engines with a static cache have one size.
+
+        Raises:
+            BackendError: the graph is not a decoder, the engine was built for fewer, or there is not enough memory.
+        """
+        if not self._cached:
+            raise BackendError(f"graph {self.spec.name!r} keeps no KV cache: only thinker and talker do")
+        if not self.spec.aliases:
+            return GrowingTrtCache(self._driver, self._stream, self.spec, capacity)
+        built = self._engine.record.fixed_dims.get("capacity", 0)
+        if capacity > built:
+            raise BackendError(
+                f"a KV cache of {capacity} tokens was asked for, and {self._engine.name} was built for {built}: open "
+                f"the session with max_context={built}, or build with more: {self._build_line()} --max-context "
+                f"{capacity}"
+            )
+        return StaticTrtCache(self._driver, self._stream, self.spec, built)
+
+    def close(self) -> None:
+        """Release the engine, once the call that is under way has ended."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._keep_kernels()
+                self._driver.destroy_stream(self._stream)
+
+    def _keep_kernels(self) -> None:
+        if self._kernels is not None and self._lanes:
+            made = self._loaded.kernels()
+            if made != self._held_kernels:
+                self._kernels.write(made)
+
+    def _run_cached(self, feeds: Mapping[str, Array], cache: TrtCache, lane: Lane) -> dict[str, NDArray[np.float32]]:
+        held, added = int(feeds["write_index"][0]), int(feeds["inputs_embeds"].shape[1])
+        if isinstance(cache, StaticTrtCache) and added == 1 and (self.decoding is None or self.decoding.uses_graph):
+            return self._decode(feeds, cache, held)
+        cache.bind(lane, held, added)
+        outputs = lane.run(feeds)
+        cache.grown(held, added)
+        return outputs
+
+    def _decode(self, feeds: Mapping[str, Array], cache: TrtCache, held: int) -> dict[str, NDArray[np.float32]]:
+        """One step, by a CUDA graph if that turns out to be quicker."""
+        bucket = len(feeds["kv_positions"])
+        lane = cache.lanes.get(bucket)
+        if lane is not None:
+            cache.bind(lane, held, 1)
+            return lane.run(feeds)
+        lane = self._new_lane(fixed=True)
+        cache.bind(lane, held, 1)
+        outputs = lane.run(feeds)  # an engine may allocate in its first run, which cannot be captured
+        problem = _capture(lane)
+        if self.decoding is None:
+            plain = _quickest(lane, captured=False)
+            self.decoding = DecodeTiming(plain, None if problem else _quickest(lane, captured=True), problem)
+        if self.decoding.uses_graph:
+            cache.lanes[bucket] = lane
+        return outputs
+
+    def _new_lane(self, fixed: bool, profile: int = 0) -> Lane:
+        scratch = self._decode_scratch if fixed else self._scratch
+        context = self._loaded.context(fixed)
+        if profile:
+            context.use_profile(profile, self._stream)
+            self._driver.synchronize(self._stream)
+        return Lane(self._driver, self._stream, context, self._inputs, self._outputs, scratch)
+
+    def _profile_for(self, feeds: Mapping[str, Array]) -> int:
+        """The first of the engine's profiles that takes these shapes.
+
+        Raises:
+            BackendError: none does.
+        """
+        profiles = self._engine.record.profiles
+        misfit = ""
+        for index, profile in enumerate(profiles):
+            misfit = _misfit(profile, feeds)
+            if not misfit:
+                return index
+        raise BackendError(
+            f"input {misfit!r} of graph {self.spec.name!r} is {list(feeds[misfit].shape)}; {self._engine.name} was "
+            f"built for {list(profiles[-1].inputs[misfit].min)} to {list(profiles[-1].inputs[misfit].max)}. Send less, "
+            f"or build it for more: {self._build_line()} (omniport build --help lists the limits)"
+        )
+
+    def _build_line(self) -> str:
+        record = self._engine.record
+        return build_line(self._engine.bundle, record.target, record.builder, (record.graph,))
+
+
+class TrtBackend:
+    """The engines of one bundle that this machine can run.
+
+    Args:
+        builder: ``tensorrt`` or ``tensorrt-rtx``.
+        runtime, driver: what loads and what runs them; TensorRT and CUDA by default.
+
+    Attributes:
+        engines: by graph.
+        missing: graphs of the bundle without an engine, and why.
+
+    Raises:
+        BackendError: TensorRT, cuda-bindings or a GPU is missing, or no graph has an engine for this machine.
+        BundleError: the list of engines cannot be trusted.
+    """
+
+    def __init__(
+        self, bundle: Bundle, builder: str, *, runtime: EngineRuntime | None = None, driver: Driver | None = None
+    ) -> None:
+        self.name = builder
+        self.engines: dict[str, Engine] = {}
+        self.missing: dict[str, str] = {}
+        self._bundle = bundle
+        self._runtime = runtime or TrtRuntime(builder)
+        self._driver = driver or CudaDriver()
+        self._graphs: dict[str, TrtGraph] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        capability = self._driver.capability()
+        for name in bundle.manifest.graphs:
+            try:
+                self.engines[name] = find_engine(
+                    bundle, name, builder=builder, version=self._runtime.version, capability=capability
+                )
+            except BackendError as error:
+                self.missing[name] = str(error)
+        if not self.engines:
+            raise BackendError(
+                f"{bundle.root} has no engine for {builder} {self._runtime.version} on compute capability "
+                f"{capability}. Build them on this machine: {build_line(bundle.root, 'this', builder)}"
+                f" ({next(iter(self.missing.values()), 'it has no graphs')})"
+            )
+
+    def graph(self, name: str) -> TrtGraph:
+        """The graph of that name, loaded on first use and kept.
+
+        Raises:
+            BackendError: the bundle has no such graph or no engine of it, the backend is closed, or it does not load.
+            BundleError: the engine is not the one that was built, or not one of this graph.
+        """
+        with self._lock:
+            if self._closed:
+                raise BackendError(f"the {self.name} backend is closed; open the session again")
+            if name not in self._graphs:
+                self._graphs[name] = self._load(name)
+            return self._graphs[name]
+
+    def max_context(self) -> int | None:
+        """Most tokens that the engines' KV caches hold; None if they do not say."""
+        sizes = [engine.record.fixed_dims.get("capacity") for engine in self.engines.values()]
+        return min((size for size in sizes if size is not None), default=None)
+
+    def close(self) -> None:
+        """Release every graph."""
+        with self._lock:
+            self._closed = True
+            for graph in self._graphs.values():
+                graph.close()
+            self._graphs.clear()
+
+    def _load(self, name: str) -> TrtGraph:
+        if name in self.missing:
+            raise BackendError(self.missing[name])
+        if name not in self.engines:
+            known = ", ".join(self._bundle.manifest.graphs)
+            raise BackendError(f"{self._bundle.root} has no graph {name!r}; it has {known}. Export it again with it")
+        engine = self.engines[name]
+        verify_engine(engine)
+        loaded = self._runtime.load(engine.path)
+        kernels = KernelFile.of(engine, self._runtime.version, self._driver.device_name())
+        return TrtGraph(loaded, engine, self._bundle.manifest.graphs[name], self._driver, kernels)
+
+
+def _misfit(profile: Profile, feeds: Mapping[str, Array]) -> str:
+    """The first input whose shape is outside the profile; empty if there is none."""
+    for name, array in feeds.items():
+        span = profile.inputs.get(name)
+        if span is None:
+            continue
+        fits = len(array.shape) == len(span.min)
+        if not fits or not all(a <= n <= b for a, n, b in zip(span.min, array.shape, span.max, strict=True)):
+            return name
+    return ""
+
+
+def _capture(lane: Lane) -> str:
+    """Capture a lane that has run; gives why it cannot be, empty if it is."""
+    if not lane.capturable():
+        return "the engine cannot be captured: it allocates while it runs"
+    try:
+        lane.capture()
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+def _quickest(lane: Lane, captured: bool) -> float:
+    seconds = []
+    for _ in range(_TIMED):
+        start = time.perf_counter()
+        lane.fire(captured)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _fill_positions(feeds: Mapping[str, Array], capacity: int) -> dict[str, Array]:
+    """Feeds whose ``kv_positions`` go on past the live ones, which the graph masks."""
+    length = positions_bucket(len(feeds["kv_positions"]), capacity)
+    return {**feeds, "kv_positions": np.arange(length, dtype=np.int64)}
+
+
+def _check_feeds(spec: GraphSpec, inputs: Mapping[str, str], feeds: Mapping[str, Array]) -> None:
+    if feeds.keys() != inputs.keys():
+        raise OmniportError(f"graph {spec.name!r} got {sorted(feeds)}; it takes {sorted(inputs)}")
+    for name, dtype in inputs.items():
+        wanted = "float32" if dtype in ("float16", "bfloat16") else dtype
+        if feeds[name].dtype != np.dtype(wanted):
+            raise OmniportError(f"input {name!r} of graph {spec.name!r} is {feeds[name].dtype}; {wanted} was expected")
+
+
+def _check_signature(loaded: LoadedEngine, engine: Engine, spec: GraphSpec) -> None:
+    """The engine's tensors are those of the GraphSpec, and its cache is one buffer on both sides."""
+    wanted = {(t.name, t.dtype, True) for t in spec.inputs} | {(t.name, t.dtype, False) for t in spec.outputs}
+    found = {(t.name, t.dtype, t.is_input) for t in loaded.tensors.values()}
+    again = f"{build_line(engine.bundle, engine.record.target, engine.record.builder, (spec.name,))} --force"
+    if found != wanted:
+        differ = ", ".join(f"{name} ({dtype})" for name, dtype, _ in sorted(found ^ wanted))
+        raise BundleError(
+            f"{engine.name} does not have the inputs and outputs of graph {spec.name!r} ({differ} differ). Build it "
+            f"again: {again}"
+        )
+    for output, source in spec.aliases.items():
+        if (shared := loaded.aliased_input(output)) not in (source, None):
+            raise BundleError(
+                f"{engine.name} writes {output!r} over {shared!r}; {source!r} was expected. Build it again: {again}"
+            )

@@ -1,0 +1,300 @@
+"""TensorRT's runtime behind small Protocols: an engine, its tensors, and contexts that run it.
+
+TensorRT and TensorRT-RTX have the same Python API under two module names. What the backend needs of it is written down
+here, so that this is the only file that calls it, and so that tests can put another engine behind the same face.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...errors import BackendError
+from .trt_log import listen
+
+__all__ = [
+    "EXTRAS",
+    "MODULES",
+    "USED",
+    "EngineRuntime",
+    "EngineTensor",
+    "ExecutionContext",
+    "LoadedEngine",
+    "TrtRuntime",
+    "installed_runtimes",
+]
+
+#: backend -> its Python module, and the extra that brings it
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+EXTRAS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
+
+#: class -> attributes that are called here whatever the version; a test looks them up in the real module
+USED = {
+    "Runtime": ("deserialize_cuda_engine",),
+    "ICudaEngine": (
+        "create_execution_context",
+        "get_tensor_dtype",
+        "get_tensor_mode",
+        "get_tensor_name",
+        "get_tensor_shape",
+        "num_io_tensors",
+    ),
+    "IExecutionContext": (
+        "execute_async_v3",
+        "get_tensor_shape",
+        "infer_shapes",
+        "set_device_memory",
+        "set_input_shape",
+        "set_optimization_profile_async",
+        "set_tensor_address",
+        "update_device_memory_size_for_shapes",
+    ),
+    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
+    "TensorIOMode": ("INPUT", "OUTPUT"),
+}
+
+#: specs' names of TensorRT's dtypes
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "BOOL": "bool",
+}
+
+
+@dataclass(frozen=True)
+class EngineTensor:
+    """An input or output of an engine. ``shape``: -1 where it is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    is_input: bool
+
+
+class ExecutionContext(Protocol):
+    """Runs an engine at one set of shapes and addresses at a time."""
+
+    def use_profile(self, index: int, stream: int) -> None:
+        """Take shapes of this profile, not of the first, once the stream is done. BackendError: the engine refuses."""
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Shape of an input from now on. BackendError: the engine does not take it."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an output, once every input has one."""
+
+    def set_address(self, name: str, address: int) -> None:
+        """Where a tensor lies from now on."""
+
+    def scratch_bytes(self) -> int:
+        """Memory that one run needs for what is computed in between, once every input has a shape."""
+
+    def set_scratch(self, address: int, nbytes: int) -> None:
+        """That memory; shared by contexts that never run at once."""
+
+    def capturable(self, stream: int) -> bool:
+        """Whether ``enqueue`` can be captured into a CUDA graph as things are."""
+
+    def enqueue(self, stream: int) -> None:
+        """Put one run into the stream. BackendError: the engine refuses."""
+
+
+class LoadedEngine(Protocol):
+    """An engine on the device."""
+
+    @property
+    def tensors(self) -> Mapping[str, EngineTensor]:
+        """Inputs and outputs by name."""
+
+    def aliased_input(self, output: str) -> str | None:
+        """The input whose buffer this output has to share; None if there is none, or the release cannot tell."""
+
+    def context(self, fixed: bool) -> ExecutionContext:
+        """A new context; ``fixed``: its shapes are set once, so it is worth specialising for them."""
+
+    def take_kernels(self, kernels: bytes) -> bool:
+        """Use kernels that an earlier process compiled; before the first context, with a device at hand.
+
+        False: they are another environment's, or this engine compiles nothing while it runs.
+        """
+
+    def kernels(self) -> bytes:
+        """The kernels compiled so far; empty if this engine compiles nothing while it runs."""
+
+
+class EngineRuntime(Protocol):
+    """Loads engines of one builder and version."""
+
+    builder: str
+    version: str
+
+    def load(self, path: Path) -> LoadedEngine:
+        """Load an engine, which the caller knows to be the one that was built. BackendError: it does not load."""
+
+
+def installed_runtimes() -> list[str]:
+    """Backends whose Python package is there; nothing is imported."""
+    return [name for name, module in MODULES.items() if importlib.util.find_spec(module) is not None]
+
+
+class TrtRuntime:
+    """TensorRT or TensorRT-RTX, as installed.
+
+    Raises:
+        BackendError: it is not installed or does not import.
+    """
+
+    def __init__(self, builder: str) -> None:
+        self.builder = builder
+        self.module = _import(builder)
+        self.version = str(self.module.__version__)
+        self.logger, self.messages = listen(builder, self.module)
+        self._runtime = self.module.Runtime(self.logger)
+        if self._runtime is None:
+            raise BackendError(f"{builder} {self.version} gives no runtime: {self.messages.reason()}")
+
+    def load(self, path: Path) -> LoadedEngine:
+        """See `EngineRuntime`. The file is mapped: its pages can be dropped once the engine is on the device."""
+        self.messages.take()
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise BackendError(
+                f"{self.builder} {self.version} cannot load {path}: {self.messages.reason()}. If the GPU is out of "
+                "memory, close other programs; otherwise build the engine again (omniport build --force)"
+            )
+        return _TrtEngine(self, engine)
+
+
+class _TrtEngine:
+    """An ICudaEngine."""
+
+    def __init__(self, runtime: TrtRuntime, engine: Any) -> None:
+        self._runtime, self._engine = runtime, engine
+        self._kernels = _kernel_cache(engine)
+        names = [str(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)]
+        self._tensors = {name: self._tensor(name) for name in names}
+
+    @property
+    def tensors(self) -> Mapping[str, EngineTensor]:
+        """See `LoadedEngine`."""
+        return self._tensors
+
+    def aliased_input(self, output: str) -> str | None:
+        """See `LoadedEngine`. Engines have aliased tensors from TensorRT 10.15 on."""
+        if not hasattr(self._engine, "get_aliased_input_tensor"):
+            return None
+        return self._engine.get_aliased_input_tensor(output) or None
+
+    def context(self, fixed: bool) -> ExecutionContext:
+        """See `LoadedEngine`."""
+        module, engine = self._runtime.module, self._engine
+        strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
+        kinds = getattr(module, "DynamicShapesKernelSpecializationStrategy", None)
+        if kinds is None:
+            made = engine.create_execution_context(strategy)
+        else:  # TensorRT-RTX compiles kernels for the shapes it sees: at once where they stay, else in the background
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if fixed else kinds.LAZY
+            if self._kernels is not None:
+                config.set_runtime_cache(self._kernels)
+            made = engine.create_execution_context(config)
+        if made is None:
+            raise BackendError(f"{self._runtime.builder} gives no execution context: {self._runtime.messages.reason()}")
+        return _TrtContext(self._runtime, engine, made, self._kernels)
+
+    def take_kernels(self, kernels: bytes) -> bool:
+        """See `LoadedEngine`."""
+        taken = self._kernels is not None and bool(self._kernels.deserialize(kernels))
+        self._runtime.messages.take()  # what it says about kernels of another environment is no error
+        return taken
+
+    def kernels(self) -> bytes:
+        """See `LoadedEngine`."""
+        held = None if self._kernels is None else self._kernels.serialize()
+        return b"" if held is None else bytes(memoryview(held))
+
+    def _tensor(self, name: str) -> EngineTensor:
+        engine = self._engine
+        dtype = engine.get_tensor_dtype(name).name
+        is_input = engine.get_tensor_mode(name) == self._runtime.module.TensorIOMode.INPUT
+        return EngineTensor(name, _DTYPES.get(dtype, dtype), tuple(engine.get_tensor_shape(name)), is_input)
+
+
+class _TrtContext:
+    """An IExecutionContext."""
+
+    def __init__(self, runtime: TrtRuntime, engine: Any, context: Any, kernels: Any) -> None:
+        self._runtime, self._engine, self._context = runtime, engine, context
+        self._kernels = kernels  # has to outlive the context
+
+    def use_profile(self, index: int, stream: int) -> None:
+        """See `ExecutionContext`."""
+        if not self._context.set_optimization_profile_async(index, stream):
+            raise BackendError(f"the engine does not take profile {index}: {self._runtime.messages.reason()}")
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """See `ExecutionContext`."""
+        if not self._context.set_input_shape(name, shape):
+            raise BackendError(f"the engine does not take {list(shape)} as {name!r}: {self._runtime.messages.reason()}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `ExecutionContext`."""
+        if missing := self._context.infer_shapes():
+            raise BackendError(f"the engine needs shapes or values of {', '.join(missing)} before it can run")
+        return tuple(self._context.get_tensor_shape(name))
+
+    def set_address(self, name: str, address: int) -> None:
+        """See `ExecutionContext`."""
+        if not self._context.set_tensor_address(name, address):
+            raise BackendError(f"the engine does not take an address for {name!r}: {self._runtime.messages.reason()}")
+
+    def scratch_bytes(self) -> int:
+        """See `ExecutionContext`."""
+        return int(self._context.update_device_memory_size_for_shapes())
+
+    def set_scratch(self, address: int, nbytes: int) -> None:
+        """See `ExecutionContext`."""
+        self._context.set_device_memory(address, nbytes)
+
+    def capturable(self, stream: int) -> bool:
+        """See `ExecutionContext`. TensorRT always is; TensorRT-RTX says so of engines that allocate nothing."""
+        asked = getattr(self._context, "is_stream_capturable", None)
+        return asked is None or bool(asked(stream))
+
+    def enqueue(self, stream: int) -> None:
+        """See `ExecutionContext`."""
+        self._runtime.messages.take()
+        if not self._context.execute_async_v3(stream):
+            raise BackendError(f"{self._runtime.builder} could not run the engine: {self._runtime.messages.reason()}")
+
+
+def _kernel_cache(engine: Any) -> Any:
+    """An engine's IRuntimeCache, still empty; None where engines compile nothing while they run."""
+    if not hasattr(engine, "create_runtime_config"):
+        return None
+    config = engine.create_runtime_config()
+    return config.create_runtime_cache() if hasattr(config, "create_runtime_cache") else None
+
+
+def _import(builder: str) -> Any:
+    name, extra = MODULES[builder], EXTRAS[builder]
+    if importlib.util.find_spec(name) is None:
+        raise BackendError(f"{builder} is not installed here: pip install 'omniport[{extra}]'")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a broken native library can raise anything
+        raise BackendError(
+            f"{name} does not import: {type(error).__name__}: {error}. Install it again: "
+            f"pip install --force-reinstall 'omniport[{extra}]'"
+        ) from error

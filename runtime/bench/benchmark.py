@@ -1,0 +1,214 @@
+"""Run a benchmark: stage by stage, ours and the rival's in turns, beside what the machine can do."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends.onnxruntime.backend import OrtBackend, physical_cores
+from ..bundle.reader import Bundle
+from ..errors import UsageError
+from .reply_timing import measure_reply
+from .results import STAGES, BenchReport, Figure, Machine, StageResult, Work
+from .roofline import environment, measure_machine, resident_bytes
+from .solvers import measure_solvers
+from .timing import CLOCKS, Clock, alternate, ratio_of, spread
+from .work import Profile, profile_run, weight_bytes
+from .workloads import GRAPH_OF, Job, Rival, Sizes, stage_jobs
+
+__all__ = ["Progress", "bench", "chosen_stages"]
+
+Progress = Callable[[str, int, int], None]
+
+#: two programs that do the same differ by the order of sums only; INT4 weights differ more than that
+_SAME = 0.5
+_REPLY_ROUNDS = 3
+#: stages whose inputs are the same step at several contexts
+_GROWING = ("decode", "talker")
+
+
+def bench(
+    root: str | Path,
+    stages: Sequence[str] = (),
+    *,
+    rival: Callable[[Bundle], Rival] | None = None,
+    sizes: Sizes | None = None,
+    rounds: int = 5,
+    threads: int | None = None,
+    clock: str = "wall",
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measure a bundle on this machine's CPU.
+
+    Args:
+        stages: of ``STAGES``; all that the bundle has graphs for if none are named.
+        rival: opens what each stage is measured beside.
+        sizes: of inputs. rounds: of each figure; whole replies are measured in fewer.
+        threads: of one operator, for both; the physical cores if None.
+        clock: of `omniport.runtime.bench.timing.CLOCKS`; ``cpu`` goes with one thread.
+        progress: called with what is measured, and the number of stages done and in all.
+
+    Raises:
+        UsageError: an unknown stage or clock, a stage that the bundle has no graph for, threads that the clock does not
+            go with, or fewer than one round.
+        BackendError: onnxruntime is missing or cannot run the bundle.
+    """
+    if rounds < 1:
+        raise UsageError(f"{rounds} rounds; at least 1 was expected")
+    if clock not in CLOCKS:
+        raise UsageError(f"there is no clock {clock!r}; known clocks: {', '.join(CLOCKS)}")
+    if clock == "cpu" and threads != 1:
+        raise UsageError("the clock 'cpu' adds the time of all threads up: measure with one (--threads 1)")
+    bundle = Bundle.open(root)
+    names = chosen_stages(bundle, stages)
+    count = physical_cores() if threads is None else threads
+    other = None if rival is None else rival(bundle)
+    run = _Run(bundle, count, rounds, sizes or Sizes(), other, CLOCKS[clock])
+    results = {}
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress(f"measuring {name}", done, len(names))
+        results[name] = run.stage(name)
+        if other is not None:
+            other.release()
+        gc.collect()
+    manifest = bundle.manifest
+    return BenchReport(
+        bundle=manifest.source.name,
+        fingerprint=manifest.source.fingerprint,
+        precision=manifest.precision,
+        recipe=manifest.quantization.recipe if manifest.quantization is not None else "",
+        against=other.name if other is not None else "",
+        clock=clock,
+        environment=environment(other.libraries if other is not None else ()),
+        stages=results,
+    )
+
+
+def chosen_stages(bundle: Bundle, stages: Sequence[str]) -> list[str]:
+    """Those named, or all that the bundle has graphs for, in the order of ``STAGES``.
+
+    Raises:
+        UsageError: a stage that there is not.
+    """
+    unknown = [name for name in stages if name not in STAGES]
+    if unknown:
+        raise UsageError(f"there is no stage {unknown[0]!r}; known stages: {', '.join(STAGES)}")
+    graphs = bundle.manifest.graphs
+    able = [name for name in STAGES if GRAPH_OF.get(name, "bigvgan") in graphs]
+    return [name for name in STAGES if name in (stages or able)]
+
+
+class _Run:
+    def __init__(
+        self, bundle: Bundle, threads: int, rounds: int, sizes: Sizes, rival: Rival | None, clock: Clock
+    ) -> None:
+        self.bundle, self.threads, self.rounds, self.sizes, self.rival = bundle, threads, rounds, sizes, rival
+        self.clock = clock
+
+    def stage(self, name: str) -> StageResult:
+        machine = measure_machine(self.threads, clock=self.clock)
+        before = resident_bytes()
+        if name == "reply":
+            figures, chunks = measure_reply(
+                self.bundle, self.sizes, self.rival, min(self.rounds, _REPLY_ROUNDS), self.threads
+            )
+            return StageResult(machine=machine, threads=self.threads, figures=figures, chunks=chunks)
+        if name == "solver":
+            figures = measure_solvers(self.bundle, self._backend(), self.sizes, self.rounds, self.clock)
+            return StageResult(machine=machine, threads=self.threads, figures=figures)
+        return self._graph_stage(name, machine, before)
+
+    def _backend(self) -> OrtBackend:
+        return OrtBackend(self.bundle, threads=self.threads)
+
+    def _graph_stage(self, name: str, machine: Machine, before: int | None) -> StageResult:
+        backend = self._backend()
+        figures, resident = [], None
+        jobs: list[Job] = []
+        profile = Profile(0.0, {})
+        for job in stage_jobs(name, self.bundle, backend, self.sizes):
+            profile = profile_run(self.bundle, GRAPH_OF[name], self.threads, job.profiled)
+            if resident is None:
+                job.run()
+                now = resident_bytes()
+                resident = None if now is None or before is None else now - before
+            figure = self._figure(job, profile)
+            assert figure.machine is not None
+            machine = _better(machine, figure.machine)
+            figures.append(figure)
+            jobs.append(job)
+        if name in _GROWING and len(jobs) > 1:
+            figures[-1] = msgspec.structs.replace(figures[-1], values={"growth": self._growth(jobs[0], jobs[-1])})
+        backend.close()
+        return StageResult(
+            machine=machine,
+            threads=self.threads,
+            figures=tuple(figures),
+            resident_bytes=resident,
+            operators=profile.seconds,
+        )
+
+    def _growth(self, short: Job, long: Job) -> float:
+        """How many times as long a step takes at the longest context as at the shortest, in turns."""
+        shorter, longer = alternate(short.run, long.run, self.rounds, clock=self.clock)
+        return ratio_of(longer, shorter).median
+
+    def _figure(self, job: Job, profile: Profile) -> Figure:
+        runner = None if self.rival is None else self.rival.runner(job)
+        difference = None if runner is None else _difference(job, job.run(), runner())
+        before = measure_machine(self.threads, clock=self.clock)
+        ours, theirs = alternate(job.run, runner, self.rounds, clock=self.clock)
+        machine = _better(before, measure_machine(self.threads, clock=self.clock))
+        moved = weight_bytes(self.bundle, GRAPH_OF[job.stage]) + job.cache_bytes
+        work = Work(operations=profile.operations, bytes=float(moved))
+        least = max(work.operations / machine.matmul_rate, work.bytes / machine.read_bandwidth)
+        seconds = spread(ours)
+        return Figure(
+            name=job.name,
+            size=job.size,
+            of=job.of,
+            count=job.count,
+            unit=job.unit,
+            seconds=seconds,
+            work=work,
+            machine=machine,
+            roofline_seconds=least,
+            share=least / seconds.median,
+            reference=spread(theirs) if theirs else None,
+            faster=ratio_of(theirs, ours) if theirs else None,
+            difference=difference,
+        )
+
+
+def _better(one: Machine, other: Machine) -> Machine:
+    """The higher of both rates: what a machine was seen to reach, just before or just after."""
+    return msgspec.structs.replace(
+        one,
+        read_bandwidth=max(one.read_bandwidth, other.read_bandwidth),
+        matmul_rate=max(one.matmul_rate, other.matmul_rate),
+    )
+
+
+def _difference(job: Job, ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+    """Relative RMS of the two: a race between programs that do different things says nothing.
+
+    Raises:
+        UsageError: they do not do the same.
+    """
+    wanted = theirs.astype(np.float64).reshape(-1)
+    got = ours.astype(np.float64).reshape(-1)
+    energy = float(np.sqrt(np.mean(wanted**2)))
+    off = float(np.sqrt(np.mean((got - wanted) ** 2))) / energy if got.shape == wanted.shape and energy else np.inf
+    if not off < _SAME:
+        raise UsageError(
+            f"{job.stage} {job.name}: this bundle and what it is measured against give different results (relative "
+            f"RMS {off:.2g}); give --against the checkpoint that the bundle was exported from"
+        )
+    return off

@@ -1,0 +1,120 @@
+"""What the machine can do: the two rates that a roofline is made of, and its name.
+
+Both are measured with numpy, whose products use the same vector units as any runtime's, and both are the best of
+several tries: a roofline is what can be reached, not what happened to be.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from .results import Environment, Machine
+from .timing import Clock
+
+__all__ = ["environment", "measure_machine", "resident_bytes"]
+
+#: larger than any last-level cache that this would run beside
+_READ_BYTES = 1 << 28
+_PIECE = 1 << 20
+_SIDE = 1536
+_LIBRARIES = ("omniport", "numpy", "onnxruntime")
+
+
+def environment(more: tuple[str, ...] = ()) -> Environment:
+    """This machine, and the versions of what takes part (``more``: further distributions)."""
+    from ..backends.onnxruntime.backend import physical_cores
+
+    return Environment(
+        processor=_processor(),
+        cores=physical_cores(),
+        memory_bytes=_memory(),
+        system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        versions={name: version for name in (*_LIBRARIES, *more) if (version := _version(name))},
+    )
+
+
+def measure_machine(
+    threads: int, tries: int = 5, read_bytes: int = _READ_BYTES, side: int = _SIDE, clock: Clock = time.perf_counter
+) -> Machine:
+    """Read bandwidth and matrix product rate with that many threads.
+
+    Args:
+        threads: of one operator; the bandwidth is measured with as many, the product with BLAS's own.
+        tries: of each; the best counts.
+        read_bytes: of the array that is read. side: of the square float32 matrices.
+    """
+    return Machine(
+        read_bandwidth=_bandwidth(threads, tries, read_bytes, clock),
+        matmul_rate=_products(tries, side, clock),
+        load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    )
+
+
+def _bandwidth(threads: int, tries: int, size: int, clock: Clock) -> float:
+    """Bytes a second: every thread reads its share of one array, in pieces, by a dot product with itself."""
+    array = np.ones(size // 4, np.float32)
+    shares = np.array_split(array, threads)
+
+    def read(share: np.ndarray[tuple[int], np.dtype[np.float32]]) -> None:
+        for start in range(0, len(share), _PIECE):
+            piece = share[start : start + _PIECE]
+            np.dot(piece, piece)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return size / _best(lambda: list(pool.map(read, shares)), tries, clock)
+
+
+def _products(tries: int, side: int, clock: Clock) -> float:
+    a = np.random.default_rng(0).standard_normal((side, side), np.float32)
+    out = np.empty_like(a)
+    return 2.0 * side**3 / _best(lambda: np.matmul(a, a, out=out), tries, clock)
+
+
+def _best(run: Callable[[], object], tries: int, clock: Clock) -> float:
+    run()
+    times = []
+    for _ in range(tries):
+        begin = clock()
+        run()
+        times.append(clock() - begin)
+    return min(times)
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process now; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,303 @@
+"""What is run at each stage: inputs drawn with a fixed seed, and the runtime's own code over them.
+
+A stage is a sequence of jobs. A job holds what it was made from, so that something else can be given the very same
+(``Rival``) and be timed beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends.base import Backend, Graph
+from ..bundle.graph_spec import DTYPES
+from ..bundle.reader import Bundle
+from ..concurrency.timing import StageTimer
+from ..errors import UsageError
+from ..generation.decoder import Decoder
+from ..generation.thinker import encode_audio, encode_vision
+from ..media.image import image_input
+from ..media.log_mel import chunk_mel, log_mel
+
+__all__ = ["GRAPH_OF", "Job", "Rival", "Sizes", "stage_jobs"]
+
+Array = NDArray[Any]
+
+#: graph that a stage measures
+GRAPH_OF: Mapping[str, str] = {
+    "audio_encoder": "audio_encoder",
+    "vision_encoder": "vision_encoder",
+    "prefill": "thinker",
+    "decode": "thinker",
+    "talker": "talker",
+    "dit": "dit",
+    "bigvgan": "bigvgan",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Inputs of the stages. The defaults are what docs/results/bench.md shows.
+
+    Attributes:
+        audio: seconds of sound. images: height and width in pixels. prefill: tokens.
+        context: live tokens of a decoding step. codes: of a DiT evaluation. frames: mel frames of a vocoder run.
+        text_tokens, speech_codes: of the whole reply.
+    """
+
+    audio: tuple[int, ...] = (2, 30)
+    images: tuple[tuple[int, int], ...] = ((384, 512), (768, 1024))
+    prefill: tuple[int, ...] = (128, 512)
+    context: tuple[int, ...] = (128, 1024, 4096)
+    codes: tuple[int, ...] = (60, 250)
+    frames: tuple[int, ...] = (116, 250)
+    text_tokens: int = 40
+    speech_codes: int = 250
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to time.
+
+    Attributes:
+        run: does it once; its result is compared with the rival's.
+        profiled: the same over a graph that is given, for counting.
+        given: what it is made from, by name.
+        cache_bytes: live part of the KV cache, which is read as well.
+    """
+
+    stage: str
+    name: str
+    size: int
+    of: str
+    count: float
+    unit: str
+    run: Callable[[], Array]
+    profiled: Callable[[Graph], object]
+    given: dict[str, Any] = field(default_factory=dict)
+    cache_bytes: int = 0
+
+
+class Rival(Protocol):
+    """What a bundle is measured beside."""
+
+    #: its name and the distributions whose versions matter
+    name: str
+    libraries: tuple[str, ...]
+
+    def runner(self, job: Job) -> Callable[[], Array] | None:
+        """Does the same as ``job.run``; None if it has nothing to set against it."""
+
+    def reply(self, prompt_ids: NDArray[np.int64], text_tokens: int, codes: int) -> tuple[float, float]:
+        """A whole spoken reply: seconds until its waveform is there, and seconds of sound in it."""
+
+    def release(self) -> None:
+        """Free what the last stage needed."""
+
+
+def stage_jobs(stage: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+    """The jobs of a stage, smallest first. Each is prepared when it is asked for.
+
+    Raises:
+        UsageError: the bundle has no graph for this stage.
+    """
+    graph = GRAPH_OF[stage]
+    if graph not in bundle.manifest.graphs:
+        raise UsageError(
+            f"stage {stage!r} needs the graph {graph!r}, which {bundle.root} does not have (it has "
+            f"{', '.join(bundle.manifest.graphs)}); leave it out with --stages"
+        )
+    makers: dict[str, Callable[[Bundle, Backend, Sizes], Iterator[Job]]] = {
+        "audio_encoder": _audio,
+        "vision_encoder": _vision,
+        "prefill": _prefill,
+        "decode": lambda *given: _decode("thinker", "decode", "token", *given),
+        "talker": lambda *given: _decode("talker", "talker", "code", *given),
+        "dit": _dit,
+        "bigvgan": _bigvgan,
+    }
+    return makers[stage](bundle, backend, sizes)
+
+
+def _audio(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+    frontend = bundle.manifest.audio
+    for seconds in sizes.audio:
+        rng = np.random.default_rng(seconds)
+        mel = log_mel((0.1 * rng.standard_normal(frontend.sampling_rate * seconds)).astype(np.float32), frontend)
+        chunks, frames = chunk_mel(mel, frontend)
+        pieces = seconds * frontend.sampling_rate / (frontend.hop_length * frontend.chunk_frames)
+
+        def run(backend: Backend = backend, chunks: Any = chunks, frames: Any = frames) -> Array:
+            return encode_audio(chunks, frames, backend, StageTimer())
+
+        yield Job(
+            "audio_encoder",
+            f"{seconds} s",
+            seconds,
+            "seconds of sound",
+            pieces,
+            "chunk of 2 s",
+            run,
+            lambda graph, run=run: run(_Only(graph)),  # type: ignore[misc]
+            {"mel": mel},
+        )
+
+
+def _vision(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+    for height, width in sizes.images:
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        vision = image_input(pixels, bundle.manifest.vision)
+
+        def run(backend: Backend = backend, vision: Any = vision) -> Array:
+            return encode_vision(vision, backend, StageTimer())
+
+        yield Job(
+            "vision_encoder",
+            f"{width}x{height}",
+            len(vision.window_valid),
+            "attention windows",
+            1,
+            "image",
+            run,
+            lambda graph, run=run: run(_Only(graph)),  # type: ignore[misc]
+            {"vision": vision},
+        )
+
+
+def _rows(bundle: Bundle, graph: str, count: int) -> NDArray[np.float32]:
+    """Embeddings [count, E] of tokens drawn from the decoder's own table."""
+    table = bundle.embedding("thinker" if graph == "thinker" else "talker")
+    return table.rows(np.random.default_rng(0).integers(0, table.vocab_size, count))
+
+
+def _places(start: int, stop: int) -> NDArray[np.int64]:
+    return np.repeat(np.arange(start, stop)[None], 3, axis=0)
+
+
+def _cache_bytes(bundle: Bundle, graph: str, tokens: int) -> int:
+    geometry = bundle.manifest.thinker if graph == "thinker" else bundle.manifest.talker
+    assert geometry is not None
+    row = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
+    return row * tokens * DTYPES[bundle.manifest.kv.dtype]
+
+
+def _fitting(bundle: Bundle, lengths: tuple[int, ...]) -> list[int]:
+    """Those that the KV cache holds."""
+    return [length for length in lengths if length <= bundle.manifest.kv.max_context]
+
+
+def _prefill(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+    lengths = _fitting(bundle, sizes.prefill)
+    rows = _rows(bundle, "thinker", max(lengths))
+    decoder = _decoder(backend.graph("thinker"), max(lengths))
+    for length in lengths:
+
+        def run(decoder: Decoder = decoder, length: int = length) -> Array:
+            decoder.truncate(0)
+            return decoder.forward(rows[:length], _places(0, length))[0]
+
+        yield Job(
+            "prefill",
+            str(length),
+            length,
+            "tokens",
+            length,
+            "token",
+            run,
+            lambda graph, run=run, length=length: run(_decoder(graph, length)),  # type: ignore[misc]
+            {"rows": rows[:length], "context": 0},
+            _cache_bytes(bundle, "thinker", length),
+        )
+
+
+def _decode(graph: str, stage: str, unit: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+    """One step at each context, over a cache that was filled by prefilling: memory that was never written to is not
+    memory that has to be read. Steps may be run in any order once all are there: each writes what it finds."""
+    lengths = _fitting(bundle, sizes.context)
+    rows = _rows(bundle, graph, max(lengths))
+    decoder = _decoder(backend.graph(graph), max(lengths))
+    for length in lengths:
+        decoder.forward(rows[decoder.length : length - 1], _places(decoder.length, length - 1))
+
+        def run(decoder: Decoder = decoder, length: int = length) -> Array:
+            decoder.length = length - 1
+            return decoder.forward(rows[length - 1 : length], _places(length - 1, length))[0]
+
+        def profiled(given: Graph, length: int = length, run: Callable[..., Array] = run) -> Array:
+            other = _decoder(given, length)
+            other.length = length - 1  # what lies in the cache does not change what there is to do
+            return run(other)
+
+        yield Job(
+            stage,
+            str(length),
+            length,
+            "tokens in context",
+            1,
+            unit,
+            run,
+            profiled,
+            {"rows": rows[:length], "context": length - 1},
+            _cache_bytes(bundle, graph, length),
+        )
+        decoder.truncate(length - 1)
+
+
+def _decoder(graph: Graph, capacity: int) -> Decoder:
+    return Decoder(graph, graph.new_cache(capacity))
+
+
+def _dit(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+    geometry = bundle.manifest.dit
+    assert geometry is not None
+    voice, speaker, reference = bundle.voice(None)
+    for count in sizes.codes:
+        rng = np.random.default_rng(count)
+        feeds = {
+            "x": rng.standard_normal((1, count * geometry.repeats, geometry.mel_dim), np.float32),
+            "codes": rng.integers(0, geometry.num_embeds, (1, count)),
+            "speaker": speaker[None],
+            "reference": reference[None],
+            "step": np.asarray([1], np.int64),
+        }
+
+        def run(graph: Graph | None = None, feeds: Any = feeds) -> Array:
+            return (graph or backend.graph("dit")).run(feeds)["velocity"]
+
+        yield Job(
+            "dit", f"{count} codes", count, "codes", 1, "evaluation", run, run, {"feeds": feeds, "voice": voice.name}
+        )
+
+
+def _bigvgan(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+    vocoder, dit = bundle.manifest.vocoder, bundle.manifest.dit
+    assert vocoder is not None
+    assert dit is not None
+    for frames in sizes.frames:
+        mel = np.random.default_rng(frames).normal(-5, 2, (1, dit.mel_dim, frames)).astype(np.float32)
+        seconds = frames * vocoder.hop / vocoder.sample_rate
+
+        def run(graph: Graph | None = None, mel: Any = mel) -> Array:
+            return (graph or backend.graph("bigvgan")).run({"mel": mel})["wav"]
+
+        yield Job("bigvgan", f"{frames} frames", frames, "mel frames", seconds, "s of sound", run, run, {"mel": mel})
+
+
+class _Only:
+    """A backend of one graph."""
+
+    name = "only"
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+
+    def graph(self, name: str) -> Graph:
+        """The graph, whatever it is called."""
+        return self._graph
+
+    def close(self) -> None:
+        """Nothing is held."""

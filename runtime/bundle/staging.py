@@ -1,0 +1,162 @@
+"""Write a folder aside and put it in place when it is complete.
+
+Next to ``NAME`` a folder ``.NAME.partial-XXXX`` holds ``new``, what is being written, and for a moment ``old``, what it
+replaces. Its owner holds a lock on it, which the kernel releases however the process ends: one that nobody holds was
+left by a process that was killed, and the next export removes it (after putting ``old`` back, should the kill have come
+between the two renames).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import BundleError, ExportError
+from .manifest import Manifest
+from .reader import MANIFEST_FILE, read_manifest
+
+__all__ = ["check_space", "folder_lock", "previous_manifest", "staging", "take_over", "unlisted"]
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A folder that takes the place of ``out`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        ExportError: the disk is full, or the folder cannot be written. What was at ``out`` before is untouched.
+    """
+    target = Path(os.path.realpath(out))  # a link stays a link: what it points to is replaced
+    missing = [folder for folder in target.parents if not folder.exists()]
+    room: Path | None = None
+    lock: int | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        room = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        lock = folder_lock(room)
+        fresh = room / "new"
+        fresh.mkdir()
+        yield fresh
+        if target.exists():
+            target.rename(room / "old")
+        fresh.rename(target)
+    except OSError as error:
+        raise _explain(error, target) from error
+    finally:
+        if room is not None:
+            _remove(room, target)
+        if lock is not None:
+            os.close(lock)
+        if not target.exists():
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def take_over(source: Path, target: Path, link: bool = True) -> None:
+    """Hard-link a file into the new folder, or copy it where links are not possible.
+
+    Args:
+        link: False copies: the onnx package reads no weights from a file that has other links.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
+
+
+def check_space(out: Path, needed: int, what: str = "bundle") -> None:
+    """ExportError if the disk that ``out`` will be on has less than ``needed`` bytes free for ``what``."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ExportError(
+            f"{parent} has {free / 1e6:,.0f} MB free and the {what} needs {needed / 1e6:,.0f} MB. Free some space or "
+            "choose another folder."
+        )
+
+
+def previous_manifest(out: Path) -> Manifest | None:
+    """The manifest of the bundle that ``out`` holds, None if there is nothing at all.
+
+    Raises:
+        ExportError: something else is there. It is not for this program to remove.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / MANIFEST_FILE).exists():
+        raise ExportError(f"{out} exists and holds no bundle. Choose another folder, or remove it first.")
+    try:
+        return read_manifest(out)
+    except BundleError as error:
+        raise ExportError(
+            f"{out} holds a bundle that this release cannot read ({error}). Remove the folder, or choose another one."
+        ) from error
+
+
+def unlisted(out: Path, manifest: Manifest) -> list[str]:
+    """Files in a bundle's folder that the bundle does not list: somebody else's, to be left there."""
+    found = (path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if not path.is_dir())
+    return [name for name in found if name != MANIFEST_FILE and name not in manifest.files]
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed exports to ``target`` left behind."""
+    for name in glob.glob(f".{glob.escape(target.name)}.partial-*", root_dir=target.parent):
+        room = target.parent / name
+        lock = folder_lock(room)
+        if lock is not None:
+            _remove(room, target)
+            os.close(lock)
+
+
+def _remove(room: Path, target: Path) -> None:
+    old = room / "old"
+    if old.exists() and not target.exists():
+        with contextlib.suppress(OSError):
+            old.rename(target)
+    if not old.exists() or target.exists():
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def folder_lock(folder: Path) -> int | None:
+    """An open descriptor that holds the folder's lock; None if another process holds it or nobody can say."""
+    try:
+        fcntl: Any = importlib.import_module("fcntl")  # not on Windows, where nothing is swept
+    except ImportError:
+        return None
+    descriptor = -1
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor >= 0:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _explain(error: OSError, target: Path) -> ExportError:
+    if error.errno in _DISK_ERRORS:
+        return ExportError(
+            f"the disk is full: {error.strerror} while writing {target}. Nothing was left behind. Free some space or "
+            "choose another folder."
+        )
+    return ExportError(
+        f"cannot write {target}: {error}. Nothing was left behind. Give a folder that can be written to."
+    )

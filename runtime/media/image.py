@@ -1,0 +1,299 @@
+"""Images and video frames in: decode, resize, patches, window index. numpy and Pillow; no torch.
+
+**Resize kernel**: Pillow's BICUBIC (Keys' cubic with a = -0.5, widened when shrinking, so antialiased; rounded and
+clipped to 8 bits after each of its two passes) for still images and for video frames. Still images: as transformers'
+Qwen2VLImageProcessorPil. Video: the reference (Qwen2VLVideoProcessor) resizes with torchvision's antialiased bicubic:
+the same kernel, but rounded once at the end, which differs by a few levels of 255 where hard edges overshoot.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle.manifest import VisionFrontend
+from ..errors import MediaError
+from .source import Source, check_source, describe, require, stream
+
+__all__ = ["MAX_ASPECT", "MAX_PIXELS", "ImageSource", "VisionInput", "image_input", "load_image", "video_input"]
+
+ImageSource = Any  # Source | PIL.Image.Image | uint8 or float array: Pillow is optional, so it has no name here
+Pixels = NDArray[np.uint8]
+
+#: largest picture that is decoded, in pixels: the size Pillow takes for a decompression bomb
+MAX_PIXELS = 89_478_485
+#: longest side over shortest side, as the reference's smart_resize
+MAX_ASPECT = 200
+#: decoders that may see a file: no format that runs another program (EPS) or only writes
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+#: what Pillow's decoders raise on damaged files
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class VisionInput:
+    """One image or video as the vision encoder takes it.
+
+    T temporal patches, N patches per temporal patch, W windows of 64 slots (``window_size / patch_size`` squared).
+    Patches are ordered by 2x2 merge blocks, row by row; the four patches of a block follow each other.
+
+    Attributes:
+        patches: float32 [T, N, 1176]; each patch is (channel, temporal, row, column) flattened, as in the reference.
+        grid_thw: T, rows and columns of patches.
+        grid_hw: int64 [N, 2], row and column of each patch.
+        window_index: int64 [W * 64]; per window, the patches (into N) that its slots hold; unused slots hold N.
+        window_valid: bool [W, 64]; the used slots, which come first in each window.
+    """
+
+    patches: NDArray[np.float32]
+    grid_thw: tuple[int, int, int]
+    grid_hw: NDArray[np.int64]
+    window_index: NDArray[np.int64]
+    window_valid: NDArray[np.bool_]
+
+    @property
+    def tokens(self) -> int:
+        """Embeddings that the encoder gives: T * N / 4."""
+        merge_block = 4
+        steps, rows, columns = self.grid_thw
+        return steps * rows * columns // merge_block
+
+
+def load_image(source: ImageSource) -> Pixels:
+    """Read a picture as RGB, uint8 [H, W, 3].
+
+    EXIF orientation is applied. Transparency is composited onto white (as the reference does), 16-bit greys are scaled
+    to 8 bits, the first frame of an animation is taken.
+
+    Args:
+        source: a path, the bytes of a file, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]: uint8,
+            or float in 0..1, which is scaled by 255 and rounded.
+
+    Raises:
+        MediaError: missing, empty, corrupt or unknown file; more than ``MAX_PIXELS`` (checked before decoding);
+            arrays of another shape or dtype, outside 0..1, or with NaN.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    image_module = require("PIL.Image")
+    if isinstance(source, image_module.Image):
+        _check_pixels(source.width, source.height, "image")
+        return _decode(source, "image")
+    checked = check_source(cast(Source, source), "image")
+    label = f"image {describe(source)}"
+    image_module.init()
+    known = [name for name in FORMATS if name in image_module.OPEN]
+    try:
+        with stream(checked) as opened, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes on metadata, and on size: our own check follows
+            with image_module.open(opened, formats=known) as image:
+                _check_pixels(image.width, image.height, label)
+                return _decode(image, label)
+    except image_module.DecompressionBombError as error:
+        raise MediaError(f"{label} is too large: {error}; at most {MAX_PIXELS} pixels are taken") from error
+    except image_module.UnidentifiedImageError as error:
+        raise MediaError(
+            f"{label} is not a picture that can be read; expected JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+        ) from error
+    except DECODE_ERRORS as error:
+        raise MediaError(f"{label} is corrupt: {error}; open it in another program or export it again") from error
+
+
+def _check_pixels(width: int, height: int, label: str) -> None:
+    if width < 1 or height < 1:
+        raise MediaError(f"{label} has no pixels ({width}x{height}); pass a picture with both sides above 0")
+    if width * height > MAX_PIXELS:
+        raise MediaError(
+            f"{label} is too large: {width}x{height} = {width * height} pixels, at most {MAX_PIXELS} are taken; "
+            "shrink it first"
+        )
+
+
+def _decode(image: Any, label: str) -> Pixels:
+    """A PIL image, upright and in RGB."""
+    image = require("PIL.ImageOps").exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greys, which convert("RGB") would clip to white
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise MediaError(f"{label} holds {grey.min()}..{grey.max()}; expected 8 or 16 bits a channel: convert it")
+        return _rgb(np.round(grey / 257).astype(np.uint8))
+    if image.mode == "F":
+        raise MediaError(f"{label} holds floating-point pixels; expected 8 or 16 bits a channel: convert it")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        return _on_white(image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
+
+
+def _on_white(image: Any) -> Pixels:
+    module = require("PIL.Image")
+    white = module.new("RGBA", image.size, (255, 255, 255, 255))
+    return np.asarray(module.alpha_composite(white, image).convert("RGB"))
+
+
+def _rgb(grey: Pixels) -> Pixels:
+    return np.repeat(grey.reshape(*grey.shape[:2], 1), 3, axis=2)
+
+
+def _from_array(array: NDArray[Any]) -> Pixels:
+    """Check an array and bring it to uint8 [H, W, 3]."""
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise MediaError(
+            f"image array has shape {list(array.shape)}; expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]: "
+            "move the channels last"
+        )
+    _check_pixels(array.shape[1], array.shape[0], "image array")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise MediaError("image array holds NaN or infinite values; expected uint8, or float in 0..1")
+        if array.min() < 0 or array.max() > 1:
+            raise MediaError(
+                f"image array of {array.dtype} lies in {array.min():g}..{array.max():g}; expected uint8, or float in "
+                "0..1: scale it or convert it to uint8"
+            )
+        array = np.round(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise MediaError(f"image array has dtype {array.dtype}; expected uint8, or float in 0..1: convert it")
+    if array.ndim == 2 or array.shape[2] == 1:
+        return _rgb(array)
+    if array.shape[2] == 4:
+        return _on_white(require("PIL.Image").fromarray(np.ascontiguousarray(array)))
+    return np.ascontiguousarray(array)
+
+
+def target_size(height: int, width: int, frontend: VisionFrontend, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width after resizing: multiples of patch * merge in the pixel bounds, aspect kept as well as can be.
+
+    Follows the reference's smart_resize, half-to-even rounding included.
+
+    Raises:
+        MediaError: a side shorter than one patch, or an aspect ratio above ``MAX_ASPECT``.
+    """
+    if min(height, width) < frontend.patch_size:
+        raise MediaError(
+            f"picture of {width}x{height} pixels is too small: each side needs at least {frontend.patch_size} pixels "
+            "(one patch); pass a larger one"
+        )
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise MediaError(
+            f"picture of {width}x{height} pixels is too elongated: its aspect ratio is "
+            f"{max(height, width) / min(height, width):.0f}, at most {MAX_ASPECT} is taken; crop it"
+        )
+    unit = frontend.patch_size * frontend.merge_size
+    rows, columns = round(height / unit), round(width / unit)
+    if rows * columns * unit * unit > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
+    elif rows * columns * unit * unit < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
+    return rows * unit, columns * unit
+
+
+def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
+    """uint8 [H, W, 3] to [height, width, 3], Pillow BICUBIC."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    module = require("PIL.Image")
+    resized = module.fromarray(np.ascontiguousarray(pixels)).resize((width, height), module.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def image_input(image: Pixels, frontend: VisionFrontend) -> VisionInput:
+    """Prepare one still picture: it is shown twice to fill a temporal patch.
+
+    Args:
+        image: uint8 [H, W, 3].
+
+    Raises:
+        MediaError: wrong shape or dtype, a side under one patch, an aspect ratio above ``MAX_ASPECT``.
+    """
+    _check_frames(image[None], "image")
+    size = target_size(image.shape[0], image.shape[1], frontend, frontend.min_pixels, frontend.max_pixels)
+    return _build(image[None], size, frontend)
+
+
+def video_input(frames: Pixels, frontend: VisionFrontend) -> VisionInput:
+    """Prepare a clip's frames; the last one is repeated to fill the last temporal patch.
+
+    Args:
+        frames: uint8 [F, H, W, 3], F >= 1.
+
+    Raises:
+        MediaError: wrong shape or dtype, a side under one patch, an aspect ratio above ``MAX_ASPECT``.
+    """
+    _check_frames(frames, "video")
+    height, width = frames.shape[1:3]
+    size = target_size(height, width, frontend, frontend.video_min_pixels, frontend.video_max_pixels)
+    return _build(frames, size, frontend)
+
+
+def _check_frames(frames: NDArray[Any], kind: str) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        lead = "[F, H, W, 3]" if kind == "video" else "[1, H, W, 3]"
+        raise MediaError(f"{kind} frames are {frames.dtype} {list(frames.shape)}; expected uint8 {lead}")
+
+
+def _build(frames: Pixels, size: tuple[int, int], frontend: VisionFrontend) -> VisionInput:
+    patch, merge, depth = frontend.patch_size, frontend.merge_size, frontend.temporal_patch_size
+    rows, columns = size[0] // patch, size[1] // patch
+    steps = -(-frames.shape[0] // depth)
+    scale = (1.0 / (255.0 * np.asarray(frontend.image_std))).astype(np.float32)
+    shift = (-np.asarray(frontend.image_mean) / np.asarray(frontend.image_std)).astype(np.float32)
+    patches = np.empty((steps, rows * columns, 3 * depth * patch * patch), np.float32)
+    # One temporal patch at a time: a long clip is never held in float twice.
+    for step in range(steps):
+        wanted = [min(i, frames.shape[0] - 1) for i in range(step * depth, (step + 1) * depth)]
+        resized = {i: _resize(frames[i], size[0], size[1]) for i in set(wanted)}
+        pixels = np.stack([resized[i] for i in wanted])
+        # [depth, block row, row in block, y, block column, column in block, x, channel]
+        blocks = pixels.reshape(depth, rows // merge, merge, patch, columns // merge, merge, patch, 3)
+        ordered = blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(rows * columns, 3, -1)  # while a pixel is one byte
+        target = patches[step].reshape(ordered.shape)
+        np.multiply(ordered, scale[:, None], out=target)
+        target += shift[:, None]
+    index, valid = window_layout(rows, columns, merge, frontend.window_size // patch)
+    return VisionInput(patches, (steps, rows, columns), _positions(rows, columns, merge), index, valid)
+
+
+def _positions(rows: int, columns: int, merge: int) -> NDArray[np.int64]:
+    """Row and column of each patch in merge-block order, int64 [rows * columns, 2]."""
+    grid = np.indices((rows, columns), dtype=np.int64).transpose(1, 2, 0)
+    blocks = grid.reshape(rows // merge, merge, columns // merge, merge, 2)
+    return np.ascontiguousarray(blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2))
+
+
+def window_layout(rows: int, columns: int, merge: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Attention windows of one frame of rows x columns patches, windows of window x window patches.
+
+    Follows transformers' get_vision_window_index, patch by patch and padded.
+
+    Returns:
+        index int64 [W * window**2] and valid bool [W, window**2]; see ``VisionInput``.
+    """
+    unit, side = merge * merge, window // merge
+    height, width = rows // merge, columns // merge
+    down, across = -(-height // side), -(-width // side)
+    blocks = np.full((down * side, across * side), -1, np.int64)
+    blocks[:height, :width] = np.arange(height * width).reshape(height, width)
+    # Windows row by row; in each, its merge blocks row by row with those outside the picture moved to the end.
+    windows = blocks.reshape(down, side, across, side).transpose(0, 2, 1, 3).reshape(down * across, side * side)
+    windows = np.take_along_axis(windows, np.argsort(windows < 0, axis=1, kind="stable"), axis=1)
+    valid = np.repeat(windows >= 0, unit, axis=1)
+    index = (windows[:, :, None] * unit + np.arange(unit)).reshape(valid.shape)
+    return np.where(valid, index, rows * columns).reshape(-1), valid

@@ -1,0 +1,71 @@
+"""What audio, image and video reading share: optional packages, and the checks before any decoder sees a file."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import MediaError
+
+__all__ = ["Source", "check_source", "describe", "require", "stream"]
+
+Source = str | os.PathLike[str] | bytes
+
+
+def require(module: str) -> Any:
+    """Import an optional package; MediaError names the extra that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = {"PIL.Image": "pillow", "PIL.ImageOps": "pillow"}.get(module, module)
+        raise MediaError(
+            f"reading media needs the {package!r} package, which is not installed ({error}); "
+            "run: pip install 'omniport[media]'"
+        ) from error
+
+
+def describe(source: object) -> str:
+    """How messages call a source: the path, or its kind and size."""
+    if isinstance(source, bytes):
+        return f"<{len(source)} bytes>"
+    if isinstance(source, (str, os.PathLike)):
+        return repr(os.fspath(source))
+    return f"<{type(source).__name__}>"
+
+
+def check_source(source: Source, kind: str) -> Path | bytes:
+    """A path that is a readable, non-empty regular file, or non-empty bytes.
+
+    Raises:
+        MediaError: missing, a folder or device, unreadable, empty, or a URL.
+    """
+    if isinstance(source, bytes):
+        if not source:
+            raise MediaError(f"empty {kind}: got 0 bytes; pass the whole content of a file")
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise MediaError(f"{kind} of type {type(source).__name__} cannot be read; pass a path, bytes or an array")
+    name = os.fspath(source)
+    if "://" in name or name.startswith("data:"):
+        raise MediaError(f"{kind} {name[:80]!r} is a URL; URLs are not fetched: download it and pass the path or bytes")
+    path = Path(name)
+    try:
+        if not path.exists():
+            raise MediaError(f"{kind} file {name!r} does not exist; check the path")
+        if not path.is_file():
+            raise MediaError(f"{kind} {name!r} is not a regular file; pass the path of a {kind} file")
+        if path.stat().st_size == 0:
+            raise MediaError(f"{kind} file {name!r} is empty (0 bytes); record or download it again")
+        with path.open("rb"):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise MediaError(f"{kind} file {name!r} cannot be opened: {error}; check its permissions") from error
+    return path
+
+
+def stream(source: Path | bytes) -> io.BufferedIOBase:
+    """A binary stream over a checked source; the caller closes it."""
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")

@@ -1,0 +1,260 @@
+"""One reply: its workers, what of it was delivered, and what becomes of the conversation when it ends or is cut off."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle.manifest import SamplingConfig
+from ..bundle.reader import Bundle
+from ..concurrency.cancel import Cancelled, CancelToken, GuardedBackend
+from ..concurrency.timing import StageTimer
+from ..events import AudioChunk, Done, Event, Stats, TextDelta, TurnsDropped, underruns
+from ..generation.conversation import Conversation
+from ..generation.sampling import Sampler
+from ..generation.thinker import ThinkerRun
+from ..prompt.positions import Segment
+from ..prompt.tokenizer import TextCodec
+from .workers import SpeechTask, Workers
+
+__all__ = ["Reply", "ReplyTask"]
+
+
+@dataclass(frozen=True)
+class ReplyTask:
+    """How to reply, checked.
+
+    Attributes:
+        reserve: places of the KV cache that shall be free for the reply.
+        threads: workers at once, each in its thread; False: one after the other in the caller's.
+    """
+
+    bundle: Bundle
+    codec: TextCodec
+    backend: GuardedBackend
+    token: CancelToken
+    config: SamplingConfig
+    rng: np.random.Generator
+    speech: SpeechTask | None
+    reserve: int
+    threads: bool
+    timer: StageTimer
+
+
+class Reply:
+    """Answers a conversation whose last turn is complete.
+
+    Args:
+        before: what ``conversation.prefilled`` was when the turn began.
+        prepare: called before anything else, in the thread that asks for the first event.
+        ended: called once when the reply has ended, however it did.
+    """
+
+    def __init__(
+        self,
+        task: ReplyTask,
+        conversation: Conversation,
+        stats: Stats,
+        started: float,
+        before: int,
+        prepare: Callable[[], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self._task, self._conversation, self._stats, self._started = task, conversation, stats, started
+        self._before, self._prepare, self._ended = before, prepare, ended
+        self._workers: Workers | None = None
+        self._done: Done | None = None
+        self._turn: list[Segment] | None = None
+        self._undone = False
+        self._kept = 0
+        self._setup = threading.Lock()  # held while the caller's thread uses the conversation
+        self._delivery = threading.Lock()
+        self._chunks: list[tuple[float, float]] = []
+        self._texts = 0
+        self._samples = 0
+
+    def events(self) -> Iterator[Event]:
+        """Run to the end, or until cancelled, yielding events."""
+        try:
+            with self._setup:
+                dropped = self._prefill()
+            if dropped is not None:
+                yield dropped
+            assert self._workers is not None
+            for event in self._workers.events():
+                if not self._delivered(event):
+                    break
+                yield event
+        except Cancelled:
+            pass
+        except GeneratorExit:  # the caller has lost interest
+            self.cancel()
+            raise
+        except BaseException:
+            self._task.token.cancel()
+            self._end(undo=True)
+            raise
+        yield self._end()
+
+    def cancel(self, heard: float | None = None) -> None:
+        """Stop the workers and cut the conversation back to what counts as said; see ``Turn.cancel``."""
+        self._task.token.cancel()
+        with self._setup:
+            ended = self._done
+        if ended is None:
+            self._end(heard=heard)
+        elif heard is not None and not self._undone:
+            self._shorten(len(self._heard(heard)))
+
+    def _shorten(self, count: int) -> None:
+        """The reply is complete, but was not heard to its end: keep ``count`` tokens of it."""
+        if self._conversation.turns[-1] is self._turn and count < self._kept:
+            self._conversation.shorten_answer(count)
+            self._kept = count
+
+    def _prefill(self) -> TurnsDropped | None:
+        task, conversation, stats = self._task, self._conversation, self._stats
+        task.token.check()
+        before = conversation.prefilled
+        self._prepare()
+        least = 2 if task.speech is not None else 1  # the talker prefills two rows more than the prompt has
+        conversation.prefill(task.reserve, least)
+        stats.prompt_tokens = conversation.length
+        stats.late_tokens = conversation.prefilled - before
+        stats.prefilled_tokens = conversation.prefilled - self._before
+        embedding, manifest = task.bundle.embedding("thinker"), task.bundle.manifest
+        run = ThinkerRun(
+            conversation.decoder("thinker"),
+            conversation.logits,
+            conversation.ids,
+            conversation.cursor,
+            Sampler(task.config, task.rng),
+            embedding,
+            manifest.chat.stop,
+            task.timer,
+        )
+        text = task.codec.stream()
+        self._workers = Workers(
+            run,
+            text,
+            task.speech,
+            conversation,
+            task.token,
+            task.timer,
+            self._elapsed,
+            threads=task.threads,
+            paced=task.backend.at_once() == 1,
+        )
+        return conversation.take_dropped()
+
+    def _delivered(self, event: TextDelta | AudioChunk) -> bool:
+        """Note that the caller gets an event; False if the reply was cancelled before."""
+        stats = self._stats
+        with self._delivery:
+            if self._task.token.cancelled:
+                return False
+            if isinstance(event, TextDelta):
+                self._texts += event.token_id not in self._task.bundle.manifest.chat.stop
+                stats.time_to_first_token = (
+                    event.time if stats.time_to_first_token is None else stats.time_to_first_token
+                )
+                return True
+            if stats.time_to_first_audio is None:
+                stats.time_to_first_audio = event.time
+            self._samples += len(event.samples)
+            self._chunks.append((event.time, len(event.samples) / event.sample_rate))
+            return True
+
+    def _end(self, undo: bool = False, heard: float | None = None) -> Done:
+        """Once the workers have ended: set the conversation right, and sum up. Ending twice gives the same."""
+        with self._setup, self._delivery:
+            if self._done is not None:
+                return self._done
+            if self._workers is not None:
+                self._workers.join()
+            said = self._said(heard)
+            self._done = self._sum_up(said)
+            self._undone, self._turn = undo, self._conversation.turns[-1]
+            if undo:
+                self._conversation.undo_turn()
+            else:
+                rows = self._workers.run.rows if self._workers is not None else []
+                self._conversation.answer(said, rows, self._closing())
+                self._kept = len(said)
+            self._ended()
+            return self._done
+
+    def _closing(self) -> NDArray[np.int64]:
+        codec, tokens = self._task.codec, self._task.bundle.manifest.tokens
+        return np.asarray([tokens.im_end, *codec.encode("\n")], np.int64)
+
+    def _said(self, heard: float | None) -> list[int]:
+        """Reply tokens that count as said."""
+        workers = self._workers
+        if workers is None:
+            return []
+        ids = workers.token_ids
+        if self._task.token.cancelled:
+            return self._heard(heard)
+        if ids and workers.codec_ids:
+            self._conversation.codes_per_token = len(workers.codec_ids) / len(ids)
+        return ids
+
+    def _heard(self, heard: float | None) -> list[int]:
+        """Reply tokens that were read, or heard, by the pace of the speech."""
+        workers = self._workers
+        assert workers is not None
+        ids = workers.token_ids
+        if self._task.speech is None:
+            return ids[: self._texts]
+        complete = {"thinker", "talker"} <= workers.ended.keys()
+        pace = len(workers.codec_ids) / len(ids) if complete and ids else self._conversation.codes_per_token
+        return ids[: min(self._texts, int(self._codes(heard) / pace + 1e-6))]
+
+    def _codes(self, heard: float | None = None) -> int:
+        """Codec tokens whose sound was delivered, or heard if the caller knows for how many seconds it was."""
+        dit, speech = self._task.bundle.manifest.dit, self._task.speech
+        if dit is None or speech is None:
+            return 0
+        seconds = self._samples / speech.sample_rate
+        return round((seconds if heard is None else min(seconds, heard)) * dit.codec_hz)
+
+    def _sum_up(self, said: list[int]) -> Done:
+        stats, workers, task = self._stats, self._workers, self._task
+        stats.total_time = self._elapsed()
+        stats.busy, stats.run_seconds = task.timer.busy, task.backend.seconds
+        stats.peak_memory_bytes = peak_memory()
+        if workers is None:
+            return Done("", [], [], stats, "cancelled", None if task.speech is None else "cancelled")
+        cancelled = task.token.cancelled
+        stats.workers = workers.times
+        codes = workers.codec_ids[: self._codes()] if cancelled else workers.codec_ids
+        stats.text_tokens, stats.codec_tokens = len(said), len(codes)
+        stats.audio_seconds = sum(duration for _, duration in self._chunks)
+        stats.underruns, stats.underrun_seconds = underruns(self._chunks)
+        thought, voiced = workers.ended.get("thinker"), workers.ended.get("talker")
+        stats.tokens_per_second = len(workers.token_ids) / thought if thought else None
+        stats.codes_per_second = len(workers.codec_ids) / voiced if voiced else None
+        if stats.audio_seconds:
+            stats.real_time_factor = stats.total_time / stats.audio_seconds
+        reason = "cancelled" if cancelled else workers.run.finish_reason
+        speech = None if task.speech is None else "cancelled" if cancelled else task.speech.talker.finish_reason
+        return Done(task.codec.decode(said), said, codes, stats, reason, speech)
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._started
+
+
+def peak_memory() -> int | None:
+    """Largest resident set of this process so far, in bytes; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    usage: int = importlib.import_module("resource").getrusage(0).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024

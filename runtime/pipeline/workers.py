@@ -1,0 +1,219 @@
+"""The three workers of a reply: thinker, talker and token2wav, each in a thread of its own, joined by bounded queues.
+
+The thinker hands a row to the talker for every token that it consumes, the talker hands codec tokens to token2wav,
+whose vocoder has a thread of its own beside the next window's DiT, and what is to be read or heard leaves through one
+queue to the caller. A full queue holds its sender back. Under greedy sampling, or with the same seed, the result is
+that of the workers one after the other: they draw from streams of their own, and none looks at the time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle.manifest import VoiceSpec
+from ..concurrency.cancel import Cancelled, CancelToken
+from ..concurrency.channel import Channel
+from ..concurrency.schedule import Pace
+from ..concurrency.timing import StageTimer
+from ..events import AudioChunk, TextDelta, WorkerTime
+from ..generation.conversation import Conversation
+from ..generation.sampling import Sampler
+from ..generation.talker import Talker
+from ..generation.thinker import ThinkerRun
+from ..prompt.tokenizer import TextStream
+from ..speech.token2wav import MelPiece, Token2Wav
+
+__all__ = ["SpeechTask", "Workers"]
+
+#: rows that the thinker is ahead of the talker at most: some seconds of speech
+_ROWS = 64
+#: events that the caller has not taken at most
+_EVENTS = 256
+
+_Body = tuple[str, Callable[[], float], tuple[Channel[Any], ...]]
+"""name, function that gives the seconds it waited, and the channels that end with it"""
+
+
+@dataclass(frozen=True)
+class SpeechTask:
+    """What a spoken reply needs, checked."""
+
+    talker: Talker
+    voice: VoiceSpec
+    sampler: Sampler
+    token2wav: Token2Wav
+    sample_rate: int
+
+
+class Workers:
+    """One reply at work.
+
+    Args:
+        run: the thinker, after prefill.
+        text: detokenizer.
+        speech: None for a reply that is only read.
+        conversation: holds the prompt; the talker catches up with it.
+        clock: seconds since the question ended.
+        threads: False runs the workers one after the other in the caller's thread, without bounds.
+        paced: one graph runs at a time: until the first sound is out, thinker and talker do no more than it takes.
+
+    Attributes:
+        token_ids, codec_ids: generated so far.
+        times: of each worker that has ended.
+        ended: seconds at which each worker ended, of those that came to their end.
+        error: what ended a worker before its time.
+    """
+
+    def __init__(
+        self,
+        run: ThinkerRun,
+        text: TextStream,
+        speech: SpeechTask | None,
+        conversation: Conversation,
+        token: CancelToken,
+        timer: StageTimer,
+        clock: Callable[[], float],
+        threads: bool = True,
+        paced: bool = False,
+    ) -> None:
+        self.token_ids: list[int] = []
+        self.codec_ids: list[int] = []
+        self.times: dict[str, WorkerTime] = {}
+        self.ended: dict[str, float] = {}
+        self.error: BaseException | None = None
+        self.run, self.speech = run, speech
+        self._text, self._conversation = text, conversation
+        self._token, self._timer, self._clock = token, timer, clock
+        # The talker is a window ahead of token2wav, no more: what it does sooner delays the sound that is due.
+        codes = 1 if speech is None else speech.token2wav.longest
+        bounds = (_ROWS, codes, _EVENTS) if threads else (None, None, None)
+        first = speech.token2wav.first_window if speech is not None and threads and paced else None
+        self._pace = None if first is None else Pace(*first, clock, token)
+        self._rows: Channel[NDArray[np.float32]] = Channel(bounds[0], token)
+        self._codes: Channel[int] = Channel(bounds[1], token)
+        self._mels: Channel[MelPiece] = Channel(1 if threads else None, token)
+        self._events: Channel[TextDelta | AudioChunk] = Channel(bounds[2], token, senders=1 if speech is None else 2)
+        self._bodies: list[_Body] = [("thinker", self._think, (self._rows, self._events))]
+        if speech is not None:
+            self._bodies += [
+                ("talker", self._talk, (self._codes,)),
+                ("token2wav", self._solve, (self._mels,)),
+                ("vocoder", self._voice, (self._events,)),
+            ]
+        self._threads = [
+            threading.Thread(target=self._work, args=body, name=f"omniport-{body[0]}", daemon=True)
+            for body in (self._bodies if threads else ())
+        ]
+
+    def events(self) -> Iterator[TextDelta | AudioChunk]:
+        """Start, and give what comes.
+
+        Raises:
+            Cancelled: the token was set. Whatever a worker raised.
+        """
+        if self._pace is not None:
+            self._pace.begin()
+        for thread in self._threads:
+            thread.start()
+        if not self._threads:
+            for body in self._bodies:
+                self._work(*body)
+        try:
+            yield from self._events
+        except Cancelled:
+            self.join()
+            if self.error is not None:
+                raise self.error from None
+            raise
+        self.join()
+
+    def join(self) -> None:
+        """Wait until every worker has ended, which they do by themselves or once the token is set."""
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def _work(self, name: str, body: Callable[[], float], outputs: tuple[Channel[Any], ...]) -> None:
+        start, before = time.perf_counter(), self._timer.left_out
+        waited = 0.0
+        try:
+            waited = body()
+            self.ended[name] = self._clock()
+        except Cancelled:
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            self.error = self.error or error
+            self._token.cancel()
+        finally:
+            waited += self._timer.left_out - before
+            self.times[name] = WorkerTime(time.perf_counter() - start - waited, waited)
+            for channel in outputs:
+                channel.close()
+
+    def _think(self) -> float:
+        waited = 0.0
+        for step in self.run.steps():
+            if not step.stop:
+                self.token_ids.append(step.token_id)
+            if step.row is not None and self.speech is not None:
+                waited += self._rows.send(step.row)
+            delta = "" if step.stop else self._text.push(step.token_id)
+            if step.last:  # a character that is left unfinished comes out as U+FFFD
+                delta += self._text.flush()
+            if delta or not step.stop:
+                waited += self._events.send(TextDelta(delta, step.token_id, self._clock()))
+            if not step.last:
+                waited += self._hold(len(self.run.rows))
+        return waited
+
+    def _talk(self) -> float:
+        speech, conversation = self.speech, self._conversation
+        assert speech is not None
+        conversation.catch_up()  # while the thinker writes its first words
+        decoder = conversation.decoder("talker")
+        tail, highest = conversation.cursor, conversation.highest
+        waited = 0.0
+        for code in speech.talker.codes(decoder, tail, highest, self._rows, speech.voice, speech.sampler, self._timer):
+            self.codec_ids.append(code)
+            waited += self._codes.send(code)
+            waited += self._hold(len(self.codec_ids))
+        self._release()  # speech that ends before the text must not hold the thinker back
+        for _ in self._rows:
+            pass
+        return waited + self._rows.waited
+
+    def _solve(self) -> float:
+        speech, waited = self.speech, 0.0
+        assert speech is not None
+        for code in self._codes:
+            for piece in speech.token2wav.mels(code):
+                waited += self._mels.send(piece)
+        for piece in speech.token2wav.last_mels():
+            waited += self._mels.send(piece)
+        return waited + self._codes.waited
+
+    def _voice(self) -> float:
+        speech, waited = self.speech, 0.0
+        assert speech is not None
+        try:
+            for index, piece in enumerate(self._mels):
+                samples = speech.token2wav.vocode(piece)
+                waited += self._events.send(AudioChunk(samples, speech.sample_rate, index, self._clock()))
+                self._release()
+        finally:
+            self._release()
+        return waited + self._mels.waited
+
+    def _hold(self, made: int) -> float:
+        return 0.0 if self._pace is None else self._pace.hold(made)
+
+    def _release(self) -> None:
+        if self._pace is not None:
+            self._pace.release()

@@ -1,0 +1,145 @@
+"""Text to token ids and back: byte-level BPE from the bundle's tokenizer.json.
+
+User text can never become a control token: every special token is encoded as the ordinary characters it is made of,
+and the prompt builder puts control ids in by itself.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Sequence
+
+import msgspec
+from tokenizers import AddedToken, Tokenizer, decoders
+
+from ..bundle.manifest import SpecialTokens
+from ..errors import BundleError, PromptError
+
+__all__ = ["TextCodec", "TextStream"]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level BPE vocabulary (GPT-2's table), reversed."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(shown)]
+    alphabet = {chr(byte): byte for byte in shown}
+    alphabet.update({chr(0x100 + i): byte for i, byte in enumerate(hidden)})
+    return alphabet
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class TextCodec:
+    """The tokenizer of one bundle.
+
+    Args:
+        tokenizer: byte-level BPE; it is changed in place (control tokens are marked special and never matched in text).
+        tokens: ids of the control tokens.
+
+    Raises:
+        BundleError: the tokenizer is not byte-level, or lacks a control token that the manifest names.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tokens: SpecialTokens) -> None:
+        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+            raise BundleError(
+                f"the tokenizer's decoder is {type(tokenizer.decoder).__name__}; byte-level BPE (ByteLevel) was "
+                "expected. Export the bundle again from a Qwen2.5-Omni checkpoint"
+            )
+        control = {name: int(token_id) for name, token_id in msgspec.structs.asdict(tokens).items()}
+        contents = {name: tokenizer.id_to_token(token_id) for name, token_id in control.items()}
+        missing = [f"{name}={control[name]}" for name, content in contents.items() if content is None]
+        if missing:
+            raise BundleError(
+                f"the tokenizer has no token for {', '.join(missing)}, which bundle.json names as control tokens. "
+                "tokenizer.json and bundle.json are not from the same export: export the bundle again"
+            )
+        # A fine-tune may have saved a control token as an ordinary added token, which plain text would match.
+        tokenizer.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in contents.values() if c])
+        tokenizer.encode_special_tokens = True
+        for name, content in contents.items():
+            if tokenizer.token_to_id(str(content)) != control[name] or control[name] in self._ids(tokenizer, content):
+                raise BundleError(
+                    f"the tokenizer reads the plain text {content!r} as control token {name}={control[name]}, "
+                    "so a message could forge control tokens. Export the bundle again from a Qwen2.5-Omni checkpoint"
+                )
+        self._tokenizer = tokenizer
+        self._special = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], tokens: SpecialTokens) -> TextCodec:
+        """Read tokenizer.json.
+
+        Raises:
+            BundleError: the file is missing or not a tokenizer, or see the class.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(os.fspath(path))
+        except Exception as error:  # tokenizers raises no narrower type for unreadable and malformed files
+            raise BundleError(
+                f"cannot read the tokenizer {os.fspath(path)}: {error}. "
+                "A Hugging Face tokenizer.json was expected: export the bundle again"
+            ) from error
+        return cls(tokenizer, tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, in which nothing is a control token.
+
+        Raises:
+            PromptError: the text is not valid Unicode (lone surrogates).
+        """
+        try:
+            return self._ids(self._tokenizer, text)
+        except TypeError as error:
+            bad = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if bad is None:
+                raise
+            raise PromptError(
+                f"the text holds a lone surrogate ({text[bad]!r}) at character {bad}; valid Unicode text was expected. "
+                "Decode the text with the right encoding, or drop that character"
+            ) from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``: special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> TextStream:
+        """A decoder for one reply, fed one token at a time."""
+        return TextStream(self)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; none for special tokens and for ids without a token."""
+        if token_id in self._special:
+            return b""
+        content = self._tokenizer.id_to_token(token_id)
+        if content is None:  # the embedding table is padded past the vocabulary
+            return b""
+        try:
+            return bytes(_BYTE_OF[c] for c in content)
+        except KeyError:  # an added token holds its text as it is, not in the byte alphabet
+            return content.encode()
+
+    @staticmethod
+    def _ids(tokenizer: Tokenizer, text: str | None) -> list[int]:
+        return tokenizer.encode(text or "", add_special_tokens=False).ids
+
+
+class TextStream:
+    """Incremental detokenisation: ``push`` every token, then ``flush``; the pieces join to what ``decode`` gives."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        # UTF-8 is self-synchronising, so a byte decoder with state is exact and costs the same for every token.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completed; empty while a character is unfinished and for special tokens."""
+        return self._utf8.decode(self._codec.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """U+FFFD if the last character never was finished, else nothing. The stream can be used anew afterwards."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest

@@ -1,0 +1,337 @@
+"""Codec tokens to sound: the flow-matching DiT gives a mel spectrogram, the vocoder gives samples.
+
+``whole`` solves all codes at once, as the reference does. ``stream`` solves windows: each new chunk with the codes the
+DiT's block attention looks back and ahead to, aligned to its blocks, over noise that belongs to absolute positions. Mel
+frames of the look-ahead serve as the vocoder's right context and are solved again, in full context, by the next window.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends.base import Backend, runs_at_once
+from ..bundle.reader import Bundle
+from ..concurrency.timing import StageTimer
+from ..errors import BundleError, OmniportError, UsageError
+from .ode import Solver, solve, with_method
+
+__all__ = ["WINDOWS", "MelPiece", "NoiseStream", "SpeechWindows", "Token2Wav", "Window"]
+
+#: fewest mel frames of context that the vocoder is near exact with
+_LEAST_CONTEXT = 20
+_NOISE_BLOCK = 24
+#: windows on a CPU that is behind: 1.15 times the codes that are spoken, instead of 1.75. Engines end at 84 codes
+_BEHIND = 240
+#: the first window is short: what every evaluation costs besides weighs more in it
+_FIRST_ESTIMATE = 1.5
+
+
+@dataclass(frozen=True)
+class SpeechWindows:
+    """How streamed speech is cut.
+
+    Attributes:
+        chunks: codes that the first, the second, ... and every later window adds: whole attention blocks of 12 codes.
+            The first sound has to wait for ``chunks[0]`` codes and the look-ahead of 12; long windows solve less twice.
+        vocoder_context: mel frames around a window that the vocoder sees, at least 20. None is the bundle's receptive
+            field (34), with which its samples depend on nothing else.
+        behind: codes of every window after the first where DiT and vocoder, in windows of ``chunks[-1]``, are slower
+            than the speech is heard: there are gaps anyway, and few that end sooner are better. None: as ``chunks``
+            says.
+    """
+
+    chunks: tuple[int, ...] = (12, 24, 48)
+    vocoder_context: int | None = None
+    behind: int | None = None
+
+
+Window = Literal["stream", "whole"] | SpeechWindows
+WINDOWS = ("stream", "whole")
+
+
+class NoiseStream:
+    """The ODE's starting noise by absolute mel frame, the same however it is asked for.
+
+    Args:
+        noise: [T, mel_dim] to use as it is; drawn from ``rng`` if None.
+        rng: source of noise.
+        mel_dim: mel channels.
+
+    Raises:
+        UsageError: not a finite real array of that width.
+    """
+
+    def __init__(self, noise: NDArray[Any] | None, rng: np.random.Generator, mel_dim: int) -> None:
+        self._given = noise is not None
+        self._rng = rng
+        self._mel_dim = mel_dim
+        if noise is None:
+            self._noise = np.zeros((0, mel_dim), np.float32)
+            return
+        array = np.asarray(noise)
+        if array.ndim != 2 or array.shape[1] != mel_dim or array.dtype.kind != "f":
+            raise UsageError(
+                f"noise is {array.dtype} {list(array.shape)}; float32 [T, {mel_dim}] was expected, with T at "
+                "least 2 for every codec token"
+            )
+        if not np.isfinite(array).all():
+            raise UsageError("noise holds NaN or infinity; finite values were expected")
+        self._noise = np.ascontiguousarray(array, np.float32)
+
+    def frames(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Noise of mel frames ``start`` to ``stop``: float32 [stop - start, mel_dim].
+
+        Raises:
+            UsageError: a given array ends before ``stop``.
+        """
+        if stop > len(self._noise):
+            if self._given:
+                raise UsageError(
+                    f"noise has {len(self._noise)} mel frames; the speech needs at least {stop}. Give a longer "
+                    "array, or limit the talker's max_new_tokens"
+                )
+            # Fixed-size draws: the generator's stream does not depend on the windows.
+            draws = -(-(stop - len(self._noise)) // _NOISE_BLOCK)
+            blocks = [self._rng.standard_normal((_NOISE_BLOCK, self._mel_dim), dtype=np.float32) for _ in range(draws)]
+            self._noise = np.concatenate([self._noise, *blocks])
+        return self._noise[start:stop]
+
+
+@dataclass(frozen=True, eq=False)
+class MelPiece:
+    """One window on its way to the vocoder.
+
+    Attributes:
+        mel: float32 [n, mel_dim], with the context around the window.
+        skip, count: frames before the window, and in it.
+    """
+
+    mel: NDArray[np.float32]
+    skip: int
+    count: int
+
+
+class Token2Wav:
+    """Turns the codes of one utterance into samples as they come.
+
+    Every sample comes out exactly once and in order: ``repeats * hop`` samples a code.
+
+    Args:
+        speaker: float32 [192]. reference: float32 [128].
+        window: ``stream``, ``whole``, or windows of one's own. ``stream`` is ``SpeechWindows()``, with longer windows
+            on a CPU that is behind.
+        solver: of the ODE, see `omniport.runtime.speech.ode`.
+
+    Raises:
+        BundleError: the bundle does not speak.
+        UsageError: an unknown window or solver, or one that does not fit this bundle's DiT.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        bundle: Bundle,
+        speaker: NDArray[np.float32],
+        reference: NDArray[np.float32],
+        noise: NoiseStream,
+        window: Window,
+        timer: StageTimer,
+        solver: Solver = "rk4",
+    ) -> None:
+        manifest = bundle.manifest
+        if manifest.dit is None or manifest.vocoder is None or manifest.solver is None:
+            raise BundleError(f"{bundle.root} has no DiT and vocoder: it was exported from a checkpoint without speech")
+        self._backend = backend
+        self._dit, self._vocoder = manifest.dit, manifest.vocoder
+        self._solver = with_method(manifest.solver, solver)
+        self._speaker, self._reference = speaker[None], reference[None]
+        self._noise = noise
+        self._timer = timer
+        self._block = self._dit.block_size // self._dit.repeats
+        self._streaming = window != "whole"
+        self._windows = self._cuts(window)
+        self._context = self._vocoder_context(self._windows)
+        self._quickest = math.inf  # seconds that the quickest evaluation so far took for a code
+        self._quickest_frame = math.inf  # seconds that the vocoder's quickest run so far took for a mel frame
+        self._codes: list[int] = []
+        self._done = 0  # codes whose samples are out
+        self._emitted = 0
+        # Final mel frames [n, 80] before the next chunk that its samples can depend on.
+        self._tail = np.zeros((0, self._dit.mel_dim), np.float32)
+
+    def push(self, code: int) -> list[NDArray[np.float32]]:
+        """Take one code; gives the sample arrays float32 [n] that it completes, often none: ``mels`` and ``vocode``."""
+        return [self.vocode(piece) for piece in self.mels(code)]
+
+    def finish(self) -> list[NDArray[np.float32]]:
+        """No more codes: gives the samples of all that are left."""
+        return [self.vocode(piece) for piece in self.last_mels()]
+
+    def mels(self, code: int) -> list[MelPiece]:
+        """Take one code; gives the windows that it completes, solved, often none.
+
+        Raises:
+            OmniportError: the code is no sound: outside the DiT's codebook.
+            UsageError: the given noise is too short.
+        """
+        # The codebook has one more row than num_embeds (DiTCodecEmbedding).
+        if not 0 <= code <= self._dit.num_embeds:
+            raise OmniportError(
+                f"the talker gave codec token {code}, which the DiT's codebook of {self._dit.num_embeds + 1} has no "
+                "sound for; the talker's weights do not belong to this DiT. Check the checkpoint and export it again"
+            )
+        self._codes.append(code)
+        ready = []
+        while self._streaming and len(self._codes) >= self._done + self._chunk + self._ahead:
+            ready.append(self._emit(self._done + self._chunk))
+        return ready
+
+    def last_mels(self) -> list[MelPiece]:
+        """No more codes: gives the last window."""
+        return [self._emit(len(self._codes))] if self._done < len(self._codes) else []
+
+    def vocode(self, piece: MelPiece) -> NDArray[np.float32]:
+        """Samples float32 [n] of a window. Needs nothing of the others, so it may run beside them."""
+        return self._synthesize(piece.mel, piece.skip, piece.count)
+
+    def _cuts(self, window: Window) -> SpeechWindows:
+        """The windows, checked."""
+        if window in WINDOWS:
+            window = SpeechWindows(behind=None if runs_at_once(self._backend) is None else _BEHIND)
+        if not isinstance(window, SpeechWindows):
+            raise UsageError(f"window is {window!r}; {', '.join(WINDOWS)} or a SpeechWindows was expected")
+        behind = () if window.behind is None else (window.behind,)
+        for name, chunks in (("chunks", window.chunks), ("behind", behind)):
+            whole = all(isinstance(codes, int) and codes > 0 and codes % self._block == 0 for codes in chunks)
+            if not window.chunks or not whole:
+                raise UsageError(
+                    f"SpeechWindows.{name} is {getattr(window, name)!r}; multiples of {self._block} codes, the DiT's "
+                    "attention block, were expected"
+                )
+        return window
+
+    def _vocoder_context(self, window: SpeechWindows) -> int:
+        """Mel frames around a window that the vocoder sees, checked."""
+        most = self._vocoder.context_frames
+        context = most if window.vocoder_context is None else window.vocoder_context
+        if not isinstance(context, int) or not min(_LEAST_CONTEXT, most) <= context <= most:
+            raise UsageError(
+                f"SpeechWindows.vocoder_context is {context!r}; {min(_LEAST_CONTEXT, most)} to {most} mel frames were "
+                "expected"
+            )
+        return context
+
+    @property
+    def longest(self) -> int:
+        """Codes that the longest window adds."""
+        return max(*self._windows.chunks, self._windows.behind or 0)
+
+    @property
+    def first_window(self) -> tuple[int, float] | None:
+        """Codes that the first sound takes, and the codes a second without which there is a gap after it, however fast
+        all else is. None where all sound comes at once."""
+        chunks = self._windows.chunks
+        seconds = chunks[0] / self._dit.codec_hz
+        return (chunks[0] + self._ahead, chunks[min(1, len(chunks) - 1)] / seconds) if self._streaming else None
+
+    @property
+    def _chunk(self) -> int:
+        """Codes of the next window that are new."""
+        chunks, behind = self._windows.chunks, self._windows.behind
+        if behind is not None and self._emitted and self._is_behind(chunks[-1]):
+            return behind
+        return chunks[min(self._emitted, len(chunks) - 1)]
+
+    def _is_behind(self, chunk: int) -> bool:
+        """Whether solving and vocoding windows of ``chunk`` new codes takes longer than hearing them.
+
+        By the quickest runs: others may have waited for their turn, or for weights that were read from disk.
+        """
+        evaluations = sum(map(len, self._solver.stages))
+        codes = self._back + chunk + self._ahead
+        doubt = _FIRST_ESTIMATE if self._emitted == 1 else 1.0
+        seconds = self._quickest * evaluations * codes
+        if math.isfinite(self._quickest_frame):  # the first window may not have been vocoded yet
+            seconds += self._quickest_frame * (self._dit.repeats * chunk + 2 * self._context)
+        return seconds > doubt * chunk / self._dit.codec_hz
+
+    @property
+    def _ahead(self) -> int:
+        return self._block * self._dit.look_ahead_blocks
+
+    @property
+    def _back(self) -> int:
+        return self._block * self._dit.look_back_blocks
+
+    def _emit(self, stop: int) -> MelPiece:
+        """The mel of codes ``self._done`` to ``stop``."""
+        start = self._done
+        first, last = 0, len(self._codes)
+        if self._streaming:
+            first = max(0, start - self._back)
+            last = min(last, stop + self._ahead)
+        mel = self._solve(first, last)
+        repeats, context = self._dit.repeats, self._context
+        new = mel[(start - first) * repeats : (stop - first) * repeats]
+        right = mel[(stop - first) * repeats :][:context]
+        piece = MelPiece(np.concatenate([self._tail, new, right]), len(self._tail), len(new))
+        self._tail = np.concatenate([self._tail, new])[-context:] if context else self._tail
+        self._done = stop
+        self._emitted += 1
+        return piece
+
+    def _solve(self, first: int, last: int) -> NDArray[np.float32]:
+        """Mel frames [2 * (last - first), 80] of the codes from ``first`` to ``last``."""
+        with self._timer("load"):
+            graph = self._backend.graph("dit")
+        repeats = self._dit.repeats
+        feeds: dict[str, NDArray[Any]] = {
+            "codes": np.asarray([self._codes[first:last]], np.int64),
+            "speaker": self._speaker,
+            "reference": self._reference,
+        }
+
+        def velocity(step: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+            start = time.perf_counter()
+            outputs = graph.run({**feeds, "x": x, "step": np.asarray([step], np.int64)})
+            self._quickest = min(self._quickest, (time.perf_counter() - start) / (last - first))
+            return outputs["velocity"]
+
+        with self._timer("dit"):
+            mel: NDArray[np.float32] = solve(
+                self._solver, velocity, self._noise.frames(first * repeats, last * repeats)[None]
+            )[0]
+        _require_finite(mel, "the DiT's mel spectrogram")
+        return mel
+
+    def _synthesize(self, mel: NDArray[np.float32], skip: int, count: int) -> NDArray[np.float32]:
+        """Samples of ``count`` mel frames after the first ``skip``; ``mel`` [n, 80] holds the context around them."""
+        with self._timer("load"):
+            graph = self._backend.graph("bigvgan")
+        hop = self._vocoder.hop
+        with self._timer("bigvgan"):
+            start = time.perf_counter()
+            wave = graph.run({"mel": np.ascontiguousarray(mel.T[None])})["wav"].reshape(-1)
+            self._quickest_frame = min(self._quickest_frame, (time.perf_counter() - start) / len(mel))
+        if len(wave) != hop * len(mel):
+            raise OmniportError(
+                f"the vocoder gave {len(wave)} samples for {len(mel)} mel frames; {hop} a frame were expected. Export "
+                "the bundle again"
+            )
+        samples = wave[skip * hop : (skip + count) * hop].copy()
+        _require_finite(samples, "the vocoder's waveform")
+        return samples
+
+
+def _require_finite(array: NDArray[np.float32], what: str) -> None:
+    if not np.isfinite(array).all():
+        raise OmniportError(
+            f"{what} holds {int((~np.isfinite(array)).sum())} of {array.size} values that are not finite; an overflow "
+            "in FP16 is the usual cause: export with --precision fp32"
+        )
