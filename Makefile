@@ -60,7 +60,7 @@ bench-check: $(INSTALLED) $(MATRIX)-fp32
 	$(PYTHON) scripts/bench_check.py $(MATRIX)-fp32 $(MATRIX)
 
 gpu-check: $(INSTALLED)
-	$(PYTHON) -m pytest -q -m gpu tests/test_gpu.py
+	$(PYTHON) -m pytest -q -m gpu tests/benchmarks/test_gpu.py
 	$(PYTHON) scripts/gpu_check.py
 
 clean:

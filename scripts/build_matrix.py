@@ -105,14 +105,14 @@ def _omniport(made: Path, *arguments: str) -> None:
 
 
 def fp8_rows() -> list[Row]:
-    """FP8 where it is and where it is not, on a graph of one quantized matrix product (tests/graphs.py)."""
+    """FP8 where it is and where it is not, on one quantized matrix product (tests/support/onnx_graphs.py)."""
     sys.path.insert(0, str(ROOT / "tests"))
     import onnx
-    from graphs import fp8_model
     from omniport.export.devices.catalog import find_target
     from omniport.export.tensorrt.builder_api import load_api
     from omniport.export.tensorrt.engine_builder import build_engine
     from omniport.runtime.errors import BuildError
+    from support.onnx_graphs import fp8_model
 
     model, spec = fp8_model()
     rows = []

@@ -35,7 +35,7 @@ def graph_rows(folder: Path) -> list[ParityRow]:
 def reply_figures(folder: Path) -> tuple[str, dict[str, str]]:
     """The end-to-end tests' own count, and the figures they record. Exits if one of them fails."""
     report = folder / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_end_to_end.py", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/export/test_end_to_end.py", f"--junitxml={report}"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
     root = ElementTree.parse(report).getroot()
     suite = next(root.iter("testsuite"))
@@ -61,7 +61,7 @@ def page(rows: list[ParityRow], count: str, figures: dict[str, str]) -> str:
     ]
     lines += [
         "",
-        f"Whole replies (`tests/test_end_to_end.py`: {count}): prompt ids, positions, text ids",
+        f"Whole replies (`tests/export/test_end_to_end.py`: {count}): prompt ids, positions, text ids",
         "and codec ids equal, the waveform within 1e-3 relative RMS of the reference with the same noise. Streamed",
         "windows against the whole utterance:",
         "",

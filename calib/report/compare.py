@@ -1,7 +1,7 @@
 """What quantizing cost: bundles beside the one they were made from, measured by running them.
 
-Everything comes from runs in ONNX Runtime on the CPU over the same recorded calls (`omniport.calib.report.recorded_calls`).
-What could
+Everything comes from runs in ONNX Runtime on the CPU over the same recorded calls
+(`omniport.calib.report.recorded_calls`). What could
 not be measured is named in ``missing`` with its reason, and never left out.
 """
 

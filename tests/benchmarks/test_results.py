@@ -1,0 +1,100 @@
+"""Committed figures: pages are those of their JSON files, and what was asked of quantized bundles was reached."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import pytest
+from omniport.runtime.bench.results import read_report
+from support.paths import REPOSITORY
+
+RESULTS = REPOSITORY / "docs" / "results"
+#: page -> script whose ``page`` makes it
+PAGES = {
+    "quant": "measure_quant",
+    "search": "measure_search",
+    "calibrate": "measure_calibrate",
+    "vocoder": "measure_vocoder",
+}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    return importlib.import_module
+
+
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_are_fresh(name: str, script: Any) -> None:
+    assert (RESULTS / f"{name}.md").read_text() == script(PAGES[name]).page(results(name))
+
+
+def test_other_pages_are_fresh(script: Any) -> None:
+    """Pages made of more than plain JSON: of a report with notes written by hand, and of builds."""
+    report = read_report(RESULTS / "bench.json")
+    assert (RESULTS / "bench.md").read_text() == script("bench_page").page(report)
+    assert (RESULTS / "build-matrix.md").read_text() == script("build_matrix").render(results("build-matrix"))
+
+
+def test_readme_says_what_was_measured() -> None:
+    """The figures of README.md, Measured, are those of the results."""
+    text = (REPOSITORY / "README.md").read_text().split("## Measured")[1].split("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    whole = {name: read_report(RESULTS / f"{name}.json").stages for name in ("bench", "bench-int8")}
+    replies = {name: {f.name: f for f in stages["reply"].figures} for name, stages in whole.items()}
+    decode = next(f for f in whole["bench"]["decode"].figures if f.name == "1024")
+    sizes, live = results("real-sizes"), results("live")
+
+    def times(name: str, figure: str) -> str:
+        found = replies[name][figure].faster
+        assert found is not None
+        return f"{found.median:.1f}"
+
+    def seconds(size: str, step: str) -> str:
+        found = sizes[size][f"{step} bf16"]
+        return f"{found['synced_seconds']:.0f} s"
+
+    wanted: list[list[str]] = [
+        [f"{seconds('3b', step)} and {seconds('7b', step)}" for step in ("export", "copy")],
+        [f"FP32 {times('bench', 'first sound')} times", f"`int8` {times('bench-int8', 'first sound')} times"],
+        [f"{live['reply']['first_audio']:.1f} s, {live['ratios']['first_audio_sooner_than_reference']:.1f} times"],
+        [f"{live['first_token'][-1]['pushed']:.2f} s"],
+        [
+            f"FP32 {times('bench', 'total')} times as fast",
+            f"midpoint` {times('bench', 'total, midpoint')} times",
+            f"`int8` {times('bench-int8', 'total')} and {times('bench-int8', 'total, midpoint')} times",
+        ],
+        [f"{decode.faster.median:.1f} times" if decode.faster else "", f"at {100 * (decode.share or 0):.0f} % of"],
+    ]
+    assert len(rows) == len(wanted)
+    for row, parts in zip(rows, wanted, strict=True):
+        for part in parts:
+            assert part in row
+    peak = max(sizes[size]["export bf16"]["peak_bytes"] for size in ("3b", "7b"))
+    assert f"at most {peak / (1 << 30):.1f} GiB" in rows[0]
+
+
+def test_what_was_asked_of_quantized_bundles(script: Any) -> None:
+    """Limits of size, of decode and prefill speed beside FP32, and of the logits, on `small --outliers`."""
+    found = results("quant")
+    assert "--outliers" in found["bundle"]
+    thinker, base = found["parts"]["thinker"], found["sizes"]["base"]
+    for recipe, (size, decode, prefill, loss) in script("measure_quant").ASKED.items():
+        row, parts = thinker[recipe], ("thinker", "talker")
+        if size is not None:
+            assert sum(found["sizes"][recipe][part] for part in parts) <= size * sum(base[part] for part in parts)
+        assert thinker["base"]["decode"] / row["decode"] >= decode, recipe
+        assert prefill is None or thinker["base"]["prefill"] / row["prefill"] >= prefill, recipe
+        assert loss is None or row["sqnr"] >= loss, recipe
+    assert thinker["int8"]["sqnr"] - thinker["int8-plain"]["sqnr"] >= 10
+    assert thinker["int4"]["sqnr"] - thinker["int4-alone"]["sqnr"] >= 1
+    graphs = [name for name in base if name != "all"]
+    assert sum(found["sizes"]["int8"][name] for name in graphs) <= 0.30 * sum(base[name] for name in graphs)
+    assert min(found["speech"]["int8"].values()) >= 20  # else the default recipe would have to leave the graph alone

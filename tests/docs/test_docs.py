@@ -1,0 +1,148 @@
+"""The documents say what the code does: code blocks run, commands exist, generated pages are fresh."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from omniport.cli.main import app
+from omniport.runtime.bundle import engines, manifest
+from omniport.runtime.bundle import graph_spec as graphs
+from support.paths import REPOSITORY
+from support.samples import make_samples
+
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/bench.md",
+    "docs/bundle.md",
+    "docs/build.md",
+    "docs/calibrate.md",
+    "docs/design.md",
+    "docs/cli.md",
+    "docs/export.md",
+    "docs/gpu.md",
+    "docs/import.md",
+    "docs/live.md",
+    "docs/plan.md",
+    "docs/quantize-report.md",
+    "docs/quantize.md",
+    "docs/talk.md",
+)
+STRUCTS = [
+    struct
+    for module in (manifest, graphs, engines)
+    for struct in (getattr(module, name) for name in module.__all__)
+    if isinstance(struct, type) and issubclass(struct, msgspec.Struct)
+]
+
+
+@pytest.fixture(scope="module")
+def sample_media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A spoken question, a picture and a clip with sound, by kind."""
+    return make_samples(tmp_path_factory.mktemp("media"))
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Fenced code blocks of one language."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """(page, line) for every `omniport ...` line of the shell blocks."""
+    return [
+        (page, line.strip())
+        for page in PAGES
+        for block in blocks(page, "sh")
+        for line in block.splitlines()
+        if line.startswith("omniport ") and "[OPTIONS]" not in line
+    ]
+
+
+@pytest.mark.parametrize(("page", "line"), command_lines())
+def test_shell_lines_parse(page: str, line: str) -> None:
+    """The command exists and takes these arguments; nothing is run."""
+    import typer
+
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    group = typer.main.get_command(app)
+    command = group.commands[name]  # type: ignore[attr-defined]
+    context = command.make_context(name, arguments)
+    assert context.params
+
+
+def test_the_readme_has_commands_and_python() -> None:
+    assert len([line for page, line in command_lines() if page == "README.md"]) >= 4
+    assert len(blocks("README.md", "python")) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
+def test_readme_python_runs(
+    number: int,
+    tiny_bundle: Path,
+    sample_media: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each block runs as it stands, in a folder that has the files it names."""
+    (tmp_path / "bundle").symlink_to(tiny_bundle)
+    (tmp_path / "question.wav").symlink_to(sample_media["audio"])
+    (tmp_path / "picture.png").symlink_to(sample_media["image"])
+    monkeypatch.chdir(tmp_path)
+    code = compile(blocks("README.md", "python")[number], f"README.md block {number}", "exec")
+    exec(code, {"__name__": f"readme_{number}"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_readme_lists_every_command() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    names = [command.name for command in app.registered_commands]
+    assert len(names) >= 6
+    for name in names:
+        assert f"`omniport {name}" in text
+
+
+def test_cli_page_is_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "scripts" / "cli_docs.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_bundle_page_names_every_field(struct: type[msgspec.Struct]) -> None:
+    text = (REPOSITORY / "docs" / "bundle.md").read_text(encoding="utf-8")
+    heading = re.search(rf"^###? {struct.__name__}$(.*?)(?=^###? |\Z)", text, re.DOTALL | re.MULTILINE)
+    assert heading is not None, f"docs/bundle.md has no section {struct.__name__}"
+    section = heading.group(1)
+    code = " ".join(re.findall(r"`([^`]*)`", section))
+    missing = [field for field in struct.__struct_fields__ if not re.search(rf"\b{field}\b", code)]
+    assert not missing, f"docs/bundle.md, {struct.__name__}: {', '.join(missing)} not described"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert ((REPOSITORY / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_makefile_and_ci_agree() -> None:
+    assert "make test" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for block in blocks(page, "sh"):
+            for target in re.findall(r"^make (\w+)", block, re.MULTILINE):
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page}: no target {target}"

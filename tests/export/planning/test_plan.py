@@ -1,0 +1,293 @@
+"""Plans: shapes and sizes against real bundles, rates against what was measured and published, the command."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omniport.calib.quantize import quantize_bundle
+from omniport.cli.commands.quantize import RecipeName
+from omniport.cli.main import app
+from omniport.export.planning.machines import Machine, Rates, cpu_machine, find_machines, measure_rates
+from omniport.export.planning.plan import RecipePlan, TargetPlan, make_plan
+from omniport.export.planning.recipes import RECIPES, graph_bytes
+from omniport.export.planning.shapes import ModelShape, find_model, shape_of_config
+from omniport.export.synthetic.geometries import SIZES, geometry_config
+from omniport.export.tensorrt.onnx_file import open_onnx
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.errors import CheckpointError, UsageError
+from support.paths import REPOSITORY
+from typer.testing import CliRunner
+
+RESULTS = REPOSITORY / "docs" / "results"
+RATES = Rates(bandwidth=30e9, products=2e11)
+
+
+def machine(name: str) -> Machine:
+    return cpu_machine(RATES, memory=24 << 30) if name == "cpu" else find_machines(name)[0]
+
+
+def planned(model: ModelShape | str, target: str, context: int = 4096) -> TargetPlan:
+    return make_plan(find_model(model) if isinstance(model, str) else model, machine(target), context)
+
+
+def row(plan: TargetPlan, recipe: str) -> RecipePlan:
+    return next(row for row in plan.recipes if row.recipe.name == recipe)
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("measure_plan", REPOSITORY / "scripts" / "measure_plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``tiny`` in FP32 and by every recipe that needs no data."""
+    room = tmp_path_factory.mktemp("planned")
+    # a copy: quantize links what it does not change, and onnx's checker refuses files with several links
+    shutil.copytree(tiny_bundle, room / "fp32")
+    for recipe in ("w8", "int4"):
+        quantize_bundle(room / "fp32", room / recipe, recipe)
+    return {name: room / name for name in ("fp32", "w8", "int4")}
+
+
+# --- shapes and sizes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "weights", "thinker", "talker"),
+    [("3b", 5.07e9, 3_085_938_688, 367_302_528), ("7b", 10.02e9, 7_070_619_136, 1_321_081_728)],
+)
+def test_published_sizes_need_no_files(size: str, weights: float, thinker: int, talker: int) -> None:
+    """Parameters of the graphs: the decoders' by hand, without their token tables."""
+    model = find_model(size)
+    assert model.graphs["thinker"].parameters == thinker
+    assert model.graphs["talker"].parameters == talker
+    total = sum(graph.parameters for graph in model.graphs.values())
+    assert total == pytest.approx(weights, rel=0.001)
+    assert model.max_context == 32768
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "w8", "int4"])
+@pytest.mark.parametrize("source", ["bundle", "checkpoint"])
+def test_sizes_are_those_of_the_files(
+    bundles: dict[str, Path], tiny_checkpoint: Path, recipe: str, source: str
+) -> None:
+    """Weights by graph within 1 %, from the bundle itself and from config.json alone."""
+    model = find_model(str(bundles[recipe] if source == "bundle" else tiny_checkpoint))
+    bundle = Bundle.open(bundles[recipe])
+    for name, shape in model.graphs.items():
+        size = open_onnx(bundle.path(bundle.manifest.graphs[name].file)).weights_bytes
+        assert graph_bytes(shape, RECIPES[recipe], 4) == pytest.approx(size, rel=0.01), name
+
+
+def test_half_precision_bundles(tiny_half_bundles: dict[str, Path]) -> None:
+    for precision, root in tiny_half_bundles.items():
+        bundle, model = Bundle.open(root), find_model(str(root))
+        for name, shape in model.graphs.items():
+            size = open_onnx(bundle.path(bundle.manifest.graphs[name].file)).weights_bytes
+            single = RECIPES[precision].graph_precision(name, precision) == "fp32"
+            # norms stay in FP32, which tiny layers notice
+            assert graph_bytes(shape, RECIPES[precision], 4 if single else 2) == pytest.approx(size, rel=0.05), name
+
+
+def test_a_bundle_and_its_checkpoint_multiply_alike(bundles: dict[str, Path], tiny_checkpoint: Path) -> None:
+    exported, stored = find_model(str(bundles["fp32"])), find_model(str(tiny_checkpoint))
+    for name in ("thinker", "talker", "dit", "bigvgan"):
+        assert exported.graphs[name].operations(8) == pytest.approx(stored.graphs[name].operations(8), rel=0.02), name
+    assert exported.evaluations == stored.evaluations == 36
+
+
+def test_recipes_are_those_of_quantize() -> None:
+    """What a plan recommends can be made."""
+    known = {name.value for name in RecipeName}
+    for recipe in RECIPES.values():
+        if "--recipe" in recipe.command:
+            assert recipe.command.split("--recipe ")[1].split()[0] in known
+
+
+# --- memory and speed ----------------------------------------------------------------------------------------
+
+
+def test_memory_adds_up_and_grows_with_the_context() -> None:
+    short, long = (row(planned("3b", "rtx-4090", context), "fp16").memory for context in (1024, 8192))
+    assert short is not None
+    assert long is not None
+    assert long.caches == 8 * short.caches
+    # keys and values of 36 layers with 2 heads of 128, and of 24 with 2 of 64, in FP16
+    assert short.caches == 2 * 2 * 1024 * (36 * 2 * 128 + 24 * 2 * 64)
+    assert short.total == sum(short.weights.values()) + short.caches + short.activations + short.runtime
+    assert short.mapped == 2 * (151936 * 2048 + 8448 * 2048)
+
+
+def test_what_fits_and_what_can_be_built() -> None:
+    nano = planned("3b", "jetson-orin-nano-8gb")
+    assert not row(nano, "fp16").fits
+    assert row(nano, "w8").fits
+    assert not row(nano, "w8").works
+    assert not row(nano, "w8").builds, "twice the thinker does not fit, and the board builds for itself"
+    assert row(nano, "int4").works
+    card = planned("3b", "rtx-2080")
+    assert row(card, "w8").works, "engines for a card are built elsewhere"
+    assert "has no bf16" in row(card, "bf16").problem
+    assert planned("7b", "jetson-orin-nano-8gb").best == ""
+
+
+def test_the_best_recipe_loses_least_of_those_that_speak() -> None:
+    assert planned("3b", "rtx-4090").best == "fp16"
+    assert planned("3b", "jetson-orin-nano-8gb").best == "int4"
+    seven = planned("7b", "rtx-3090")
+    assert row(seven, seven.best).speed is not None
+
+
+def test_fewer_bytes_are_read_sooner() -> None:
+    plan = planned("3b", "jetson-agx-orin-64gb")
+    rates = {name: speed.decode for name in ("fp32", "fp16", "w8", "int4") if (speed := row(plan, name).speed)}
+    assert rates["fp32"] < rates["fp16"] < rates["w8"] < rates["int4"]
+    slower = row(planned("3b", "jetson-agx-orin-64gb", 32768), "fp16").speed
+    assert slower is not None
+    assert slower.decode < rates["fp16"]
+    assert (slower.codes or 0) > 50
+
+
+def test_published_rates_are_met(script: Any) -> None:
+    """GPUs within 15 %: nine figures by others, of which three were fitted to."""
+    rows = [found for found in script.published() if not found["device"].startswith("Snapdragon")]
+    assert len(rows) == 9
+    for found in rows:
+        assert abs(found["deviation"]) < 0.15, found
+
+
+def measured(script: Any) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Of every bundle of ``small`` on a CPU: recipe, what was measured, and what the rates beside it predict."""
+    results = json.loads((RESULTS / "plan.json").read_text())
+    assert set(results["bundles"]) == {"fp32", "w8", "int4"}
+    model = shape_of_config(geometry_config(SIZES["small"]), "small")
+    for recipe, found in results["bundles"].items():
+        says = script.predicted(model, recipe, found)
+        assert len(says["decode"]) == 4
+        yield recipe, found, says
+
+
+def test_measured_memory_is_met(script: Any) -> None:
+    for recipe, found, says in measured(script):
+        assert says["memory"] == pytest.approx(found["peak"], rel=script.MEMORY_LIMIT), recipe
+
+
+def test_measured_decode_rates_are_met(script: Any) -> None:
+    for recipe, _, says in measured(script):
+        for case, (*_, deviation) in says["decode"].items():
+            assert abs(deviation) < script.DECODE_LIMIT, (recipe, case)
+
+
+def test_page_is_fresh(script: Any) -> None:
+    assert (RESULTS / "plan.md").read_text() == script.page(json.loads((RESULTS / "plan.json").read_text()))
+
+
+def test_this_machine_is_measured() -> None:
+    rates = measure_rates(0.05)
+    assert 1e8 < rates.bandwidth < 1e13
+    assert 1e8 < rates.products < 1e15
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_json_of_one_target() -> None:
+    result = run("3b", "--target", "jetson-orin-nx-16gb", "--json")
+    assert result.exit_code == 0
+    (plan,) = json.loads(result.stdout)
+    found = {recipe["recipe"]: recipe for recipe in plan["recipes"]}
+    assert set(found) == set(RECIPES)
+    assert found["fp8"]["problem"]
+    assert "memory" not in found["fp8"]
+    assert found["int4"]["memory"]["weights"]["thinker"] < found["fp16"]["memory"]["weights"]["thinker"]
+    assert plan["best"] in found
+
+
+def test_tables() -> None:
+    one = run("7b", "--target", "h100", "--context", "1024")
+    assert one.exit_code == 0
+    assert "Best: fp16, which speaks in real time" in one.stdout
+    everything = run("7b")
+    assert everything.exit_code == 0
+    assert "jetson-orin-nano-8gb" in everything.stdout
+    nothing = run("7b", "--target", "jetson-orin-nano-8gb")
+    assert "Nothing fits" in nothing.stdout
+
+
+def test_bandwidth_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniport.export.planning.machines.measure_rates", lambda: RATES)
+    slow, fast = (
+        json.loads(run("3b", "--target", "cpu", "--bandwidth", rate, "--json").stdout)[0] for rate in ("5", "50")
+    )
+    rates = [plan["recipes"][0]["decode_tokens_per_second"] for plan in (slow, fast)]
+    assert rates[1] > 5 * rates[0]
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_sweep(tmp_path: Path, kind: str) -> None:
+    picture = tmp_path / f"sweep.{kind}"
+    assert run("3b", "--target", "l4", "--sweep", str(picture)).exit_code == 0
+    assert picture.read_bytes()[:5] == {"png": b"\x89PNG\r", "svg": b"<?xml"}[kind]
+
+
+def test_no_torch_is_needed() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'onnx')))\n"
+        "from omniport.cli.main import run; run(['plan', '3b', '--target', 'l4', '--json'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["target"] == "l4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["3b", "--target", "jetson-xavier"], r"no target named 'jetson-xavier'; known: .*rtx-4090.*this, cpu, all"),
+        (["3b", "--context", "-5"], r"--context -5: 1 to 32768 was expected"),
+        (["3b", "--context", "40000"], r"--context 40000: 1 to 32768 was expected"),
+        (["5b"], r"5b is no folder: give a bundle, a checkpoint's folder, or one of 3b, 7b"),
+        (["3b", "--sweep", "map.pdf"], r"--sweep map.pdf: a file that ends in .png or .svg"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    from omniport.cli.main import run as main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *arguments])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_folders_that_are_no_model(tmp_path: Path, tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds neither bundle.json nor config.json"):
+        find_model(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_omni", "thinker_config": {"text_config": {}}}')
+    with pytest.raises(CheckpointError, match="lacks 'hidden_size'"):
+        find_model(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="llama"):
+        find_model(str(tmp_path))
+    context = Bundle.open(tiny_bundle).manifest.kv.max_context + 1
+    with pytest.raises(UsageError, match=f"--context {context}"):
+        planned(str(tiny_bundle), "l4", context)

@@ -1,0 +1,396 @@
+"""The ONNX Runtime backend on small hand-made graphs: the cache stays in place, and harmful files are refused."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from omniport.runtime.backends import BACKENDS, open_backend
+from omniport.runtime.backends.base import StoppableGraph, runs_at_once
+from omniport.runtime.backends.onnxruntime import backend as ort
+from omniport.runtime.backends.onnxruntime import plugin as ort_plugin
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, physical_cores
+from omniport.runtime.backends.onnxruntime.kv_cache import OrtCache, StaticCache
+from omniport.runtime.backends.onnxruntime.onnx_scan import scan_onnx
+from omniport.runtime.backends.onnxruntime.placement import host_nodes, record_placement, warn_of_host_nodes
+from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.errors import BackendError, BundleError, OmniportError
+from onnx import TensorProto, helper
+from support.bundles import make_bundle, make_manifest, write_manifest
+
+COPIED = "in-place optimization not activated"
+CAPACITY, HEADS, WIDTH, VOCABULARY = 16, 2, 4, 11
+KIND = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
+
+
+def value(tensor: TensorSpec) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(tensor.name, KIND[tensor.dtype], list(tensor.shape))
+
+
+def decoder_spec(dtype: str, aliased: bool = True) -> GraphSpec:
+    past = TensorSpec("past_key_0", dtype, ("batch", HEADS, "capacity", WIDTH))
+    present = TensorSpec("present_key_0", dtype, ("batch", HEADS, "capacity", WIDTH))
+    return GraphSpec(
+        name="thinker",
+        file="graphs/thinker.onnx",
+        data=("graphs/thinker.data",),
+        precision="float32",
+        opset=24,
+        inputs=(
+            TensorSpec("inputs_embeds", "float32", ("batch", "tokens", HEADS * WIDTH)),
+            TensorSpec("kv_positions", "int64", ("live",)),
+            TensorSpec("write_index", "int64", ("batch",)),
+            past,
+        ),
+        outputs=(TensorSpec("logits", "float32", ("batch", VOCABULARY)), present),
+        dims={},
+        aliases={"present_key_0": "past_key_0"} if aliased else {},
+    )
+
+
+def decoder_model(dtype: str = "float32", domain: str = "") -> onnx.ModelProto:
+    """logits = (sum of the live cache) @ head, and an operator of a foreign ``domain``."""
+    node, spec = helper.make_node, decoder_spec(dtype)
+    nodes = [
+        node("Reshape", ["inputs_embeds", "split"], ["heads"]),
+        node("Transpose", ["heads"], ["new"], perm=[0, 2, 1, 3]),
+        node("Cast", ["new"], ["rows"], to=KIND[dtype]),
+        node("TensorScatter", ["past_key_0", "rows", "write_index"], ["present_key_0"], axis=2, mode="linear"),
+        node("Shape", ["kv_positions"], ["length"]),
+        node("Slice", ["present_key_0", "zero", "length", "two"], ["live"]),
+        node("Cast", ["live"], ["live32"], to=TensorProto.FLOAT),
+        node("ReduceSum", ["live32", "axes"], ["summed"], keepdims=0),
+        node("MatMul", ["summed", "head"], ["logits"]),
+    ]
+    if domain:
+        nodes.append(node("Gelu", ["live32"], ["unused"], domain=domain))
+    head = np.random.default_rng(0).standard_normal((WIDTH, VOCABULARY)).astype(np.float32)
+    constants = {"zero": [0], "two": [2], "axes": [1, 2], "split": [0, 0, HEADS, WIDTH]}
+    initializers = [helper.make_tensor(k, TensorProto.INT64, [len(v)], v) for k, v in constants.items()]
+    initializers.append(onnx.numpy_helper.from_array(head, "head"))
+    graph = helper.make_graph(
+        nodes, "decoder", [value(t) for t in spec.inputs], [value(t) for t in spec.outputs], initializers
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+
+
+def bundle_with(root: Path, model: onnx.ModelProto | bytes, spec: GraphSpec, external: str | None = None) -> Bundle:
+    """A bundle whose thinker graph is ``model``; weights go to the external file of that location."""
+    make_bundle(root)
+    path = root / spec.file
+    if isinstance(model, bytes):
+        path.write_bytes(model)
+    elif external is None:
+        path.write_bytes(model.SerializeToString())
+    else:
+        for tensor in model.graph.initializer:
+            if tensor.name == "head":
+                (path.parent / "thinker.data").write_bytes(tensor.raw_data)
+                size = len(tensor.raw_data)
+                tensor.ClearField("raw_data")
+                tensor.data_location = TensorProto.EXTERNAL
+                for key, text in (("location", external), ("offset", "0"), ("length", str(size))):
+                    tensor.external_data.add(key=key, value=text)
+        path.write_bytes(model.SerializeToString())
+    manifest = make_manifest()
+    graphs = {**manifest.graphs, "thinker": spec}
+    write_manifest(root, msgspec.structs.replace(manifest, graphs=graphs))
+    return Bundle.open(root, verify=True)
+
+
+def feed(embeds: np.ndarray, start: int) -> dict[str, Any]:
+    return {
+        "inputs_embeds": embeds[None],
+        "kv_positions": np.arange(start + len(embeds)),
+        "write_index": np.asarray([start]),
+    }
+
+
+def rows(count: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, HEADS * WIDTH)).astype(np.float32)
+
+
+def test_a_stopped_run_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
+    graph = OrtBackend(bundle_with(tmp_path / "bundle", decoder_model(), decoder_spec("float32"))).graph("thinker")
+    assert isinstance(graph, StoppableGraph)
+    stopped, whole = graph.new_cache(CAPACITY), graph.new_cache(CAPACITY)
+    for cache in (stopped, whole):
+        graph.run(feed(rows(5), 0), cache)
+    handle = graph.handle()
+    handle.stop()
+    with pytest.raises(BackendError, match="could not run graph 'thinker'"):
+        graph.run(feed(rows(3, seed=2), 5), stopped, handle)
+    again, expected = (graph.run(feed(rows(3, seed=3), 5), cache)["logits"] for cache in (stopped, whole))
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("external", [None, "thinker.data"], ids=["inline", "external"])
+def test_cache_is_updated_in_place(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], dtype: str, external: str | None
+) -> None:
+    bundle = bundle_with(tmp_path / "b", decoder_model(dtype), decoder_spec(dtype), external)
+    graph = open_backend("ort-cpu", bundle).graph("thinker")
+    cache = graph.new_cache(CAPACITY)
+    assert isinstance(cache, OrtCache)
+    memory = cache.values["past_key_0"]
+    address = memory.data_ptr()
+    size = np.dtype(dtype).itemsize
+    assert (cache.capacity, cache.nbytes) == (CAPACITY, HEADS * CAPACITY * WIDTH * size)
+    embeds, start = rows(9), 0
+    head = np.random.default_rng(0).standard_normal((WIDTH, VOCABULARY)).astype(np.float32)
+    stored = embeds.reshape(9, HEADS, WIDTH).transpose(1, 0, 2).astype(dtype)
+    for count in (5, 1, 3):
+        outputs = graph.run(feed(embeds[start : start + count], start), cache)
+        start += count
+        assert outputs.keys() == {"logits"}
+        assert outputs["logits"].dtype == np.float32
+        expected = stored[:, :start].astype(np.float32).sum(axis=(0, 1)) @ head
+        np.testing.assert_allclose(outputs["logits"][0], expected, atol=1e-4)
+        held = memory.numpy()
+        assert memory.data_ptr() == address
+        np.testing.assert_array_equal(held[0, :, :start], stored[:, :start])
+        assert not held[0, :, start:].any()
+    assert COPIED not in capfd.readouterr().err
+
+
+def test_a_copy_of_the_cache_shows_on_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # The check above rests on this warning: it must come when the graph does force a copy.
+    bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))
+    graph = open_backend("ort-cpu", bundle).graph("thinker")
+    cache = graph.new_cache(CAPACITY)
+    assert isinstance(cache, StaticCache)
+    other = graph._ort.OrtValue.ortvalue_from_numpy(np.zeros((1, HEADS, CAPACITY, WIDTH), np.float32))
+    cache.binding.bind_ortvalue_output("present_key_0", other)
+    graph.run(feed(rows(2), 0), cache)
+    assert COPIED in capfd.readouterr().err
+
+
+def test_two_caches_are_apart_and_a_used_one_starts_anew(tmp_path: Path) -> None:
+    graph = open_backend("ort-cpu", bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))).graph(
+        "thinker"
+    )
+    first, second = graph.new_cache(CAPACITY), graph.new_cache(8)
+    a = graph.run(feed(rows(6), 0), first)["logits"]
+    b = graph.run(feed(rows(6, seed=2), 0), second)["logits"]
+    assert np.abs(a - b).max() > 0.1
+    np.testing.assert_array_equal(graph.run(feed(rows(6, seed=2), 0), first)["logits"], b)
+    kept = a.copy()
+    graph.run(feed(rows(6, seed=3), 0), first)
+    np.testing.assert_array_equal(a, kept)
+
+
+def test_feeds_are_checked(tmp_path: Path) -> None:
+    graph = open_backend("ort-cpu", bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))).graph(
+        "thinker"
+    )
+    cache, good = graph.new_cache(CAPACITY), feed(rows(2), 0)
+    with pytest.raises(OmniportError, match="as its cache"):
+        graph.run(good)
+    with pytest.raises(OmniportError, match="it takes"):
+        graph.run({k: v for k, v in good.items() if k != "write_index"}, cache)
+    with pytest.raises(OmniportError, match="is float64; float32 was expected"):
+        graph.run({**good, "inputs_embeds": good["inputs_embeds"].astype(np.float64)}, cache)
+    with pytest.raises(BackendError, match="could not run graph 'thinker'"):
+        graph.run({**good, "inputs_embeds": np.zeros((1, 2, 7), np.float32)}, cache)
+    assert np.isfinite(graph.run(good, cache)["logits"]).all()
+
+
+def test_graphs_are_kept_and_closing_ends_that(tmp_path: Path) -> None:
+    backend = open_backend("auto", bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32")), threads=1)
+    assert backend.name in ("ort-cpu", "ort-cuda")
+    assert backend.graph("thinker") is backend.graph("thinker")
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        backend.graph("thinker")
+
+
+def test_runs_at_once_are_what_the_cores_have_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "physical_cores", lambda: 8)
+    bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))
+    room = {threads: runs_at_once(OrtBackend(bundle, threads=threads)) for threads in (None, 8, 4, 3, 1, 16)}
+    assert room == {None: 1, 8: 1, 4: 2, 3: 2, 1: 8, 16: 1}
+    device = OrtBackend(bundle)
+    device._device = "cuda"
+    assert runs_at_once(device) is None
+
+
+def test_only_decoders_have_a_cache(tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(decoder_spec("float32", aliased=False))
+    graph = open_backend("ort-cpu", bundle_with(tmp_path / "b", decoder_model(), spec)).graph("thinker")
+    with pytest.raises(BackendError, match="keeps no KV cache"):
+        graph.new_cache(4)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_are_listed(tmp_path: Path) -> None:
+    bundle = Bundle.open(make_bundle(tmp_path / "b"))
+    with pytest.raises(BackendError, match=r"'tpu'.*auto, ort-cpu, ort-cuda, ort-tensorrt-rtx, tensorrt, tensorrt-rtx"):
+        open_backend("tpu", bundle)
+    assert "ort-tensorrt-rtx" in BACKENDS
+
+
+def test_the_plugin_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(make_bundle(tmp_path / "b"))
+    monkeypatch.setitem(sys.modules, ort_plugin.MODULE, None)
+    with pytest.raises(BackendError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
+        open_backend("ort-tensorrt-rtx", bundle)
+    files = SimpleNamespace(get_ep_name=lambda: ort_plugin.PROVIDER, get_library_path=lambda: str(tmp_path / "no.so"))
+    monkeypatch.setitem(sys.modules, ort_plugin.MODULE, files)
+    with pytest.raises(BackendError, match=r"cannot load the TensorRT-RTX plugin: .*no\.so"):
+        open_backend("ort-tensorrt-rtx", bundle)
+    empty = SimpleNamespace(get_ep_devices=list, register_execution_provider_library=lambda name, path: None)
+    with pytest.raises(BackendError, match="finds no GPU"):
+        ort_plugin.plugin_devices(empty)
+
+
+def test_work_on_the_host_is_named(tmp_path: Path) -> None:
+    """A session on the CPU, asked as one on a GPU would be: everything but shape arithmetic is named."""
+    import onnxruntime
+
+    bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))
+    options = onnxruntime.SessionOptions()
+    record_placement(options)
+    path = str(bundle.path("graphs/thinker.onnx"))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    found = host_nodes(session)
+    kinds = sorted(kind for kind, _ in found)
+    assert kinds == ["MatMul", "ReduceSum", "Reshape", "TensorScatter", "Transpose"]
+    with pytest.warns(RuntimeWarning, match=r"5 nodes of graph 'thinker' run on the CPU.*CUDA.*1 MatMul") as caught:
+        warn_of_host_nodes("thinker", "CUDAExecutionProvider", found)
+    assert len(caught) == 1
+    warn_of_host_nodes("bigvgan", "CUDAExecutionProvider", found)  # not a hot graph
+    warn_of_host_nodes("thinker", "CUDAExecutionProvider", ())
+    assert host_nodes(SimpleNamespace()) == ()
+
+
+def test_graphs_are_loaded_once_by_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = OrtBackend(bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32")))
+    load, loaded = backend._load, []
+
+    def slow(name: str) -> Any:
+        loaded.append(name)
+        time.sleep(0.05)
+        return load(name)
+
+    monkeypatch.setattr(backend, "_load", slow)
+    threads = [threading.Thread(target=backend.graph, args=("thinker",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loaded == ["thinker"]
+
+
+def test_missing_onnxruntime_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(make_bundle(tmp_path / "b"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for name in ("auto", "ort-cpu", "ort-cuda"):
+        with pytest.raises(BackendError, match=r"pip install 'omniport\[ort\]'"):
+            open_backend(name, bundle)
+
+
+def test_missing_cuda_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    bundle = Bundle.open(make_bundle(tmp_path / "b"))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match=r"pip install 'omniport\[ort-gpu\]'"):
+        open_backend("ort-cuda", bundle)
+
+
+def test_bfloat16_is_refused_on_the_cpu(tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(decoder_spec("float32"), precision="bfloat16")
+    with pytest.raises(BackendError, match=r"bfloat16.*--precision fp32"):
+        open_backend("ort-cpu", bundle_with(tmp_path / "b", decoder_model(), spec))
+
+
+def load(tmp_path: Path, model: onnx.ModelProto | bytes, external: str | None = None) -> None:
+    bundle = bundle_with(tmp_path / "b", model, decoder_spec("float32"), external)
+    OrtBackend(bundle).graph("thinker")
+
+
+def test_a_graph_that_the_bundle_lacks(tmp_path: Path) -> None:
+    backend = open_backend("ort-cpu", Bundle.open(make_bundle(tmp_path / "b", speak=False)))
+    with pytest.raises(BackendError, match=r"no graph 'talker'; it has audio_encoder, vision_encoder, thinker"):
+        backend.graph("talker")
+
+
+def test_foreign_operators_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"operators of com.microsoft"):
+        load(tmp_path, decoder_model(domain="com.microsoft"))
+    imported = decoder_model()
+    imported.opset_import.append(helper.make_opsetid("com.evil", 1))
+    with pytest.raises(BundleError, match=r"operators of com.evil"):
+        load(tmp_path / "2", imported)
+
+
+def test_foreign_operators_inside_a_branch_are_refused(tmp_path: Path) -> None:
+    model = decoder_model()
+    inner = helper.make_graph(
+        [helper.make_node("Gelu", ["live32"], ["y"], domain="com.microsoft")],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    yes = helper.make_node("Constant", [], ["yes"], value=helper.make_tensor("t", TensorProto.BOOL, [], [True]))
+    branch = helper.make_node("If", ["yes"], ["unused"], then_branch=inner, else_branch=inner)
+    model.graph.node.extend([yes, branch])
+    with pytest.raises(BundleError, match=r"operators of com.microsoft"):
+        load(tmp_path, model)
+
+
+def test_local_functions_are_refused(tmp_path: Path) -> None:
+    model = decoder_model()
+    body = [helper.make_node("Identity", ["x"], ["y"])]
+    model.functions.append(helper.make_function("", "Mine", ["x"], ["y"], body, [helper.make_opsetid("", 24)]))
+    with pytest.raises(BundleError, match="1 local functions"):
+        load(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "location", ["../outside", "/etc/passwd", "talker.data", "../graphs/talker.data", "dit.onnx", ""]
+)
+def test_weights_from_elsewhere_are_refused(tmp_path: Path, location: str) -> None:
+    (tmp_path / "outside").write_bytes(bytes(1000))
+    with pytest.raises(BundleError, match=r"which bundle.json does not list for graph 'thinker'"):
+        load(tmp_path, decoder_model(), location)
+
+
+def test_files_that_are_no_models(tmp_path: Path) -> None:
+    good = decoder_model().SerializeToString()
+    for i, data in enumerate(
+        (b"x", good[: len(good) // 2], b"\x0a" * 1000, b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
+    ):
+        with pytest.raises((BundleError, BackendError), match=r"not a readable ONNX file|cannot load"):
+            load(tmp_path / str(i), data)
+    with pytest.raises(BundleError, match=r"not a readable ONNX file"):
+        load(tmp_path / "empty", b"")
+
+
+def test_a_graph_with_another_signature(tmp_path: Path) -> None:
+    model = decoder_model()
+    model.graph.output.append(helper.make_tensor_value_info("live32", TensorProto.FLOAT, None))
+    with pytest.raises(BundleError, match=r"has outputs \['live32'.*bundle.json says"):
+        load(tmp_path, model)
+
+
+def test_scan_sees_what_a_model_asks_for(tmp_path: Path) -> None:
+    bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"), "thinker.data")
+    summary = scan_onnx(bundle.path("graphs/thinker.onnx"))
+    assert (summary.domains, summary.functions, summary.external) == ({""}, 0, {"thinker.data"})
+
+
+def test_cores() -> None:
+    assert physical_cores() >= 1

@@ -1,0 +1,348 @@
+"""Turns on shared cores, and the first sound before everything else: orders of graph runs over fake graphs."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omniport.runtime import Done, SamplingConfig
+from omniport.runtime.backends.base import Array, Graph, KvCache, runs_at_once
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.concurrency.cancel import Cancelled, CancelToken, GuardedBackend
+from omniport.runtime.concurrency.schedule import Pace, Turns
+from omniport.runtime.concurrency.timing import StageTimer
+from omniport.runtime.pipeline.reply import Reply
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+from support.bundles import make_bundle
+from support.fake_backend import FakeBackend
+from support.live_turns import Live, sort
+from support.paths import REPOSITORY
+
+SPEECH = ("thinker", "talker", "dit", "bigvgan")
+TEXT = "the quick brown fox jumps over the lazy dog"
+LONG = SamplingConfig(max_new_tokens=130)
+ASKED = [{"role": "user", "content": "hi"}]
+
+
+class Watched:
+    """A graph that writes its name down when it runs, and how many run at that moment."""
+
+    def __init__(self, name: str, inner: Graph, log: list[str], inside: list[int]) -> None:
+        self.name, self.inner, self.log, self.inside = name, inner, log, inside
+
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, Any]:
+        self.log.append(self.name)
+        self.inside.append(self.inside[-1] + 1)
+        time.sleep(0.0002)  # lets the others in, if they may
+        try:
+            return self.inner.run(feeds, cache)
+        finally:
+            self.inside.append(self.inside[-1] - 1)
+
+    def new_cache(self, capacity: int) -> KvCache:
+        return self.inner.new_cache(capacity)
+
+
+class Slow(Watched):
+    """Takes 4 ms."""
+
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, Any]:
+        time.sleep(0.004)
+        return super().run(feeds, cache)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock is a second later."""
+    clock = itertools.count(1)
+    monkeypatch.setattr(Reply, "_elapsed", lambda self: float(next(clock)))
+
+
+def watched(root: Path, room: int | None, text: str = TEXT) -> tuple[Live, list[str], list[int]]:
+    live = Live(root, room)
+    live.script(text, [*(k % 48 for k in range(120)), 52])
+    log: list[str] = []
+    inside = [0]
+    for name in SPEECH:
+        live.backend.graphs[name] = Watched(name, live.backend.graphs[name], log, inside)
+    return live, log, inside
+
+
+def say(live: Live, **options: Any) -> Done:
+    return sort(live.session.reply(ASKED, thinker=LONG, talker=LONG, **options))[2]
+
+
+def until(reached: Callable[[], bool]) -> None:
+    """Wait for other threads to get somewhere; a test that waits in vain fails."""
+    end = time.perf_counter() + 20
+    while not reached():
+        assert time.perf_counter() < end
+        time.sleep(0.0005)
+
+
+# --- turns --------------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_to_the_sound_goes_first() -> None:
+    turns = Turns(1, CancelToken(), StageTimer())
+    order: list[str] = []
+
+    def run(name: str) -> None:
+        with turns.take(name):
+            order.append(name)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("audio_encoder", *SPEECH)]
+    with turns.take("vision_encoder"):
+        for count, thread in enumerate(threads, start=1):
+            thread.start()
+            until(lambda count=count: len(turns._waiting) == count)  # type: ignore[misc]
+        assert order == []
+    for thread in threads:
+        thread.join(20)
+    assert order == ["bigvgan", "dit", "talker", "thinker", "audio_encoder"]
+
+
+def test_as_many_at_once_as_there_is_room_for() -> None:
+    turns = Turns(2, CancelToken(), StageTimer())
+    inside: list[str] = []
+    go = threading.Event()
+
+    def run(name: str) -> None:
+        with turns.take(name):
+            inside.append(name)
+            assert go.wait(20)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("thinker", "dit", "talker")]
+    for count, thread in enumerate(threads, start=1):
+        thread.start()
+        until(lambda count=count: len(inside) + len(turns._waiting) == count)  # type: ignore[misc]
+    assert (inside, len(turns._waiting)) == (["thinker", "dit"], 1)
+    go.set()
+    for thread in threads:
+        thread.join(20)
+    assert (inside[2], turns._running) == ("talker", 0)
+
+
+def test_who_takes_a_turn_leaves_room_to_the_next() -> None:
+    turns = Turns(2, CancelToken(), StageTimer())
+    entered, go = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with turns.take("thinker"):
+            entered.set()
+            assert go.wait(20)
+
+    thread = threading.Thread(target=run)
+    turns._waiting.append(0)  # one that is nearer, and has not woken yet
+    thread.start()
+    until(lambda: turns._waiting == [0, 3])
+    with turns._changed:
+        turns._waiting.remove(0)
+    with turns.take("dit"):
+        assert entered.wait(5)
+    go.set()
+    thread.join(20)
+
+
+def test_cancelling_wakes_who_waits_and_a_failed_run_ends_its_turn() -> None:
+    token = CancelToken()
+    turns = Turns(1, token, StageTimer())
+    with pytest.raises(ZeroDivisionError), turns.take("dit"):
+        raise ZeroDivisionError
+    woken: list[str] = []
+
+    def run() -> None:
+        try:
+            with turns.take("dit"):
+                woken.append("ran")
+        except Cancelled:
+            woken.append("cancelled")
+
+    thread = threading.Thread(target=run)
+    with turns.take("talker"):
+        thread.start()
+        until(lambda: len(turns._waiting) == 1)
+        token.cancel()
+        thread.join(20)
+        assert woken == ["cancelled"]
+    assert (turns._waiting, turns._running) == ([], 0)
+
+
+def test_waiting_for_a_turn_is_no_work() -> None:
+    timer = StageTimer()
+    with timer("dit"), timer("inner"):
+        timer.leave_out(50.0)
+        thread = threading.Thread(target=timer.leave_out, args=(1000.0,))
+        thread.start()
+        thread.join()
+    assert -51 < timer.busy["dit"] < -49
+    assert -51 < timer.busy["inner"] < -49
+    assert timer.left_out == 50.0
+    turns = Turns(1, CancelToken(), timer)
+    waited: list[float] = []
+
+    def run() -> None:
+        with turns.take("dit"):
+            pass
+        waited.append(timer.left_out)
+
+    thread = threading.Thread(target=run)
+    with turns.take("talker"):
+        thread.start()
+        until(lambda: len(turns._waiting) == 1)
+        began = time.perf_counter()
+        until(lambda: time.perf_counter() > began + 0.01)
+    thread.join(20)
+    assert waited[0] >= 0.01
+
+
+@pytest.mark.parametrize(("room", "most"), [(1, 1), (2, 2)])
+def test_graphs_of_a_reply_take_turns(root: Path, room: int, most: int) -> None:
+    live, log, inside = watched(root, room)
+    done = say(live)
+    assert (done.text, len(done.codec_ids)) == (TEXT, 120)
+    assert max(inside) == most
+    assert set(log) == set(SPEECH)
+
+
+def test_graphs_of_a_device_run_at_once(root: Path) -> None:
+    live, _, inside = watched(root, None)
+    say(live)
+    assert max(inside) > 1
+    assert runs_at_once(live.backend) is None
+    assert runs_at_once(GuardedBackend(live.backend, CancelToken(), StageTimer())) is None
+
+
+def test_who_waits_is_counted_as_waiting(root: Path) -> None:
+    live, _, _ = watched(root, 1, TEXT * 3)
+    live.backend.graphs["thinker"] = Slow("thinker", live.backend.graphs["thinker"], [], [0])
+    stats = say(live).stats
+    # 130 tokens of 4 ms each, and between two of them one evaluation of the DiT: it waits for most of the time
+    assert 0 < stats.workers["token2wav"].busy < 3 * stats.busy["dit"]
+
+
+# --- the first sound ----------------------------------------------------------------------------------------------
+
+
+def first_sound(log: list[str]) -> list[str]:
+    return log[: log.index("bigvgan") + 1]
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("words", [5, 24, 43])
+def test_until_the_first_sound_nothing_is_made_that_it_does_not_take(root: Path, words: int) -> None:
+    live, log, _ = watched(root, 1, TEXT[:words])
+    done = say(live)
+    before = first_sound(log)
+    # 24 codes take 24 rows, or all there are; the first token and code come from the prompt.
+    assert Counter(before) == {"thinker": 1 + min(24, words), "talker": 1 + 1 + 23, "dit": 36, "bigvgan": 1}
+    assert before[-37:] == ["dit"] * 36 + ["bigvgan"]
+    assert (done.text, len(done.codec_ids)) == (TEXT[:words], 120)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("room", [None, 2])
+def test_with_room_beside_it_nobody_is_held(root: Path, room: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "hold", lambda self, made: pytest.fail("held"))
+    assert say(Live(root, room)).finish_reason == "length"
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("window", ["stream", "whole"])
+@pytest.mark.parametrize(
+    ("words", "codes"), [(0, 40), (1, 0), (1, 40), (9, 3), (40, 0), (40, 1), (40, 23), (40, 24), (40, 25), (40, 60)]
+)
+def test_replies_that_end_before_the_first_window(root: Path, words: int, codes: int, window: Any) -> None:
+    """Nobody is held for ever, and what is said does not change."""
+    ran: list[Any] = []
+    for threads in (True, False):
+        live = Live(root, 1)
+        live.script(TEXT[:words], [*range(codes), 52])
+        reply = live.session.reply(ASKED, thinker=LONG, talker=LONG, window=window, threads=threads)
+        _, sound, done, _ = sort(reply)
+        ran.append((done.text, done.codec_ids, sound.tobytes()))
+        assert done.text == TEXT[:words]
+        assert len(sound) == 480 * len(done.codec_ids)
+    assert ran[0] == ran[1]
+
+
+def held(pace: Pace, token: CancelToken, made: int) -> bool:
+    """Whether a worker that has made so many would wait: one that waits when the token is set is cancelled."""
+    token.cancel()
+    try:
+        assert pace.hold(made) == 0.0
+    except Cancelled:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("seconds", "made", "waits"),
+    [(0.25, 24, True), (0.23, 24, False), (9.0, 23, False), (9.0, 25, False), (9.0, 24, True)],
+)
+def test_who_is_held(seconds: float, made: int, waits: bool) -> None:
+    """The first 12 codes are heard for 0.24 s: who made 24 in that time makes the next 24 before they end."""
+    now: Iterator[float] = iter([0.0, 5.0, 5.0 + seconds])
+    token = CancelToken()
+    pace = Pace(24, 100.0, lambda: next(now), token)
+    pace.begin()
+    assert held(pace, token, made) == waits
+
+
+def test_release_lets_go() -> None:
+    pace = Pace(24, 100.0, itertools.count(1.0).__next__, CancelToken())
+    waited: list[float] = []
+    thread = threading.Thread(target=lambda: waited.append(pace.hold(24)))
+    thread.start()
+    pace.release()
+    thread.join(20)
+    assert len(waited) == 1
+    assert pace.hold(24) < 1
+
+
+def test_no_reply_that_keeps_up_gets_another_gap(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    simulated = importlib.import_module("simulate_pacing")
+    windows = speech_windows(root)
+    assert windows._windows.chunks == simulated.CHUNKS
+    assert windows.first_window == (simulated.LEAD, simulated.RATE)
+    assert simulated.WAYS["and windows of 240 where behind"]["behind"] == windows._windows.behind
+    costs = simulated.PROPORTIONS["small, rk4"]
+    found = {way: simulated.more_gaps(costs, way, 250, machines=31) for way in simulated.WAYS}
+    default, always = found["and windows of 240 where behind"], found["and a window of 96 always"]
+    assert default == found["stopping for the first sound"] == []
+    assert always, "on machines of these speeds, windows can cost a gap"
+
+
+def speech_windows(root: Path) -> Token2Wav:
+    bundle = Bundle.open(root)
+    _, speaker, reference = bundle.voice()
+    noise = NoiseStream(None, np.random.default_rng(0), 80)
+    backend = FakeBackend(bundle.manifest, room=1)
+    return Token2Wav(backend, bundle, speaker, reference, noise, "stream", StageTimer())
+
+
+def test_what_is_said_does_not_depend_on_turns(root: Path) -> None:
+    loose = SamplingConfig(max_new_tokens=100, temperature=1.0)
+    said = []
+    for room in (None, 1, 2):
+        live = Live(root, room)
+        _, sound, done, _ = sort(live.session.reply(ASKED, thinker=loose, talker=loose, seed=3))
+        said.append((done.token_ids, done.codec_ids, sound))
+    for other in said[1:]:
+        assert other[:2] == said[0][:2]
+        np.testing.assert_array_equal(other[2], said[0][2])
+    assert len(set(said[0][1])) > 10

@@ -1,0 +1,115 @@
+"""Helpers of the tests of live turns: a session over fake graphs, media in pieces, events sorted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from omniport.runtime import AudioChunk, Done, Event, OmniSession, TextDelta, Turn, TurnsDropped
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.media.audio import open_av, read_track
+from support.fake_backend import FakeBackend, FakeDecoder
+
+__all__ = ["Live", "film", "pieces", "push_film", "sort", "voice"]
+
+
+class Live:
+    """A session over fake graphs, with its decoders at hand. ``room``: graph runs at once; any number if None."""
+
+    def __init__(self, root: Path, room: int | None = None, **changes: Any) -> None:
+        self.bundle = Bundle.open(root)
+        self.backend = FakeBackend(self.bundle.manifest, changes, room)
+        self.session = OmniSession(self.bundle, self.backend)
+
+    def decoder(self, name: str) -> FakeDecoder:
+        graph = self.backend.graphs[name]
+        assert isinstance(graph, FakeDecoder)
+        return graph
+
+    def script(self, text: str, codes: list[int] | None = None) -> None:
+        """Let the thinker say ``text`` and the talker ``codes``, greedily."""
+        self.decoder("thinker").script = [*self.session.text_codec.encode(text), self.bundle.manifest.chat.stop[0]]
+        if codes is not None:
+            self.decoder("talker").script = codes
+
+    def fed(self, name: str) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """Embeddings [E] and positions [3] of the live cache of the last call, token by token."""
+        rows: dict[int, tuple[NDArray[np.float32], NDArray[np.int64]]] = {}
+        for call in self.decoder(name).calls:
+            (start,) = call["write_index"]
+            for k in range(call["inputs_embeds"].shape[1]):
+                rows[int(start) + k] = call["inputs_embeds"][0, k], call["position_ids"][:, 0, k]
+        last = self.decoder(name).calls[-1]
+        return [rows[k] for k in range(len(last["kv_positions"]))]
+
+
+def sort(events: Iterator[Event]) -> tuple[list[TextDelta], NDArray[np.float32], Done, list[TurnsDropped]]:
+    """Text, sound, end, and what was dropped."""
+    listed = list(events)
+    done = listed.pop()
+    assert isinstance(done, Done)
+    chunks = [e for e in listed if isinstance(e, AudioChunk)]
+    assert [c.index for c in chunks] == list(range(len(chunks)))
+    sound = np.concatenate([np.zeros(0, np.float32), *(c.samples for c in chunks)])
+    texts = [e for e in listed if isinstance(e, TextDelta)]
+    return texts, sound, done, [e for e in listed if isinstance(e, TurnsDropped)]
+
+
+def pieces(rng: np.random.Generator, total: int, most: int) -> list[slice]:
+    """``total`` cut at random, empty pieces among them."""
+    cuts = [0]
+    while cuts[-1] < total:
+        cuts.append(min(total, cuts[-1] + int(rng.integers(0, most))))
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+
+def voice(seconds: float, rate: int = 16000, seed: int = 0) -> NDArray[np.float32]:
+    """Noise whose loudest moment comes first, so that the floor of its mel is known from the start."""
+    time = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(seed).standard_normal(len(time)) * (0.3 + 0.2 * np.sin(7 * time))
+    noise[: rate // 100] *= 3
+    return (0.2 * noise).astype(np.float32)
+
+
+def film(path: Path, seconds: float, sound: float, fps: int = 10, loud_first: bool = True) -> Path:
+    """A clip of changing pictures and ``sound`` seconds of noise (FFV1, PCM: what comes out is what went in)."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("ffv1", rate=fps)
+        video.width, video.height, video.pix_fmt = 84, 56, "bgr0"
+        audio = container.add_stream("pcm_s16le", rate=16000, layout="mono") if sound else None
+        for _ in range(max(1, round(seconds * fps))):
+            pixels = rng.integers(0, 255, (56, 84, 3), np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="bgr0")))
+        container.mux(video.encode())
+        if audio is not None:
+            samples = voice(sound) if loud_first else voice(sound)[::-1]
+            frame = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16)[None], format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 16000, 0
+            container.mux(audio.encode(frame))
+            container.mux(audio.encode())
+    return path
+
+
+def push_film(turn: Turn, path: Path, rng: np.random.Generator, lead: float = 0.0) -> None:
+    """Push a clip's frames and sound, its sound in pieces of any size up to ``lead`` seconds ahead of the pictures."""
+    with path.open("rb") as file, open_av(file) as container:
+        shown = [(float(f.time), f.to_ndarray(format="rgb24")) for f in container.decode(container.streams.video[0])]
+    samples, rate = np.zeros(0, np.float32), 16000.0
+    with path.open("rb") as file, open_av(file) as container:
+        if container.streams.audio:
+            samples, rate = read_track(container, "sound", origin=shown[0][0])
+    done = 0
+    for time, pixels in shown:
+        until = min(len(samples), max(done, round((time + lead) * rate)))
+        for part in pieces(rng, until - done, 3000):
+            turn.push_audio(samples[done:][part], rate)
+        done = until
+        turn.push_frame(pixels, time)
+    for part in pieces(rng, len(samples) - done, 9000):
+        turn.push_audio(samples[done:][part], rate)
