@@ -18,8 +18,6 @@ from .calibration.dataset import read_samples
 from .calibration.work_dir import SOURCE, work_folder
 from .calibration_file import Calibration, Header, Site
 
-__all__ = ["CalibrateReport", "calibrate"]
-
 #: what a finished step looks like; raised when steps of an older release are of no use any more
 _WORK_VERSION = 2
 

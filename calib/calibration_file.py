@@ -19,8 +19,6 @@ from omniport.runtime.errors import BundleError, UsageError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-__all__ = ["ARRAYS", "CLIPS", "HEADER_KEY", "Calibration", "Header", "Site", "SiteRecord", "site_name"]
-
 Array = NDArray[Any]
 HEADER_KEY = "omniport-calib"
 SCHEMA_VERSION = 2

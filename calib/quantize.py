@@ -36,8 +36,6 @@ from .weights.scales import check_sites, input_scales, output_scales, smoothing
 from .weights.smoothing_pass import SmoothPass
 from .weights.tensors import Stored, find_weights, stored
 
-__all__ = ["GraphResult", "Progress", "QuantizeReport", "quantize_bundle"]
-
 #: progress(stage, done bytes, total bytes)
 Progress = Callable[[str, int, int], None]
 

@@ -17,8 +17,6 @@ from .quantize import QuantizeReport
 from .report.recorded_calls import DECODERS, Calls, Loss, loss_of, record, replay
 from .search import SearchResult, Target, parts_of, search
 
-__all__ = ["Quantizer", "TargetReport", "curve_json", "quantize_to_target"]
-
 Progress = Callable[[str, int, int], None]
 #: writes a quantized bundle: folder, patterns of weights to keep, graph -> recipe, progress
 Quantizer = Callable[[Path, Sequence[str], Mapping[str, str], Progress | None], QuantizeReport]

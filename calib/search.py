@@ -14,8 +14,6 @@ from omniport.runtime.errors import UsageError
 
 from .report.recorded_calls import Loss
 
-__all__ = ["Damage", "Point", "SearchResult", "Target", "part_of", "parts_of", "search"]
-
 #: measures a decoder with these parts kept and all others quantized
 Measure = Callable[[frozenset[str]], Loss]
 

@@ -14,18 +14,6 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "JsonFlag",
-    "Progress",
-    "QuietFlag",
-    "log_console",
-    "print_json",
-    "print_table",
-    "progress_bar",
-    "require_extra",
-    "size_text",
-]
-
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no log lines on stderr.")]
 

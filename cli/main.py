@@ -32,8 +32,6 @@ from .commands import (
 )
 from .commands import run as run_command
 
-__all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_TERMINATED", "app", "run"]
-
 EXIT_BUG = 101
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from omniport.runtime.bundle.manifest import Manifest, SamplingConfig
 
-__all__ = ["sampling"]
-
 
 def sampling(
     manifest: Manifest, greedy: bool, max_new_tokens: int | None, max_speech: float | None

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from omniport.runtime.events import Done, Event, Stats
     from rich.console import Console
 
-__all__ = ["Replier", "chat", "event_dict", "stats_line"]
-
 CHAT_HELP = "/audio FILE, /image FILE, /video FILE add to the next line; /clear starts over; /quit leaves"
 
 

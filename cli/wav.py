@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from omniport.runtime.errors import UsageError
 
-__all__ = ["WavWriter"]
-
 
 class WavWriter:
     """PCM16 mono WAV, written next to ``path`` and renamed onto it when the ``with`` block ends well.

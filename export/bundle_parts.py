@@ -31,8 +31,6 @@ from .models.parts import decoder_config
 from .models.voices import Speaker
 from .weights_check import embedding_keys
 
-__all__ = ["base_manifest", "voice_specs", "write_embedding"]
-
 
 def base_manifest(
     ckpt: Checkpoint, options: ExportOptions, solver: SolverSpec, voices: tuple[VoiceSpec, ...]

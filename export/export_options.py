@@ -15,8 +15,6 @@ from .graphs.lowering import OPS
 from .graphs.packed_weights import ZERO_POINTS
 from .models.parts import PRECISIONS, GraphDefinition
 
-__all__ = ["ExportOptions"]
-
 
 @dataclass(frozen=True)
 class ExportOptions:

@@ -39,8 +39,6 @@ from .models.parts import PRECISIONS, GraphDefinition, graph_definitions
 from .models.voices import load_speakers, speaker_vectors, write_voice
 from .weights_check import check_weights, embedding_keys
 
-__all__ = ["ExportReport", "GraphReport", "Progress", "export_checkpoint"]
-
 #: progress(stage, done bytes, total bytes)
 Progress = Callable[[str, int, int], None]
 

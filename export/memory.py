@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["MemoryWatch", "resident"]
-
 _STATUS = Path("/proc/self/status")
 
 

@@ -6,8 +6,6 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-__all__ = ["package_digest"]
-
 
 @cache
 def package_digest(*packages: str) -> str:

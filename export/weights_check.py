@@ -16,8 +16,6 @@ from .models.module import Compute, Constant, Copy, Rule
 from .models.parts import GraphDefinition
 from .models.voices import speaker_keys
 
-__all__ = ["check_weights", "embedding_keys"]
-
 
 def embedding_keys(ckpt: Checkpoint) -> dict[str, str]:
     """Decoder -> key of its token-embedding table, which the bundle holds outside the graphs."""

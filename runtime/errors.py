@@ -22,23 +22,6 @@ Every message says what happened, what was got, what was expected, and what to d
 
 from __future__ import annotations
 
-__all__ = [
-    "BackendError",
-    "BuildError",
-    "BundleError",
-    "CheckFailed",
-    "CheckpointError",
-    "ExportError",
-    "MediaError",
-    "OmniportError",
-    "PromptError",
-    "PromptTooLong",
-    "TurnEnded",
-    "UnknownVoice",
-    "UsageError",
-    "UserError",
-]
-
 
 class OmniportError(Exception):
     """Base of every error omniport raises on purpose."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["AudioChunk", "Done", "Event", "Stats", "TextDelta", "TurnsDropped", "WorkerTime", "underruns"]
-
 
 @dataclass(frozen=True)
 class TextDelta:

@@ -34,8 +34,6 @@ from .speech.ode import Solver
 from .speech.token2wav import NoiseStream, Token2Wav, Window
 from .turn import Turn
 
-__all__ = ["OmniSession"]
-
 
 class OmniSession:
     """A bundle opened with a backend.

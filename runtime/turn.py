@@ -24,8 +24,6 @@ from .prompt.builder import Media, check_content
 from .prompt.live_clip import Encoders, LiveClip
 from .prompt.positions import Layout, Segment
 
-__all__ = ["Turn"]
-
 _ENDED = "this turn was cancelled or ended by an error; session.turn() begins another"
 
 

@@ -18,8 +18,6 @@ from omniport.runtime.bench.benchmark import bench
 from omniport.runtime.bench.compare import BAND, changes
 from omniport.runtime.bench.results import read_report
 
-__all__ = ["main"]
-
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "bench.json"
 
 

@@ -28,8 +28,6 @@ from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from omniport.runtime.generation.sampling import Sampler
 from omniport.runtime.prompt.builder import build_prompt
 
-__all__ = ["measure"]
-
 QUESTION = "Tell me in a few sentences what you can hear and see, and how you answer."
 TOKENS = 40
 

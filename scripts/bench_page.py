@@ -12,8 +12,6 @@ from pathlib import Path
 from omniport.export.evaluation.bench_picture import draw
 from omniport.runtime.bench.results import BenchReport, Timing, read_report
 
-__all__ = ["main", "page"]
-
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PICTURE = DOCS / "images" / "bench.svg"
 #: what was tried where something falls short, written by hand

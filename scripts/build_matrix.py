@@ -22,8 +22,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NATIVE", "TARGETS", "Matrix", "main", "make_bundles", "render"]
-
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = ("fp16", "bf16", "fp32")
 #: one card per compute capability

@@ -20,8 +20,6 @@ from typing import Any
 from omniport.cli.main import app
 from typer.models import ArgumentInfo, OptionInfo
 
-__all__ = ["PAGE", "render"]
-
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 
 INTRO = """# Command line

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from omniport.export.evaluation.cases import ParityRow
     from omniport.runtime.events import Stats
 
-__all__ = ["main"]
-
 MAX_NEW_TOKENS = 48
 #: random weights rarely end a reply by themselves
 MAX_SPEECH_SECONDS = 6.0

@@ -33,8 +33,6 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
 from omniport.runtime.generation.decoder import Decoder
 
-__all__ = ["Plan", "check_backend", "check_machine", "decode_rate", "main", "speech_times"]
-
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
 _BUILT = ("tensorrt", "tensorrt-rtx")

@@ -34,8 +34,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-__all__ = ["WAYS", "main", "measure"]
-
 
 def measure(bundle: Path, graph: str, target: str, way: str = "ours") -> dict[str, Any]:
     """Build one engine in a process of its own.

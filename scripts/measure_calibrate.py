@@ -30,8 +30,6 @@ from measure_export_memory import deepen, make_deep
 if TYPE_CHECKING:
     from omniport.export.synthetic.geometries import Size
 
-__all__ = ["main", "measure", "page"]
-
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 MB = 1e6
 

@@ -29,8 +29,6 @@ from unittest import mock
 if TYPE_CHECKING:
     from omniport.export.synthetic.geometries import Size
 
-__all__ = ["deepen", "main", "make_deep", "measure"]
-
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 

@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from omniport.runtime import Done, OmniSession, SamplingConfig
 from omniport.runtime.media.audio import load_audio
 
-__all__ = ["measure"]
-
 RECORDINGS = Path("/usr/share/sounds/alsa")
 SENTENCE = "Could you please tell me what the weather will be like tomorrow, and whether I should take an umbrella?"
 RATE = 16000

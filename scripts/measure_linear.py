@@ -25,8 +25,6 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.generation.thinker import audio_batches, vision_batches
 from omniport.runtime.media.image import image_input
 
-__all__ = ["main"]
-
 CHUNKS = (1, 2, 4, 8, 16, 32)
 PICTURES = ((448, 448), (896, 448), (896, 896), (1344, 896))
 

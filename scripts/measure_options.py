@@ -25,8 +25,6 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.generation import thinker
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["main"]
-
 #: variant -> entries of the session's configuration
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "work in blocks, base 1": {"session.dynamic_block_base": "1"},

@@ -28,8 +28,6 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.speech.ode import SOLVERS, Solver
 from omniport.runtime.speech.token2wav import Window
 
-__all__ = ["main", "measure"]
-
 #: way of working: whether graphs count as sharing cores, and the windows
 WAYS: dict[str, tuple[bool, Window]] = {
     "all at once": (False, "stream"),

@@ -34,8 +34,6 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.generation.decoder import Decoder
 from omniport.runtime.session import OmniSession
 
-__all__ = ["main", "page", "published"]
-
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 CONTEXT = 2048
 DECODED_AT = (128, 1024)

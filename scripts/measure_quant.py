@@ -27,8 +27,6 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.generation.decoder import Decoder
 from speech_loss import measure_speech, sqnr
 
-__all__ = ["RESULTS", "main", "page", "processor"]
-
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 LM_PARTS = ("thinker", "talker")
 PREFILL = 256

@@ -38,8 +38,6 @@ from typing import Any
 
 from real_sizes_page import FIELDS, SIZES, page
 
-__all__ = ["main"]
-
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 STEPS = ("make", "hollow", "copy", "let-go", "trace", "export", "quantize", "run")
 BLOCK = 8 << 20

@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "measure", "page"]
-
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
 

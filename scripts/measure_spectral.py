@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-__all__ = ["main", "spectral_matrices", "spectral_model"]
-
 #: channels and steps a mel frame of BigVGAN's stages; the last, of 24 channels, has nothing to gain
 STAGES = ((768, 5), (384, 15), (192, 30), (96, 60), (48, 120))
 KERNELS = ((3, 1), (3, 5), (7, 1), (7, 3), (11, 1), (11, 5))

@@ -37,8 +37,6 @@ from omniport.export.validation.summary import StageRow, stage_rows
 from omniport.export.validation.types import FAIL, NOT_RUN, ValidationReport
 from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 
-__all__ = ["main", "measure", "page"]
-
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 SIZES, PRECISIONS, SUITES = ("tiny", "small"), ("fp32", "fp16", "bf16"), ("quick", "full")
 #: what the cache of references holds before a run. ``small`` computes each reference once: what a precision adds is in

@@ -26,8 +26,6 @@ from omniport.runtime.backends.onnxruntime.backend import OrtBackend, physical_c
 from omniport.runtime.bundle.reader import Bundle
 from speech_loss import Voice, sqnr
 
-__all__ = ["main", "page"]
-
 #: runs that are profiled
 _PROFILED = 3
 #: operators that the page names

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["FIELDS", "SIZES", "page"]
-
 SIZES = ("tiny", "small", "3b", "7b")
 FIELDS = ("VmRSS", "RssAnon", "RssFile")
 GIB = 1 << 30

@@ -11,8 +11,6 @@ import json
 
 from omniport.export.tensorrt.builder_api import MODULES, attributes_of, installed_builders, load_api
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """Print the recorded sets of every builder that is installed."""

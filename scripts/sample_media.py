@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CLIP_SECONDS", "QUESTION", "make_media", "vowels"]
-
 QUESTION = "What shapes do you see in this picture?"
 CLIP_SECONDS = 5
 CLIP_FPS = 10

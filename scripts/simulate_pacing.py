@@ -18,8 +18,6 @@ from typing import Any
 
 from omniport.runtime.events import underruns
 
-__all__ = ["Costs", "Reply", "main", "more_gaps", "simulate"]
-
 HZ, EVALUATIONS, BACK, AHEAD, CONTEXT = 50, 36, 24, 12, 34
 CHUNKS = (12, 24, 48)
 LEAD, RATE = CHUNKS[0] + AHEAD, CHUNKS[1] / (CHUNKS[0] / HZ)

@@ -27,8 +27,6 @@ from omniport.runtime.generation.conversation import Conversation
 from omniport.runtime.pipeline.reply import Reply
 from omniport.runtime.prompt.positions import Segment
 
-__all__ = ["resident_bytes", "soak"]
-
 
 def soak(
     bundle: Path, turns: int, seed: int = 0, context: int = 700, progress: Callable[[int], None] | None = None

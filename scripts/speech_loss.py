@@ -14,8 +14,6 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 
-__all__ = ["Voice", "measure_speech", "sqnr"]
-
 
 def sqnr(got: NDArray[Any], wanted: NDArray[Any]) -> float:
     """Energy of the reference over energy of the difference, in dB."""

@@ -23,8 +23,6 @@ from omniport.runtime import Dialogue, HandsFree, OmniSession
 from omniport.runtime.media.audio import load_audio
 from rich.console import Console
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """Hear, answer, draw."""

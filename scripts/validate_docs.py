@@ -13,8 +13,6 @@ from pathlib import Path
 
 from omniport.export.validation.tolerances import LIMITS
 
-__all__ = ["PAGE", "render"]
-
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "validate.md"
 
 _START, _END = "<!-- limits: made by scripts/validate_docs.py -->\n", "<!-- end of limits -->\n"

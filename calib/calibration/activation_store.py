@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Spool"]
-
 #: bytes that stay in memory
 MEMORY_BYTES = 64 << 20
 

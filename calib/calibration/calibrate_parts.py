@@ -34,8 +34,6 @@ from .lockstep import GrowingCache, Lockstep, Outputs, Request
 from .sites import SitePlan, plan_sites
 from .work_dir import Work
 
-__all__ = ["Job", "Stages"]
-
 Progress = Callable[[str, int, int], None]
 
 _HEAD = "lm_head.weight"

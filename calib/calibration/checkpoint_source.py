@@ -19,8 +19,6 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.speech.ode import rk4_schedule
 
-__all__ = ["Source"]
-
 _MAX_CONTEXT = 8192
 _TOKENIZER = "tokenizer.json"
 

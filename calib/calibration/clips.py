@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["choose_clips"]
-
 _PERCENTILE = 0.9999
 #: magnitudes that INT8 can tell apart
 _LEVELS = 128

@@ -17,8 +17,6 @@ from omniport.runtime.generation.thinker import require_room
 from omniport.runtime.prompt.builder import Prompt, build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
 
-__all__ = ["Sample", "read_samples"]
-
 _MEDIA = ("audio", "image", "video")
 
 

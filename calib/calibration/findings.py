@@ -21,8 +21,6 @@ from .observers import Observer
 from .scale_search import AWQ_BLOCKS, Product, awq_factors, smooth_factors
 from .sites import SitePlan
 
-__all__ = ["Findings"]
-
 _RECORD = "record"
 #: outputs of a product that a search looks at: evenly spaced where there are more
 _OUTPUTS = 2048

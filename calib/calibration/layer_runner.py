@@ -25,8 +25,6 @@ from .layer_weights import LazyWeights
 from .observers import Observer
 from .sites import SitePlan
 
-__all__ = ["RESIDENT_BYTES", "Call", "Engine"]
-
 #: a part whose weights take no more than this in float32 is read once, not again and again
 RESIDENT_BYTES = 1 << 29
 

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from omniport.export.models.module import Copy, ExportModule, Rule, Transpose, WeightReader, blocks, evaluate
 from torch import nn
 
-__all__ = ["LazyWeights", "read_rows", "read_weight"]
-
 
 class LazyWeights:
     """Fills a module that lives on the meta device, piece by piece, in float32.

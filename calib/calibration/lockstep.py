@@ -18,8 +18,6 @@ from omniport.runtime.backends.base import Array, KvCache
 from omniport.runtime.errors import OmniportError
 from torch import Tensor
 
-__all__ = ["GrowingCache", "Lockstep", "Request"]
-
 T = TypeVar("T")
 Outputs = dict[str, NDArray[np.float32]]
 

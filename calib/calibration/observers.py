@@ -14,8 +14,6 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckFailed
 
-__all__ = ["BINS", "KEPT_ROWS", "Histogram", "Observer"]
-
 #: bins of a finished histogram (`omniport.calib.calibration_file.ARRAYS`)
 BINS = 2048
 #: bins while values stream: the range is at most twice the largest magnitude, so at least eight fall into one of `BINS`

@@ -15,8 +15,6 @@ from omniport.export.evaluation.signals import RATE, picture, voice
 from omniport.runtime.errors import UsageError
 from omniport.runtime.media.source import require
 
-__all__ = ["write_samples"]
-
 _FPS = 5
 
 

@@ -19,8 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-__all__ = ["ALPHAS", "AWQ_BLOCKS", "Product", "awq_factors", "smooth_factors"]
-
 Factors = NDArray[np.float32]
 
 #: sizes of INT4 blocks that a search is made for

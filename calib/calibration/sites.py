@@ -12,8 +12,6 @@ from omniport.export.models.parts import GraphDefinition
 from ..calibration_file import site_name
 from ..weights.tensors import CHANNELS_LAST, Weight, find_weights
 
-__all__ = ["SitePlan", "find_sites", "plan_sites"]
-
 
 @dataclass(frozen=True)
 class SitePlan:

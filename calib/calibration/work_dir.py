@@ -18,8 +18,6 @@ from omniport.runtime.errors import CheckFailed, UsageError
 
 from .observers import Observer
 
-__all__ = ["SOURCE", "Work", "work_folder"]
-
 _KEY = "key.json"
 #: what every run writes anew
 SOURCE = "source"

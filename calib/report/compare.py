@@ -27,8 +27,6 @@ from ..calibration_file import Calibration
 from .layer_loss import LayerLoss, layer_losses, sqnr_db
 from .recorded_calls import Calls, Loss, Recording, Replayed, loss_of, record, replay
 
-__all__ = ["BundleLoss", "GraphLoss", "LossReport", "RangePlot", "SoundLoss", "compare_bundles"]
-
 Wave = NDArray[np.float32]
 #: calls that are few, and how often they are made
 _FEW, _ROUNDS = 100, 3

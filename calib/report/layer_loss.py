@@ -26,8 +26,6 @@ from onnx import numpy_helper
 from ..weights.qdq import rounded_output
 from .recorded_calls import DECODERS, EQUAL_DB, Calls
 
-__all__ = ["LayerLoss", "layer_losses", "sqnr_db", "unscaled"]
-
 Array = NDArray[Any]
 #: of scaling rows, then columns, in turns
 _PASSES = 4

@@ -14,8 +14,6 @@ from omniport.export.validation.summary import figure_text
 from . import report_plots
 from .compare import BundleLoss, GraphLoss, LossReport, RangePlot
 
-__all__ = ["render"]
-
 #: layers listed for a graph, and ranges drawn
 _WORST, _DRAWN = 8, 12
 _RATE = 24000

@@ -30,8 +30,6 @@ from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.events import Done
 from omniport.runtime.session import OmniSession
 
-__all__ = ["DECODERS", "OUTPUTS", "Calls", "Loss", "Recording", "Replayed", "loss_of", "record", "replay"]
-
 Array = NDArray[Any]
 DECODERS = ("thinker", "talker")
 #: graph -> the output that is compared

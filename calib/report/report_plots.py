@@ -9,8 +9,6 @@ from omniport.export.evaluation.plots import figure, plain, svg
 
 from .compare import RangePlot
 
-__all__ = ["by_layer", "ranges"]
-
 _COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 _CLIPS = {"max": "#4a5568", "percentile": "#2f855a", "entropy": "#6b46c1", "mse": "#c05621"}
 _SMALLEST_DB, _LARGEST_DB = -10.0, 80.0

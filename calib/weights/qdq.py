@@ -23,8 +23,6 @@ from .recipe import Choice
 from .rounding import scale_shape
 from .tensors import CHANNELS_LAST
 
-__all__ = ["OPSET", "ActivationPass", "OutputPass", "QdqPass", "rounded_output"]
-
 Array = NDArray[Any]
 #: DequantizeLinear has block_size and INT4 from here on
 OPSET = 21

@@ -20,8 +20,6 @@ from .rounding import quantize
 from .smoothing_pass import Factors
 from .tensors import Stored, row_blocks
 
-__all__ = ["ALIGNMENT", "write_quantized"]
-
 #: file offsets of weights, so that runtimes can map them
 ALIGNMENT = 4096
 

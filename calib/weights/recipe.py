@@ -15,8 +15,6 @@ from omniport.runtime.errors import UsageError
 
 from .tensors import CHANNELS_LAST, Weight
 
-__all__ = ["NONE", "RECIPES", "SCHEMES", "Choice", "Recipe", "Rule", "Scheme", "choose", "find_recipe", "resolve"]
-
 
 @dataclass(frozen=True)
 class Scheme:

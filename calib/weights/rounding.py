@@ -17,8 +17,6 @@ from .recipe import Choice, Scheme
 from .smoothing_pass import Factors
 from .tensors import CHANNELS_LAST, Stored, row_blocks
 
-__all__ = ["LARGEST", "quantize", "scale_shape", "scales_from"]
-
 Array = NDArray[Any]
 #: lowest and highest number of a format. INT8 leaves -128 out, as is usual; INT4 cannot spare one of 16
 _RANGES = {"int8": (-127, 127), "int4": (-8, 7), "fp8": (-448, 448)}

@@ -15,8 +15,6 @@ from .rounding import LARGEST
 from .smoothing_pass import Factors
 from .tensors import CHANNELS_LAST, Weight
 
-__all__ = ["check_sites", "input_scales", "output_scales", "smoothing"]
-
 Array = NDArray[Any]
 #: a scale is a divisor, and normal in half precision
 _SMALLEST = 2.0**-14

@@ -20,8 +20,6 @@ from onnx_ir.passes import InPlacePass, PassResult
 from .recipe import Choice
 from .tensors import CHANNELS_LAST
 
-__all__ = ["Factors", "SmoothPass"]
-
 Array = NDArray[Any]
 _NORMS = ("LayerNormalization", "RMSNormalization")
 

@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from omniport.runtime.errors import BundleError
 from omniport.runtime.system.page_cache import forget
 
-__all__ = ["BLOCK_BYTES", "CHANNELS_FIRST", "CHANNELS_LAST", "Stored", "Weight", "find_weights", "row_blocks", "stored"]
-
 Array = NDArray[Any]
 #: bytes of a weight handled at once
 BLOCK_BYTES = 32 << 20

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from omniport.runtime.bench.workloads import Rival
     from omniport.runtime.bundle.reader import Bundle
 
-__all__ = ["EXAMPLE", "NAME", "ClockName", "command"]
-
 NAME = "bench"
 EXAMPLE = "omniport bench bundle --against Qwen/Qwen2.5-Omni-3B --json bench.json"
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from omniport.runtime.bundle.engines import EngineRecord
     from omniport.runtime.bundle.reader import Bundle
 
-__all__ = ["EXAMPLE", "NAME", "Builder", "BundlePrecision", "check_dict", "command", "report_dict"]
-
 NAME = "build"
 EXAMPLE = "omniport build bundle --target rtx-4090"
 

@@ -13,8 +13,6 @@ from .export import EXPORT_MODULES
 if TYPE_CHECKING:
     from omniport.calib.calibrate import CalibrateReport
 
-__all__ = ["EXAMPLE", "NAME", "command"]
-
 NAME = "calibrate"
 EXAMPLE = "omniport calibrate Qwen/Qwen2.5-Omni-3B --data calib.jsonl 3b.calib"
 

@@ -14,8 +14,6 @@ import typer
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, size_text
 
-__all__ = ["EXAMPLE", "NAME", "command", "examine"]
-
 NAME = "doctor"
 EXAMPLE = "omniport doctor --json"
 

@@ -13,8 +13,6 @@ from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, 
 if TYPE_CHECKING:
     from omniport.export.exporter import ExportReport
 
-__all__ = ["EXAMPLE", "EXPORT_MODULES", "NAME", "Precision", "command", "graph_list", "report_dict"]
-
 NAME = "export"
 EXAMPLE = "omniport export Qwen/Qwen2.5-Omni-3B bundle --precision fp16"
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from omniport.runtime.bundle.graph_spec import TensorSpec
     from omniport.runtime.bundle.manifest import DecoderGeometry, Manifest, Quantization
 
-__all__ = ["EXAMPLE", "NAME", "command", "engine_facts", "kv_bytes_per_1k", "summary"]
-
 NAME = "inspect"
 EXAMPLE = "omniport inspect bundle --verify"
 

@@ -10,8 +10,6 @@ import typer
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, progress_bar, require_extra, size_text
 
-__all__ = ["EXAMPLE", "NAME", "Size", "command"]
-
 NAME = "make-checkpoint"
 EXAMPLE = "omniport make-checkpoint tiny-omni --size tiny --seed 0"
 

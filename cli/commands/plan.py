@@ -13,8 +13,6 @@ from ..common import JsonFlag, print_json, print_table, require_extra, size_text
 if TYPE_CHECKING:
     from omniport.export.planning.plan import RecipePlan, TargetPlan
 
-__all__ = ["EXAMPLE", "NAME", "command", "plan_dict"]
-
 NAME = "plan"
 EXAMPLE = "omniport plan 3b --target jetson-orin-nx-16gb"
 

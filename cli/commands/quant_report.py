@@ -13,8 +13,6 @@ from .export import EXPORT_MODULES
 if TYPE_CHECKING:
     from omniport.calib.report.compare import BundleLoss, LossReport
 
-__all__ = ["EXAMPLE", "NAME", "command"]
-
 NAME = "quant-report"
 EXAMPLE = "omniport quant-report bundle bundle-w8 bundle-int4 --html report.html"
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from omniport.calib.quantize_to_goal import Quantizer, TargetReport
     from omniport.calib.search import Target
 
-__all__ = ["EXAMPLE", "NAME", "RecipeName", "command", "curve_dict", "graph_choices", "report_dict"]
-
 NAME = "quantize"
 EXAMPLE = "omniport quantize bundle bundle-int8 --recipe int8 --calib model.calib"
 

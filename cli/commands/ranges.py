@@ -13,8 +13,6 @@ from .export import EXPORT_MODULES
 if TYPE_CHECKING:
     from omniport.runtime.bundle.activation_ranges import Ranges
 
-__all__ = ["EXAMPLE", "NAME", "command"]
-
 NAME = "ranges"
 EXAMPLE = "omniport ranges bundle-fp32 ranges.json --data messages.jsonl"
 

@@ -10,8 +10,6 @@ import typer
 
 from ..common import JsonFlag, QuietFlag
 
-__all__ = ["EXAMPLE", "NAME", "BackendName", "SolverName", "command", "user_message"]
-
 NAME = "run"
 EXAMPLE = "omniport run bundle --audio question.wav --image picture.png --speak reply.wav"
 

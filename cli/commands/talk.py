@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ..talk.playback import Loudspeaker, Microphone
     from ..talk.view import View
 
-__all__ = ["EXAMPLE", "NAME", "command"]
-
 NAME = "talk"
 EXAMPLE = "omniport talk bundle --input-wav question.wav --output-wav reply.wav --push-to-talk"
 

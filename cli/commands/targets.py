@@ -10,8 +10,6 @@ from ..common import JsonFlag, print_json, print_table
 if TYPE_CHECKING:
     from omniport.export.devices.catalog import Target
 
-__all__ = ["EXAMPLE", "NAME", "command", "target_dict"]
-
 NAME = "targets"
 EXAMPLE = "omniport targets --json"
 

@@ -16,8 +16,6 @@ from .run import BackendName
 if TYPE_CHECKING:
     from omniport.export.validation.types import ValidationReport
 
-__all__ = ["EXAMPLE", "NAME", "Suite", "Traced", "command"]
-
 NAME = "validate"
 EXAMPLE = "omniport validate bundle Qwen/Qwen2.5-Omni-3B --html report.html"
 

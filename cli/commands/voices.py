@@ -9,8 +9,6 @@ import typer
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json
 
-__all__ = ["EXAMPLE", "NAME", "command"]
-
 NAME = "voices"
 EXAMPLE = "omniport voices bundle"
 

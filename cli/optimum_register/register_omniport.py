@@ -12,8 +12,6 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo  # type: ignore[import-untyped]
 from optimum.commands.export.base import ExportCommand  # type: ignore[import-untyped]
 
-__all__ = ["REGISTER_COMMANDS", "OmniportExportCommand"]
-
 HELP = "Export a Qwen2.5-Omni checkpoint to an omniport bundle: ONNX graphs for TensorRT and ONNX Runtime."
 EPILOG = "example:\n  optimum-cli export omniport Qwen/Qwen2.5-Omni-3B bundle --precision fp16"
 

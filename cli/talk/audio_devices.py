@@ -15,8 +15,6 @@ from .playback import Playback
 if TYPE_CHECKING:
     from .playback import Samples
 
-__all__ = ["DeviceLoudspeaker", "DeviceMicrophone"]
-
 FILES = "; or talk through files: --input-wav question.wav --output-wav reply.wav"
 #: seconds for which the microphone's reader waits at most, so that a key is seen
 PATIENCE = 0.1

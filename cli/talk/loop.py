@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from .playback import Loudspeaker, Microphone, Samples
     from .view import View
 
-__all__ = ["Ears", "PushToTalk", "Stage", "Talk", "read_keys"]
-
 
 class Ears(Protocol):
     """Makes turns of sound: ``HandsFree``, or ``PushToTalk``."""

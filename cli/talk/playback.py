@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     Samples = NDArray[np.float32]
 
-__all__ = ["Loudspeaker", "Microphone", "Playback", "WavLoudspeaker", "WavMicrophone"]
-
 #: seconds of sound that a file's microphone gives at a time, as a device does
 BLOCK = 0.032
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from omniport.runtime.live.dialogue import DialogueEvent
     from rich.console import Console, RenderableType
 
-__all__ = ["JsonView", "LiveView", "PlainView", "Scene", "View", "describe", "latencies", "render"]
-
 #: the meter's left end: a quiet room
 QUIET_DB = -60.0
 METER = 24

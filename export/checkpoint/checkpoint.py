@@ -21,8 +21,6 @@ from .hub import Progress, locate
 from .packed import PackedFormat, PackedWeight, find_packed, packed_format
 from .safetensors import SafetensorsFile
 
-__all__ = ["IGNORED_WEIGHTS", "Checkpoint"]
-
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 

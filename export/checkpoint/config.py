@@ -20,8 +20,6 @@ from typing import Any
 
 from omniport.runtime.errors import CheckpointError
 
-__all__ = ["load_config", "normalise_config", "quiet_transformers", "read_json"]
-
 _MODEL_TYPE = "qwen2_5_omni"
 _DIT_NAMES: Mapping[str, str] = {
     "dim": "hidden_size",

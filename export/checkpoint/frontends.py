@@ -23,18 +23,6 @@ from omniport.runtime.errors import CheckpointError
 from .checkpoint import Checkpoint
 from .tokenizer_json import load_tokenizer
 
-__all__ = [
-    "SPEECH_PROMPT",
-    "TOKEN_STRINGS",
-    "audio_frontend",
-    "chat_spec",
-    "codec_tokens",
-    "sampling_defaults",
-    "special_tokens",
-    "text_tokens",
-    "vision_frontend",
-]
-
 #: the system prompt that the model's page asks for when speech is wanted; the talker was trained with it
 SPEECH_PROMPT = (
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from omniport.runtime.errors import CheckpointError, ExportError
 
-__all__ = ["Progress", "locate"]
-
 #: called with one line of text before a slow step
 Progress = Callable[[str], None]
 

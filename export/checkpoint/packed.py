@@ -25,8 +25,6 @@ from omniport.runtime.errors import CheckpointError
 
 from .config import read_json
 
-__all__ = ["PackedFormat", "PackedWeight", "find_packed", "packed_format"]
-
 Array = NDArray[Any]
 _WORD_BITS = 32
 #: which column of eight each 4-bit field of a word holds

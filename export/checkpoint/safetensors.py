@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
 from omniport.runtime.system.page_cache import expect, forget
 
-__all__ = ["MAX_HEADER", "SafetensorsFile", "TensorEntry"]
-
 MAX_HEADER = 100_000_000
 """bytes; the limit of the reference implementation"""
 

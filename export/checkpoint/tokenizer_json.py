@@ -10,8 +10,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from .checkpoint import Checkpoint
 
-__all__ = ["load_tokenizer", "tokenizer_from_vocab", "tokenizer_json"]
-
 #: Qwen2's split: contractions, words with one leading mark, single digits, punctuation runs, line ends, spaces
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from .catalog import Target
 
-__all__ = ["BUILD_CONSTANT", "BUILD_FACTOR", "memory_usable"]
-
 #: what the system, the driver and this program take of a unified memory; of a GPU's own memory the driver alone
 UNIFIED_RESERVE, GPU_RESERVE = 2 * (1 << 30), 1 << 29
 #: memory of a build over the graph's weights, and a constant, which the vocoder's 10,000 layers set: measured with

@@ -15,19 +15,6 @@ from dataclasses import dataclass
 
 from omniport.runtime.errors import UsageError
 
-__all__ = [
-    "PRECISION_NAMES",
-    "RTX_CAPABILITIES",
-    "RTX_RUNS_ON",
-    "TARGETS",
-    "THIS",
-    "JetPack",
-    "Target",
-    "find_target",
-    "nearest_rtx_capability",
-    "precisions_of",
-]
-
 #: number formats in the order in which they are shown
 PRECISION_NAMES = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp4")
 

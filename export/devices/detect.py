@@ -12,8 +12,6 @@ from omniport.runtime.errors import BackendError
 
 from .catalog import TARGETS, THIS, Target, precisions_of
 
-__all__ = ["Device", "device_target", "read_device", "this_target"]
-
 # CUdevice_attribute of cuda.h
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _INTEGRATED = 18

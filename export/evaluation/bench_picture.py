@@ -13,8 +13,6 @@ from omniport.runtime.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw"]
-
 _OURS, _THEIRS, _LINE = "#2f6f9f", "#c8803c", "#777777"
 
 

@@ -28,24 +28,6 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..models.voices import Speaker, load_speakers
 from .reference_modules import load_reference
 
-__all__ = [
-    "TOLERANCES",
-    "Case",
-    "ParityRow",
-    "audio_case",
-    "bigvgan_case",
-    "check_bundle",
-    "decoder_cases",
-    "dit_case",
-    "load_reference",
-    "reference_hidden",
-    "reference_logits",
-    "standard_cases",
-    "talker_case",
-    "thinker_cases",
-    "vision_case",
-]
-
 Array = NDArray[Any]
 
 #: relative RMS error allowed by the precision of a graph's weights: float32 differs by the order of summation only;

@@ -29,17 +29,6 @@ from omniport.runtime.prompt.tokenizer import TextCodec
 from ..checkpoint.frontends import SPEECH_PROMPT
 from .signals import RATE, picture, voice
 
-__all__ = [
-    "Conversation",
-    "Film",
-    "Medium",
-    "film",
-    "parse_entry",
-    "read_conversations",
-    "read_lines",
-    "standard_conversations",
-]
-
 _FPS = 2.0
 
 

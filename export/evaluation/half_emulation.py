@@ -28,8 +28,6 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, ExportError
 from onnx_ir.passes import InPlacePass, PassResult
 
-__all__ = ["EmulateHalfPass", "EmulatedBackend", "is_bfloat16", "load_copy", "open_graph"]
-
 _WARNING = 2
 
 #: results are among the inputs' values, which are rounded already

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-__all__ = ["cell", "code", "image", "mark", "page", "short", "status", "table"]
-
 _WORDS = {"pass": "holds", "fail": "fails", "not_run": "not run"}
 
 _STYLE = """

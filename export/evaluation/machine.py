@@ -12,8 +12,6 @@ import torch
 from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from omniport.runtime.bundle.reader import Bundle
 
-__all__ = ["environment", "is_large", "limited_torch", "usable_threads"]
-
 #: bytes of weights above which graphs are large
 _LARGE = 256 << 20
 

@@ -32,8 +32,6 @@ from ..graphs.mixed_precision import ranged_values
 from .conversations import Conversation, read_conversations, standard_conversations
 from .half_emulation import load_copy, open_graph
 
-__all__ = ["measure_ranges", "store_ranges"]
-
 _OUTPUT = "ranges"
 _MEDIA_GRAPH = {"audio": "audio_encoder", "image": "vision_encoder", "video": "vision_encoder"}
 

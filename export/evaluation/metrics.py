@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_SATURATED", "MIN_ENERGY", "compare", "energy", "logit_figures", "saturation"]
-
 #: below this root mean square a reference proves nothing
 MIN_ENERGY = 1e-3
 #: above this share of values at its largest magnitude a reference proves nothing: it is clipped

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["bars", "figure", "layers", "plain", "sound_uri", "spectrograms", "svg"]
-
 _OK, _BAD, _LIMIT = "#2b6cb0", "#c53030", "#718096"
 _FLOOR_DB = 80.0  # dynamic range shown
 

@@ -16,8 +16,6 @@ from omniport.runtime.errors import OmniportError
 
 from ..validation.reference_reply import Floats, StagedReply
 
-__all__ = ["RecordedGraph", "RecordingBackend", "ReplayBackend", "ScriptedBackend", "consumed"]
-
 Feeds = Mapping[str, Array]
 Outputs = dict[str, NDArray[np.float32]]
 

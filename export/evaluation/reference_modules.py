@@ -13,8 +13,6 @@ from torch import nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..models.module import blocks
 
-__all__ = ["cache_keyword", "load_reference", "reference_bytes"]
-
 _PARTS: Mapping[str, tuple[str, str, str]] = {
     # graph: (transformers class, path of its configuration, prefix of its weights)
     "audio_encoder": ("Qwen2_5OmniAudioEncoder", "thinker_config.audio_config", "thinker.audio_tower."),

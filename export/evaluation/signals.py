@@ -13,17 +13,6 @@ from omniport.runtime.prompt.tokenizer import TextCodec
 from ..checkpoint.checkpoint import Checkpoint
 from ..validation.context import Context
 
-__all__ = [
-    "generator",
-    "log_mel_like",
-    "picture",
-    "prompt_inputs",
-    "random_positions",
-    "random_tokens",
-    "token_rows",
-    "voice",
-]
-
 RATE = 16000
 
 Floats = NDArray[np.float32]

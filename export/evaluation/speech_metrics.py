@@ -13,22 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.media.log_mel import mel_filters
 
-__all__ = [
-    "FLOOR_DB",
-    "clipped_share",
-    "log_mel_power",
-    "loudness_dbfs",
-    "mel_cepstral_distortion",
-    "mel_l1",
-    "seam_figures",
-    "silent_share",
-    "snr_db",
-    "sound_figures",
-    "spectral_flatness",
-    "synthetic_kind",
-    "tone_share",
-]
-
 Wave = NDArray[np.floating[Any]]
 Spectrum = NDArray[np.float64]
 

@@ -23,8 +23,6 @@ from ..models.voices import load_speakers
 from .cases import dit_case, reference_logits, vision_case
 from .reference_modules import cache_keyword, load_reference
 
-__all__ = ["TransformersRival"]
-
 Array = NDArray[Any]
 
 _PIECE = 512

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from omniport.runtime.bundle.manifest import FileRecord
 from omniport.runtime.system.page_cache import WriteBehind
 
-__all__ = ["ALIGNMENT", "DataFile"]
-
 #: file offsets of weights, so that runtimes can map them
 ALIGNMENT = 4096
 

@@ -20,8 +20,6 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..models.parts import GraphDefinition
 from ..source_code import package_digest
 
-__all__ = ["file_record", "graph_key", "graph_whole", "source_key"]
-
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir")
 
 

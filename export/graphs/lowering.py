@@ -18,8 +18,6 @@ from onnxscript.values import Opset
 
 from .translations import translations
 
-__all__ = ["LOWERED_OPSET", "NATIVE_OPSET", "OPS", "OPSETS", "lowered_translations"]
-
 NATIVE_OPSET = 24
 #: what torch's exporter writes before any conversion; Gelu (opset 20) becomes Erf or Tanh
 LOWERED_OPSET = 18

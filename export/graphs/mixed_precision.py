@@ -18,17 +18,6 @@ from omniport.runtime.errors import ExportError
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-__all__ = [
-    "FLOAT32_OPS",
-    "KeepFloatPass",
-    "Mixed",
-    "float32_values",
-    "mix",
-    "module_path",
-    "range_key",
-    "ranged_values",
-]
-
 FLOAT = ir.DataType.FLOAT
 HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 

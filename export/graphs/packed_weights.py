@@ -30,8 +30,6 @@ from ..checkpoint.packed import PackedWeight
 from ..models.module import Rule, Transpose
 from .writer import Pieces
 
-__all__ = ["OPSET", "ZERO_POINTS", "PackedPass", "check_scales", "import_packed", "packed_rules", "stored_bytes"]
-
 Array = NDArray[Any]
 #: DequantizeLinear has block_size and INT4 from here on
 OPSET = 21

@@ -21,8 +21,6 @@ from onnx_ir.passes.common import (
 )
 from onnxscript.optimizer import fold_constants
 
-__all__ = ["BorderPass", "NamingPass", "TrimOutputsPass", "TypePass", "check_standard_ops", "finish"]
-
 FOLD_BYTES = 4096
 SCOPES = "pkg.torch.onnx.name_scopes"
 

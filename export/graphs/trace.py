@@ -32,8 +32,6 @@ from .lowering import OPSETS, lowered_translations
 from .passes import FOLD_BYTES, finish
 from .translations import translations
 
-__all__ = ["cache_folder", "trace"]
-
 
 def trace(definition: GraphDefinition) -> tuple[ir.Model, dict[str, Rule]]:
     """The finished graph of a definition, without weights.

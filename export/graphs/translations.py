@@ -14,8 +14,6 @@ from onnxscript.values import Opset
 
 from ..models import ops as _registered  # noqa: F401 - puts the ops into torch.ops.omniport
 
-__all__ = ["translations"]
-
 op: Any = Opset("", 24)
 
 

@@ -26,8 +26,6 @@ from ..models.module import Copy, Rule, Transpose, WeightReader, blocks, evaluat
 from .ahead import ahead
 from .data_file import DataFile
 
-__all__ = ["Pieces", "write_model"]
-
 #: initializers of at least this many bytes go to the data file
 EXTERNAL_BYTES = 1024
 #: bytes of a transposed weight that are put together at once: any of a 7B's layers, a quarter of its head in 16 bits

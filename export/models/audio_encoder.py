@@ -14,8 +14,6 @@ from .module import ExportModule, Linear
 from .ops import attention, merge_heads, split_heads
 from .stack import Context, Stack
 
-__all__ = ["AudioEncoder", "AudioEncoderConfig", "GeluConv"]
-
 
 @dataclass(frozen=True)
 class AudioEncoderConfig:

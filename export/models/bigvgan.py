@@ -17,8 +17,6 @@ from .module import Compute, ExportModule, WeightReader
 from .ops import anti_aliased_snake
 from .stack import Context, Stack
 
-__all__ = ["BigVgan", "BigVganConfig"]
-
 TAPS = 12
 MIN_DB = -115.0
 REFERENCE_DB = 20.0

@@ -18,8 +18,6 @@ from .module import Compute, ExportModule, Linear, Rule, WeightReader
 from .ops import attention, merge_heads, pad_to_blocks, reshape_like, rotary_embedding, split_blocks, split_heads
 from .stack import Context, Stack
 
-__all__ = ["Dit", "DitConfig"]
-
 EPS = 1e-6  # the reference fixes the layer norms' epsilon
 TIME_FREQUENCIES = 256
 

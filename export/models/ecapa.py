@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["SpeakerEncoder", "SpeakerSpec"]
-
 
 @dataclass(frozen=True)
 class SpeakerSpec:

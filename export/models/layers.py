@@ -16,8 +16,6 @@ from .module import ExportModule, Linear
 from .ops import attention, merge_heads, rms_norm, rotary_embedding, split_heads, tensor_scatter
 from .stack import Context, Stack
 
-__all__ = ["Decoder", "DecoderConfig", "GatedMlp", "LayerNorm", "RmsNorm"]
-
 
 @dataclass(frozen=True)
 class DecoderConfig:

@@ -17,20 +17,6 @@ from torch import nn
 
 from .ops import linear
 
-__all__ = [
-    "Compute",
-    "Constant",
-    "Copy",
-    "ExportModule",
-    "Linear",
-    "Rule",
-    "Transpose",
-    "WeightReader",
-    "blocks",
-    "evaluate",
-    "materialise",
-]
-
 Array = NDArray[Any]
 #: source bytes handled at once while converting or transposing
 BLOCK_BYTES = 32 << 20

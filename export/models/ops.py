@@ -12,21 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "anti_aliased_snake",
-    "attention",
-    "linear",
-    "merge_heads",
-    "pad_to_blocks",
-    "reshape_like",
-    "rms_norm",
-    "rotary_embedding",
-    "snake_inputs",
-    "split_blocks",
-    "split_heads",
-    "tensor_scatter",
-]
-
 
 @torch.library.custom_op("omniport::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

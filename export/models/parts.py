@@ -22,8 +22,6 @@ from .talker import Talker
 from .thinker import Thinker
 from .vision_encoder import VisionEncoder, VisionEncoderConfig
 
-__all__ = ["PRECISIONS", "GraphDefinition", "decoder_config", "graph_definitions"]
-
 #: precision of each graph under --precision. Token2wav stays float32 under bf16: eight bits of mantissa are too few for
 #: an ODE state and no runtime has BF16 transposed convolutions.
 PRECISIONS: dict[str, dict[str, str]] = {

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .module import ExportModule
 
-__all__ = ["Context", "Stack"]
-
 #: what every layer gets beside the state: tensors, and for decoders the KV caches
 Context = tuple[Any, ...]
 

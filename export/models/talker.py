@@ -10,8 +10,6 @@ from .layers import Decoder, DecoderConfig
 from .module import Linear
 from .stack import Context, Stack
 
-__all__ = ["Talker"]
-
 
 class Talker(Stack):
     """Projection, decoder and codec head (transformers: Qwen2_5OmniTalkerForConditionalGeneration)."""

@@ -11,8 +11,6 @@ from .layers import Decoder, DecoderConfig
 from .module import Linear, Transpose
 from .stack import Context, Stack
 
-__all__ = ["Thinker"]
-
 
 class Thinker(Stack):
     """Decoder and head over embeddings (transformers: Qwen2_5OmniThinkerForConditionalGeneration, language part).

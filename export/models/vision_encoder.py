@@ -12,8 +12,6 @@ from .module import ExportModule, Linear
 from .ops import attention, merge_heads, rotary_embedding, split_heads
 from .stack import Context, Stack
 
-__all__ = ["VisionEncoder", "VisionEncoderConfig"]
-
 EPS = 1e-6  # the reference fixes the vision norms' epsilon
 
 

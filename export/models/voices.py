@@ -20,16 +20,6 @@ from omniport.runtime.errors import CheckpointError
 from ..checkpoint.checkpoint import Checkpoint
 from .ecapa import SpeakerEncoder, SpeakerSpec
 
-__all__ = [
-    "SPEAKER_PREFIX",
-    "Speaker",
-    "load_speakers",
-    "null_reference",
-    "speaker_keys",
-    "speaker_vectors",
-    "write_voice",
-]
-
 Vector = NDArray[np.float32]
 
 #: where the speaker encoder's weights are stored

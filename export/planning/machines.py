@@ -20,8 +20,6 @@ from omniport.runtime.errors import UsageError
 from ..devices.budget import memory_usable
 from ..devices.catalog import TARGETS, THIS, Target, find_target
 
-__all__ = ["CPU", "Machine", "Rates", "cpu_machine", "find_machines", "machine_of", "measure_rates"]
-
 #: the name of this machine's processor
 CPU = "cpu"
 

@@ -10,8 +10,6 @@ from omniport.runtime.errors import ExportError
 
 from .plan import RecipePlan, TargetPlan
 
-__all__ = ["draw_sweep"]
-
 #: colours of what a field says
 _STATES = {
     "not possible": "#d9d9d9",

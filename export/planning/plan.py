@@ -17,8 +17,6 @@ from .recipes import RECIPES, PlanRecipe, graph_bytes, matrix_bytes, storage_of
 from .shapes import DecoderShape, ModelShape
 from .weights import GraphShape, Matrix
 
-__all__ = ["CODES_PER_SECOND", "Memory", "RecipePlan", "Speed", "TargetPlan", "make_plan"]
-
 #: codec tokens a second of speech
 CODES_PER_SECOND = 50.0
 FRAMES_PER_CODE = 2

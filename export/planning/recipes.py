@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from .weights import GraphShape, Kind, Matrix
 
-__all__ = ["RECIPES", "PlanRecipe", "Storage", "graph_bytes", "matrix_bytes", "storage_of"]
-
 
 @dataclass(frozen=True)
 class Storage:

@@ -20,15 +20,6 @@ from ..checkpoint.config import normalise_config, read_json
 from ..synthetic.geometries import SIZES, geometry_config
 from .weights import GraphShape, Kind, Matrix
 
-__all__ = [
-    "PUBLISHED",
-    "DecoderShape",
-    "ModelShape",
-    "decoder_graph",
-    "find_model",
-    "shape_of_config",
-]
-
 #: sizes that need no files
 PUBLISHED = ("3b", "7b")
 #: widths of a head in the encoders and the DiT, which a bundle does not say

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["GraphShape", "Kind", "Matrix"]
-
 
 class Kind(Enum):
     """Kinds of weights, as quantization recipes tell them apart (calib/weights/recipe.py)."""

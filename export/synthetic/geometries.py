@@ -8,8 +8,6 @@ from typing import Any
 
 from .tokenizer_files import SyntheticTokenizer
 
-__all__ = ["CODEBOOK", "CODEC", "CODEC_VOCAB", "SIZES", "TTS_FROM_END", "Size", "checkpoint_config", "geometry_config"]
-
 
 @dataclass(frozen=True)
 class Size:

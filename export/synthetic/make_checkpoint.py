@@ -26,8 +26,6 @@ from .geometries import CODEBOOK, CODEC, CODEC_VOCAB, SIZES, TTS_FROM_END, Size,
 from .random_weights import Outliers, Progress, Scaling, generator, write_shards
 from .tokenizer_files import SyntheticTokenizer, train_tokenizer, write_text_files
 
-__all__ = ["SIZES", "hub_key", "make_checkpoint"]
-
 
 def make_checkpoint(
     out: Path, size: str, seed: int = 0, outliers: bool = False, progress: Progress | None = None

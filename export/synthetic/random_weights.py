@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Outliers", "Plan", "Progress", "Scaling", "generator", "plan_tensor", "tensor_blocks", "write_shards"]
-
 Progress = Callable[[str, int, int], None]
 """called with (what, done, total)"""
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONTROL_TOKENS", "SyntheticTokenizer", "control_ids", "train_tokenizer", "write_text_files"]
-
 #: every control string of Qwen2.5-Omni's vocabulary, in id order (the real ids start at 151643)
 CONTROL_TOKENS = (
     "<|endoftext|>",

@@ -29,16 +29,6 @@ from .engine_store import EngineStore, file_record
 from .interruptible import run_aside
 from .profiles import Limits, graph_dims, make_profiles
 
-__all__ = [
-    "BuildReport",
-    "GraphBuild",
-    "build_bundle",
-    "builder_version",
-    "choose_builder",
-    "engine_key",
-    "require_ranges",
-]
-
 
 @dataclass(frozen=True)
 class GraphBuild:

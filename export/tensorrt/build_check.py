@@ -25,15 +25,6 @@ from .network import LOWERED
 from .onnx_file import open_onnx
 from .profiles import Limits, graph_dims
 
-__all__ = [
-    "CheckReport",
-    "GraphCheck",
-    "build_memory",
-    "cache_bytes",
-    "check_bundle",
-    "memory_needed",
-]
-
 
 @dataclass(frozen=True)
 class GraphCheck:

@@ -17,21 +17,6 @@ from typing import Any
 from omniport.runtime.backends.tensorrt.trt_log import listen
 from omniport.runtime.errors import BackendError
 
-__all__ = [
-    "INTERESTING",
-    "MODULES",
-    "NATIVE_SINCE",
-    "Api",
-    "Features",
-    "PhaseStack",
-    "attributes_of",
-    "features_of",
-    "installed_builders",
-    "load_api",
-    "too_old_for",
-    "version_numbers",
-]
-
 #: builder -> its Python module
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}

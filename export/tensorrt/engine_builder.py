@@ -25,8 +25,6 @@ from .network import Parsed, check_unused, parse
 from .onnx_file import open_onnx
 from .profiles import Limits, fixed_dims, graph_dims, make_profiles
 
-__all__ = ["Built", "Progress", "build_engine", "check_precision"]
-
 #: progress(stage, done, total)
 Progress = Callable[[str, int, int], None]
 

@@ -26,8 +26,6 @@ from omniport.runtime.bundle.manifest import FileRecord
 from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import BuildError, BundleError
 
-__all__ = ["EngineStore", "file_record", "replace_file"]
-
 _PARTIAL = ".partial"
 
 

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Generic, TypeVar
 
-__all__ = ["Cancelled", "run_aside"]
-
 T = TypeVar("T")
 
 #: seconds between two looks

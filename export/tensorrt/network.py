@@ -17,8 +17,6 @@ from omniport.runtime.errors import BuildError
 from .builder_api import NATIVE_SINCE, Api, too_old_for
 from .onnx_file import OnnxFile
 
-__all__ = ["LOWERED", "Parsed", "check_operators", "check_unused", "parse"]
-
 #: what to do about a graph that is too new for a parser
 LOWERED = "omniport export CHECKPOINT OUT --ops decomposed --kv concat"
 

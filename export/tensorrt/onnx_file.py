@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from omniport.runtime.errors import BundleError
 from onnx import TensorProto
 
-__all__ = ["OnnxFile", "Operand", "Weight", "open_onnx"]
-
 #: ONNX element type -> the number format that a target must have for it
 _FORMATS: Mapping[int, str] = {
     TensorProto.FLOAT16: "fp16",

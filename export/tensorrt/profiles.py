@@ -18,8 +18,6 @@ from omniport.runtime.bundle.manifest import Manifest
 from omniport.runtime.errors import UsageError
 from omniport.runtime.generation.thinker import VISION_FRAMES
 
-__all__ = ["IMAGE_CLASSES", "Limits", "fixed_dims", "graph_dims", "limits_of", "make_profiles", "shape_of"]
-
 _End = Literal["min", "opt", "max"]
 
 #: an audio call takes at most this many chunks of 2 s: what the runtime gives it at a time

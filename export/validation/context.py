@@ -13,8 +13,6 @@ from omniport.runtime.bundle.reader import Bundle
 from ..checkpoint.checkpoint import Checkpoint
 from .reference import Reference
 
-__all__ = ["Context"]
-
 
 @dataclass
 class Context:

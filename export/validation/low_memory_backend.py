@@ -18,8 +18,6 @@ from omniport.runtime.errors import BackendError
 
 from .memory import give_back
 
-__all__ = ["TurnsBackend"]
-
 #: graphs that are used together; thinker and talker alternate within a reply
 _TEAMS = {
     "audio_encoder": "encoders",

@@ -9,8 +9,6 @@ import resource
 import sys
 from pathlib import Path
 
-__all__ = ["give_back", "peak_memory"]
-
 
 def give_back() -> None:
     """Collect garbage and return freed memory to the system.

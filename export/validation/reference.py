@@ -23,11 +23,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..evaluation.cases import load_reference
+from ..evaluation.reference_modules import load_reference
 from ..graphs.trace import cache_folder
 from .memory import give_back
-
-__all__ = ["Reference", "array_key"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -52,7 +50,7 @@ class Reference:
         self._salt = [checkpoint.fingerprint, *versions]
 
     def part(self, graph: str) -> nn.Module:
-        """The transformers module behind a graph (see `omniport.export.evaluation.cases.load_reference`)."""
+        """The transformers module behind a graph (see `omniport.export.evaluation.reference_modules.load_reference`)."""
         if self._name != graph or self._module is None:
             self._module = None
             give_back()  # of the part before, and of what made the inputs

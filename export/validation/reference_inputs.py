@@ -22,8 +22,6 @@ from omniport.runtime.errors import CheckpointError
 from ..checkpoint.checkpoint import Checkpoint
 from ..evaluation.conversations import Conversation, Film
 
-__all__ = ["Inputs", "Processor", "open_processor"]
-
 
 @dataclass(frozen=True, eq=False)
 class Inputs:

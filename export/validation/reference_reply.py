@@ -30,8 +30,6 @@ from ..models.voices import Speaker, load_speakers
 from .reference import Reference, array_key
 from .reference_inputs import Inputs
 
-__all__ = ["ReplyLimits", "Solve", "StagedReply", "TalkerTrace", "ThinkerTrace", "staged_replies"]
-
 Floats = NDArray[np.float32]
 Progress = Callable[[str], None]
 

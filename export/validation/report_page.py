@@ -15,8 +15,6 @@ from ..evaluation.html import cell, code, image, mark, page, short, status, tabl
 from .summary import at_least, figure_text, stage_rows
 from .types import FAIL, NOT_RUN, Check, ValidationReport
 
-__all__ = ["ERROR_FIGURE", "render"]
-
 #: the figure that "error by case" and "error by layer" draw
 ERROR_FIGURE = "rel_rms"
 _SOUNDS = ("reference", "whole", "streamed")

@@ -19,20 +19,6 @@ from omniport.runtime.errors import ExportError
 from .tolerances import LIMITS
 from .types import FAIL, NOT_RUN, PASS, Check, ValidationReport
 
-__all__ = [
-    "STAGES",
-    "StageRow",
-    "Worst",
-    "at_least",
-    "encode",
-    "failures",
-    "figure_text",
-    "json_schema",
-    "stage_rows",
-    "worst_figure",
-    "write_file",
-]
-
 #: stages in the order in which they are shown
 STAGES = ("preprocess", "positions", *GRAPH_NAMES, "conditioning", "solver", "end_to_end", "speech")
 

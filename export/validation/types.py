@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["FAIL", "NOT_RUN", "PASS", "REPORT_SCHEMA_VERSION", "Check", "ValidationReport"]
-
 REPORT_SCHEMA_VERSION = 1
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not_run"

@@ -28,8 +28,6 @@ from .memory import peak_memory
 from .reference import Reference
 from .types import FAIL, NOT_RUN, Check, ValidationReport
 
-__all__ = ["GROUP_NAMES", "SUITES", "Artifacts", "Progress", "validate"]
-
 Artifacts = dict[str, NDArray[Any]]
 #: progress(what is being checked, groups done, groups in all)
 Progress = Callable[[str, int, int], None]

@@ -12,19 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Array",
-    "Backend",
-    "BoundedBackend",
-    "Graph",
-    "KvCache",
-    "RunHandle",
-    "SharedCores",
-    "StoppableGraph",
-    "most_context",
-    "runs_at_once",
-]
-
 Array = NDArray[Any]
 
 

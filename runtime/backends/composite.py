@@ -5,8 +5,6 @@ from __future__ import annotations
 from .base import Backend, Graph
 from .tensorrt.backend import TrtBackend
 
-__all__ = ["MixedBackend"]
-
 
 class MixedBackend:
     """Two backends over one bundle. A KV cache belongs to its graph, so graphs can run in different ones.

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ..bundle.reader import Bundle
     from .tensorrt.backend import TrtBackend
 
-__all__ = ["Here", "engines_here", "installed_version", "this_machine", "why_not"]
-
 
 @dataclass(frozen=True)
 class Here:

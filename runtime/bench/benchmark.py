@@ -22,8 +22,6 @@ from .timing import CLOCKS, Clock, alternate, ratio_of, spread
 from .work import Profile, profile_run, weight_bytes
 from .workloads import GRAPH_OF, Job, Rival, Sizes, stage_jobs
 
-__all__ = ["Progress", "bench", "chosen_stages"]
-
 Progress = Callable[[str, int, int], None]
 
 #: two programs that do the same differ by the order of sums only; INT4 weights differ more than that

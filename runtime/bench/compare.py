@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from .results import BenchReport, Figure
 
-__all__ = ["BAND", "Change", "changes"]
-
 #: ratios of one run differ by as much between runs on a shared machine of two cores
 BAND = 0.25
 

@@ -21,8 +21,6 @@ from .results import Figure, Timing
 from .timing import spread
 from .workloads import Rival, Sizes
 
-__all__ = ["QUESTION", "ask", "endless", "measure_reply"]
-
 QUESTION = "Tell me in a few sentences what you can hear and see, and how you answer."
 
 Chunks = tuple[tuple[float, float], ...]

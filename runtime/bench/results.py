@@ -14,22 +14,6 @@ import msgspec
 
 from ..errors import UsageError
 
-__all__ = [
-    "SCHEMA",
-    "STAGES",
-    "BenchReport",
-    "Environment",
-    "Figure",
-    "Machine",
-    "StageResult",
-    "Timing",
-    "Work",
-    "encode_report",
-    "merged",
-    "read_report",
-    "write_report",
-]
-
 SCHEMA = 1
 
 #: what can be measured, in the order in which it is

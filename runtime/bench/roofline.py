@@ -19,8 +19,6 @@ import numpy as np
 from .results import Environment, Machine
 from .timing import Clock
 
-__all__ = ["environment", "measure_machine", "resident_bytes"]
-
 #: larger than any last-level cache that this would run beside
 _READ_BYTES = 1 << 28
 _PIECE = 1 << 20

@@ -17,8 +17,6 @@ from .results import Figure
 from .timing import Clock, alternate, spread
 from .workloads import Sizes
 
-__all__ = ["measure_solvers"]
-
 
 def measure_solvers(bundle: Bundle, backend: Backend, sizes: Sizes, rounds: int, clock: Clock) -> tuple[Figure, ...]:
     """Every mode over the same codes and noise: seconds, and the mel's distance from ``rk4``.

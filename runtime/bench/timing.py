@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .results import Timing
 
-__all__ = ["CLOCKS", "SETTLE", "Clock", "alternate", "ratio_of", "spread"]
-
 Clock = Callable[[], float]
 
 #: wall: what a user waits for, on an idle machine. cpu: processor time of the process, which other programs hardly

@@ -16,8 +16,6 @@ from typing import Any
 from ..backends.onnxruntime.backend import OrtBackend, OrtGraph
 from ..bundle.reader import Bundle
 
-__all__ = ["Profile", "profile_run", "read_profile", "weight_bytes"]
-
 _PRODUCTS = {
     "MatMul",
     "FusedMatMul",

@@ -23,8 +23,6 @@ from ..generation.thinker import encode_audio, encode_vision
 from ..media.image import image_input
 from ..media.log_mel import chunk_mel, log_mel
 
-__all__ = ["GRAPH_OF", "Job", "Rival", "Sizes", "stage_jobs"]
-
 Array = NDArray[Any]
 
 #: graph that a stage measures

@@ -13,18 +13,6 @@ from ..errors import BundleError
 from .manifest import Manifest
 from .reader import Bundle
 
-__all__ = [
-    "FLOAT16_MAX",
-    "MARGIN",
-    "RANGES_FILE",
-    "LayerRange",
-    "Ranges",
-    "encode_ranges",
-    "limit",
-    "overflowing",
-    "read_ranges",
-]
-
 RANGES_FILE = "ranges.json"
 #: largest finite float16
 FLOAT16_MAX = 65504.0

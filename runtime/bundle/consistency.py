@@ -18,8 +18,6 @@ from .graph_spec import DTYPES, GRAPH_NAMES, SPEECH_GRAPHS, GraphSpec
 from .listed_files import SHA256, bad_path
 from .manifest import KV_FORMS, DecoderGeometry, Manifest, SolverSpec
 
-__all__ = ["check_manifest"]
-
 _SPEECH_FIELDS = ("talker", "talker_sampling", "text_tokens", "codec", "dit", "vocoder", "solver")
 
 

@@ -22,27 +22,6 @@ from .listed_files import SHA256, Document, bad_path, read_document, resolve_lis
 from .manifest import FileRecord, Manifest
 from .reader import MANIFEST_FILE, Bundle
 
-__all__ = [
-    "BUILDERS",
-    "ENGINES_FILE",
-    "ENGINES_SCHEMA_VERSION",
-    "Engine",
-    "EngineListing",
-    "EngineRecord",
-    "Engines",
-    "ListedEngine",
-    "Profile",
-    "ShapeRange",
-    "build_line",
-    "engine_path",
-    "find_engine",
-    "graph_files",
-    "list_engines",
-    "read_listing",
-    "record_path",
-    "verify_engine",
-]
-
 BUILDERS = ("tensorrt", "tensorrt-rtx")
 ENGINES_FILE = "engines/engines.json"
 ENGINES_SCHEMA_VERSION = 1

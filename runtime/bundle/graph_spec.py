@@ -10,8 +10,6 @@ from collections.abc import Mapping
 
 import msgspec
 
-__all__ = ["DTYPES", "GRAPH_NAMES", "SPEECH_GRAPHS", "TEXT_GRAPHS", "DimRange", "GraphSpec", "TensorSpec"]
-
 TEXT_GRAPHS = ("audio_encoder", "vision_encoder", "thinker")
 SPEECH_GRAPHS = ("talker", "dit", "bigvgan")
 GRAPH_NAMES = TEXT_GRAPHS + SPEECH_GRAPHS

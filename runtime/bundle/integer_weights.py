@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["integers_name", "offsets_name", "pack_int4", "scales_name", "zero_points_name"]
-
 
 def integers_name(weight: str) -> str:
     """Initializer that holds a weight's integers."""

@@ -14,8 +14,6 @@ import msgspec
 
 from ..errors import BundleError
 
-__all__ = ["SHA256", "Document", "bad_path", "read_document", "resolve_listed", "sha256_of"]
-
 T = TypeVar("T")
 
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")

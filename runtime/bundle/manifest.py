@@ -9,29 +9,6 @@ import msgspec
 
 from .graph_spec import GraphSpec
 
-__all__ = [
-    "KV_FORMS",
-    "SCHEMA_VERSION",
-    "AudioFrontend",
-    "ChatSpec",
-    "CodecTokens",
-    "DecoderGeometry",
-    "DitGeometry",
-    "FileRecord",
-    "KvSpec",
-    "Manifest",
-    "Quantization",
-    "SamplingConfig",
-    "SolverSpec",
-    "Source",
-    "SpecialTokens",
-    "TextTokens",
-    "VisionFrontend",
-    "VocoderGeometry",
-    "VoiceSpec",
-    "encode_manifest",
-]
-
 SCHEMA_VERSION = 2
 
 #: forms of the KV cache (`KvSpec.form`)

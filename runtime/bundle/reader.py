@@ -21,8 +21,6 @@ from .consistency import check_manifest
 from .listed_files import Document, read_document, resolve_listed, sha256_of
 from .manifest import SCHEMA_VERSION, DecoderGeometry, Manifest, VoiceSpec
 
-__all__ = ["MANIFEST_FILE", "Bundle", "EmbeddingTable", "read_manifest"]
-
 MANIFEST_FILE = "bundle.json"
 _MAX_VOICE_BYTES = 1 << 20
 DOCUMENT = Document(

@@ -24,8 +24,6 @@ from ..errors import BundleError, ExportError
 from .manifest import Manifest
 from .reader import MANIFEST_FILE, read_manifest
 
-__all__ = ["check_space", "folder_lock", "previous_manifest", "staging", "take_over", "unlisted"]
-
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -15,8 +15,6 @@ from ..errors import BackendError
 from .schedule import Turns
 from .timing import StageTimer
 
-__all__ = ["CancelToken", "Cancelled", "GuardedBackend"]
-
 
 class Cancelled(Exception):
     """Unwinds a worker or a push whose turn was cancelled. It never reaches the user."""

@@ -10,8 +10,6 @@ from typing import Generic, TypeVar
 
 from .cancel import CancelToken
 
-__all__ = ["Channel"]
-
 T = TypeVar("T")
 
 

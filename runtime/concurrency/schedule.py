@@ -20,8 +20,6 @@ from .timing import StageTimer
 if TYPE_CHECKING:
     from .cancel import CancelToken
 
-__all__ = ["Pace", "Turns"]
-
 #: graphs by their distance from the sound that is due; encoders are further than all of them
 _NEAREST = ("bigvgan", "dit", "talker", "thinker")
 

@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["StageTimer"]
-
 
 class StageTimer:
     """Adds up wall time by stage: ``with timer("dit"): ...``, from any thread, without what was waited for a turn."""

@@ -21,8 +21,6 @@ from ..prompt.positions import Segment
 from .decoder import Decoder
 from .thinker import require_room
 
-__all__ = ["Conversation"]
-
 Rows = NDArray[np.float32]
 
 #: 0.3 s of speech for a token: 150 English words of 1.3 tokens in a minute

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 from ..backends.base import Graph, KvCache
 from ..errors import OmniportError
 
-__all__ = ["PREFILL_CHUNK", "Decoder"]
-
 #: tokens of one prefill call: attention on the CPU materialises heads x S x L scores
 PREFILL_CHUNK = 512
 

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from ..bundle.manifest import SamplingConfig
 from ..errors import OmniportError, UsageError
 
-__all__ = ["Sampler", "validate_sampling"]
-
 #: Below this temperature the division leaves float32, and only the best token has a chance anyway.
 _COLDEST = 1e-6
 

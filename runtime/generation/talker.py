@@ -18,8 +18,6 @@ from ..errors import BundleError, PromptTooLong
 from .decoder import Decoder
 from .sampling import Sampler
 
-__all__ = ["Talker"]
-
 
 class Talker:
     """The talker, for one reply.

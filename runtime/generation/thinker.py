@@ -18,19 +18,6 @@ from ..prompt.builder import MediaSpan
 from .decoder import Decoder
 from .sampling import Sampler
 
-__all__ = [
-    "VISION_FRAMES",
-    "ThinkerRun",
-    "ThinkerStep",
-    "audio_batches",
-    "embed_media",
-    "encode_audio",
-    "encode_vision",
-    "heard",
-    "require_room",
-    "vision_batches",
-]
-
 #: frames of one vision call at most: engines are built for as many
 VISION_FRAMES = 8
 #: encoder batches that bound memory; neither encoder's attention crosses what a batch is cut from

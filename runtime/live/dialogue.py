@@ -16,8 +16,6 @@ from ..events import AudioChunk, Event
 from ..session import OmniSession
 from ..turn import Turn
 
-__all__ = ["Dialogue", "DialogueEvent", "TurnBegan", "TurnCommitted"]
-
 #: seconds; a reply whose sound was played but for this was heard to its end
 _REST = 0.05
 

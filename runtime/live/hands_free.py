@@ -13,8 +13,6 @@ from ..media.audio import ResampleStream, pcm
 from .dialogue import Dialogue
 from .vad import CHUNK, RATE, SileroVad, SpeechGate, SpeechLimits, VoiceDetector, chunks
 
-__all__ = ["HandsFree"]
-
 
 class HandsFree:
     """Finds turns in a stream of sound.

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from ..errors import UsageError
 
-__all__ = ["CHUNK", "RATE", "SileroVad", "SpeechGate", "SpeechLimits", "VoiceDetector", "require_live"]
-
 #: samples that a detector looks at, and their rate in Hz: what Silero VAD was trained on
 CHUNK = 512
 RATE = 16_000

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from ..errors import MediaError
 from .source import Source, check_source, describe, require, stream
 
-__all__ = ["MAX_SECONDS", "AudioSource", "ResampleStream", "load_audio", "open_av", "pcm", "read_track", "resample"]
-
 AudioSource = Source | tuple[NDArray[Any], float]
 Samples = NDArray[np.float32]
 

@@ -21,8 +21,6 @@ from ..bundle.manifest import VisionFrontend
 from ..errors import MediaError
 from .source import Source, check_source, describe, require, stream
 
-__all__ = ["MAX_ASPECT", "MAX_PIXELS", "ImageSource", "VisionInput", "image_input", "load_image", "video_input"]
-
 ImageSource = Any  # Source | PIL.Image.Image | uint8 or float array: Pillow is optional, so it has no name here
 Pixels = NDArray[np.uint8]
 

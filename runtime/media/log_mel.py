@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from ..bundle.manifest import AudioFrontend
 from ..errors import MediaError
 
-__all__ = ["LogMelStream", "MelBlock", "audio_tokens", "chunk_mel", "log_mel", "mel_filters", "pad_chunk"]
-
 Samples = NDArray[np.float32]
 
 #: log10 of power under the loudest frame of the clip is cut off this far below it

@@ -10,8 +10,6 @@ from typing import Any
 
 from ..errors import MediaError
 
-__all__ = ["Source", "check_source", "describe", "require", "stream"]
-
 Source = str | os.PathLike[str] | bytes
 
 

@@ -17,8 +17,6 @@ from .audio import open_av, read_track, resample
 from .image import MAX_PIXELS
 from .source import Source, check_source, describe, require, stream
 
-__all__ = ["MAX_BYTES", "VideoClip", "load_video"]
-
 #: most memory that the sampled frames of one clip may take
 MAX_BYTES = 4 << 30
 SAMPLING_RATE = 16000

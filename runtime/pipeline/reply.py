@@ -24,8 +24,6 @@ from ..prompt.positions import Segment
 from ..prompt.tokenizer import TextCodec
 from .workers import SpeechTask, Workers
 
-__all__ = ["Reply", "ReplyTask"]
-
 
 @dataclass(frozen=True)
 class ReplyTask:

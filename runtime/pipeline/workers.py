@@ -30,8 +30,6 @@ from ..generation.thinker import ThinkerRun
 from ..prompt.tokenizer import TextStream
 from ..speech.token2wav import MelPiece, Token2Wav
 
-__all__ = ["SpeechTask", "Workers"]
-
 #: rows that the thinker is ahead of the talker at most: some seconds of speech
 _ROWS = 64
 #: events that the caller has not taken at most

@@ -22,8 +22,6 @@ from ..media.video import load_video
 from .positions import Layout, SoundVideo, grid_positions, video_times
 from .tokenizer import TextCodec
 
-__all__ = ["Media", "MediaSpan", "Part", "Prompt", "build_prompt", "check_content"]
-
 MediaKind = Literal["audio", "image", "video"]
 
 _ROLES = ("system", "user", "assistant")

@@ -17,8 +17,6 @@ from ..media.image import Pixels, VisionInput, target_size, video_input
 from ..media.log_mel import LogMelStream, MelBlock, audio_tokens, pad_chunk, require_tokens
 from .positions import Layout, SoundVideo, grid_positions, video_times
 
-__all__ = ["Encoders", "LiveClip"]
-
 Floats = NDArray[np.float32]
 
 #: a frame whose time stamp was rounded up by less than this is on show at its instant (seconds), see ``video``

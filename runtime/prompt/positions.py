@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from ..bundle.manifest import Manifest
 from .tokenizer import TextCodec
 
-__all__ = ["Layout", "Segment", "SoundVideo", "grid_positions", "piece_span", "video_times"]
-
 Positions = NDArray[np.int64]
 Placed = Callable[[slice, NDArray[np.int64]], None]
 """told which tokens of a medium were laid out, and their places in the layout"""

@@ -16,8 +16,6 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from ..bundle.manifest import SpecialTokens
 from ..errors import BundleError, PromptError
 
-__all__ = ["TextCodec", "TextStream"]
-
 
 def _byte_alphabet() -> dict[str, int]:
     """The character that stands for each byte in a byte-level BPE vocabulary (GPT-2's table), reversed."""

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from ..bundle.manifest import SolverSpec
 from ..errors import UsageError
 
-__all__ = ["METHODS", "SOLVERS", "Solver", "Velocity", "rk4_schedule", "solve", "with_method"]
-
 #: methods that a bundle's schedule may be made for, with the evaluations of one interval
 METHODS: Mapping[str, int] = {"rk4-3/8": 4}
 

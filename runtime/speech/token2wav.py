@@ -21,8 +21,6 @@ from ..concurrency.timing import StageTimer
 from ..errors import BundleError, OmniportError, UsageError
 from .ode import Solver, solve, with_method
 
-__all__ = ["WINDOWS", "MelPiece", "NoiseStream", "SpeechWindows", "Token2Wav", "Window"]
-
 #: fewest mel frames of context that the vocoder is near exact with
 _LEAST_CONTEXT = 20
 _NOISE_BLOCK = 24

@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-__all__ = ["WriteBehind", "expect", "forget"]
-
 
 def expect(fd: int, first: int, count: int) -> None:
     """Have the system fetch these bytes of a file while what is read first is worked on."""

@@ -37,8 +37,8 @@ PAGES = (
 STRUCTS = [
     struct
     for module in (manifest, graphs, engines)
-    for struct in (getattr(module, name) for name in module.__all__)
-    if isinstance(struct, type) and issubclass(struct, msgspec.Struct)
+    for struct in vars(module).values()
+    if isinstance(struct, type) and issubclass(struct, msgspec.Struct) and struct.__module__ == module.__name__
 ]
 
 

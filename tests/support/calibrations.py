@@ -25,8 +25,6 @@ from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.session import OmniSession
 
-__all__ = ["calibrate_bundle"]
-
 #: values of a site that its histogram is taken over
 SAMPLE = 200_000
 

@@ -14,8 +14,6 @@ from omniport.runtime.backends.base import Array, Graph, KvCache
 from omniport.runtime.bundle.manifest import DecoderGeometry, Manifest
 from omniport.runtime.errors import BackendError
 
-__all__ = ["FakeBackend", "FakeBigVgan", "FakeCache", "FakeDecoder", "FakeDit", "FakeEncoder", "FakeGraph"]
-
 Outputs = dict[str, NDArray[np.float32]]
 
 

@@ -15,8 +15,6 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.media.audio import open_av, read_track
 from support.fake_backend import FakeBackend, FakeDecoder
 
-__all__ = ["Live", "film", "pieces", "push_film", "sort", "voice"]
-
 
 class Live:
     """A session over fake graphs, with its decoders at hand. ``room``: graph runs at once; any number if None."""

@@ -34,8 +34,6 @@ from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-__all__ = ["SYSTEM", "DecoderTrace", "Inputs", "Reference", "Reply", "relative_rms"]
-
 Floats = NDArray[np.float32]
 
 #: the system prompt that speech was trained with (the model card's)

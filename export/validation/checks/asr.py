@@ -23,8 +23,6 @@ from omniport.runtime.session import OmniSession
 from ..context import Context
 from ..types import FAIL, NOT_RUN, PASS, Check
 
-__all__ = ["asr_checks", "parse_command", "word_error_rate", "words"]
-
 _QUESTION = "Say in one short sentence what the sea looks like."
 _TIMEOUT = 300.0
 

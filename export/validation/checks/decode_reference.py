@@ -15,8 +15,6 @@ from ...evaluation.signals import generator, random_positions, random_tokens
 from ..context import Context
 from ..reference import array_key
 
-__all__ = ["CUT", "DECODERS", "FIRST", "REWRITTEN", "WHOLE", "Tokens", "Trail", "decoder_references", "token_sequences"]
-
 Array = NDArray[np.float32]
 
 #: tokens of the first turn, of the whole conversation, where the cache is cut back to, and length after that: shorter

@@ -23,8 +23,6 @@ from ..types import FAIL, PASS, Check
 from .decode_reference import CUT, DECODERS, FIRST, REWRITTEN, WHOLE, Tokens, Trail, decoder_references, token_sequences
 from .graphs import array_check, load_graph
 
-__all__ = ["decode_checks"]
-
 Array = NDArray[np.float32]
 
 

@@ -34,8 +34,6 @@ from .graphs import array_check
 from .preprocessing import equal_check, prompt_checks
 from .solver import known_flow_check, trajectory_checks
 
-__all__ = ["end_to_end_checks"]
-
 _QUICK = ("text", "audio and image")
 _FULL = ("text", "audio", "image", "video", "video with sound", "mixed")
 #: text and codec tokens of a reply

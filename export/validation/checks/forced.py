@@ -28,8 +28,6 @@ from .graphs import array_check
 from .speech_blame import blame_mel
 from .speech_verdict import Verdict
 
-__all__ = ["coarsest", "decisions_check", "ids_check", "speech_parts", "talker_check", "thinker_checks"]
-
 #: from the finest to the coarsest
 _PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
 #: tokens shown on each side of the first difference

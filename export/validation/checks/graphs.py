@@ -36,8 +36,6 @@ from ..tolerances import limit
 from ..types import FAIL, NOT_RUN, PASS, Check
 from .decode_reference import DECODERS, decoder_references
 
-__all__ = ["array_check", "graph_cases", "graph_checks", "load_graph"]
-
 Array = NDArray[np.float32]
 
 #: largest shapes that are checked, by dimension of the spec. The reference's attention is dense, its vocoder takes ten

@@ -30,8 +30,6 @@ from ..types import FAIL, NOT_RUN, Check
 from .decode_reference import DECODERS
 from .graphs import array_check
 
-__all__ = ["trace_layers"]
-
 Array = NDArray[np.float32]
 
 LENGTH = 24

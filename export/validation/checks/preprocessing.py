@@ -28,8 +28,6 @@ from ..reference_inputs import Inputs, Processor, open_processor
 from ..types import FAIL, NOT_RUN, PASS, Check
 from .graphs import array_check
 
-__all__ = ["equal_check", "laid_out", "position_checks", "preprocess_checks", "prompt_checks"]
-
 #: seconds of sound: less than one chunk, exactly one, and several with a partial last one
 _SECONDS = (0.31, 2.0, 4.33)
 #: height and width of pictures: small, square, ragged windows, and beyond the largest size that is kept

@@ -19,8 +19,6 @@ from ..reference_reply import Floats, Solve
 from ..types import FAIL, Check
 from .graphs import array_check
 
-__all__ = ["known_flow_check", "trajectory_checks"]
-
 _CODES = 15
 #: schedule of ``Qwen2_5OmniToken2WavDiTModel.sample``
 _POINTS, _SWAY = 10, -1.0

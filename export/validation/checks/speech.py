@@ -26,8 +26,6 @@ from .speech_cases import SpeechCase, reference_mel, reference_wave, speech_case
 from .speech_runs import SpeechRun, centred, mel_error, speak, streamed_mel, without_context
 from .speech_verdict import Verdict
 
-__all__ = ["asr_checks", "speech_checks"]
-
 #: from the finest to the coarsest
 _PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
 

@@ -15,8 +15,6 @@ from omniport.runtime.speech.ode import rk4_schedule, solve
 
 from ...evaluation.metrics import compare
 
-__all__ = ["blame_mel", "misplaced_chunks"]
-
 Floats = NDArray[np.float32]
 
 #: correlation above which a chunk is the same sound as another piece

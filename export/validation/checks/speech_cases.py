@@ -19,8 +19,6 @@ from ...models.voices import Speaker, load_speakers
 from ..context import Context
 from ..reference import array_key
 
-__all__ = ["FULL_LENGTHS", "QUICK_LENGTHS", "SpeechCase", "geometry", "reference_mel", "reference_wave", "speech_cases"]
-
 Wave = NDArray[np.float32]
 
 #: codes of a reply: one, and both sides of the borders of one, three and five blocks of 12

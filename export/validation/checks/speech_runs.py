@@ -19,8 +19,6 @@ from ...evaluation.metrics import compare
 from ..context import Context
 from .speech_cases import SpeechCase, geometry
 
-__all__ = ["SpeechRun", "centred", "mel_error", "speak", "streamed_mel", "without_context"]
-
 Wave = NDArray[np.float32]
 
 

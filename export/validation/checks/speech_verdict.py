@@ -13,8 +13,6 @@ from ..tolerances import limit
 from ..types import FAIL, PASS, Check
 from .speech_runs import SpeechRun
 
-__all__ = ["Verdict"]
-
 Wave = NDArray[np.float32]
 Figures = dict[str, float | int | bool | str | None]
 

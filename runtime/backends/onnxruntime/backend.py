@@ -35,8 +35,6 @@ from .plugin import PROVIDER, plugin_devices
 if TYPE_CHECKING:
     from ...bundle.reader import Bundle
 
-__all__ = ["OrtBackend", "OrtGraph", "cuda_usable", "physical_cores"]
-
 _WARNING = 2
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt-rtx": PROVIDER}
 

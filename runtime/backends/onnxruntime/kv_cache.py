@@ -12,8 +12,6 @@ import numpy as np
 from ...bundle.graph_spec import DTYPES, GraphSpec
 from ...errors import BackendError, BundleError, OmniportError
 
-__all__ = ["GrowingCache", "OrtCache", "StaticCache"]
-
 #: device type, number and vendor (NVIDIA's PCI id) of the memory that a static cache lies in
 _MEMORY: Mapping[str, tuple[Any, ...]] = {"cuda": ("cuda", 0), "tensorrt-rtx": ("gpu", 0, 0x10DE)}
 #: onnx.TensorProto.BFLOAT16, for which numpy has no type

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from ...errors import BundleError
 
-__all__ = ["STANDARD_DOMAINS", "OnnxSummary", "scan_onnx"]
-
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 
 # Field numbers of onnx.proto.

@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["HOT_GRAPHS", "host_nodes", "record_placement", "warn_of_host_nodes"]
-
 #: graphs that run hundreds of times a reply
 HOT_GRAPHS = ("thinker", "talker", "dit")
 _CPU = "CPUExecutionProvider"

@@ -8,8 +8,6 @@ from typing import Any
 
 from ...errors import BackendError
 
-__all__ = ["MODULE", "PROVIDER", "plugin_devices"]
-
 MODULE = "onnxruntime_ep_nv_tensorrt_rtx"
 PROVIDER = "NvTensorRTRTXExecutionProvider"
 _INSTALL = "pip install onnxruntime-ep-nv-tensorrt-rtx"

@@ -34,8 +34,6 @@ from .runtime_api import EngineRuntime, LoadedEngine, TrtRuntime
 if TYPE_CHECKING:
     from ...bundle.reader import Bundle
 
-__all__ = ["DecodeTiming", "TrtBackend", "TrtGraph", "positions_bucket"]
-
 #: fewest positions of a decoding step: a step reads the weights, and 256 rows of the cache are little beside them
 _LEAST_BUCKET = 256
 #: runs that are timed to choose between a CUDA graph and the plain call

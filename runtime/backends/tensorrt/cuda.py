@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from ...errors import BackendError
 
-__all__ = ["CudaDriver", "DeviceBuffer", "Driver", "PinnedBuffer", "gpu_capability"]
-
 # CUdevice_attribute of cuda.h
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 

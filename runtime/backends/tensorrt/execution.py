@@ -17,8 +17,6 @@ from ..base import Array
 from .cuda import DeviceBuffer, Driver, PinnedBuffer
 from .runtime_api import ExecutionContext
 
-__all__ = ["Lane", "Scratch", "from_bfloat16", "to_bfloat16"]
-
 #: specs' names of dtypes -> what holds them on the host; numpy has no bfloat16
 _HELD: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

@@ -19,8 +19,6 @@ import msgspec
 
 from ...bundle.engines import Engine
 
-__all__ = ["MOST_BYTES", "KernelFile"]
-
 #: a file that is larger is not read: the kernels of an engine are a few megabytes
 MOST_BYTES = 256 << 20
 _MOST_HEADER = 4096

@@ -9,8 +9,6 @@ from ...errors import BundleError, OmniportError
 from .cuda import DeviceBuffer, Driver
 from .execution import Lane
 
-__all__ = ["GrowingTrtCache", "StaticTrtCache", "TrtCache"]
-
 
 class TrtCache(ABC):
     """KV cache of one conversation, [1, Hkv, tokens, D] for each key and value of each layer."""

@@ -17,18 +17,6 @@ from typing import Any, Protocol
 from ...errors import BackendError
 from .trt_log import listen
 
-__all__ = [
-    "EXTRAS",
-    "MODULES",
-    "USED",
-    "EngineRuntime",
-    "EngineTensor",
-    "ExecutionContext",
-    "LoadedEngine",
-    "TrtRuntime",
-    "installed_runtimes",
-]
-
 #: backend -> its Python module, and the extra that brings it
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}

@@ -11,8 +11,6 @@ import weakref
 from collections import deque
 from typing import Any
 
-__all__ = ["Messages", "listen"]
-
 _KEPT = ("INTERNAL_ERROR", "ERROR", "WARNING")
 #: messages that a listener holds at most: nobody reads those of a session that runs well
 _MOST = 1000
