@@ -50,7 +50,7 @@ class Reference:
         self._salt = [checkpoint.fingerprint, *versions]
 
     def part(self, graph: str) -> nn.Module:
-        """The transformers module behind a graph (see `omniport.export.evaluation.reference_modules.load_reference`)."""
+        """The transformers module behind a graph (see `load_reference`)."""
         if self._name != graph or self._module is None:
             self._module = None
             give_back()  # of the part before, and of what made the inputs
