@@ -26,12 +26,13 @@ def in_fresh_python(code: str) -> dict[str, object]:
 
 
 def test_import_is_fast_and_light() -> None:
+    """Processor seconds beside those of numpy's import on the same machine (0.1 s on a desktop core)."""
     code = (
-        "start = time.perf_counter()\nimport omniport.runtime\n"
-        "found = {'seconds': time.perf_counter() - start, 'modules': sorted(sys.modules)}"
+        "start = time.process_time()\nimport numpy\nthen = time.process_time()\nimport omniport.runtime\n"
+        "found = {'numpy': then - start, 'ours': time.process_time() - then, 'modules': sorted(sys.modules)}"
     )
     runs = [in_fresh_python(code) for _ in range(3)]
-    assert min(float(str(run["seconds"])) for run in runs) < 0.3
+    assert min(float(str(run["ours"])) for run in runs) < min(float(str(run["numpy"])) for run in runs)
     loaded = {str(name).partition(".")[0] for name in list(runs[0]["modules"])}  # type: ignore[call-overload]
     assert not loaded & HEAVY
 
@@ -91,7 +92,7 @@ def test_imports_of_each_file(path: Path) -> None:
 
 
 def test_the_walk_sees_files_and_imports() -> None:
-    assert {"session.py", "solver.py", "ort.py"} <= {path.name for path in SOURCES}
+    assert {"session.py", "ode.py", "staging.py"} <= {path.name for path in SOURCES}
     tree = ast.parse(
         "import torch.nn\nif x:\n    from onnx import y\ndef f():\n    import av\nclass A:\n    import PIL"
     )

@@ -1,7 +1,8 @@
 """A backend of small deterministic functions in place of graphs, for tests of everything around them.
 
 Shapes, dtypes and the use of the cache are checked on every call. Outputs depend on what a real graph's would: a
-decoder's on the whole live cache and the positions, the DiT's and the vocoder's on what is near.
+decoder's on the whole live cache and the positions, the DiT's and the vocoder's on what is near. Sums are float64 and
+rounded once, so that results do not depend on the order in which a BLAS kernel adds.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ class FakeDecoder(FakeGraph):
         width, inner = geometry.embedding_size, geometry.hidden_size
         self._geometry = geometry
         self._hidden = hidden
-        self._context = rng.standard_normal((width, inner)).astype(np.float32)
-        self._own = rng.standard_normal((width, inner)).astype(np.float32)
-        self._head = rng.standard_normal((inner, geometry.vocab_size)).astype(np.float32)
+        self._context = rng.standard_normal((width, inner))
+        self._own = rng.standard_normal((width, inner))
+        self._head = rng.standard_normal((inner, geometry.vocab_size))
         self.script = list(script)
         self.hidden_rows: list[NDArray[np.float32]] = []
 
@@ -100,9 +101,9 @@ class FakeDecoder(FakeGraph):
         assert np.isfinite(live).all(), "a cache row that was never written"
         mean = np.cumsum(live, axis=0)[start:] / np.arange(start + 1, start + count + 1)[:, None]
         turn = np.sin(positions[:, 0].astype(np.float64) * [[0.1], [0.2], [0.3]]).sum(axis=0)[:, None]
-        hidden = np.tanh(mean @ self._context + embeds[0] @ self._own + turn).astype(np.float32)
+        hidden = np.tanh(mean @ self._context + embeds[0].astype(np.float64) @ self._own + turn).astype(np.float32)
         self.hidden_rows.extend(hidden)
-        logits = (hidden[-1:] @ self._head).astype(np.float32)
+        logits = (hidden[-1:].astype(np.float64) @ self._head).astype(np.float32)
         step = int(start) + count - cache.prompt
         if step < len(self.script):
             logits[0, self.script[step]] = 1e3
@@ -115,19 +116,19 @@ class FakeEncoder(FakeGraph):
     def __init__(self, kind: str, inner: int, width: int, seed: int = 0) -> None:
         super().__init__()
         self._audio = kind == "audio"
-        self._weight = np.random.default_rng(seed).standard_normal((inner, width)).astype(np.float32)
+        self._weight = np.random.default_rng(seed).standard_normal((inner, width))
 
     def compute(self, feeds: Mapping[str, Array], cache: KvCache | None) -> Outputs:
         """Audio: mel [C, n_mels, F] -> [C, F/4, H]. Vision: patches [T, N, P] -> [T*N/4, H]."""
         if self._audio:
             clips, mels, frames = feeds["mel"].shape
             assert (feeds["frames"] <= frames).all()
-            means = feeds["mel"].reshape(clips, mels, frames // 4, 4).mean(-1).transpose(0, 2, 1)
+            means = feeds["mel"].reshape(clips, mels, frames // 4, 4).mean(-1, dtype=np.float64).transpose(0, 2, 1)
         else:
             count, patches, values = feeds["patches"].shape
             assert feeds["grid_hw"].shape == (patches, 2)
             assert feeds["window_index"].shape == (feeds["window_valid"].size,)
-            means = feeds["patches"].reshape(count * patches // 4, 4, values).mean(1)
+            means = feeds["patches"].reshape(count * patches // 4, 4, values).mean(1, dtype=np.float64)
         return {"embeds": (means @ self._weight).astype(np.float32)}
 
 

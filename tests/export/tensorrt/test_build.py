@@ -119,12 +119,9 @@ def test_a_second_build_does_nothing_and_imports_no_builder(built_tiny: Path) ->
         "finally:\n    print('imported', 'tensorrt_rtx' in sys.modules, 'onnx' in sys.modules, file=sys.stderr)"
     )
     command = [sys.executable, "-c", code, "build", str(built_tiny), "--target", "rtx-4090", "--json"]
-    best = 60.0
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        best = min(best, time.perf_counter() - started)
-    assert best < 2
+    spent = os.times().children_user
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert os.times().children_user - spent < 2  # processor seconds: the clock also counts what else the machine does
     assert "imported False" in done.stderr
     assert not any(row["built"] for row in json.loads(done.stdout)["engines"])
     assert {path: path.stat().st_mtime_ns for path in (built_tiny / "engines").rglob("*")} == before

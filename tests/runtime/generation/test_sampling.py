@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from omniport.runtime.bundle.manifest import SamplingConfig
 from omniport.runtime.errors import OmniportError, UsageError, UserError
 from omniport.runtime.generation.sampling import Sampler, validate_sampling
+from support.timing import ratio
 from transformers.generation import logits_process as reference
 
 VOCABULARY = 152_064
@@ -224,20 +224,16 @@ def test_misuse(act: Callable[[], int], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "limit"),
+    ("config", "sorts"),
     [
-        (SamplingConfig(temperature=0.0, repetition_penalty=1.05), 0.002),
-        (SamplingConfig(temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05), 0.005),
-        (SamplingConfig(temperature=0.9, top_p=0.8), 0.02),
+        (SamplingConfig(temperature=0.0, repetition_penalty=1.05), 0.05),
+        (SamplingConfig(temperature=0.9, top_k=40, top_p=0.8, repetition_penalty=1.05), 0.5),
+        (SamplingConfig(temperature=0.9, top_p=0.8), 2.0),
     ],
 )
-def test_speed(config: SamplingConfig, limit: float) -> None:
-    """The best of many rounds: a busy machine cannot fail this, sorting the vocabulary does."""
+def test_speed(config: SamplingConfig, sorts: float) -> None:
+    """In units of a stable sort of the vocabulary, on this machine: sorting it fails the first two."""
     sampler = Sampler(config, np.random.default_rng(0))
     logits, history = random_logits(VOCABULARY, 0), np.arange(2000)
-    best = float("inf")
-    for _ in range(30):
-        start = time.perf_counter()
-        sampler.pick(logits, history)
-        best = min(best, time.perf_counter() - start)
-    assert best < limit
+    pick, sort = lambda: sampler.pick(logits, history), lambda: np.argsort(logits, kind="stable")
+    assert ratio(pick, sort, rounds=10) < sorts

@@ -219,18 +219,26 @@ def test_a_run_ends_at_its_next_operator(tiny_bundle: Path) -> None:
     """The longest window of the vocoder takes seconds on a CPU; nobody who interrupts waits for its end."""
     backend = OrtBackend(Bundle.open(tiny_bundle))
     mel = {"mel": np.random.default_rng(0).standard_normal((1, 80, 4000)).astype(np.float32) - 5}
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock's: what else the machine does is no work of ours
     backend.graph("bigvgan").run(mel)
-    whole = time.perf_counter() - start
-    assert whole > 0.2, "too quick to be interrupted"
+    whole = time.process_time() - start
+    assert whole > 0.1, "too quick to be interrupted"
     for late in (0.0, 0.3):
         token = CancelToken()
         graph = GuardedBackend(backend, token, StageTimer()).graph("bigvgan")
-        threading.Timer(late * whole, token.cancel).start()
-        start = time.perf_counter()
+        start = time.process_time()
+
+        def cancel(until: float = start + late * whole, token: CancelToken = token) -> None:
+            while time.process_time() < until:
+                time.sleep(0.001)
+            token.cancel()
+
+        canceller = threading.Thread(target=cancel)
+        canceller.start()
         with pytest.raises(Cancelled):
             graph.run(mel)
-        assert time.perf_counter() - start < (late + 0.3) * whole
+        assert time.process_time() - start < (late + 0.4) * whole
+        canceller.join()
 
 
 def test_cancel_twice_after_the_end_and_before_anything(root: Path) -> None:
