@@ -119,6 +119,19 @@ def stats_line(stats: Stats) -> str:
     return " | ".join([*parts, f"{stats.total_time:.2f} s in all", stats.backend])
 
 
+def user_message(
+    text: str, audio: list[Path], image: list[Path], video: list[Path], use_audio_in_video: bool
+) -> dict[str, Any]:
+    """One user message. Parts come in the order video, image, audio, text, as the model's users arrange them."""
+    parts: list[dict[str, Any]] = []
+    parts += [{"type": "video", "video": path, "use_audio": use_audio_in_video} for path in video]
+    parts += [{"type": "image", "image": path} for path in image]
+    parts += [{"type": "audio", "audio": path} for path in audio]
+    if text:
+        parts.append({"type": "text", "text": text})
+    return {"role": "user", "content": parts}
+
+
 def chat(replier: Replier, system: str | None, speak: Path | None, use_audio_in_video: bool) -> None:
     """Hold a conversation: every line of stdin is a turn; what was said stays in the KV cache.
 
@@ -126,8 +139,6 @@ def chat(replier: Replier, system: str | None, speak: Path | None, use_audio_in_
     ``reply.wav``, turn n is spoken into ``reply-n.wav``.
     """
     from omniport.runtime.errors import UserError
-
-    from .commands.run import user_message
 
     console = log_console(replier.quiet)
     console.print(CHAT_HELP, style="dim", markup=False)

@@ -67,7 +67,7 @@ class Matrix:
 
     def _key(self, bundle: Path, target: str, graph: str) -> str:
         """The builder, the code that drives it, and what the engine is made from."""
-        from omniport.export.devices.catalog import find_target
+        from omniport.export.devices.detect import find_target
         from omniport.export.tensorrt.build import engine_key
         from omniport.export.tensorrt.profiles import Limits
         from omniport.runtime.bundle.reader import Bundle
@@ -106,7 +106,7 @@ def fp8_rows() -> list[Row]:
     """FP8 where it is and where it is not, on one quantized matrix product (tests/support/onnx_graphs.py)."""
     sys.path.insert(0, str(ROOT / "tests"))
     import onnx
-    from omniport.export.devices.catalog import find_target
+    from omniport.export.devices.detect import find_target
     from omniport.export.tensorrt.builder_api import load_api
     from omniport.export.tensorrt.engine_builder import build_engine
     from omniport.runtime.errors import BuildError
@@ -215,7 +215,7 @@ def main() -> None:
 
 
 def _write(out: Path, rows: list[Row]) -> None:
-    from omniport.export.devices.catalog import find_target
+    from omniport.export.devices.detect import find_target
     from omniport.export.tensorrt.build import builder_version
 
     document = {

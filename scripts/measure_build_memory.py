@@ -74,7 +74,7 @@ class _Sampler:
 
 
 def _child(folder: str, graph: str, target: str, way: str) -> dict[str, Any]:
-    from omniport.export.devices.catalog import find_target
+    from omniport.export.devices.detect import find_target
     from omniport.export.tensorrt import engine_builder as engine
     from omniport.export.tensorrt.builder_api import load_api
     from omniport.runtime.bundle.reader import Bundle

@@ -87,7 +87,7 @@ def command(
     boards and Hopper build for themselves. Exits with 1 when --check finds that something does not fit.
     """
     wanted = graph_list(graphs)
-    from omniport.export.devices.catalog import find_target
+    from omniport.export.devices.detect import find_target
     from omniport.export.tensorrt.profiles import limits_of
     from omniport.runtime.bundle.reader import Bundle
 

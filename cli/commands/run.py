@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..common import JsonFlag, QuietFlag
+from ..show_reply import Replier, chat, user_message
 
 NAME = "run"
 EXAMPLE = "omniport run bundle --audio question.wav --image picture.png --speak reply.wav"
@@ -73,8 +74,6 @@ def command(
 
     from omniport.runtime import OmniSession
 
-    from ..show_reply import Replier, chat
-
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     with OmniSession.open(bundle, backend=backend.value) as session:
         if speak is not None:
@@ -86,16 +85,3 @@ def command(
             replier.reply([*messages, message], speak)
         else:
             chat(replier, system, speak, use_audio_in_video)
-
-
-def user_message(
-    text: str, audio: list[Path], image: list[Path], video: list[Path], use_audio_in_video: bool
-) -> dict[str, Any]:
-    """One user message. Parts come in the order video, image, audio, text, as the model's users arrange them."""
-    parts: list[dict[str, Any]] = []
-    parts += [{"type": "video", "video": path, "use_audio": use_audio_in_video} for path in video]
-    parts += [{"type": "image", "image": path} for path in image]
-    parts += [{"type": "audio", "audio": path} for path in audio]
-    if text:
-        parts.append({"type": "text", "text": text})
-    return {"role": "user", "content": parts}

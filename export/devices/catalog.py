@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omniport.runtime.errors import UsageError
-
 #: number formats in the order in which they are shown
 PRECISION_NAMES = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp4")
 
@@ -198,22 +196,6 @@ TARGETS: dict[str, Target] = {
         _gpu("dgx-spark", "DGX Spark (GB10)", "12.1", 128, 273, 125, unified=True),
     )
 }
-
-
-def find_target(name: str) -> Target:
-    """The target of that name; ``this`` asks the driver for the machine's own GPU.
-
-    Raises:
-        UsageError: an unknown name; lists the known ones.
-        BackendError: ``this`` on a machine without a usable NVIDIA GPU.
-    """
-    if name == THIS:
-        from .detect import this_target
-
-        return this_target()
-    if name not in TARGETS:
-        raise UsageError(f"no target named {name!r}; known: {', '.join((*TARGETS, THIS))}")
-    return TARGETS[name]
 
 
 def nearest_rtx_capability(capability: str) -> str:

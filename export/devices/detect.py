@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-from omniport.runtime.errors import BackendError
+from omniport.runtime.errors import BackendError, UsageError
 
 from .catalog import TARGETS, THIS, Target, precisions_of
 
@@ -27,6 +27,20 @@ class Device:
     memory_bytes: int
     integrated: bool
     bandwidth: float
+
+
+def find_target(name: str) -> Target:
+    """The target of that name; ``this`` asks the driver for the machine's own GPU.
+
+    Raises:
+        UsageError: an unknown name; lists the known ones.
+        BackendError: ``this`` on a machine without a usable NVIDIA GPU.
+    """
+    if name == THIS:
+        return this_target()
+    if name not in TARGETS:
+        raise UsageError(f"no target named {name!r}; known: {', '.join((*TARGETS, THIS))}")
+    return TARGETS[name]
 
 
 def this_target() -> Target:

@@ -18,7 +18,8 @@ from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from omniport.runtime.errors import UsageError
 
 from ..devices.budget import memory_usable
-from ..devices.catalog import TARGETS, THIS, Target, find_target
+from ..devices.catalog import TARGETS, THIS, Target
+from ..devices.detect import find_target
 
 #: the name of this machine's processor
 CPU = "cpu"

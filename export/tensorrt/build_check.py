@@ -17,7 +17,8 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
 
 from ..devices.budget import BUILD_CONSTANT, BUILD_FACTOR, memory_usable
-from ..devices.catalog import RTX_CAPABILITIES, Target, find_target, nearest_rtx_capability
+from ..devices.catalog import RTX_CAPABILITIES, Target, nearest_rtx_capability
+from ..devices.detect import find_target
 from .build import check_bundle_precision, on_device, require_ranges
 from .builder_api import Api, load_api, too_old_for
 from .engine_builder import Progress, build_engine, check_precision

@@ -9,14 +9,8 @@ from typing import Any
 
 import pytest
 from omniport.cli.main import app
-from omniport.export.devices.catalog import (
-    PRECISION_NAMES,
-    RTX_CAPABILITIES,
-    TARGETS,
-    find_target,
-    nearest_rtx_capability,
-)
-from omniport.export.devices.detect import Device, device_target, read_device, this_target
+from omniport.export.devices.catalog import PRECISION_NAMES, RTX_CAPABILITIES, TARGETS, nearest_rtx_capability
+from omniport.export.devices.detect import Device, device_target, find_target, read_device, this_target
 from omniport.runtime.errors import BackendError, UsageError
 from typer.testing import CliRunner
 

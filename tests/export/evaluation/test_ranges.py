@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from omniport.cli.main import run
-from omniport.export.devices.catalog import find_target
+from omniport.export.devices.detect import find_target
 from omniport.export.evaluation.cases import TOLERANCES, check_bundle
 from omniport.export.evaluation.half_emulation import EmulatedBackend
 from omniport.export.evaluation.measure_ranges import measure_ranges, store_ranges

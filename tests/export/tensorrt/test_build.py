@@ -16,8 +16,8 @@ from typing import Any
 import onnx
 import pytest
 from omniport.cli.main import app
-from omniport.export.devices.catalog import TARGETS, find_target
-from omniport.export.devices.detect import Device, device_target
+from omniport.export.devices.catalog import TARGETS
+from omniport.export.devices.detect import Device, device_target, find_target
 from omniport.export.tensorrt.build import build_bundle, builder_version, choose_builder
 from omniport.export.tensorrt.build_check import build_memory, check_bundle, memory_needed
 from omniport.export.tensorrt.profiles import Limits

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from omniport.export.devices.catalog import TARGETS, find_target
+from omniport.export.devices.catalog import TARGETS
+from omniport.export.devices.detect import find_target
 from omniport.export.tensorrt.builder_api import Api, load_api
 from omniport.export.tensorrt.engine_builder import build_engine
 from omniport.export.tensorrt.network import check_unused

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omniport.export.devices.catalog import find_target
+from omniport.export.devices.detect import find_target
 from omniport.export.tensorrt.build import build_bundle
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.tensorrt import runtime_api as trt_runtime
