@@ -32,11 +32,11 @@ test: lint
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 demo: $(INSTALLED)
-	$(PYTHON) scripts/demo.py
+	$(PYTHON) -m scripts.demo
 
 docs: $(INSTALLED)
-	$(PYTHON) scripts/cli_docs.py
-	$(PYTHON) scripts/validate_docs.py
+	$(PYTHON) -m scripts.cli_docs
+	$(PYTHON) -m scripts.validate_docs
 
 MATRIX := .work/small
 
@@ -51,17 +51,17 @@ $(CALIB): | $(MATRIX)
 	$(VENV)/bin/omniport calibrate $(MATRIX) $@ --data .work/samples/calib.jsonl --max-speech 0.8
 
 build-matrix: $(INSTALLED) $(CALIB)
-	$(PYTHON) scripts/build_matrix.py $(MATRIX) --work .work/matrix --calib $(CALIB) --recipes $(RECIPES)
+	$(PYTHON) -m benchmarks.build_matrix $(MATRIX) --work .work/matrix --calib $(CALIB) --recipes $(RECIPES)
 
 $(MATRIX)-fp32: | $(MATRIX)
 	$(VENV)/bin/omniport export $(MATRIX) $@
 
 bench-check: $(INSTALLED) $(MATRIX)-fp32
-	$(PYTHON) scripts/bench_check.py $(MATRIX)-fp32 $(MATRIX)
+	$(PYTHON) -m benchmarks.bench_check $(MATRIX)-fp32 $(MATRIX)
 
 gpu-check: $(INSTALLED)
 	$(PYTHON) -m pytest -q -m gpu tests/benchmarks/test_gpu.py
-	$(PYTHON) scripts/gpu_check.py
+	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) demo build .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Write docs/cli.md from the command line's own definitions.
 
-Usage: python scripts/cli_docs.py [--check]
+Usage: python -m scripts.cli_docs [--check]
 
 ``--check`` writes nothing and exits with 1 when docs/cli.md is not what the code says (a test runs the same check).
 The page is made from the parameters and not from ``--help`` output, so it does not change with typer's version.

@@ -1,6 +1,6 @@
 """Show the whole way on random weights: checkpoint, export, parity with PyTorch, a spoken reply to a spoken question.
 
-Usage: python scripts/demo.py [--out demo]
+Usage: python -m scripts.demo [--out demo]
 
 Everything is made on the spot and nothing is downloaded. A second run keeps the checkpoint and the graphs.
 """
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from omniport.cli.common import log_console, print_table, progress_bar
 from omniport.cli.show_reply import Replier
-from sample_media import QUESTION, make_media
+
+from scripts.sample_media import QUESTION, make_media
 
 if TYPE_CHECKING:
     from omniport.export.evaluation.cases import ParityRow

@@ -2,7 +2,7 @@
 
 The result is tests/data/trt_attributes.json.
 
-python scripts/record_trt_attributes.py
+python -m scripts.record_trt_attributes
 """
 
 from __future__ import annotations

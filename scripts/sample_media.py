@@ -1,6 +1,6 @@
 """Write sample media to a folder: a spoken question, a drawn picture, a short clip with sound.
 
-Usage: python scripts/sample_media.py OUT
+Usage: python -m scripts.sample_media OUT
 
 Nothing is downloaded. Speech comes from espeak-ng where it is installed, else from a vowel-like synthesiser.
 """

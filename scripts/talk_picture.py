@@ -1,6 +1,6 @@
 """Draw docs/images/talk.svg: what ``omniport talk`` shows while a bundle hears a recording.
 
-Usage: python scripts/talk_picture.py BUNDLE RECORDING OUT.svg
+Usage: python -m scripts.talk_picture BUNDLE RECORDING OUT.svg
 
 The recording plays in real time; the picture is the view after its last reply. ``make demo`` leaves a bundle and a
 recording behind.

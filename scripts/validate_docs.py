@@ -1,6 +1,6 @@
 """Write the table of limits in docs/validate.md from `omniport.export.validation.tolerances`.
 
-Usage: python scripts/validate_docs.py [--check]
+Usage: python -m scripts.validate_docs [--check]
 
 ``--check`` writes nothing and exits with 1 when the table is not what the code says (a test runs the same check).
 """

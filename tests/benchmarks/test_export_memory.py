@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from omniport.export.synthetic.make_checkpoint import SIZES
-from support.paths import REPOSITORY
 
-SCRIPT = REPOSITORY / "scripts" / "measure_export_memory.py"
+from benchmarks import export_memory
+
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("measure_export_memory", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc, which only Linux has")
-def test_peak_does_not_grow_with_the_layers(script: Any, tmp_path: Path) -> None:
+def test_peak_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     """2 and 12 decoder layers of 12.6 MB: exporting ten more may not cost as much as holding three of them.
 
     The margin is for the traced graph's nodes, of which ten layers have some 300, and for the allocator.
@@ -39,8 +27,8 @@ def test_peak_does_not_grow_with_the_layers(script: Any, tmp_path: Path) -> None
     found = {}
     for layers in (2, 12):
         size = dataclasses.replace(wide, text={**wide.text, "num_hidden_layers": layers})
-        checkpoint = script.make_deep(tmp_path / str(layers), size)
-        found[layers] = script.measure(str(checkpoint), graphs="thinker")
+        checkpoint = export_memory.make_deep(tmp_path / str(layers), size)
+        found[layers] = export_memory.measure(str(checkpoint), graphs="thinker")
     weights = {layers: result["weight_bytes"]["thinker"] for layers, result in found.items()}
     assert weights[12] - weights[2] > 110 * MIB, "the weights must be heavy enough to be seen"
     assert found[12]["above_torch"] - found[2]["above_torch"] < 35 * MIB

@@ -1,10 +1,9 @@
-"""What needs an NVIDIA GPU, and scripts/gpu_check.py, which measures one; without a GPU only that script is tried."""
+"""What needs an NVIDIA GPU, and benchmarks.gpu_check, which measures one; without a GPU only that module is tried."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ import pytest
 from omniport.runtime.backends.tensorrt.backend import TrtBackend
 from omniport.runtime.backends.tensorrt.cuda import CudaDriver, DeviceBuffer, PinnedBuffer, gpu_capability
 from support.fake_device import FakeDriver, FakeRuntime, with_engines
-from support.paths import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import gpu_check
+from benchmarks import gpu_check
 
 needs_gpu = pytest.mark.skipif(
     gpu_capability() is None, reason="no NVIDIA GPU: the CUDA driver is missing or sees none"

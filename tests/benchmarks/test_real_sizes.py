@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from typing import Any
 
 import pytest
 from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
-from support.paths import REPOSITORY
 
-RESULTS = REPOSITORY / "docs" / "results"
+from benchmarks.harness import RESULTS
+from benchmarks.real_sizes_page import page
+
 GIB = 1 << 30
 
 
@@ -21,13 +21,7 @@ def results() -> dict[str, Any]:
 
 
 def test_page_is_fresh(results: dict[str, Any]) -> None:
-    path = REPOSITORY / "scripts" / "real_sizes_page.py"
-    spec = importlib.util.spec_from_file_location("real_sizes_page", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert (RESULTS / "real-sizes.md").read_text() == script.page(results)
+    assert (RESULTS / "real-sizes.md").read_text() == page(results)
 
 
 def test_exports_stay_within_two_gigabytes(results: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import Any
 
@@ -10,20 +9,11 @@ import pytest
 from omniport.runtime.bench.results import read_report
 from support.paths import REPOSITORY
 
-RESULTS = REPOSITORY / "docs" / "results"
-#: page -> script whose ``page`` makes it
-PAGES = {
-    "quant": "measure_quant",
-    "search": "measure_search",
-    "calibrate": "measure_calibrate",
-    "vocoder": "measure_vocoder",
-}
+from benchmarks import bench_page, build_matrix, calibrate, quant, search, vocoder
+from benchmarks.harness import RESULTS
 
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
-    return importlib.import_module
+#: page -> the module that makes it
+PAGES = {"quant": quant, "search": search, "calibrate": calibrate, "vocoder": vocoder}
 
 
 def results(name: str) -> dict[str, Any]:
@@ -32,15 +22,15 @@ def results(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_pages_are_fresh(name: str, script: Any) -> None:
-    assert (RESULTS / f"{name}.md").read_text() == script(PAGES[name]).page(results(name))
+def test_pages_are_fresh(name: str) -> None:
+    assert (RESULTS / f"{name}.md").read_text() == PAGES[name].page(results(name))
 
 
-def test_other_pages_are_fresh(script: Any) -> None:
+def test_other_pages_are_fresh() -> None:
     """Pages made of more than plain JSON: of a report with notes written by hand, and of builds."""
     report = read_report(RESULTS / "bench.json")
-    assert (RESULTS / "bench.md").read_text() == script("bench_page").page(report)
-    assert (RESULTS / "build-matrix.md").read_text() == script("build_matrix").render(results("build-matrix"))
+    assert (RESULTS / "bench.md").read_text() == bench_page.page(report)
+    assert (RESULTS / "build-matrix.md").read_text() == build_matrix.render(results("build-matrix"))
 
 
 def test_readme_says_what_was_measured() -> None:
@@ -81,12 +71,12 @@ def test_readme_says_what_was_measured() -> None:
     assert f"at most {peak / (1 << 30):.1f} GiB" in rows[0]
 
 
-def test_what_was_asked_of_quantized_bundles(script: Any) -> None:
+def test_what_was_asked_of_quantized_bundles() -> None:
     """Limits of size, of decode and prefill speed beside FP32, and of the logits, on `small --outliers`."""
     found = results("quant")
     assert "--outliers" in found["bundle"]
     thinker, base = found["parts"]["thinker"], found["sizes"]["base"]
-    for recipe, (size, decode, prefill, loss) in script("measure_quant").ASKED.items():
+    for recipe, (size, decode, prefill, loss) in quant.ASKED.items():
         row, parts = thinker[recipe], ("thinker", "talker")
         if size is not None:
             assert sum(found["sizes"][recipe][part] for part in parts) <= size * sum(base[part] for part in parts)

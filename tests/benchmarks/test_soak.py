@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.paths import REPOSITORY
 
-SCRIPT = REPOSITORY / "scripts" / "soak.py"
-
-
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benchmarks.soak import soak
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc, which Linux has")
 def test_soak(tiny_bundle: Path) -> None:
-    figures = load().soak(tiny_bundle, 200)
+    figures = soak(tiny_bundle, 200)
     assert figures["compared"] > 100
     assert figures["spoken"] > 20
     assert figures["cancelled"] > 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -36,10 +35,8 @@ from omniport.runtime.errors import BuildError, UsageError
 from omniport.runtime.generation.decoder import Decoder
 from onnx import numpy_helper
 from support.calibrations import calibrate_bundle
-from support.paths import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-from speech_loss import measure_speech
+from benchmarks.speech_loss import measure_speech
 
 Array = NDArray[Any]
 DECODERS = ("thinker", "talker")

@@ -29,7 +29,8 @@ from omniport.runtime.backends import BACKENDS
 from omniport.runtime.errors import CheckFailed, UsageError
 from support.bundles import make_manifest
 from support.paths import REPOSITORY
-from support.samples import make_samples
+
+from scripts.sample_media import make_media
 
 COMMANDS = ("make-checkpoint", "export", "inspect", "voices", "run", "talk", "doctor")
 
@@ -65,7 +66,7 @@ def refused(result: tuple[int, str, str], *words: str) -> str:
 @pytest.fixture(scope="module")
 def sample_media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A spoken question, a picture and a clip with sound, by kind."""
-    return make_samples(tmp_path_factory.mktemp("media"))
+    return make_media(tmp_path_factory.mktemp("media"))
 
 
 # help

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from support.paths import REPOSITORY
-from support.samples import make_samples
+
+from scripts.sample_media import make_media
 
 REPLY = """
 import importlib.metadata, sys
@@ -61,7 +62,7 @@ def run(python: Path, *args: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_bundle_replies_without_torch(python: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    clip = make_samples(tmp_path / "media")["video"]
+    clip = make_media(tmp_path / "media")["video"]
     result = run(python, "-W", "error", "-c", REPLY, tiny_bundle, clip)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("spoke ")

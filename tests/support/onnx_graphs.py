@@ -83,21 +83,6 @@ def cache_model(tail: str = "") -> tuple[onnx.ModelProto, GraphSpec]:
     return make_model(nodes, inputs, outputs), spec("thinker", inputs, outputs, dims, {"present": "past"})
 
 
-def fp8_model() -> tuple[onnx.ModelProto, GraphSpec]:
-    """A matrix product with quantized values on both sides."""
-    scale = numpy_helper.from_array(np.float32(0.1), "scale")
-    zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0])
-    packed = helper.make_tensor("packed", TensorProto.FLOAT8E4M3FN, [64, 64], bytes(range(64)) * 64, raw=True)
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], name="layers.0/QuantizeLinear"),
-        helper.make_node("DequantizeLinear", ["q", "scale"], ["xq"], name="layers.0/DequantizeLinear"),
-        helper.make_node("DequantizeLinear", ["packed", "scale"], ["wq"], name="layers.0/DequantizeLinear_1"),
-        helper.make_node("MatMul", ["xq", "wq"], ["y"], name="layers.0/MatMul"),
-    ]
-    inputs, outputs = (tensor("x", "batch", 64),), (tensor("y", "batch", 64),)
-    return make_model(nodes, inputs, outputs, [scale, zero, packed]), spec("dit", inputs, outputs)
-
-
 def plain_model(name: str = "dit") -> tuple[onnx.ModelProto, GraphSpec]:
     """One matrix product."""
     inputs, outputs = (tensor("x", "batch", 8),), (tensor("y", "batch", 8),)

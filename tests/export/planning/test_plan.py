@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -23,10 +22,11 @@ from omniport.export.synthetic.geometries import SIZES, geometry_config
 from omniport.export.tensorrt.onnx_file import open_onnx
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
-from support.paths import REPOSITORY
 from typer.testing import CliRunner
 
-RESULTS = REPOSITORY / "docs" / "results"
+from benchmarks import plan as plan_bench
+from benchmarks.harness import RESULTS
+
 RATES = Rates(bandwidth=30e9, products=2e11)
 
 
@@ -40,16 +40,6 @@ def planned(model: ModelShape | str, target: str, context: int = 4096) -> Target
 
 def row(plan: TargetPlan, recipe: str) -> RecipePlan:
     return next(row for row in plan.recipes if row.recipe.name == recipe)
-
-
-@pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("measure_plan", REPOSITORY / "scripts" / "measure_plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -162,38 +152,38 @@ def test_fewer_bytes_are_read_sooner() -> None:
     assert (slower.codes or 0) > 50
 
 
-def test_published_rates_are_met(script: Any) -> None:
+def test_published_rates_are_met() -> None:
     """GPUs within 15 %: nine figures by others, of which three were fitted to."""
-    rows = [found for found in script.published() if not found["device"].startswith("Snapdragon")]
+    rows = [found for found in plan_bench.published() if not found["device"].startswith("Snapdragon")]
     assert len(rows) == 9
     for found in rows:
         assert abs(found["deviation"]) < 0.15, found
 
 
-def measured(script: Any) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def measured() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Of every bundle of ``small`` on a CPU: recipe, what was measured, and what the rates beside it predict."""
     results = json.loads((RESULTS / "plan.json").read_text())
     assert set(results["bundles"]) == {"fp32", "w8", "int4"}
     model = shape_of_config(geometry_config(SIZES["small"]), "small")
     for recipe, found in results["bundles"].items():
-        says = script.predicted(model, recipe, found)
+        says = plan_bench.predicted(model, recipe, found)
         assert len(says["decode"]) == 4
         yield recipe, found, says
 
 
-def test_measured_memory_is_met(script: Any) -> None:
-    for recipe, found, says in measured(script):
-        assert says["memory"] == pytest.approx(found["peak"], rel=script.MEMORY_LIMIT), recipe
+def test_measured_memory_is_met() -> None:
+    for recipe, found, says in measured():
+        assert says["memory"] == pytest.approx(found["peak"], rel=plan_bench.MEMORY_LIMIT), recipe
 
 
-def test_measured_decode_rates_are_met(script: Any) -> None:
-    for recipe, _, says in measured(script):
+def test_measured_decode_rates_are_met() -> None:
+    for recipe, _, says in measured():
         for case, (*_, deviation) in says["decode"].items():
-            assert abs(deviation) < script.DECODE_LIMIT, (recipe, case)
+            assert abs(deviation) < plan_bench.DECODE_LIMIT, (recipe, case)
 
 
-def test_page_is_fresh(script: Any) -> None:
-    assert (RESULTS / "plan.md").read_text() == script.page(json.loads((RESULTS / "plan.json").read_text()))
+def test_page_is_fresh() -> None:
+    assert (RESULTS / "plan.md").read_text() == plan_bench.page(json.loads((RESULTS / "plan.json").read_text()))
 
 
 def test_this_machine_is_measured() -> None:

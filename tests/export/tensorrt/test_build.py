@@ -29,7 +29,6 @@ from omniport.runtime.errors import BackendError, BuildError, BundleError, Expor
 from support.bundles import edit
 from support.onnx_graphs import (
     cache_model,
-    fp8_model,
     make_model,
     matmul,
     plain_model,
@@ -39,6 +38,8 @@ from support.onnx_graphs import (
     weight,
 )
 from typer.testing import CliRunner
+
+from benchmarks.build_matrix import fp8_model
 
 pytest.importorskip("tensorrt_rtx")
 

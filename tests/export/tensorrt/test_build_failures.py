@@ -18,7 +18,9 @@ from omniport.export.tensorrt.profiles import Limits
 from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec
 from omniport.runtime.errors import BuildError, BundleError, UsageError
 from onnx import TensorProto, helper
-from support.onnx_graphs import cache_model, fp8_model, make_model, matmul, plain_model, spec, tensor, weight
+from support.onnx_graphs import cache_model, make_model, matmul, plain_model, spec, tensor, weight
+
+from benchmarks.build_matrix import fp8_model
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -1,13 +1,13 @@
 """Measure the published models' sizes: making, copying, exporting, quantizing, and answering a spoken question.
 
-    python scripts/measure_real_sizes.py make 3b FOLDER
-    python scripts/measure_real_sizes.py hollow 7b FOLDER     # instead of make, where the disk is too small
-    python scripts/measure_real_sizes.py trace 3b FOLDER [--precision bf16] [--graphs thinker]
-    python scripts/measure_real_sizes.py export 3b FOLDER [--precision bf16] [--graphs thinker] [--rounds 3]
-    python scripts/measure_real_sizes.py let-go 3b FOLDER [--rounds 3]
-    python scripts/measure_real_sizes.py quantize 3b FOLDER [--recipe int4] [--graph-recipe GRAPH=RECIPE]
-    python scripts/measure_real_sizes.py run 3b FOLDER [--recipe int4]
-    python scripts/measure_real_sizes.py page
+    python -m benchmarks.real_sizes make 3b FOLDER
+    python -m benchmarks.real_sizes hollow 7b FOLDER     # instead of make, where the disk is too small
+    python -m benchmarks.real_sizes trace 3b FOLDER [--precision bf16] [--graphs thinker]
+    python -m benchmarks.real_sizes export 3b FOLDER [--precision bf16] [--graphs thinker] [--rounds 3]
+    python -m benchmarks.real_sizes let-go 3b FOLDER [--rounds 3]
+    python -m benchmarks.real_sizes quantize 3b FOLDER [--recipe int4] [--graph-recipe GRAPH=RECIPE]
+    python -m benchmarks.real_sizes run 3b FOLDER [--recipe int4]
+    python -m benchmarks.real_sizes page
 
 FOLDER takes the checkpoint, ``3b``, and the bundles, ``3b-bf16`` and ``3b-int4``: 12 to 45 GB. Every step runs in a
 process of its own and adds its figures to docs/results/real-sizes.json; ``page`` writes real-sizes.md from it. Before a
@@ -29,16 +29,14 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from real_sizes_page import FIELDS, SIZES, page
+from benchmarks.harness import RESULTS, own_process
+from benchmarks.real_sizes_page import FIELDS, SIZES, page
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 STEPS = ("make", "hollow", "copy", "let-go", "trace", "export", "quantize", "run")
 BLOCK = 8 << 20
 QUESTION_SECONDS = 3.0
@@ -246,7 +244,7 @@ def _memory() -> dict[str, int]:
     return {field: resident(field) for field in FIELDS}
 
 
-_CHILD: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+_STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "make": _make,
     "hollow": _hollow,
     "copy": _copy,
@@ -258,7 +256,9 @@ _CHILD: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 }
 
 
-def _child(options: argparse.Namespace) -> None:
+def done(step: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one step, taken in this process."""
+    options = argparse.Namespace(**given | {"step": step, "folder": Path(given["folder"])})
     folder = _checkpoint(options)
     if options.step == "quantize":
         folder = options.folder / f"{options.size}-{options.precision}"
@@ -267,7 +267,7 @@ def _child(options: argparse.Namespace) -> None:
     if folder.exists():
         _drop(_files(folder))
     started = time.perf_counter()
-    found = _CHILD[options.step](options)
+    found = _STEPS[options.step](options)
     found["seconds"] = round(time.perf_counter() - started, 1)
     out = found.pop("path", None)
     if out is not None:
@@ -278,7 +278,7 @@ def _child(options: argparse.Namespace) -> None:
     found["cpu_seconds"] = round(used.ru_utime + used.ru_stime, 1)
     # in kB; it also covers the process that started this one, which is small
     found["peak_bytes"] = used.ru_maxrss * 1024
-    print(json.dumps(found))
+    return found
 
 
 def _measure(options: argparse.Namespace) -> None:
@@ -303,8 +303,7 @@ def _in_process(step: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one step in a process of its own. An export finds nothing of an earlier one, whose graphs it would keep."""
     if step == "export":
         shutil.rmtree(options.folder / f"{options.size}-{options.precision}", ignore_errors=True)
-    command = [sys.executable, __file__, "--child", step, *sys.argv[2:]]
-    found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    found: dict[str, Any] = own_process(done, step, {**vars(options), "folder": str(options.folder)})
     print(json.dumps(found, indent=1), flush=True)
     return found
 
@@ -326,7 +325,6 @@ def _variant(options: argparse.Namespace) -> str:
 
 def main() -> None:
     """The command line."""
-    child = sys.argv[1:2] == ["--child"]
     parser = argparse.ArgumentParser(description="Measure the published models' sizes.")
     parser.add_argument("step", choices=(*STEPS, "page"))
     parser.add_argument("size", nargs="?", choices=SIZES)
@@ -338,14 +336,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="of an export, each after a copy: medians, and all times")
     parser.add_argument("--tokens", type=int, default=12, help="most text tokens of the reply")
     parser.add_argument("--codes", type=int, default=50, help="most codec tokens of the reply")
-    options = parser.parse_args(sys.argv[2:] if child else None)
+    options = parser.parse_args()
     if options.step == "page":
         found = json.loads((RESULTS / "real-sizes.json").read_text())
         (RESULTS / "real-sizes.md").write_text(page(found))
     elif options.folder is None:
         parser.error("give a size and a folder")
-    elif child:
-        _child(options)
     else:
         _measure(options)
 

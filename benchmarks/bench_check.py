@@ -1,6 +1,6 @@
 """Measure a bundle again and compare its ratios with the committed ones: `make bench-check`.
 
-    python scripts/bench_check.py BUNDLE CHECKPOINT [--stages A,B] [--band 0.25]
+    python -m benchmarks.bench_check BUNDLE CHECKPOINT [--stages A,B] [--band 0.25]
 
 Exit code 1: a ratio fell below the committed one by more than the band. Times are not compared, ratios of one run are:
 those to transformers, and shares of the roofline where there is no reference. Close other programs first.
@@ -18,7 +18,7 @@ from omniport.runtime.bench.benchmark import bench
 from omniport.runtime.bench.compare import BAND, changes
 from omniport.runtime.bench.results import read_report
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "bench.json"
+from benchmarks.harness import RESULTS
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--stages", default="prefill,decode,talker,dit,bigvgan")
     parser.add_argument("--band", type=float, default=BAND)
     options = parser.parse_args()
-    before = read_report(RESULTS)
+    before = read_report(RESULTS / "bench.json")
     threads = 1 if before.clock == "cpu" else physical_cores()
     now = bench(
         options.bundle,

@@ -1,7 +1,7 @@
 """Hold `omniport plan` against measurements on this machine's CPU and against published figures.
 
-    python scripts/measure_plan.py BUNDLE...          # measure, add to docs/results/plan.json, write plan.md
-    python scripts/measure_plan.py --page             # write plan.md from plan.json
+    python -m benchmarks.plan BUNDLE...          # measure, add to docs/results/plan.json, write plan.md
+    python -m benchmarks.plan --page             # write plan.md from plan.json
 
 Each bundle is measured in a process of its own: resident memory after every graph is loaded, and at its highest while a
 question of 30 s of speech and a picture of 1024x768 is answered in 6 s of speech; decode rates of thinker and talker at
@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,8 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.generation.decoder import Decoder
 from omniport.runtime.session import OmniSession
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+from benchmarks.harness import RESULTS, own_process
+
 CONTEXT = 2048
 DECODED_AT = (128, 1024)
 STEPS, ROUNDS = 16, 6
@@ -103,7 +102,9 @@ def _row(device: str, model: str, recipe: str, measured: float, source: str, pre
 # --- this machine --------------------------------------------------------------------------------------------
 
 
-def _child(root: Path) -> dict[str, Any]:
+def decoding(folder: str) -> dict[str, Any]:
+    """Decode rates of thinker and talker beside this machine's rates."""
+    root = Path(folder)
     decode = {name: _decode(root, name) for name in ("thinker", "talker")}
     return {"recipe": Bundle.open(root).manifest.precision, "decode": decode}
 
@@ -138,7 +139,7 @@ def _feed(decoder: Decoder, rows: Any, start: int, stop: int) -> float:
     return time.perf_counter() - begun
 
 
-def _memory_child(root: Path) -> dict[str, Any]:
+def memory(root: str) -> dict[str, Any]:
     """Resident memory: when every graph is loaded, and at its highest while it hears, sees and speaks."""
     session = OmniSession.open(root, backend="ort-cpu", max_context=CONTEXT)
     session.load()
@@ -157,11 +158,7 @@ def _memory_child(root: Path) -> dict[str, Any]:
 
 
 def _measure(root: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for kind in ("--memory", "--decode"):
-        command = [sys.executable, __file__, kind, str(root)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found |= json.loads(done.stdout)
+    found: dict[str, Any] = own_process(memory, str(root)) | own_process(decoding, str(root))
     return found
 
 
@@ -199,7 +196,7 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# The plan beside measurements",
         "",
-        "Made by `scripts/measure_plan.py` from plan.json: do not edit by hand. The model is in [plan.md](../plan.md).",
+        "Made by `python -m benchmarks.plan` from plan.json: do not edit by hand. The model: [plan.md](../plan.md).",
         "",
         f"## On a CPU: {results['machine']}",
         "",
@@ -284,13 +281,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Hold omniport plan against measurements.")
     parser.add_argument("bundles", nargs="*", type=Path)
-    parser.add_argument("--decode", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--page", action="store_true", help="write the page from what was measured")
     options = parser.parse_args()
-    if options.decode or options.memory:
-        print(json.dumps((_child if options.decode else _memory_child)(options.bundles[0])))
-        return
     path = RESULTS / "plan.json"
     results = json.loads(path.read_text()) if path.exists() else {"bundles": {}}
     for root in options.bundles:

@@ -1,8 +1,8 @@
 """Measure the peak memory and the time of a calibration; write docs/results/calibrate.json and calibrate.md.
 
-    python scripts/measure_calibrate.py CHECKPOINT [--name NAME] [--samples 3] [--max-codes 26]
-    python scripts/measure_calibrate.py --layers 4,12 [--size small | tiny | wide]
-    python scripts/measure_calibrate.py --page
+    python -m benchmarks.calibrate CHECKPOINT [--name NAME] [--samples 3] [--max-codes 26]
+    python -m benchmarks.calibrate --layers 4,12 [--size small | tiny | wide]
+    python -m benchmarks.calibrate --page
 
 The second form makes random checkpoints that differ in the number of layers of every stack (wide: `tiny` with a thinker
 of 28 MB a layer, so that layers can be told from noise). A calibration runs in a
@@ -17,33 +17,28 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from measure_export_memory import deepen, make_deep
+from benchmarks.export_memory import deepen, make_deep
+from benchmarks.harness import RESULTS, own_process
 
 if TYPE_CHECKING:
     from omniport.export.synthetic.geometries import Size
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 MB = 1e6
 
 
 def measure(checkpoint: Path, samples: int, max_codes: int) -> dict[str, Any]:
     """Calibrate in a fresh process; sizes in bytes, peaks above imports by stage."""
-    arguments = [str(checkpoint), str(samples), str(max_codes)]
-    command = [sys.executable, __file__, "--child", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = own_process(calibrated, str(checkpoint), samples, max_codes)
     return found
 
 
-def _child(checkpoint: str, samples: str, max_codes: str) -> dict[str, Any]:
+def calibrated(checkpoint: str, samples: int, max_codes: int) -> dict[str, Any]:
+    """As `measure`, in this process."""
     import torch
     from omniport.calib.calibrate import calibrate
     from omniport.calib.calibration.sample_data import write_samples
@@ -72,15 +67,15 @@ def _child(checkpoint: str, samples: str, max_codes: str) -> dict[str, Any]:
             checkpoint,
             data,
             Path(scratch) / "x.calib",
-            samples=int(samples),
-            max_codes=int(max_codes),
+            samples=samples,
+            max_codes=max_codes,
             progress=progress,
         )
         close()
         size = report.path.stat().st_size
     return {
-        "samples": int(samples),
-        "max_codes": int(max_codes),
+        "samples": samples,
+        "max_codes": max_codes,
         "imports": imports,
         "peaks": {stage: peak - imports for stage, peak in peaks.items()},
         "seconds": {stage: round(spent, 1) for stage, spent in seconds.items()},
@@ -123,7 +118,7 @@ def page(found: dict[str, Any]) -> str:
     tools = ", ".join(f"{name} {version}" for name, version in some["version"].items())
     head = f"""# Calibration: memory and time
 
-Made by `scripts/measure_calibrate.py`; {some["cpus"]} CPU cores, shared with other work while this was measured:
+Made by `python -m benchmarks.calibrate`; {some["cpus"]} CPU cores, shared with other work while this was measured:
 times are upper bounds. {tools}. Peak is the resident set above what imports take ({some["imports"] / MB:,.0f} MB).
 
 """
@@ -147,9 +142,6 @@ times are upper bounds. {tools}. Peak is the resident set above what imports tak
 
 def main() -> None:
     """The command line."""
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(_child(*sys.argv[2:])))
-        return
     parser = argparse.ArgumentParser(description="Measure the peak memory and the time of a calibration.")
     parser.add_argument("checkpoint", nargs="?", type=Path)
     parser.add_argument("--name", default="", help="what the page calls the checkpoint")

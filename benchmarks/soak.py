@@ -1,6 +1,6 @@
 """Talk to a bundle for hundreds of turns, with random pushes, cancels and sizes, and compare each with an oracle.
 
-Usage: python scripts/soak.py BUNDLE [--turns 200] [--seed 0] [--context 700] [--json F]
+Usage: python -m benchmarks.soak BUNDLE [--turns 200] [--seed 0] [--context 700] [--json F]
 
 The oracle of a turn is the same conversation, token for token, in new KV caches and with the workers one after the
 other. A turn that was not cancelled has to give its text, codec tokens and sound. Memory and threads have to stay flat.

@@ -1,8 +1,8 @@
 """Measure `omniport validate` on random-weight checkpoints and write docs/results/validate.md and validate.json.
 
-    python scripts/measure_validate.py FOLDER
-    python scripts/measure_validate.py FOLDER --sizes tiny --suites quick
-    python scripts/measure_validate.py --page
+    python -m benchmarks.validate FOLDER
+    python -m benchmarks.validate FOLDER --sizes tiny --suites quick
+    python -m benchmarks.validate --page
 
 FOLDER keeps checkpoints (``tiny``, ``small``), bundles (``tiny-fp16``, ...), references and reports; what is missing is
 made. Each run is the command itself, in a process of its own. ``empty cache`` computes every reference, ``cached``
@@ -37,7 +37,8 @@ from omniport.export.validation.summary import StageRow, stage_rows
 from omniport.export.validation.types import FAIL, NOT_RUN, ValidationReport
 from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+from benchmarks.harness import RESULTS
+
 SIZES, PRECISIONS, SUITES = ("tiny", "small"), ("fp32", "fp16", "bf16"), ("quick", "full")
 #: what the cache of references holds before a run. ``small`` computes each reference once: what a precision adds is in
 #: its graphs, which follow the references and are never in memory with them
@@ -137,7 +138,7 @@ def page(results: Sequence[Result]) -> str:
     lines = [
         "# Validation, measured",
         "",
-        "Written by `python scripts/measure_validate.py FOLDER`; every figure is in [validate.json](validate.json).",
+        "Written by `python -m benchmarks.validate FOLDER`; every figure is in [validate.json](validate.json).",
         f"Random-weight checkpoints (seed 0), ONNX Runtime's CPU provider, {env['cpu']},",
         f"Python {env['python']}, {packages}. Real weights were not run.",
         "",

@@ -1,21 +1,21 @@
 """Write docs/results/bench.md and its picture from docs/results/bench.json, which `omniport bench --json` wrote.
 
 omniport bench BUNDLE --against CHECKPOINT --json docs/results/bench.json
-python scripts/bench_page.py
+python -m benchmarks.bench_page
 """
 
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 
 from omniport.export.evaluation.bench_picture import draw
 from omniport.runtime.bench.results import BenchReport, Timing, read_report
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-PICTURE = DOCS / "images" / "bench.svg"
+from benchmarks.harness import RESULTS
+
+PICTURE = RESULTS.parent / "images" / "bench.svg"
 #: what was tried where something falls short, written by hand
-NOTES = DOCS / "results" / "bench-notes.md"
+NOTES = RESULTS / "bench-notes.md"
 #: bundle, its file of results
 QUANTIZED = {"int8": "bench-int8.json", "int4, int8": "bench-int4-int8.json"}
 #: stage, figure (the largest if empty), what is asked for, how it is read off
@@ -38,7 +38,7 @@ def page(report: BenchReport) -> str:
     place, versions = report.environment, report.environment.versions
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
     head = (
-        f"Made by `scripts/bench_page.py` from bench.json: do not edit by hand. Checkpoint `{report.bundle}` "
+        f"Made by `python -m benchmarks.bench_page` from bench.json: do not edit by hand. Checkpoint `{report.bundle}` "
         f"(`make-checkpoint`: the 3B's layer widths, four layers a stack, random weights), bundle in "
         f"{report.precision}{' (' + report.recipe + ')' if report.recipe else ''}, on {place.cores} cores of "
         f"{place.processor}; {libraries}. Median of all rounds, smallest and largest in brackets; ours and "
@@ -117,7 +117,7 @@ def _quantized() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, file in QUANTIZED.items():
-        for f in read_report(DOCS / "results" / file).stages["reply"].figures:
+        for f in read_report(RESULTS / file).stages["reply"].figures:
             if f.faster is not None and f.reference is not None:
                 busy = [f.values.get(f"{part}_seconds") for part in ("dit", "bigvgan", "talker", "thinker")]
                 cells = " | ".join("" if seconds is None else f"{seconds:.1f} s" for seconds in busy)
@@ -180,9 +180,9 @@ def _percent(share: float | None) -> str:
 
 def main() -> None:
     """Write the page and the picture."""
-    report = read_report(DOCS / "results" / "bench.json")
+    report = read_report(RESULTS / "bench.json")
     draw(report, PICTURE)
-    (DOCS / "results" / "bench.md").write_text(page(report), encoding="utf-8")
+    (RESULTS / "bench.md").write_text(page(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measure quantized bundles beside the bundle they were made from; writes docs/results/quant.md and quant.json.
 
-    python scripts/measure_quant.py BUNDLE FOLDER --calib FILE [--recipes int8,w8,int4] [--steps 12] [--rounds 4]
-    python scripts/measure_quant.py --page
+    python -m benchmarks.quant BUNDLE FOLDER --calib FILE [--recipes int8,w8,int4] [--steps 12] [--rounds 4]
+    python -m benchmarks.quant --page
 
 FOLDER takes the quantized bundles; those that are there are used. ``RECIPE-alone`` is a recipe without the
 calibration. One process measures everything, and speed in turns, one bundle after the other, so that whatever else the
@@ -25,9 +25,10 @@ from omniport.calib.quantize import quantize_bundle
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend, physical_cores
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.generation.decoder import Decoder
-from speech_loss import measure_speech, sqnr
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+from benchmarks.harness import RESULTS
+from benchmarks.speech_loss import measure_speech, sqnr
+
 LM_PARTS = ("thinker", "talker")
 PREFILL = 256
 #: codec tokens that are spoken: 0.7 seconds
@@ -144,7 +145,7 @@ def page(found: dict[str, Any]) -> str:
     """docs/results/quant.md."""
     head = f"""# Quantized bundles: size, speed, loss
 
-Made by `scripts/measure_quant.py` from quant.json: do not edit by hand.
+Made by `python -m benchmarks.quant` from quant.json: do not edit by hand.
 
 Random-weight checkpoint `{found["bundle"]}`, bundle in {found["precision"]}, quantized with a calibration where a
 recipe does not say *alone*. ONNX Runtime {found["onnxruntime"]} on {found["threads"]} threads of

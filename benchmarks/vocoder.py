@@ -1,7 +1,7 @@
 """Measure a vocoder beside quantized ones: loss, speed, and where the time goes; writes docs/results/vocoder.md.
 
-    python scripts/measure_vocoder.py BUNDLE NAME=QUANTIZED ... [--frames 116,250] [--rounds 6] [--name small]
-    python scripts/measure_vocoder.py --page
+    python -m benchmarks.vocoder BUNDLE NAME=QUANTIZED ... [--frames 116,250] [--rounds 6] [--name small]
+    python -m benchmarks.vocoder --page
 
 One process measures everything, in turns, one vocoder after the other; times are the best of all rounds. The mel is
 the one that BUNDLE's DiT makes of random codes with a fixed seed, loss the SQNR of the samples against BUNDLE's.
@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure_quant import RESULTS, processor
 from numpy.typing import NDArray
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend, physical_cores
 from omniport.runtime.bundle.reader import Bundle
-from speech_loss import Voice, sqnr
+
+from benchmarks.harness import RESULTS
+from benchmarks.quant import processor
+from benchmarks.speech_loss import Voice, sqnr
 
 #: runs that are profiled
 _PROFILED = 3
@@ -112,7 +114,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# The vocoder in INT8",
         "",
-        "Made by `scripts/measure_vocoder.py` from vocoder.json: do not edit by hand.",
+        "Made by `python -m benchmarks.vocoder` from vocoder.json: do not edit by hand.",
         "",
         *textwrap.wrap(about, 118),
         "",

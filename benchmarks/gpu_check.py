@@ -1,6 +1,6 @@
 """Check a machine's GPU with random weights, and write down what came of it: docs/results/gpu-<name>.json.
 
-    python scripts/gpu_check.py [--sizes tiny,small] [--precision fp16] [--backends tensorrt,tensorrt-rtx,ort-cuda]
+    python -m benchmarks.gpu_check [--sizes tiny,small] [--precision fp16] [--backends tensorrt,tensorrt-rtx,ort-cuda]
                                 [--work FOLDER] [--out docs/results] [--name NAME]
 
 For each size and backend: engines are built, every graph is compared with PyTorch (`omniport validate`), decoding is
@@ -33,7 +33,8 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
 from omniport.runtime.generation.decoder import Decoder
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.harness import RESULTS
+
 BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
 _BUILT = ("tensorrt", "tensorrt-rtx")
 #: tokens before decoding is timed, and tokens that are timed
@@ -257,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="tokens that are timed")
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="speech in the timed reply")
     parser.add_argument("--work", type=Path, help="folder for checkpoints and bundles; kept")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", help="of the file: gpu-NAME.json; the GPU's by default")
     options = parser.parse_args(arguments)
     plan = Plan(

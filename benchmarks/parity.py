@@ -1,6 +1,6 @@
 """Write docs/results/parity.md: each graph, and streamed against whole replies, measured on the tiny checkpoint.
 
-    python scripts/parity_figures.py
+    python -m benchmarks.parity
 
 Runs the standard comparisons of `omniport.export.evaluation.cases` on a fresh export, and the end-to-end tests,
 whose streamed
@@ -21,8 +21,9 @@ from omniport.export.evaluation.cases import ParityRow, check_bundle
 from omniport.export.exporter import export_checkpoint
 from omniport.export.synthetic.make_checkpoint import make_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "docs" / "results" / "parity.md"
+from benchmarks.harness import RESULTS, ROOT
+
+OUT = RESULTS / "parity.md"
 
 
 def graph_rows(folder: Path) -> list[ParityRow]:
@@ -49,7 +50,7 @@ def page(rows: list[ParityRow], count: str, figures: dict[str, str]) -> str:
     lines = [
         "# Parity with transformers",
         "",
-        "Written by `python scripts/parity_figures.py`: checkpoint `tiny` (random weights, seed 0), FP32, ONNX",
+        "Written by `python -m benchmarks.parity`: checkpoint `tiny` (random weights, seed 0), FP32, ONNX",
         f"Runtime's CPU provider, {platform.machine()}, {packages}.",
         "",
         "| graph | case | relative RMS error | largest difference | RMS of the reference | limit |",

@@ -1,6 +1,6 @@
 """Measure what turns, the first sound's precedence and the windows do to a spoken reply on a CPU.
 
-Usage: python scripts/measure_pacing.py BUNDLE [--rounds N] [--solver rk4 ...] [--way NAME ...] [--codes 250] [--json F]
+Usage: python -m benchmarks.pacing BUNDLE [--rounds N] [--solver rk4 ...] [--way NAME ...] [--codes 250] [--json F]
 
 Every way of working answers the same question, in turns, in one process and over the same loaded graphs: all workers at
 once, as on a device whose graphs do not share cores; in turns, with the same windows; and in turns with the windows of

@@ -1,6 +1,6 @@
 """Build every graph of a checkpoint in several precisions for several GPUs, and write down what came of it.
 
-    python scripts/build_matrix.py CHECKPOINT [--work FOLDER] [--precisions fp16,bf16,fp32] [--recipes w8,int4]
+    python -m benchmarks.build_matrix CHECKPOINT [--work FOLDER] [--precisions fp16,bf16,fp32] [--recipes w8,int4]
         [--calib FILE] [--bundles NAME=FOLDER] [--most N] [--out docs/results]
 
 Needs no GPU: nothing is run. Each engine is built in a process of its own and thrown away. Exported and quantized
@@ -20,9 +20,17 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import numpy as np
+
+from benchmarks.engine_build import measure
+from benchmarks.harness import RESULTS
+
+if TYPE_CHECKING:
+    from omniport.runtime.bundle.graph_spec import GraphSpec
+    from onnx import ModelProto
+
 PRECISIONS = ("fp16", "bf16", "fp32")
 #: one card per compute capability
 TARGETS = ("rtx-3090", "rtx-4090", "rtx-5090")
@@ -55,8 +63,6 @@ class Matrix:
 
     def _row(self, key: str, bundle: Path, target: str, graph: str) -> Row | None:
         if key not in self._rows and self._left:
-            from measure_build_memory import measure
-
             self._left -= 1
             print(f"{bundle.name} {target} {graph}", file=sys.stderr, flush=True)
             self._rows[key] = measure(bundle, graph, target)
@@ -102,15 +108,36 @@ def _omniport(made: Path, *arguments: str) -> None:
         subprocess.run([*command, *arguments], check=True)
 
 
+def fp8_model() -> tuple[ModelProto, GraphSpec]:
+    """A matrix product with quantized values on both sides."""
+    from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec, TensorSpec
+    from onnx import TensorProto, helper, numpy_helper
+
+    scale = numpy_helper.from_array(np.float32(0.1), "scale")
+    zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0])
+    packed = helper.make_tensor("packed", TensorProto.FLOAT8E4M3FN, [64, 64], bytes(range(64)) * 64, raw=True)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], name="layers.0/QuantizeLinear"),
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["xq"], name="layers.0/DequantizeLinear"),
+        helper.make_node("DequantizeLinear", ["packed", "scale"], ["wq"], name="layers.0/DequantizeLinear_1"),
+        helper.make_node("MatMul", ["xq", "wq"], ["y"], name="layers.0/MatMul"),
+    ]
+    x, y = (TensorSpec(name, "float32", ("batch", 64)) for name in ("x", "y"))
+    ends = [[helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape)] for t in (x, y)]
+    graph = helper.make_graph(nodes, "g", *ends, [scale, zero, packed])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    dims = {"batch": DimRange(1, 1, 4)}
+    spec = GraphSpec("dit", "graphs/dit.onnx", (), "float32", 24, inputs=(x,), outputs=(y,), dims=dims, aliases={})
+    return model, spec
+
+
 def fp8_rows() -> list[Row]:
-    """FP8 where it is and where it is not, on one quantized matrix product (tests/support/onnx_graphs.py)."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    """FP8 where it is and where it is not, on one quantized matrix product."""
     import onnx
     from omniport.export.devices.detect import find_target
     from omniport.export.tensorrt.builder_api import load_api
     from omniport.export.tensorrt.engine_builder import build_engine
     from omniport.runtime.errors import BuildError
-    from support.onnx_graphs import fp8_model
 
     model, spec = fp8_model()
     rows = []
@@ -135,7 +162,7 @@ def render(document: dict[str, Any]) -> str:
     lines = [
         "# Engines of real-width graphs",
         "",
-        "Made by `make build-matrix` (`scripts/build_matrix.py`): do not edit by hand. The graphs of `make-checkpoint",
+        "Made by `make build-matrix`: do not edit by hand. The graphs of `make-checkpoint",
         "--size small` (the 3B's layer widths, four layers a stack), built without a GPU: *built, not run*.",
         "",
         f"{document['builder']}, on {document['machine']}.",
@@ -200,9 +227,8 @@ def main() -> None:
     parser.add_argument("--calib", type=Path, help="calibration of the checkpoint, which some recipes need")
     parser.add_argument("--bundles", type=_names, default=(), help="comma-separated NAME=FOLDER of other bundles")
     parser.add_argument("--most", type=int, default=10**6, help="builds of this call at most; goes with --work")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "scripts"))
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
         bundles = make_bundles(options.checkpoint, work, options.precisions, options.recipes, options.calib)

@@ -1,4 +1,4 @@
-"""docs/results/real-sizes.md from what scripts/measure_real_sizes.py measured."""
+"""docs/results/real-sizes.md from what benchmarks/real_sizes.py measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Real sizes",
         "",
-        "Made by `scripts/measure_real_sizes.py` from real-sizes.json: do not edit by hand. Random weights of the",
+        "Made by `python -m benchmarks.real_sizes` from real-sizes.json: do not edit by hand. Random weights of the",
         f"published models' geometry. {results['machine']}, no GPU; ONNX Runtime on the CPU.",
         "Times include flushing what was written to the disk. Inputs are not in the page cache when a step begins.",
         "",

@@ -1,7 +1,7 @@
 """Measure the peak memory of an export above the import of torch, and print it as JSON.
 
-    python scripts/measure_export_memory.py CHECKPOINT [--graphs thinker,talker] [--precision fp16] [--out FOLDER]
-    python scripts/measure_export_memory.py --size small --layers 4,8 [--json docs/results/export-memory.json]
+    python -m benchmarks.export_memory CHECKPOINT [--graphs thinker,talker] [--precision fp16] [--out FOLDER]
+    python -m benchmarks.export_memory --size small --layers 4,8 [--json docs/results/export-memory.json]
 
 The second form makes random checkpoints that differ in the number of layers of every stack, and measures each. An
 export runs in a process of its own. Memory is the resident set as Linux counts it: VmRSS, and its high-water mark
@@ -15,16 +15,15 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+from benchmarks.harness import own_process
 
 if TYPE_CHECKING:
     from omniport.export.synthetic.geometries import Size
@@ -65,15 +64,14 @@ def measure(checkpoint: str, out: Path | None = None, graphs: str = "", precisio
         ``above_torch`` and ``above_imports``; ``stages``, the peak of each stage above ``torch``; ``seconds``.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = [checkpoint, str(out or Path(scratch) / "bundle"), graphs, precision]
-        environment = dict(os.environ) | {"OMNIPORT_CACHE": ""}
-        command = [sys.executable, __file__, "--child", *arguments]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    result: dict[str, Any] = json.loads(done.stdout)
+        place = str(out or Path(scratch) / "bundle")
+        environment = {"OMNIPORT_CACHE": ""}
+        result: dict[str, Any] = own_process(exported, checkpoint, place, graphs, precision, environment=environment)
     return result
 
 
-def _child(checkpoint: str, out: str, graphs: str, precision: str) -> dict[str, Any]:
+def exported(checkpoint: str, out: str, graphs: str, precision: str) -> dict[str, Any]:
+    """As `measure`, in this process, which has to be a fresh one."""
     import torch  # noqa: F401
 
     torch_bytes = _status("VmRSS")
@@ -122,9 +120,6 @@ def _reset_peak() -> None:
 
 def main() -> None:
     """The command line."""
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(_child(*sys.argv[2:])))
-        return
     parser = argparse.ArgumentParser(description="Measure the peak memory of an export.")
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--size", default="small", help="geometry of the checkpoints that --layers makes")
@@ -151,7 +146,7 @@ def main() -> None:
     if options.json is not None:
         versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
         whole = {
-            "command": f"python scripts/measure_export_memory.py --size {options.size} --layers {options.layers}",
+            "command": f"python -m benchmarks.export_memory --size {options.size} --layers {options.layers}",
             "unit": "bytes",
             "versions": {"python": platform.python_version(), **versions},
             "results": results,

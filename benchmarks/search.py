@@ -1,7 +1,7 @@
 """Quantize to a target, and write down what was kept: docs/results/search.json and search.md.
 
-    python scripts/measure_search.py BUNDLE --recipe int8 --target-sqnr 30 [--calib FILE] [--name NAME]
-    python scripts/measure_search.py --page
+    python -m benchmarks.search BUNDLE --recipe int8 --target-sqnr 30 [--calib FILE] [--name NAME]
+    python -m benchmarks.search --page
 
 Runs `omniport quantize` with its curve, in a process of its own, and throws the bundle away. Results of several calls
 gather in the JSON file, under the name and what was asked.
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+from benchmarks.harness import RESULTS
 
 
 def measure(bundle: Path, recipe: str, sqnr: float, calibration: Path | None) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Quantizing to a target",
         "",
-        "Made by `scripts/measure_search.py` from search.json: do not edit by hand. What the search is:",
+        "Made by `python -m benchmarks.search` from search.json: do not edit by hand. What the search is:",
         "[quantize-report.md](../quantize-report.md#quantizing-to-a-target). Random weights, ONNX Runtime on a CPU of",
         "two cores; losses are of the logits on recorded calls.",
     ]

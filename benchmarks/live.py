@@ -1,6 +1,6 @@
 """Measure live turns: how soon text and sound come, what runs at once, and what the host code costs.
 
-Usage: python scripts/bench_live.py BUNDLE [--reference CHECKPOINT] [--codes 500] [--json F]
+Usage: python -m benchmarks.live BUNDLE [--reference CHECKPOINT] [--codes 500] [--json F]
 
 Everything runs in this process, one thing after the other, on the same threads. ``--reference`` adds transformers'
 ``generate``, which gives its waveform when everything is done. Speech does not end by itself here: stop tokens are
@@ -290,7 +290,7 @@ def page(figures: dict[str, Any]) -> str:
     picks = figures["sampling"]
     parts = [
         "# Live turns, measured",
-        "Made by `scripts/bench_live.py`: do not edit by hand. A random-weight checkpoint (`make-checkpoint "
+        "Made by `python -m benchmarks.live`: do not edit by hand. A random-weight checkpoint (`make-checkpoint "
         "--size small`: "
         f"the 3B's layer widths, four layers a stack) in FP32 on {environment['processor']}, "
         f"{environment['cores']} cores, "
