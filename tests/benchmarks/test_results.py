@@ -34,8 +34,17 @@ def test_other_pages_are_fresh() -> None:
 
 
 def test_readme_says_what_was_measured() -> None:
-    """The figures of README.md, Measured, are those of the results."""
+    """The few figures of README.md are those of the results."""
     text = (REPOSITORY / "README.md").read_text().split("## Measured")[1].split("\n## ")[0]
+    live, export = results("live"), results("real-sizes")["3b"]["export bf16"]
+    sooner = live["ratios"]["first_audio_sooner_than_reference"]
+    assert f"after {live['reply']['first_audio']:.1f} s, {sooner:.1f} times sooner" in text
+    assert f"export takes {export['synced_seconds']:.0f} s" in text
+
+
+def test_the_index_of_results_says_what_was_measured() -> None:
+    """The figures of docs/results/README.md, At a glance, are those of the results."""
+    text = (RESULTS / "README.md").read_text().split("## At a glance")[1].split("\n## ")[0]
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     whole = {name: read_report(RESULTS / f"{name}.json").stages for name in ("bench", "bench-int8")}
     replies = {name: {f.name: f for f in stages["reply"].figures} for name, stages in whole.items()}

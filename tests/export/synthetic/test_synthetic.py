@@ -209,7 +209,7 @@ def published(size: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("size", "text", "talker", "parameters"),
     [
-        # docs/design.md, section 4, and the sizes that the hub gives for the published checkpoints
+        # docs/model.md, and the sizes that the hub gives for the published checkpoints
         ("3b", (2048, 36, 16, 2, 11008, 151936), (896, 24, 14, 2, 64, 4864), 5_537_120_640),
         ("7b", (3584, 28, 28, 4, 18944, 152064), (896, 24, 12, 4, 128, 18944), 10_732_225_408),
     ],
