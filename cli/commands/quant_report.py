@@ -34,7 +34,7 @@ def command(
     Runs all of them on the same recorded calls: output error of each graph and layer, agreement of text and codes under
     teacher forcing, distance of the sound, size and speed.
     """
-    require_extra("export", *EXPORT_MODULES, *(("matplotlib",) if html is not None else ()))
+    require_extra("export", *EXPORT_MODULES, *(("matplotlib", "jinja2") if html is not None else ()))
     _require_folder(html)
     from omniport.calib.calibration_file import Calibration
     from omniport.calib.report.compare import compare_bundles

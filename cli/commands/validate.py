@@ -70,7 +70,7 @@ def command(
     """
     require_extra("export", *EXPORT_MODULES)
     if html is not None:
-        require_extra("export", "matplotlib")  # found out now, not when everything has been computed
+        require_extra("export", "matplotlib", "jinja2")  # found out now, not when everything has been computed
     for path in (json, html):
         _require_folder(path)
     from omniport.export.validation.summary import encode, write_file

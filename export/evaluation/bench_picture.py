@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omniport.runtime.bench.results import BenchReport, Figure, StageResult
 from omniport.runtime.errors import UsageError
+
+from . import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,29 +26,15 @@ def draw(report: BenchReport, path: Path) -> None:
     Raises:
         UsageError: nothing was measured that is drawn, or the file cannot be written.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as Picture
-
     panels = [panel for panel, drawn in _PANELS if drawn(report)]
     if not panels:
         raise UsageError(
             f"nothing to draw: {', '.join(report.stages) or 'no stage'} has no picture; measure more stages"
         )
-    picture = Picture(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    picture = plots.figure(4.2 * len(panels), 3.4)
     for axes, panel in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes, report)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    content = io.BytesIO()
-    with rc_context({"svg.hashsalt": "omniport"}):  # the same picture is the same file
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        picture.savefig(content, format=path.suffix[1:], dpi=110, metadata=metadata)
-    try:
-        path.write_bytes(content.getvalue())
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}. Give a file in a folder that can be written") from (
-            error
-        )
+    plots.write(picture, path)
 
 
 def _measured(report: BenchReport) -> list[tuple[str, StageResult, Figure]]:
@@ -80,8 +67,7 @@ def _roofline(axes: Axes, report: BenchReport) -> None:
             )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("operations a byte of weights and cache", fontsize=8)
-    axes.set_ylabel("GFLOP/s", fontsize=8)
+    plots.plain(axes, "operations a byte of weights and cache", "GFLOP/s")
     axes.set_title(f"roofline (o omniport{', x ' + report.against if report.against else ''})", fontsize=9)
 
 
@@ -96,8 +82,7 @@ def _latency(axes: Axes, report: BenchReport) -> None:
             times = [1e3 * f.reference.median for f in figures if f.reference is not None]
             axes.plot(sizes, times, "x" + style, color=_THEIRS, markersize=4, label=f"{label}, {report.against}")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens in context", fontsize=8)
-    axes.set_ylabel("ms a token", fontsize=8)
+    plots.plain(axes, "tokens in context", "ms a token")
     axes.legend(fontsize=7, frameon=False)
     axes.set_title("decoding", fontsize=9)
 
@@ -120,8 +105,7 @@ def _timeline(axes: Axes, report: BenchReport) -> None:
     total = report.figure("reply", "total").reference
     if total is not None:
         axes.plot([0, total.median, total.median], [0, 0, sound[-1]], color=_THEIRS, label=report.against)
-    axes.set_xlabel("seconds since the question", fontsize=8)
-    axes.set_ylabel("seconds of speech", fontsize=8)
+    plots.plain(axes, "seconds since the question", "seconds of speech")
     axes.legend(fontsize=7, frameon=False)
     axes.set_title("spoken reply", fontsize=9)
 

@@ -15,6 +15,15 @@ MAX_SATURATED = 0.5
 Figures = dict[str, float | int | bool | str | None]
 
 
+def figure_text(value: float | int | bool | str | None) -> str:
+    """A figure with the digits that mean something: three of them for a float."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, int | str) else f"{value:.3g}"
+
+
 def energy(array: NDArray[Any]) -> float:
     """Root mean square."""
     return float(np.sqrt(np.mean(np.square(array, dtype=np.float64)))) if array.size else 0.0

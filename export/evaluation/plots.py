@@ -1,15 +1,17 @@
-"""Pictures and sounds of a report as data URIs: the page needs no other file and no network."""
+"""Charts, spectrograms and sounds of a report as data URIs, so that its page needs no other file and no network."""
 
 from __future__ import annotations
 
 import base64
 import io
 import wave
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omniport.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,26 +79,28 @@ def layers(name: str, points: Sequence[int], values: Sequence[float], limits: Se
     return svg(chart)
 
 
-def spectrograms(named: Sequence[tuple[str, NDArray[np.float32]]], rate: int) -> str:
+def spectrograms(sounds: Mapping[str, NDArray[np.float32]], rate: int) -> str:
     """Spectrograms of waveforms float32 [n] side by side, in dB below the loudest of all. PNG.
 
     Args:
-        named: title and samples of each; values that are not finite are shown as silence.
+        sounds: title -> samples; values that are not finite are shown as silence.
         rate: samples a second.
     """
     size, hop = 512, 128
-    pictures = [
-        (title, _spectrogram(np.nan_to_num(samples, posinf=0, neginf=0), size, hop)) for title, samples in named
-    ]
-    top = max((float(picture.max()) for _, picture in pictures if picture.size), default=0.0)
+    pictures = {t: _spectrogram(np.nan_to_num(s, posinf=0, neginf=0), size, hop) for t, s in sounds.items()}
+    top = max((float(picture.max()) for picture in pictures.values() if picture.size), default=0.0)
     chart = figure(8.4, 2.2)
     grid = chart.subplots(1, len(pictures), sharey=True, squeeze=False)[0]
-    for axes, (title, picture) in zip(grid, pictures, strict=True):
+    for axes, (title, picture) in zip(grid, pictures.items(), strict=True):
         extent = (0.0, picture.shape[1] * hop / rate, 0.0, rate / 2000)
         axes.imshow(picture, origin="lower", aspect="auto", extent=extent, vmin=top - _FLOOR_DB, vmax=top, cmap="magma")
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9, color=_LIMIT)
         plain(axes, "seconds", "kHz" if axes is grid[0] else "")
-    return _png(chart)
+        axes.tick_params(colors=_LIMIT)
+        axes.spines[:].set_color(_LIMIT)
+        for part in (axes.xaxis.label, axes.yaxis.label):
+            part.set_color(_LIMIT)
+    return _uri("image/png", _saved(chart, "png", dpi=150, transparent=True))
 
 
 def sound_uri(samples: NDArray[np.float32], rate: int) -> str:
@@ -122,38 +126,47 @@ def _spectrogram(samples: NDArray[np.float32], size: int, hop: int) -> NDArray[n
 
 def figure(width: float, height: float) -> Figure:
     """An empty picture, in inches."""
-    # no pyplot: figures made this way are freed when they go, and no display is looked for
+    # no pyplot: its figures live until they are closed, and it looks for a display
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def plain(axes: Axes, x: str, y: str) -> None:
-    """Label axes and take away what frames them."""
+    """Label the axes and remove the frame."""
     axes.set_xlabel(x, fontsize=8)
     axes.set_ylabel(y, fontsize=8)
     axes.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def svg(figure: Figure) -> str:
-    """A picture as a data URI."""
-    return _saved(figure, "svg", "image/svg+xml", metadata={"Date": None})
+def svg(chart: Figure) -> str:
+    """A picture as a data URI, without a ground: pages are light or dark."""
+    return _uri("image/svg+xml", _saved(chart, "svg", transparent=True))
 
 
-def _png(figure: Figure) -> str:
-    return _saved(figure, "png", "image/png", dpi=150)
+def write(chart: Figure, path: Path) -> None:
+    """Write a picture as .svg or .png, by the file's suffix.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    content = _saved(chart, path.suffix[1:], dpi=120)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"cannot write {path}: {reason}. Give a file in a folder that can be written") from error
 
 
-def _saved(figure: Figure, kind: str, mime: str, **options: Any) -> str:
-    import matplotlib
+def _saved(chart: Figure, kind: str, **options: Any) -> bytes:
+    from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    # a fixed salt: the same report gives the same bytes
-    with matplotlib.rc_context({"svg.hashsalt": "omniport", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format=kind, **options)
-    return _uri(mime, buffer.getvalue())
+    # a fixed salt and no date: the same report gives the same bytes
+    with rc_context({"svg.hashsalt": "omniport"}):
+        chart.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None, **options)
+    return buffer.getvalue()
 
 
 def _uri(mime: str, content: bytes) -> str:

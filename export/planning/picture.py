@@ -1,4 +1,4 @@
-"""A heat map of plans: targets by recipes."""
+"""A heat map of plans: devices by recipes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omniport.runtime.errors import ExportError
-
+from ..evaluation import plots
 from .plan import RecipePlan, TargetPlan
 
-#: colours of what a field says
+#: verdict on a device and recipe -> colour of its field
 _STATES = {
     "not possible": "#d9d9d9",
     "does not fit": "#c9686a",
@@ -21,37 +20,28 @@ _STATES = {
 
 
 def draw_sweep(plans: Sequence[TargetPlan], path: Path) -> None:
-    """Write the picture; its kind follows from the file's name.
+    """Write the picture as .svg or .png, by the file's suffix.
 
-    A field says the memory in GB, decode tokens/s, and seconds of work for a second of speech.
+    Each field holds the memory in GB, decode tokens/s, and seconds of work for a second of speech.
 
     Raises:
-        ExportError: the file cannot be written.
+        UsageError: the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     names = [row.recipe.name for row in plans[0].recipes]
-    figure = Figure(figsize=(1.6 + 1.25 * len(names), 1.4 + 0.52 * len(plans)), layout="constrained")
+    figure = plots.figure(1.6 + 1.25 * len(names), 1.4 + 0.52 * len(plans))
     axes = figure.subplots()
     _fill(axes, plans)
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(plans)), [plan.machine.name for plan in plans])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.set_title(
         f"{plans[0].model}, context {plans[0].context}: GB in memory, tokens/s, seconds of work for a second of speech",
         fontsize=9,
     )
     _legend(figure)
-    try:
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror or error}. Choose another file") from error
+    plots.write(figure, path)
 
 
 def _fill(axes: Any, plans: Sequence[TargetPlan]) -> None:

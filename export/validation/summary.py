@@ -16,6 +16,7 @@ import msgspec
 from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.errors import ExportError
 
+from ..evaluation.metrics import figure_text
 from .tolerances import LIMITS
 from .types import FAIL, NOT_RUN, PASS, Check, ValidationReport
 
@@ -74,27 +75,30 @@ def _row(report: ValidationReport, stage: str) -> StageRow | None:
     failed = sum(check.status == FAIL for check in checks)
     not_run = sum(check.status == NOT_RUN for check in checks)
     status = FAIL if failed else NOT_RUN if not_run == len(checks) else PASS
-    worst = [w for check in checks if (w := worst_figure(check)) is not None]
+    worst = (figure for check in checks for figure in limited_figures(check))
     return StageRow(
         stage=stage,
         status=status,
         checks=len(checks),
         failed=failed,
         not_run=not_run,
-        worst=max(worst, key=lambda w: w.used, default=None),
+        worst=max(worst, key=lambda figure: figure.used, default=None),
         emulated=stage in report.emulated,
     )
 
 
 def worst_figure(check: Check) -> Worst | None:
     """The figure of a check that takes most of its limit; None if it has no limits."""
-    found = []
+    return max(limited_figures(check), key=lambda figure: figure.used, default=None)
+
+
+def limited_figures(check: Check) -> Iterator[Worst]:
+    """The figures of a check that have limits."""
     for figure, bound in check.limits.items():
         value = check.figures.get(figure)
         if value is None or isinstance(value, str):
             value = math.inf  # JSON has no infinity: it comes back as null
-        found.append(Worst(figure, float(value), bound, _used(figure, float(value), bound), check.name))
-    return max(found, key=lambda w: w.used, default=None)
+        yield Worst(figure, float(value), bound, _used(figure, float(value), bound), check.name)
 
 
 def _used(figure: str, value: float, bound: float) -> float:
@@ -111,19 +115,6 @@ def _used(figure: str, value: float, bound: float) -> float:
 def failures(report: ValidationReport) -> Iterator[Check]:
     """Checks that failed, in the order in which they ran."""
     return (check for check in report.checks if check.status == FAIL)
-
-
-def figure_text(value: float | int | bool | str | None) -> str:
-    """A figure as people read it: four digits at most, no digits that mean nothing."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | str):
-        return str(value)
-    if not math.isfinite(value):
-        return "inf" if value > 0 else "-inf" if value < 0 else "nan"
-    return f"{value:.3g}"
 
 
 def encode(report: ValidationReport) -> bytes:

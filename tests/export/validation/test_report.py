@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from omniport.export.evaluation import plots
+from omniport.export.evaluation.metrics import figure_text
 from omniport.export.validation import report_page as page
 from omniport.export.validation import summary as report
 from omniport.export.validation.tolerances import LIMITS
@@ -118,7 +119,7 @@ def test_the_direction_of_a_limit_comes_from_the_table() -> None:
     [(1.23456e-7, "1.23e-07"), (True, "yes"), (3, "3"), (None, "-"), (math.inf, "inf"), (math.nan, "nan"), ("a", "a")],
 )
 def test_figures_as_text(value: float | str | None, text: str) -> None:
-    assert report.figure_text(value) == text
+    assert figure_text(value) == text
 
 
 # JSON
@@ -312,7 +313,7 @@ def test_broken_sound_is_still_drawn() -> None:
     broken = sweep()
     broken[100:200] = np.inf
     broken[300] = np.nan
-    assert plots.spectrograms([("a", sweep()), ("b", broken), ("c", broken[:3])], RATE).startswith("data:image/png")
+    assert plots.spectrograms({"a": sweep(), "b": broken, "c": broken[:3]}, RATE).startswith("data:image/png")
     assert plots.sound_uri(broken, RATE).startswith("data:audio/wav")
 
 
