@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from omniport.export.evaluation.transformers_rival import TransformersRival
-from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from omniport.runtime.bench.benchmark import bench
 from omniport.runtime.bench.compare import BAND, changes
 from omniport.runtime.bench.results import read_report
+from omniport.runtime.system.host import physical_cores
 
 from benchmarks.harness import RESULTS
 

@@ -29,11 +29,11 @@ class _Sampler:
     """Largest resident memory, all and anonymous, above the start."""
 
     def __init__(self) -> None:
-        from omniport.export.memory import resident
+        from omniport.runtime.system.host import resident_memory
 
-        self._resident = resident
+        self._resident = resident_memory
         self._fields = ("VmRSS", "RssAnon")
-        self._start = {field: resident(field) for field in self._fields}
+        self._start = {field: resident_memory(field) or 0 for field in self._fields}
         self.peak = dict.fromkeys(self._fields, 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -42,7 +42,7 @@ class _Sampler:
     def _run(self) -> None:
         while not self._stop.wait(0.01):
             for field in self._fields:
-                self.peak[field] = max(self.peak[field], self._resident(field) - self._start[field])
+                self.peak[field] = max(self.peak[field], (self._resident(field) or 0) - self._start[field])
 
     def stop(self) -> None:
         self._stop.set()

@@ -24,9 +24,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, SamplingConfig, TextDelta
-from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from omniport.runtime.generation.sampling import Sampler
 from omniport.runtime.prompt.builder import build_prompt
+from omniport.runtime.system.host import physical_cores
 
 QUESTION = "Tell me in a few sentences what you can hear and see, and how you answer."
 TOKENS = 40

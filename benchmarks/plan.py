@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from omniport.export.devices.catalog import TARGETS
-from omniport.export.memory import resident
 from omniport.export.planning.machines import Rates, cpu_machine, machine_of, measure_rates
 from omniport.export.planning.plan import TargetPlan, make_plan
 from omniport.export.planning.shapes import DecoderShape, ModelShape, decoder_graph, find_model, shape_of_config
@@ -31,6 +30,7 @@ from omniport.runtime.bundle.manifest import SamplingConfig
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.generation.decoder import Decoder
 from omniport.runtime.session import OmniSession
+from omniport.runtime.system.host import resident_memory
 
 from benchmarks.harness import RESULTS, own_process
 
@@ -143,7 +143,7 @@ def memory(root: str) -> dict[str, Any]:
     """Resident memory: when every graph is loaded, and at its highest while it hears, sees and speaks."""
     session = OmniSession.open(root, backend="ort-cpu", max_context=CONTEXT)
     session.load()
-    loaded = {field: resident(field) for field in ("VmRSS", "RssAnon", "RssFile")}
+    loaded = {field: resident_memory(field) for field in ("VmRSS", "RssAnon", "RssFile")}
     Path("/proc/self/clear_refs").write_text("5")
     draw = np.random.default_rng(0)
     sound = (0.1 * draw.standard_normal(30 * 16000)).astype(np.float32)
@@ -154,7 +154,7 @@ def memory(root: str) -> dict[str, Any]:
     messages = [{"role": "user", "content": content}]
     for event in session.reply(messages, thinker=limits[0], talker=limits[1]):
         heard += len(getattr(event, "samples", ()))
-    return {"loaded": loaded, "peak": resident("VmHWM"), "samples": heard}
+    return {"loaded": loaded, "peak": resident_memory("VmHWM"), "samples": heard}
 
 
 def _measure(root: Path) -> dict[str, Any]:

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.calib.calibration_file import Calibration
 from omniport.calib.quantize import quantize_bundle
-from omniport.runtime.backends.onnxruntime.backend import OrtBackend, physical_cores
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.generation.decoder import Decoder
+from omniport.runtime.system.host import physical_cores
 
 from benchmarks.harness import RESULTS
 from benchmarks.speech_loss import measure_speech, sqnr

@@ -239,9 +239,9 @@ def _flush(files: Iterable[Path]) -> None:
 
 
 def _memory() -> dict[str, int]:
-    from omniport.export.memory import resident
+    from omniport.runtime.system.host import resident_memory
 
-    return {field: resident(field) for field in FIELDS}
+    return {field: resident_memory(field) for field in FIELDS}
 
 
 _STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

@@ -97,7 +97,7 @@ def command(
 
 def _rival(bundle: Bundle, checkpoint: str, threads: int | None) -> Rival:
     from omniport.export.evaluation.transformers_rival import TransformersRival
-    from omniport.runtime.backends.onnxruntime.backend import physical_cores
+    from omniport.runtime.system.host import physical_cores
 
     return TransformersRival(bundle, checkpoint, physical_cores() if threads is None else threads)
 

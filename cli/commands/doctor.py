@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import typer
+from omniport.runtime.system import host
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, size_text
 
@@ -71,7 +70,7 @@ def command(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
 def examine() -> dict[str, Any]:
     """Everything that ``omniport doctor`` reports. Imports onnxruntime (its providers are known to it alone)."""
     packages = {name: _version(distributions) for name, distributions in PACKAGES.items()}
-    gpus = _gpus()
+    gpus = host.nvidia_smi("name", "driver_version", "memory.total", "compute_cap")
     abilities = []
     for name, (needs, extra) in ABILITIES.items():
         missing = [package for package in needs if packages[package] is None]
@@ -83,9 +82,9 @@ def examine() -> dict[str, Any]:
         "executable": sys.executable,
         "platform": platform.platform(),
         "machine": _board(),
-        "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "cpu": host.cpu_name(),
+        "cpu_cores": len(host.usable_cpus()),
+        "memory_bytes": host.total_memory(),
         "gpus": gpus,
         "packages": packages,
         "backends": _backends(packages, gpus),
@@ -142,34 +141,6 @@ def _ort_providers() -> tuple[list[str], str | None]:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-
-
-def _gpus() -> list[dict[str, str]]:
-    fields = ("name", "driver_version", "memory.total", "compute_cap")
-    call = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(call, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = (line.split(", ") for line in answer.stdout.splitlines() if line.strip())
-    return [dict(zip(fields, row, strict=False)) for row in rows]
-
-
-def _first_value(path: str, key: str) -> str | None:
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.lower().startswith(key)), None)
-
-
-def _cpu_name() -> str:
-    return _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    value = _first_value("/proc/meminfo", "memtotal")  # "24689920 kB"
-    return int(value.split()[0]) * 1024 if value else None
 
 
 def _board() -> str:

@@ -12,20 +12,19 @@ operators in FP32 without the rounding between them, so that an overflow a GPU w
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
 from omniport.runtime.backends.base import Graph
-from omniport.runtime.backends.onnxruntime.backend import OrtBackend, OrtGraph, physical_cores
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, OrtGraph, import_onnxruntime
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, ExportError
+from omniport.runtime.system.host import physical_cores
 from onnx_ir.passes import InPlacePass, PassResult
 
 _WARNING = 2
@@ -206,10 +205,7 @@ def open_graph(model: ir.Model, spec: GraphSpec, folder: Path, threads: int) -> 
     Raises:
         BackendError: onnxruntime is missing or refuses the graph.
     """
-    try:
-        ort: Any = importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise BackendError(f"onnxruntime is not installed ({error}): pip install 'omniport[ort]'") from error
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _WARNING  # a KV cache that is copied on every step is a warning

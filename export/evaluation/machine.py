@@ -6,11 +6,10 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.system.host import cpu_name, physical_cores
 
 #: bytes of weights above which graphs are large
 _LARGE = 256 << 20
@@ -44,7 +43,7 @@ def limited_torch(threads: int) -> Iterator[None]:
 
 def environment(threads: int) -> dict[str, str]:
     """Versions and machine: what a figure may depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu_name()}
+    found = {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu_name()}
     found["threads"] = str(threads)
     for package in ("omniport", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy"):
         try:
@@ -52,12 +51,3 @@ def environment(threads: int) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

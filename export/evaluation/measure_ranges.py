@@ -18,13 +18,14 @@ import onnx_ir as ir
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, KvCache
-from omniport.runtime.backends.onnxruntime.backend import OrtGraph, physical_cores
+from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.bundle.activation_ranges import RANGES_FILE, Ranges, encode_ranges
 from omniport.runtime.bundle.graph_spec import SPEECH_GRAPHS, GraphSpec, TensorSpec
 from omniport.runtime.bundle.manifest import Manifest, encode_manifest
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle, read_manifest
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.session import OmniSession
+from omniport.runtime.system.host import physical_cores
 
 from ..graphs.fingerprint import file_record
 from ..graphs.lowering import LOWERED_OPSET

@@ -6,7 +6,6 @@ where each comes from. What nobody measured is called assumed there.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from omniport.runtime.errors import UsageError
+from omniport.runtime.system.host import physical_cores, total_memory
 
 from ..devices.budget import memory_usable
 from ..devices.catalog import TARGETS, THIS, Target
@@ -159,7 +158,7 @@ def cpu_machine(rates: Rates, memory: int | None = None) -> Machine:
     Args:
         memory: bytes; what the system has if None.
     """
-    total = _system_memory() if memory is None else memory
+    total = memory or total_memory() or 0
     return Machine(
         name=CPU,
         title=f"this machine's CPU, {physical_cores()} cores",
@@ -208,7 +207,3 @@ def _read_all(blocks: Sequence[NDArray[np.float32]]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def _system_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

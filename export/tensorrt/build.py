@@ -20,6 +20,7 @@ from omniport.runtime.bundle.listed_files import sha256_of
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.bundle.staging import check_space
 from omniport.runtime.errors import BackendError, BuildError, BundleError, UsageError
+from omniport.runtime.system import host
 
 from ..devices.catalog import THIS, Target
 from ..source_code import package_digest
@@ -159,7 +160,7 @@ def choose_builder(target: Target, builder: str, bundle: str = "BUNDLE") -> str:
     if builder == "tensorrt-rtx":
         return _require(builder, here)
     # TensorRT measures kernels on the GPU that it builds for
-    found = _own_capability() if target.name != THIS else target.capability
+    found = host.gpu_capability() if target.name != THIS else target.capability
     if found != target.capability:
         what = f"this machine's has {found}" if found else "this machine has none"
         raise BackendError(
@@ -278,16 +279,6 @@ def _require(builder: str, here: Sequence[str]) -> str:
         extra = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}[builder]
         raise BackendError(f"{builder} is not installed here: pip install 'omniport[{extra}]'")
     return builder
-
-
-def _own_capability() -> str | None:
-    """Compute capability of the machine's own GPU; None if there is none."""
-    from ..devices.detect import this_target
-
-    try:
-        return this_target().capability
-    except BackendError:
-        return None
 
 
 def _timings(api: Api, target: Target) -> Path | None:

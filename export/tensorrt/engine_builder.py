@@ -15,9 +15,9 @@ from typing import Any
 from omniport.runtime.bundle.engines import Profile
 from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.errors import BuildError
+from omniport.runtime.system.host import MemoryWatch
 
 from ..devices.catalog import Target, precisions_of
-from ..memory import MemoryWatch
 from .builder_api import Api
 from .engine_store import replace_file
 from .interruptible import Cancelled, run_aside

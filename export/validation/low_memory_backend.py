@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
 from omniport.runtime.errors import BackendError
-
-from .memory import give_back
+from omniport.runtime.system.host import collect_and_trim
 
 #: graphs that are used together; thinker and talker alternate within a reply
 _TEAMS = {
@@ -91,7 +90,7 @@ class TurnsBackend:
         for cache in self._caches:
             cache.held = None  # before the graph that it belongs to
         self._backend.close()
-        give_back()
+        collect_and_trim()
 
     def _load(self, name: str) -> Graph:
         team = _TEAMS.get(name, name)

@@ -20,12 +20,12 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omniport.runtime.system.host import collect_and_trim
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..evaluation.reference_modules import load_reference
 from ..graphs.trace import cache_folder
-from .memory import give_back
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -53,7 +53,7 @@ class Reference:
         """The transformers module behind a graph (see `load_reference`)."""
         if self._name != graph or self._module is None:
             self._module = None
-            give_back()  # of the part before, and of what made the inputs
+            collect_and_trim()  # of the part before, and of what made the inputs
             self._module, self._name = load_reference(self.checkpoint, graph), graph
         return self._module
 
@@ -61,7 +61,7 @@ class Reference:
         """Drop the part that is loaded."""
         if self._module is not None:
             self._module, self._name = None, ""
-            give_back()
+            collect_and_trim()
 
     def result(self, graph: str, case: str, run: Callable[[nn.Module], Mapping[str, torch.Tensor]]) -> Arrays:
         """Named float32 or int64 arrays that ``run`` computes with the part, from the cache if they are there.

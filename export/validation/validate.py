@@ -18,13 +18,13 @@ from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, UsageError, UserError
 from omniport.runtime.prompt.tokenizer import TextCodec
+from omniport.runtime.system.host import peak_memory
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import quiet_transformers
 from ..evaluation.machine import environment, is_large, limited_torch, usable_threads
 from .context import Context
 from .low_memory_backend import TurnsBackend
-from .memory import peak_memory
 from .reference import Reference
 from .types import FAIL, NOT_RUN, Check, ValidationReport
 
@@ -122,7 +122,7 @@ def validate(
         environment=environment(job.threads),
         hashes={f: manifest.files[f].sha256 for g in manifest.graphs.values() for f in (g.file, *g.data)},
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=peak_memory() or 0,
     )
     return report, job.artifacts
 

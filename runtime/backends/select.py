@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.engines import EngineRecord, build_line, list_engines
 from ..errors import BackendError
-from .tensorrt import cuda
+from ..system import host
 from .tensorrt import runtime_api as trt_runtime
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Here:
 def this_machine() -> Here:
     """Ask the driver and the packages' metadata; imports neither builder."""
     versions = {builder: installed_version(builder) or "" for builder in trt_runtime.installed_runtimes()}
-    return Here(cuda.gpu_capability(), versions, _has_bindings())
+    return Here(host.gpu_capability(), versions, _has_bindings())
 
 
 def _has_bindings() -> bool:

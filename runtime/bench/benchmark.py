@@ -11,12 +11,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.onnxruntime.backend import OrtBackend, physical_cores
+from ..backends.onnxruntime.backend import OrtBackend
 from ..bundle.reader import Bundle
 from ..errors import UsageError
+from ..system.host import physical_cores, resident_memory
 from .reply_timing import measure_reply
 from .results import STAGES, BenchReport, Figure, Machine, StageResult, Work
-from .roofline import environment, measure_machine, resident_bytes
+from .roofline import environment, measure_machine
 from .solvers import measure_solvers
 from .timing import CLOCKS, Clock, alternate, ratio_of, spread
 from .work import Profile, profile_run, weight_bytes
@@ -112,7 +113,7 @@ class _Run:
 
     def stage(self, name: str) -> StageResult:
         machine = measure_machine(self.threads, clock=self.clock)
-        before = resident_bytes()
+        before = resident_memory()
         if name == "reply":
             figures, chunks = measure_reply(
                 self.bundle, self.sizes, self.rival, min(self.rounds, _REPLY_ROUNDS), self.threads
@@ -135,7 +136,7 @@ class _Run:
             profile = profile_run(self.bundle, GRAPH_OF[name], self.threads, job.profiled)
             if resident is None:
                 job.run()
-                now = resident_bytes()
+                now = resident_memory()
                 resident = None if now is None or before is None else now - before
             figure = self._figure(job, profile)
             assert figure.machine is not None

@@ -12,10 +12,10 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
+from ..system.host import cpu_name, physical_cores, total_memory
 from .results import Environment, Machine
 from .timing import Clock
 
@@ -28,12 +28,10 @@ _LIBRARIES = ("omniport", "numpy", "onnxruntime")
 
 def environment(more: tuple[str, ...] = ()) -> Environment:
     """This machine, and the versions of what takes part (``more``: further distributions)."""
-    from ..backends.onnxruntime.backend import physical_cores
-
     return Environment(
-        processor=_processor(),
+        processor=cpu_name(),
         cores=physical_cores(),
-        memory_bytes=_memory(),
+        memory_bytes=total_memory(),
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         versions={name: version for name in (*_LIBRARIES, *more) if (version := _version(name))},
     )
@@ -84,31 +82,6 @@ def _best(run: Callable[[], object], tries: int, clock: Clock) -> float:
         run()
         times.append(clock() - begin)
     return min(times)
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process now; None where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _version(name: str) -> str:

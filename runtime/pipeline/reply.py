@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from ..generation.sampling import Sampler
 from ..generation.thinker import ThinkerRun
 from ..prompt.positions import Segment
 from ..prompt.tokenizer import TextCodec
+from ..system.host import peak_memory
 from .workers import SpeechTask, Workers
 
 
@@ -248,11 +247,3 @@ class Reply:
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._started
-
-
-def peak_memory() -> int | None:
-    """Largest resident set of this process so far, in bytes; None where the system does not tell."""
-    if sys.platform == "win32":
-        return None
-    usage: int = importlib.import_module("resource").getrusage(0).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024

@@ -475,8 +475,8 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
         root = deep(tmp_path / str(layers), layers)
         code = (
             "import sys; from pathlib import Path; from omniport.calib.quantize import quantize_bundle; "
-            "from omniport.export.memory import resident; before = resident(); "
-            "quantize_bundle(Path(sys.argv[1]), Path(sys.argv[2]), 'w8'); print(resident('VmHWM') - before)"
+            "from omniport.runtime.system.host import resident_memory; before = resident_memory(); "
+            "quantize_bundle(Path(sys.argv[1]), Path(sys.argv[2]), 'w8'); print(resident_memory('VmHWM') - before)"
         )
         command = [sys.executable, "-c", code, str(root), str(tmp_path / f"out-{layers}")]
         peaks[layers] = int(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)

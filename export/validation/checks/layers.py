@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.errors import BackendError, ExportError, OmniportError, UsageError
+from omniport.runtime.system.host import physical_cores
 from torch import nn
 
 from ...evaluation.cases import reference_hidden

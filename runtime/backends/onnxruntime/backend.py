@@ -12,12 +12,10 @@ it crosses in any case: 8 KB in and one row of logits out for a token.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,8 @@ from numpy.typing import NDArray
 
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, BundleError, OmniportError
+from ...system import host
+from ...system.host import physical_cores
 from ..base import Array, KvCache
 from .kv_cache import GrowingCache, OrtCache, StaticCache
 from .onnx_scan import STANDARD_DOMAINS, scan_onnx
@@ -153,7 +153,7 @@ class OrtBackend:
     def __init__(
         self, bundle: Bundle, device: str = "cpu", threads: int | None = None, profiles: Path | None = None
     ) -> None:
-        self._ort = _import_ort()
+        self._ort = import_onnxruntime()
         self._profiles = profiles
         self._bundle = bundle
         self._device = device
@@ -221,7 +221,7 @@ class OrtBackend:
             )
         _check_signature(session, spec)
         if self._device == "cpu":
-            _trim_heap()
+            host.trim_heap()  # packing integer weights frees a third of what it keeps
         else:
             self.host_nodes[name] = host_nodes(session)
             warn_of_host_nodes(name, _PROVIDERS[self._device], self.host_nodes[name])
@@ -254,36 +254,15 @@ class OrtBackend:
 
 def cuda_usable() -> bool:
     """True if the installed onnxruntime has the CUDA provider and the driver sees a device."""
-    if _PROVIDERS["cuda"] not in _import_ort().get_available_providers():
-        return False
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return _PROVIDERS["cuda"] in import_onnxruntime().get_available_providers() and host.gpu_capability() is not None
 
 
-def physical_cores() -> int:
-    """Physical cores that this process may run on, at least 1: hyper-threads share the arithmetic units."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in usable:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text())
-        except OSError:  # not Linux, or no topology: count every CPU
-            cores.add(str(cpu))
-    return max(1, len(cores))
+def import_onnxruntime() -> Any:
+    """onnxruntime, imported when it is first needed.
 
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system: packing integer weights frees a third of what it keeps, held by glibc."""
-    with suppress(OSError, AttributeError):  # not glibc: nothing to trim
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _import_ort() -> Any:
+    Raises:
+        BackendError: it is not installed.
+    """
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:

@@ -17,9 +17,6 @@ from numpy.typing import NDArray
 
 from ...errors import BackendError
 
-# CUdevice_attribute of cuda.h
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
-
 
 class Driver(Protocol):
     """Memory, streams and captured graphs of one GPU. Addresses and handles are integers.
@@ -227,25 +224,6 @@ class CudaDriver:
                 "install 'cuda-bindings' of the CUDA release that nvidia-smi shows; 'omniport doctor' says what is here"
             )
         return f"{message}. Check nvidia-smi and open the session again"
-
-
-def gpu_capability() -> str | None:
-    """Compute capability of the first GPU, asked of the driver library itself; None if no GPU can be used."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return None
-    if driver.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    numbers = []
-    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
-            return None
-        numbers.append(value.value)
-    return f"{numbers[0]}.{numbers[1]}"
 
 
 def _import_runtime() -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from omniport.cli.main import app
 from omniport.export.devices.catalog import PRECISION_NAMES, RTX_CAPABILITIES, TARGETS, nearest_rtx_capability
-from omniport.export.devices.detect import Device, device_target, find_target, read_device, this_target
+from omniport.export.devices.detect import find_target, gpu_target, this_target
 from omniport.runtime.errors import BackendError, UsageError
+from omniport.runtime.system.host import Gpu, gpu_capability
 from typer.testing import CliRunner
 
 JETSON = ("orin-nano-8gb", "orin-nx-8gb", "orin-nx-16gb", "agx-orin-32gb", "agx-orin-64gb", "agx-thor")
@@ -110,10 +111,12 @@ class Driver:
         return run
 
 
-def driver(name: str, capability: str, gib: float, **more: Any) -> Driver:
+def put_gpu(patch: pytest.MonkeyPatch, name: str, capability: str, gib: float, **more: Any) -> None:
+    """Have the machine's CUDA driver know this GPU."""
     major, _, minor = capability.partition(".")
     attributes = {75: int(major), 76: int(minor), 18: 0, 36: 10_000_000, 37: 256}
-    return Driver(name, attributes, int(gib * (1 << 30)), **more)
+    driver = Driver(name, attributes, int(gib * (1 << 30)), **more)
+    patch.setattr(ctypes, "CDLL", lambda library: driver)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +133,12 @@ def driver(name: str, capability: str, gib: float, **more: Any) -> Driver:
         ("NVIDIA GeForce RTX 4070", "8.9", 11.7, None),
     ],
 )
-def test_the_machines_own_gpu(name: str, capability: str, gib: float, known: str | None) -> None:
-    target = device_target(read_device(driver(name, capability, gib)))
+def test_the_machines_own_gpu(
+    name: str, capability: str, gib: float, known: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_gpu(monkeypatch, name, capability, gib)
+    assert gpu_capability() == capability
+    target = this_target()
     assert target.name == "this"
     assert target.capability == capability
     assert target.memory_bytes == int(gib * (1 << 30))
@@ -145,10 +152,12 @@ def test_the_machines_own_gpu(name: str, capability: str, gib: float, known: str
 
 
 def test_a_machine_without_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_gpu(monkeypatch, "x", "8.9", 1, count=0)
     with pytest.raises(BackendError, match=r"knows 0 GPUs.*--target"):
-        read_device(driver("x", "8.9", 1, count=0))
-    with pytest.raises(BackendError, match=r"cuInit of the CUDA driver gave error 999.*nvidia-smi"):
-        read_device(driver("x", "8.9", 1, fails="cuInit"))
+        this_target()
+    put_gpu(monkeypatch, "x", "8.9", 1, fails="cuInit")
+    with pytest.raises(BackendError, match=r"cuInit of the CUDA driver gave error 999.*nvidia-smi.*--target"):
+        this_target()
 
     def no_library(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
@@ -156,14 +165,15 @@ def test_a_machine_without_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ctypes, "CDLL", no_library)
     with pytest.raises(BackendError, match=r"driver does not load \(libcuda.*--target"):
         this_target()
+    assert gpu_capability() is None
 
 
 def test_devices_without_a_clock_have_no_bandwidth() -> None:
-    assert device_target(Device("x", "8.9", 1 << 30, True, 0.0)).bandwidth is None
+    assert gpu_target(Gpu("x", "8.9", 1 << 30, True, 0.0)).bandwidth is None
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.export.devices.detect._driver", lambda: driver("NVIDIA L40S", "8.9", 44.4))
+    put_gpu(monkeypatch, "NVIDIA L40S", "8.9", 44.4)
     result = CliRunner().invoke(app, ["targets", "--json"])
     assert result.exit_code == 0
     rows = {row["name"]: row for row in json.loads(result.stdout)}

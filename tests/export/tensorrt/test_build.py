@@ -17,7 +17,7 @@ import onnx
 import pytest
 from omniport.cli.main import app
 from omniport.export.devices.catalog import TARGETS
-from omniport.export.devices.detect import Device, device_target, find_target
+from omniport.export.devices.detect import find_target, gpu_target
 from omniport.export.tensorrt.build import build_bundle, builder_version, choose_builder
 from omniport.export.tensorrt.build_check import build_memory, check_bundle, memory_needed
 from omniport.export.tensorrt.profiles import Limits
@@ -26,6 +26,7 @@ from omniport.runtime.bundle.graph_spec import GRAPH_NAMES, DimRange
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import BackendError, BuildError, BundleError, ExportError, UsageError
+from omniport.runtime.system.host import Gpu
 from support.bundles import edit
 from support.onnx_graphs import (
     cache_model,
@@ -333,25 +334,21 @@ def test_the_bundle_decides_the_precision(bundle: Path) -> None:
         build(bundle, graphs=["thinker"])
 
 
-def no_gpu() -> Any:
-    raise BackendError("no NVIDIA GPU")
-
-
 @pytest.mark.parametrize("name", ["jetson-orin-nano-8gb", "jetson-agx-thor", "h100", "h200"])
 def test_device_targets_say_what_to_run_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target = find_target(name)
     line = f"omniport build BUNDLE --target {name} --builder tensorrt"
-    monkeypatch.setattr("omniport.export.devices.detect.this_target", no_gpu)
+    monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: None)
     with pytest.raises(
         BackendError, match=rf"built on the device.*this machine has none\. Run there: {line}\. Add --ch"
     ):
         choose_builder(target, "auto")
     with pytest.raises(BackendError, match=f"tensorrt-rtx does not build for {name}.*{line}"):
         choose_builder(target, "tensorrt-rtx")
-    monkeypatch.setattr("omniport.export.devices.detect.this_target", lambda: TARGETS["rtx-4090"])
+    monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: "8.9")
     with pytest.raises(BackendError, match=r"this machine's has 8\.9"):
         choose_builder(target, "tensorrt")
-    monkeypatch.setattr("omniport.export.devices.detect.this_target", lambda: target)
+    monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: target.capability)
     monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", lambda: ["tensorrt-rtx"])
     with pytest.raises(BackendError, match=r"pip install 'omniport\[trt\]'"):
         choose_builder(target, "auto")
@@ -360,20 +357,20 @@ def test_device_targets_say_what_to_run_there(name: str, monkeypatch: pytest.Mon
 
 
 def test_cards_are_built_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.export.devices.detect.this_target", no_gpu)
+    monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: None)
     assert choose_builder(CARD, "auto") == "tensorrt-rtx"
     with pytest.raises(BackendError, match=r"TensorRT needs a GPU of compute capability 8\.9"):
         choose_builder(CARD, "tensorrt")
     monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", list)
     with pytest.raises(BackendError, match=r"pip install 'omniport\[rtx\]'"):
         choose_builder(CARD, "auto")
-    monkeypatch.setattr("omniport.export.devices.detect.this_target", lambda: CARD)
+    monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: CARD.capability)
     monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", lambda: ["tensorrt"])
     assert choose_builder(CARD, "auto") == "tensorrt"
 
 
 def test_the_machines_own_gpu(bundle: Path) -> None:
-    this = device_target(Device("NVIDIA GeForce RTX 3090", "8.6", int(23.7 * (1 << 30)), False, 0.0))
+    this = gpu_target(Gpu("NVIDIA GeForce RTX 3090", "8.6", int(23.7 * (1 << 30)), False, 0.0))
     report = build_bundle(Bundle.open(bundle), this, graphs=["dit"])
     assert report.graphs[0].path == bundle / "engines/tensorrt-rtx-this-fp32/dit.engine"
     found = find_engine(Bundle.open(bundle), "dit", builder="tensorrt-rtx", version=report.version, capability="8.6")

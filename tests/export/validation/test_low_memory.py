@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +18,11 @@ from omniport.export.validation import validate as run
 from omniport.export.validation.checks import end_to_end as end_to_end_checks
 from omniport.export.validation.checks import speech_cases
 from omniport.export.validation.low_memory_backend import TurnsBackend
-from omniport.export.validation.memory import give_back, peak_memory
 from omniport.export.validation.types import PASS
 from omniport.runtime.backends.base import Graph
-from omniport.runtime.backends.onnxruntime.backend import physical_cores
 from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.errors import BackendError
+from omniport.runtime.system.host import physical_cores
 
 LINUX = sys.platform.startswith("linux")
 
@@ -156,48 +154,6 @@ def test_the_reference_takes_no_more_threads() -> None:
     with machine.limited_torch(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
-
-
-# memory of the process
-
-
-def resident() -> int:
-    found = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-@pytest.mark.skipif(not LINUX, reason="reads /proc")
-def test_freed_memory_goes_back() -> None:
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "malloc_trim"):
-        pytest.skip("this C library gives memory back by itself")
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
-    size = 100_000  # below the threshold above which glibc maps blocks, and so unmaps them when freed
-    blocks = [libc.malloc(size) for _ in range(1000)]
-    for block in blocks:
-        ctypes.memset(block, 1, size)
-    for block in blocks[:-1]:  # the last one keeps the top of the heap in use
-        libc.free(block)
-    before = resident()
-    give_back()
-    assert before - resident() > 80 << 20
-    libc.free(blocks[-1])
-
-
-@pytest.mark.skipif(not LINUX, reason="reads /proc")
-def test_peak_memory_is_this_process_own() -> None:
-    peak = peak_memory()
-    assert resident() <= peak
-    held = np.ones(64 << 20, np.uint8)
-    assert peak_memory() >= max(peak, resident())
-    assert held[0] == 1
 
 
 @pytest.mark.parametrize("graph", GRAPH_NAMES)

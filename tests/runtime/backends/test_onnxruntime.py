@@ -17,7 +17,7 @@ from omniport.runtime.backends import BACKENDS, open_backend
 from omniport.runtime.backends.base import StoppableGraph, runs_at_once
 from omniport.runtime.backends.onnxruntime import backend as ort
 from omniport.runtime.backends.onnxruntime import plugin as ort_plugin
-from omniport.runtime.backends.onnxruntime.backend import OrtBackend, physical_cores
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.backends.onnxruntime.kv_cache import OrtCache, StaticCache
 from omniport.runtime.backends.onnxruntime.onnx_scan import scan_onnx
 from omniport.runtime.backends.onnxruntime.placement import host_nodes, record_placement, warn_of_host_nodes
@@ -390,7 +390,3 @@ def test_scan_sees_what_a_model_asks_for(tmp_path: Path) -> None:
     bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"), "thinker.data")
     summary = scan_onnx(bundle.path("graphs/thinker.onnx"))
     assert (summary.domains, summary.functions, summary.external) == ({""}, 0, {"thinker.data"})
-
-
-def test_cores() -> None:
-    assert physical_cores() >= 1

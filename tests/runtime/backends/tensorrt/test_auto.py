@@ -13,9 +13,9 @@ from omniport.runtime.backends import composite as mixed
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends import select as here
 from omniport.runtime.backends.tensorrt import backend as trt
-from omniport.runtime.backends.tensorrt.cuda import gpu_capability
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
+from omniport.runtime.system.host import gpu_capability
 from support.fake_device import CAPABILITY, VERSION, FakeDriver, FakeRuntime, with_engines
 from support.live_turns import sort
 from typer.testing import CliRunner
@@ -27,7 +27,7 @@ no_gpu = pytest.mark.skipif(gpu_capability() is not None, reason="says what happ
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """A machine whose GPU and engines are stand-ins."""
     driver = FakeDriver()
-    monkeypatch.setattr("omniport.runtime.backends.tensorrt.cuda.gpu_capability", lambda: CAPABILITY)
+    monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: CAPABILITY)
     monkeypatch.setattr(trt, "CudaDriver", lambda: driver)
     return driver
 
@@ -89,7 +89,7 @@ def test_engines_of_another_gpu(
     bundle: Bundle, tiny_bundle: Path, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed(monkeypatch, bundle, gpu)
-    monkeypatch.setattr("omniport.runtime.backends.tensorrt.cuda.gpu_capability", lambda: "8.6")
+    monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: "8.6")
     assert "compute capability 8.9, and this machine's GPU has 8.6. Build it here: omniport build" in fallback(bundle)
 
 

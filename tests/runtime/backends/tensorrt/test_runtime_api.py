@@ -11,10 +11,11 @@ from omniport.export.devices.detect import find_target
 from omniport.export.tensorrt.build import build_bundle
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.tensorrt import runtime_api as trt_runtime
-from omniport.runtime.backends.tensorrt.cuda import CudaDriver, gpu_capability
+from omniport.runtime.backends.tensorrt.cuda import CudaDriver
 from omniport.runtime.backends.tensorrt.runtime_api import USED, TrtRuntime, installed_runtimes
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
+from omniport.runtime.system.host import gpu_capability
 from support.onnx_graphs import cache_model, plain_model, put_graphs
 
 no_gpu = pytest.mark.skipif(gpu_capability() is not None, reason="says what happens without a GPU, and here is one")

@@ -1,0 +1,200 @@
+"""This process's memory, and the machine: memory, processor, cores, NVIDIA GPUs.
+
+What a system does not tell is None. The CUDA driver is asked directly, so no CUDA package is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BackendError
+
+_STATUS = Path("/proc/self/status")
+# CUdevice_attribute of cuda.h
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_INTEGRATED = 18
+_MEMORY_CLOCK_KHZ, _BUS_WIDTH_BITS = 36, 37
+
+
+def resident_memory(field: str = "VmRSS") -> int | None:
+    """A size from /proc/self/status in bytes; None where there is no such file.
+
+    Args:
+        field: VmRSS (now), VmHWM (the most so far), RssAnon (what cannot be dropped and read again), RssFile.
+    """
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def peak_memory() -> int | None:
+    """Largest resident set of this process so far, in bytes; None on Windows."""
+    peak = resident_memory("VmHWM")  # ru_maxrss would remember the process that started this one
+    if peak is not None or sys.platform == "win32":
+        return peak
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+class MemoryWatch:
+    """The most resident memory seen above what there was at the start.
+
+    Samples, because the kernel's own high-water mark cannot be reset without touching what others may read.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._peak = resident_memory() or 0
+
+    def look(self) -> None:
+        """Take a sample."""
+        self._peak = max(self._peak, resident_memory() or 0)
+
+    def peak(self) -> int:
+        """Bytes above the start; a last sample is taken. 0 where the system does not tell."""
+        self.look()
+        return self._peak - self._start
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system: glibc keeps freed blocks below 32 MiB for later."""
+    with suppress(OSError, AttributeError):  # not glibc: nothing to trim
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def collect_and_trim() -> None:
+    """Collect garbage, and return freed memory to the system.
+
+    A part's weights leave hundreds of MiB of small blocks, which the next part, of other shapes, cannot use: without
+    this the peak grows from part to part.
+    """
+    gc.collect()
+    trim_heap()
+
+
+def total_memory() -> int | None:
+    """Memory of the machine in bytes."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's name, or its architecture where it has none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def usable_cpus() -> set[int]:
+    """Numbers of the CPUs (hyper-threads) that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may run on, at least 1: hyper-threads share the arithmetic units."""
+    cores = set()
+    for cpu in usable_cpus():
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:  # not Linux, or no topology: count every CPU
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+def nvidia_smi(*fields: str) -> list[dict[str, str]]:
+    """Those fields of every GPU as nvidia-smi prints them; empty where it is missing or fails."""
+    call = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(call, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = (line.split(", ") for line in answer.stdout.splitlines() if line.strip())
+    return [dict(zip(fields, row, strict=False)) for row in rows]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the driver says about a GPU. ``bandwidth``: bytes a second by clock and bus width; 0 if it is silent."""
+
+    name: str
+    capability: str
+    memory_bytes: int
+    integrated: bool
+    bandwidth: float
+
+
+def gpu_capability() -> str | None:
+    """Compute capability of the first GPU, ``8.9``; None if no GPU can be used."""
+    try:
+        return read_gpu().capability
+    except BackendError:
+        return None
+
+
+def read_gpu() -> Gpu:
+    """Ask the CUDA driver about the first GPU.
+
+    Raises:
+        BackendError: no driver, no GPU, or a driver call that failed.
+    """
+    driver = _load_driver()
+    _call(driver, "cuInit", 0)
+    count, handle = ctypes.c_int(), ctypes.c_int()
+    _call(driver, "cuDeviceGetCount", ctypes.byref(count))
+    if not count.value:
+        raise BackendError("the CUDA driver knows 0 GPUs: check CUDA_VISIBLE_DEVICES")
+    _call(driver, "cuDeviceGet", ctypes.byref(handle), 0)
+    name = ctypes.create_string_buffer(256)
+    _call(driver, "cuDeviceGetName", name, len(name), handle)
+    memory = ctypes.c_size_t()
+    _call(driver, "cuDeviceTotalMem_v2", ctypes.byref(memory), handle)
+
+    def attribute(number: int) -> int:
+        value = ctypes.c_int()
+        _call(driver, "cuDeviceGetAttribute", ctypes.byref(value), number, handle)
+        return value.value
+
+    return Gpu(
+        name=name.value.decode(errors="replace"),
+        capability=f"{attribute(_CAPABILITY_MAJOR)}.{attribute(_CAPABILITY_MINOR)}",
+        memory_bytes=memory.value,
+        integrated=bool(attribute(_INTEGRATED)),
+        # double data rate: two transfers a clock
+        bandwidth=2.0 * attribute(_MEMORY_CLOCK_KHZ) * 1e3 * attribute(_BUS_WIDTH_BITS) / 8,
+    )
+
+
+def _load_driver() -> Any:
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as error:
+        raise BackendError(
+            f"no NVIDIA GPU can be used here: the CUDA driver does not load ({error}). Install NVIDIA's driver"
+        ) from error
+
+
+def _call(driver: Any, name: str, *arguments: Any) -> None:
+    status = int(getattr(driver, name)(*arguments))
+    if status:
+        raise BackendError(
+            f"no NVIDIA GPU can be used here: {name} of the CUDA driver gave error {status}. Check nvidia-smi"
+        )

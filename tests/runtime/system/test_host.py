@@ -1,0 +1,81 @@
+"""What the system says of this process and of the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+import numpy as np
+import pytest
+from omniport.runtime.system.host import (
+    MemoryWatch,
+    collect_and_trim,
+    cpu_name,
+    peak_memory,
+    physical_cores,
+    resident_memory,
+    total_memory,
+    usable_cpus,
+)
+
+LINUX = sys.platform.startswith("linux")
+
+
+def memory() -> int:
+    found = resident_memory()
+    assert found is not None
+    return found
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_freed_memory_goes_back() -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("this C library gives memory back by itself")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    size = 100_000  # below the threshold above which glibc maps blocks, and so unmaps them when freed
+    blocks = [libc.malloc(size) for _ in range(1000)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks[:-1]:  # the last one keeps the top of the heap in use
+        libc.free(block)
+    before = memory()
+    collect_and_trim()
+    assert before - memory() > 80 << 20
+    libc.free(blocks[-1])
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_peak_memory_is_this_process_own() -> None:
+    peak = peak_memory()
+    assert memory() <= peak
+    held = np.ones(64 << 20, np.uint8)
+    assert peak_memory() >= max(peak, memory())
+    assert held[0] == 1
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_a_watch_sees_what_is_gone_again() -> None:
+    watch = MemoryWatch()
+    held = np.ones(64 << 20, np.uint8)
+    watch.look()
+    assert held[0] == 1
+    del held
+    assert 64 << 20 <= watch.peak() < 80 << 20
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_a_size_that_is_not_told() -> None:
+    assert resident_memory("VmNone") is None
+
+
+def test_the_machine() -> None:
+    assert 1 <= physical_cores() <= len(usable_cpus()) <= (os.cpu_count() or 1)
+    assert cpu_name()
+    if LINUX:
+        assert memory() < (total_memory() or 0)
