@@ -35,8 +35,7 @@ demo: $(INSTALLED)
 	$(PYTHON) -m scripts.demo
 
 docs: $(INSTALLED)
-	$(PYTHON) -m scripts.cli_docs
-	$(PYTHON) -m scripts.validate_docs
+	$(PYTHON) -m scripts.make_docs
 
 MATRIX := .work/small
 

@@ -1,16 +1,11 @@
-"""Write docs/cli.md from the command line's own definitions.
+"""docs/cli.md from the command line's own definitions: from the parameters and not from ``--help`` output.
 
-Usage: python -m scripts.cli_docs [--check]
-
-``--check`` writes nothing and exits with 1 when docs/cli.md is not what the code says (a test runs the same check).
-The page is made from the parameters and not from ``--help`` output, so it does not change with typer's version.
+So the page does not change with typer's version.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import sys
 import typing
 from collections.abc import Callable
 from enum import Enum
@@ -97,21 +92,3 @@ def _kind_text(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "|".join(str(member.value) for member in kind)
     return {int: "N", float: "SECONDS", str: "TEXT", Path: "FILE"}[kind]
-
-
-def main() -> int:
-    """Write or check the page."""
-    parser = argparse.ArgumentParser(description="Write docs/cli.md from the code.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page has drifted")
-    check = parser.parse_args().check
-    page = render()
-    if not check:
-        PAGE.write_text(page, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
-        sys.stderr.write(f"{PAGE.name} is not what the code says: run make docs\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,7 @@
-"""Write the table of limits in docs/validate.md from `omniport.export.validation.tolerances`.
-
-Usage: python -m scripts.validate_docs [--check]
-
-``--check`` writes nothing and exits with 1 when the table is not what the code says (a test runs the same check).
-"""
+"""The table of limits in docs/validate.md, from `omniport.export.validation.tolerances`."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 from omniport.export.validation.tolerances import LIMITS
@@ -47,22 +40,3 @@ def _table() -> str:
         )
         lines.append(f"| `{figure}` | {' | '.join(cells)} | {why} |")
     return "\n".join(lines) + "\n"
-
-
-def main() -> int:
-    """Write or check the table."""
-    parser = argparse.ArgumentParser(description="Write the table of limits in docs/validate.md from the code.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the table has drifted")
-    check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    fresh = render(page)
-    if not check:
-        PAGE.write_text(fresh, encoding="utf-8")
-    elif fresh != page:
-        sys.stderr.write(f"{PAGE.name} does not hold the limits that the code says: run make docs\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Calibrating: real samples through every part in FP32, a layer at a time; observers, and scales chosen from them."""

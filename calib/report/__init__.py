@@ -1,0 +1,1 @@
+"""The quantization report: recorded graph calls replayed on every bundle, and losses by layer."""

@@ -1,0 +1,1 @@
+"""Quantizing weights: recipes, rounding, Q/DQ nodes, and writing the quantized graphs."""

@@ -1,0 +1,1 @@
+"""Reading a checkpoint: files, configuration, tensors on demand, packed weights, tokenizer."""

@@ -1,0 +1,1 @@
+"""What validation, benchmarks and calibration share: conversations, recordings, metrics, reference, plots."""

@@ -1,0 +1,1 @@
+"""Threads of a reply: cancelling, bounded queues, scheduling of graph runs, timing."""

@@ -1,0 +1,1 @@
+"""Decoding: thinker and talker over their KV caches, sampling, the conversation."""

@@ -1,0 +1,1 @@
+"""Talking hands-free: voice activity detection, turns one after another, interruptions."""

@@ -1,0 +1,1 @@
+"""Media in: sound to log-mel, images and video frames to patches."""

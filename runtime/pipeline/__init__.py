@@ -1,0 +1,1 @@
+"""One reply: its three workers and what they deliver."""

@@ -1,0 +1,1 @@
+"""Prompts: chat messages to token ids and positions; live clips."""

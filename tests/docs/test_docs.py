@@ -13,7 +13,7 @@ from omniport.runtime.bundle import engines, manifest
 from omniport.runtime.bundle import graph_spec as graphs
 from support.paths import REPOSITORY
 
-from scripts import cli_docs
+from scripts import make_docs, module_map
 from scripts.sample_media import make_media
 
 #: every page of Markdown that a reader may open, from the root of the repository
@@ -118,7 +118,7 @@ def test_the_index_lists_every_command() -> None:
         assert f"`omniport {name}" in text
 
 
-@pytest.mark.parametrize("folder", ["docs", "docs/results"])
+@pytest.mark.parametrize("folder", ["docs", "docs/decisions", "docs/results"])
 def test_an_index_lists_every_page_of_its_folder(folder: str) -> None:
     index = REPOSITORY / folder / "README.md"
     linked = {target for target, _ in links(index.read_text(encoding="utf-8"))}
@@ -126,8 +126,48 @@ def test_an_index_lists_every_page_of_its_folder(folder: str) -> None:
     assert pages <= linked, f"{folder}/README.md does not list {', '.join(sorted(pages - linked))}"
 
 
-def test_cli_page_is_fresh() -> None:
-    assert cli_docs.PAGE.read_text(encoding="utf-8") == cli_docs.render(), "run make docs"
+@pytest.mark.parametrize(("page", "text"), make_docs.pages().items(), ids=lambda value: getattr(value, "name", ""))
+def test_pages_from_the_code_are_fresh(page: Path, text: str) -> None:
+    assert page.read_text(encoding="utf-8") == text, "run make docs"
+
+
+def test_every_module_says_what_it_is() -> None:
+    """A sentence of its own for each, as docs/modules.md lists it."""
+    said = {path: module_map.opening(path) for modules in module_map.packages().values() for path in modules}
+    silent = [str(path) for path, text in said.items() if not text]
+    assert not silent
+    twice = {text for text in said.values() if list(said.values()).count(text) > 1}
+    assert not twice
+
+
+def test_folders_of_the_picture_exist() -> None:
+    text = (REPOSITORY / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
+    folders = re.findall(r'class="path"[^>]*>([^<]*)<', text)
+    assert len(folders) >= 10
+    assert all((REPOSITORY / folder).is_dir() for folder in folders)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_paths_that_a_page_names_exist(page: str) -> None:
+    """`runtime/session.py` and `tests/support` in backticks are files and folders of the checkout."""
+    text = re.sub(r"^```.*?^```", "", (REPOSITORY / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    tree = r"(?:runtime|export|calib|cli|scripts|benchmarks|tests|docs)/[\w./-]*"
+    for path in re.findall(rf"`({tree})(?:::\w+)?`", text):
+        assert (REPOSITORY / path).exists(), f"{page} names {path}"
+
+
+RECORDS = sorted((REPOSITORY / "docs" / "decisions").glob("[!R]*.md"))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.stem)
+def test_a_decision_has_context_decision_and_evidence(record: Path) -> None:
+    parts = re.split(r"^(#+ .*)$", record.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    headings, bodies = parts[1::2], [body.strip() for body in parts[2::2]]
+    assert headings[0].startswith("# ")
+    assert headings[1:] == ["## Context", "## Decision", "## Evidence"]
+    assert all(bodies[1:]), "a heading with nothing under it"
+    index = (record.parent / "README.md").read_text(encoding="utf-8")
+    assert f"- [{headings[0].removeprefix('# ')}]({record.name})\n" in index, "the index of decisions does not list it"
 
 
 @pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)

@@ -1,0 +1,1 @@
+"""The ONNX Runtime backend, on the CPU or an NVIDIA GPU."""

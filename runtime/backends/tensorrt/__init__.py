@@ -1,0 +1,1 @@
+"""The backend for TensorRT and TensorRT-RTX engines."""
