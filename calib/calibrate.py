@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 from omniport.runtime.errors import UsageError
+from omniport.runtime.system.files import replace_file
 
 from .calibration.calibrate_parts import Job, Stages
 from .calibration.checkpoint_source import Source
@@ -130,15 +131,10 @@ def _gather(header: Header, source: Source, stages: Stages) -> Calibration:
 
 
 def _write(out: Path, content: bytes) -> None:
-    """Write the file aside and put it in place whole."""
-    part = out.with_name(f".{out.name}.part")
     try:
-        part.write_bytes(content)
-        os.replace(part, out)
+        replace_file(out, content)
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error}. Free some space, or choose another place") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _version(package: str) -> str:

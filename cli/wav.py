@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 import wave
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
+
+from omniport.runtime.system.files import partial_path, put_in_place
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,14 +33,14 @@ class WavWriter:
         self.path = path
         self.sample_rate = sample_rate
         self.samples = 0
-        self._part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        self._partial = partial_path(path)
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> WavWriter:
         if self.path.is_dir():
             raise self._error("it is a folder")
         try:
-            self._file = open(self._part, "wb")
+            self._file = open(self._partial, "wb")
             self._file.write(_header(self.sample_rate, 0))  # the true one comes at the end
         except OSError as error:
             raise self._error(error.strerror or str(error)) from error
@@ -74,9 +75,9 @@ class WavWriter:
                     file.seek(0)
                     file.write(_header(self.sample_rate, self.samples))
             if keep:
-                self._part.replace(self.path)
+                put_in_place(self._partial, self.path)
         finally:
-            self._part.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
 
     def _error(self, reason: str) -> UsageError:
         from omniport.runtime.errors import UsageError

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from omniport.export.models.module import Rule, Transpose, WeightReader
+from omniport.runtime.system.files import replacing
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -111,14 +112,12 @@ class Findings:
         return [rule.key for rule in rules if isinstance(rule, Transpose)]
 
     def _store(self, site: Site) -> None:
-        path = self._path(self._sites[site.name][0])
-        part = path.with_suffix(".part")
-        save_file(
-            {name: np.ascontiguousarray(array) for name, array in site.arrays.items()},
-            part,
-            {_RECORD: msgspec.json.encode(site.record, order="sorted").decode()},
-        )
-        part.replace(path)
+        with replacing(self._path(self._sites[site.name][0])) as partial:
+            save_file(
+                {name: np.ascontiguousarray(array) for name, array in site.arrays.items()},
+                partial,
+                {_RECORD: msgspec.json.encode(site.record, order="sorted").decode()},
+            )
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{index:05d}.safetensors"

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import CheckFailed, UsageError
+from omniport.runtime.system.files import replace_file, replacing
 
 from .observers import Observer
 
@@ -75,9 +76,8 @@ class Work:
         """Keep how many samples of a step are through, and what its observers have seen, as one file."""
         path = self.folder / "observers" / f"{step}.pt"
         path.parent.mkdir(exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        torch.save((samples, {name: observer.state() for name, observer in observers.items()}), part)
-        part.replace(path)
+        with replacing(path) as partial:
+            torch.save((samples, {name: observer.state() for name, observer in observers.items()}), partial)
 
     def restore(self, step: str, observers: Mapping[str, Observer]) -> int:
         """Give observers what they had seen; returns how many samples that were."""
@@ -91,9 +91,7 @@ class Work:
 
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.replace(path)
+        replace_file(path, content)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ vocoder the DiT's mels.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from omniport.runtime.bundle.manifest import Manifest, encode_manifest
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle, read_manifest
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.session import OmniSession
+from omniport.runtime.system.files import replace_file
 from omniport.runtime.system.host import physical_cores
 
 from ..graphs.fingerprint import file_record
@@ -102,24 +102,11 @@ def store_ranges(bundle: str | Path, ranges: Ranges) -> Path:
             f"--ops {ranges.ops} --kv {ranges.kv}. Measure on an FP32 bundle with the same options."
         )
     files = {name: record for name, record in manifest.files.items() if name != manifest.ranges_file}
-    _write(root / MANIFEST_FILE, encode_manifest(replace(manifest, files=files, ranges_file=None)))
-    _write(root / RANGES_FILE, encode_ranges(ranges))
+    replace_file(root / MANIFEST_FILE, encode_manifest(replace(manifest, files=files, ranges_file=None)))
+    replace_file(root / RANGES_FILE, encode_ranges(ranges))
     files[RANGES_FILE] = file_record(root / RANGES_FILE)
-    _write(root / MANIFEST_FILE, encode_manifest(replace(manifest, files=files, ranges_file=RANGES_FILE)))
+    replace_file(root / MANIFEST_FILE, encode_manifest(replace(manifest, files=files, ranges_file=RANGES_FILE)))
     return root / RANGES_FILE
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace a file as a whole."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        part = Path(file.name)
-        try:
-            file.write(content)
-            file.close()
-            part.chmod(0o644)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _require_float32(bundle: Bundle) -> None:

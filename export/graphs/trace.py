@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -23,6 +22,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from omniport.runtime.bundle.graph_spec import TensorSpec
+from omniport.runtime.system.files import replace_file
 from torch.export import Dim
 
 from ..models.module import Constant, Rule
@@ -122,7 +122,7 @@ def _code_key() -> str:
 
 
 def _store(model: ir.Model, path: Path) -> None:
-    """Write the graph aside and rename it. A cache that cannot be written is no reason to fail."""
+    """Keep the graph. A cache that cannot be written is no reason to fail."""
     held = {name: value.const_value for name, value in model.graph.initializers.items()}
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
@@ -130,18 +130,12 @@ def _store(model: ir.Model, path: Path) -> None:
             value.const_value = ir.ExternalTensor(
                 "weights-come-later", 0, 0, value.dtype, shape=_static(value), name=name
             )
-    part: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            part = Path(file.name)
-            file.write(ir.to_proto(model).SerializeToString())
-        os.replace(part, path)
+        replace_file(path, ir.to_proto(model).SerializeToString())
     except OSError as error:
         logging.getLogger("omniport").info("traced graph not cached in %s: %s", path.parent, error)
     finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
         for name, value in model.graph.initializers.items():
             value.const_value = held[name]
 

@@ -15,11 +15,11 @@ from typing import Any
 from omniport.runtime.bundle.engines import Profile
 from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.errors import BuildError
+from omniport.runtime.system.files import replace_file
 from omniport.runtime.system.host import MemoryWatch
 
 from ..devices.catalog import Target, precisions_of
 from .builder_api import Api
-from .engine_store import replace_file
 from .interruptible import Cancelled, run_aside
 from .network import Parsed, check_unused, parse
 from .onnx_file import open_onnx

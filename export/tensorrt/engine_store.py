@@ -25,8 +25,7 @@ from omniport.runtime.bundle.listed_files import sha256_of
 from omniport.runtime.bundle.manifest import FileRecord
 from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import BuildError, BundleError
-
-_PARTIAL = ".partial"
+from omniport.runtime.system.files import PARTIAL, partial_path, put_in_place, replace_file
 
 
 class EngineStore:
@@ -55,7 +54,7 @@ class EngineStore:
             lock = folder_lock(folder.parent)
             if lock is None and os.name == "posix":
                 raise BuildError(f"another build is writing into {folder.parent}: wait for it to end")
-            for left in folder.parent.glob(f"**/.*{_PARTIAL}"):
+            for left in folder.parent.glob(f"**/.*{PARTIAL}"):
                 left.unlink(missing_ok=True)
             yield
         except OSError as error:
@@ -88,17 +87,17 @@ class EngineStore:
             return None
 
     def scratch(self, name: str) -> Path:
-        """Where an engine is written until it is whole."""
+        """A new name for an engine until it is whole."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.with_name(f".{path.name}{_PARTIAL}")
+        return partial_path(path)
 
     def put(self, name: str, scratch: Path, record: EngineRecord) -> None:
         """Put a whole engine and its record in place, and list them."""
         engines = self._engines()
         if engines.pop(name, None) is not None:
             self._list(engines)
-        os.replace(scratch, self.root / name)
+        put_in_place(scratch, self.root / name)
         beside = self.root / record_path(name)
         replace_file(beside, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
         engines[name] = ListedEngine(engine=record.engine, record=file_record(beside))
@@ -116,16 +115,6 @@ class EngineStore:
 def file_record(path: Path) -> FileRecord:
     """Size and sha256 of a file."""
     return FileRecord(size=path.stat().st_size, sha256=sha256_of(path))
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a small file in one step: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omniport.runtime.system.files import replacing
 from omniport.runtime.system.host import collect_and_trim
 from torch import nn
 
@@ -101,11 +101,8 @@ def _load(path: Path) -> Arrays | None:
 
 
 def _store(path: Path, arrays: Arrays) -> None:
-    """Write aside and rename; a cache that cannot be written costs time, not the run."""
-    try:
+    """A cache that cannot be written costs time, not the run."""
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+        with replacing(path) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(file.name, path)
-    except OSError:
-        return

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.errors import ExportError
+from omniport.runtime.system.files import replace_file
 
 from ..evaluation.metrics import figure_text
 from .tolerances import LIMITS
@@ -128,17 +128,14 @@ def json_schema() -> dict[str, Any]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write aside and rename: a reader never finds half a file.
+    """Replace a file the user named.
 
     Raises:
         ExportError: the folder is missing or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        replace_file(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ExportError(f"cannot write {path}: {error.strerror}. Give a file in a folder that can be written") from (
             error
         )

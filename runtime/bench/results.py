@@ -6,13 +6,13 @@ benchmarks can be made in pieces; what a stage is judged by was therefore measur
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from ..errors import UsageError
+from ..system.files import replace_file
 
 SCHEMA = 1
 
@@ -212,17 +212,14 @@ def _rounded(value: object) -> object:
 
 
 def write_report(path: Path, report: BenchReport) -> None:
-    """Write aside and rename: a reader never finds half a file.
+    """Replace the file.
 
     Raises:
         UsageError: the folder is missing or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(encode_report(report))
-        os.replace(temporary, path)
+        replace_file(path, encode_report(report))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror}. Give a file in a folder that can be written") from (
             error
         )

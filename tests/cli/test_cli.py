@@ -431,7 +431,7 @@ def test_terminated_run_leaves_no_partial_wav(tiny_bundle: Path, tmp_path: Path)
     )
     with child:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".reply.wav.*.part")):
+        while not list(tmp_path.glob(".reply.wav.*.partial")):
             assert child.poll() is None, child.stderr and child.stderr.read()
             assert time.monotonic() < deadline, "the reply never began"
             time.sleep(0.05)

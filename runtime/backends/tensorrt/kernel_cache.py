@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from ...bundle.engines import Engine
+from ...system.files import replacing
 
 #: a file that is larger is not read: the kernels of an engine are a few megabytes
 MOST_BYTES = 256 << 20
@@ -88,14 +88,11 @@ class KernelFile:
             return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor, scratch = tempfile.mkstemp(prefix=".", suffix=".partial", dir=self.path.parent)
-            try:
-                with open(descriptor, "wb") as file:
+            with replacing(self.path) as partial:
+                partial.touch(0o600, exist_ok=False)  # whatever the umask: a file that others may write is not read
+                with open(partial, "wb") as file:
                     file.write(msgspec.json.encode(self._header(kernels)) + b"\n")
                     file.write(kernels)
-                os.replace(scratch, self.path)
-            finally:
-                Path(scratch).unlink(missing_ok=True)
 
     def _header(self, kernels: bytes) -> _Header:
         return _Header(

@@ -1,0 +1,39 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omniport.runtime.system.files import replace_file, replacing
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    replace_file(path, b"one")
+    with replacing(path) as partial:
+        partial.write_bytes(b"two")
+        assert path.read_bytes() == b"one"
+        assert partial.parent == tmp_path, "another file system could not be renamed from"
+    assert path.read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    replace_file(path, b"one")
+    with pytest.raises(RuntimeError, match="stop"), replacing(path) as partial:
+        partial.write_bytes(b"half")
+        raise RuntimeError("stop")
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        replace_file(tmp_path / "missing" / "report.json", b"three")
+
+
+def test_writers_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert path.read_bytes() == b"first"
