@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import logging
-import os
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -22,7 +21,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from omniport.runtime.bundle.graph_spec import TensorSpec
-from omniport.runtime.system.files import replace_file
+from omniport.runtime.system.files import cache_folder, replace_file
 from torch.export import Dim
 
 from ..models.module import Constant, Rule
@@ -48,15 +47,6 @@ def trace(definition: GraphDefinition) -> tuple[ir.Model, dict[str, Rule]]:
         if path is not None:
             _store(model, path)
     return model, {name: rules[name] for name in model.graph.initializers if name in rules}
-
-
-def cache_folder() -> Path | None:
-    """Where traced graphs are kept; None when the cache is switched off."""
-    named = os.environ.get("OMNIPORT_CACHE")
-    if named is not None:
-        return Path(named) if named else None
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "omniport"
 
 
 def _trace(definition: GraphDefinition, module: torch.nn.Module, rules: Mapping[str, Rule]) -> ir.Model:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.bundle.staging import check_space
 from omniport.runtime.errors import BackendError, BuildError, BundleError, UsageError
 from omniport.runtime.system import host
+from omniport.runtime.system.files import cache_folder
 
 from ..devices.catalog import THIS, Target
 from ..source_code import package_digest
@@ -283,11 +283,10 @@ def _require(builder: str, here: Sequence[str]) -> str:
 
 def _timings(api: Api, target: Target) -> Path | None:
     """The kernel timings kept for a target: they depend on the builder's version and on the GPU."""
-    named = os.environ.get("OMNIPORT_CACHE")  # as for traced graphs; empty switches the cache off
-    if named == "":
+    cache = cache_folder()
+    if cache is None:
         return None
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(named or Path(base) / "omniport") / "timings"
+    folder = cache / "timings"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a cache that cannot be written is no reason to fail

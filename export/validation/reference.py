@@ -2,7 +2,7 @@
 
 A result is keyed by the checkpoint's fingerprint, the part, the case and the library versions, so that a second
 backend or precision does not pay for it again. It is stored as .npz under the cache folder (see
-`omniport.export.graphs.trace.cache_folder`); with the cache switched off every result is computed anew.
+`omniport.runtime.system.files.cache_folder`); with the cache switched off every result is computed anew.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omniport.runtime.system.files import replacing
+from omniport.runtime.system.files import cache_folder, replacing
 from omniport.runtime.system.host import collect_and_trim
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..evaluation.reference_modules import load_reference
-from ..graphs.trace import cache_folder
 
 Arrays = dict[str, NDArray[Any]]
 

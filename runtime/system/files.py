@@ -1,4 +1,4 @@
-"""Replacing a file in one step: a reader sees the old one or the new one, never half of one."""
+"""The user's cache folder, and replacing a file in one step: a reader sees the old one or the new one."""
 
 from __future__ import annotations
 
@@ -51,3 +51,12 @@ def replace_file(path: Path, content: bytes) -> None:
     """
     with replacing(path) as partial:
         partial.write_bytes(content)
+
+
+def cache_folder() -> Path | None:
+    """Where what can be made again is kept; None when the cache is switched off (``OMNIPORT_CACHE`` is empty)."""
+    named = os.environ.get("OMNIPORT_CACHE")
+    if named is not None:
+        return Path(named) if named else None
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "omniport"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from omniport.runtime.backends.base import Backend, Graph
 from omniport.runtime.errors import BackendError, BundleError, OmniportError
 from omniport.runtime.media.image import image_input, video_input
+from omniport.runtime.system.files import cache_folder
 
 from ...evaluation.cases import Case, audio_case, bigvgan_case, decoder_cases, dit_case, vision_case
 from ...evaluation.half_emulation import EmulatedBackend
@@ -28,7 +29,6 @@ from ...evaluation.signals import (
     random_tokens,
     voice,
 )
-from ...graphs.trace import cache_folder
 from ...models.voices import load_speakers
 from ..context import Context
 from ..reference import array_key

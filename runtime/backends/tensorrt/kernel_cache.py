@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from ...bundle.engines import Engine
-from ...system.files import replacing
+from ...system.files import cache_folder, replacing
 
 #: a file that is larger is not read: the kernels of an engine are a few megabytes
 MOST_BYTES = 256 << 20
@@ -59,13 +59,13 @@ class KernelFile:
             version: of the builder that runs here.
             device: the driver's name of the GPU.
         """
-        folder = _folder()
+        folder = cache_folder()
         if folder is None:
             return None
         record = engine.record
         made = (record.engine.sha256.lower(), record.builder, version, record.compute_capability, device)
         name = hashlib.sha256("\n".join(made).encode()).hexdigest()
-        return cls(folder / f"{record.graph}-{name[:32]}.kernels", *made)
+        return cls(folder / "kernels" / f"{record.graph}-{name[:32]}.kernels", *made)
 
     def read(self) -> bytes:
         """The kernels; empty if there are none that can be trusted. Never raises."""
@@ -104,14 +104,6 @@ class KernelFile:
             size=len(kernels),
             sha256=hashlib.sha256(kernels).hexdigest(),
         )
-
-
-def _folder() -> Path | None:
-    named = os.environ.get("OMNIPORT_CACHE")
-    if named == "":
-        return None
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(named or Path(base) / "omniport") / "kernels"
 
 
 def _read_own(path: Path) -> bytes:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.graphs import trace as tracing
-from omniport.export.graphs.trace import cache_folder, trace
+from omniport.export.graphs.trace import trace
 from omniport.export.graphs.writer import write_model
 from omniport.export.models.parts import GraphDefinition, graph_definitions
 from omniport.runtime.speech.ode import rk4_schedule
@@ -73,14 +73,6 @@ def test_unwritable_cache_is_no_failure(traced: Traced, tmp_path: Path, monkeypa
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("OMNIPORT_CACHE", str(tmp_path / "file"))
     assert trace(traced.definition)[0] is model
-
-
-def test_cache_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMNIPORT_CACHE", "")
-    assert cache_folder() is None
-    monkeypatch.delenv("OMNIPORT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert cache_folder() == Path("/somewhere/omniport")
 
 
 def test_precision_is_part_of_the_key(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

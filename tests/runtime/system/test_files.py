@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from omniport.runtime.system.files import replace_file, replacing
+from omniport.runtime.system.files import cache_folder, replace_file, replacing
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
@@ -37,3 +37,11 @@ def test_writers_do_not_meet(tmp_path: Path) -> None:
         first.write_bytes(b"first")
         second.write_bytes(b"second")
     assert path.read_bytes() == b"first"
+
+
+def test_cache_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMNIPORT_CACHE", "")
+    assert cache_folder() is None
+    monkeypatch.delenv("OMNIPORT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder() == Path("/somewhere/omniport")
