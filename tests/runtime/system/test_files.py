@@ -22,9 +22,14 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     replace_file(path, b"one")
-    with pytest.raises(RuntimeError, match="stop"), replacing(path) as partial:
-        partial.write_bytes(b"half")
-        raise RuntimeError("stop")
+
+    def fail() -> None:
+        with replacing(path) as partial:
+            partial.write_bytes(b"half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert path.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError):
