@@ -156,6 +156,18 @@ def test_paths_that_a_page_names_exist(page: str) -> None:
         assert (REPOSITORY / path).exists(), f"{page} names {path}"
 
 
+def test_every_walk_is_short_and_names_its_place() -> None:
+    """CONTRIBUTING says for each change where a newcomer begins, in under 60 words."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.split("## Where to begin\n")[1].split("\n## ")[0]
+    walks = dict(part.split("\n", 1) for part in section.split("### ")[1:])
+    wanted = ("Add a solver", "Add a device", "Add a backend", "Add a part")
+    assert {*wanted, "Change how incoming sound is cut", "Change how outgoing speech is cut"} <= set(walks)
+    for name, walk in walks.items():
+        assert len(walk.split()) < 60, name
+        assert re.search(r"`(runtime|export|calib|cli)/[\w/.]+`", walk), name
+
+
 RECORDS = sorted((REPOSITORY / "docs" / "decisions").glob("[!R]*.md"))
 
 
