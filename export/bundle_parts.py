@@ -6,10 +6,12 @@ import importlib.metadata
 import io
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omniport.runtime.bundle.graph_spec import DTYPES
 from omniport.runtime.bundle.manifest import (
     DecoderGeometry,
     DitGeometry,
@@ -24,11 +26,12 @@ from omniport.runtime.bundle.manifest import (
 
 from .checkpoint import frontends
 from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.tokenizer_json import tokenizer_json
 from .export_options import ExportOptions
 from .graphs.data_file import DataFile
 from .models.module import blocks
 from .models.parts import decoder_config
-from .models.voices import Speaker
+from .models.voices import Speaker, Vector, load_speakers, speaker_vectors, write_voice
 from .weights_check import embedding_keys
 
 
@@ -74,7 +77,45 @@ def base_manifest(
     )
 
 
-def voice_specs(speakers: Mapping[str, Speaker]) -> tuple[VoiceSpec, ...]:
+@dataclass(frozen=True)
+class SmallParts:
+    """Tokenizer and voices, ready to be written.
+
+    Attributes:
+        tokenizer: contents of tokenizer.json.
+        vectors: voice's file -> its ``speaker`` float32 [192] and ``reference`` float32 [128].
+    """
+
+    tokenizer: bytes
+    voices: tuple[VoiceSpec, ...]
+    vectors: Mapping[str, tuple[Vector, Vector]]
+
+    def write(self, folder: Path) -> list[str]:
+        """Write the files of a bundle; returns their names."""
+        (folder / "tokenizer.json").write_bytes(self.tokenizer)
+        for file, vectors in self.vectors.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            write_voice(folder / file, *vectors)
+        return ["tokenizer.json", *self.vectors]
+
+
+def small_parts(ckpt: Checkpoint) -> SmallParts:
+    """Make tokenizer and voices: what is wrong with them shows in a second.
+
+    Raises:
+        CheckpointError: a file is missing or corrupt, or a voice does not fit the model.
+    """
+    tokenizer = tokenizer_json(ckpt)
+    if not ckpt.has_speech:
+        return SmallParts(tokenizer, (), {})
+    speakers = load_speakers(ckpt.path / "spk_dict.pt")
+    references = speaker_vectors(ckpt, speakers)
+    voices = _voice_specs(speakers)
+    vectors = {voice.file: (speakers[voice.name].cond, references[voice.name]) for voice in voices}
+    return SmallParts(tokenizer, voices, vectors)
+
+
+def _voice_specs(speakers: Mapping[str, Speaker]) -> tuple[VoiceSpec, ...]:
     """Where each voice goes in the bundle."""
     specs = []
     for i, (name, speaker) in enumerate(speakers.items()):
@@ -84,13 +125,26 @@ def voice_specs(speakers: Mapping[str, Speaker]) -> tuple[VoiceSpec, ...]:
     return tuple(specs)
 
 
-def write_embedding(ckpt: Checkpoint, part: str, path: Path, advance: Callable[[int], None]) -> FileRecord:
-    """Write a token-embedding table as .npy in its stored dtype (bfloat16 as uint16): nothing is lost or widened.
+def embedding_bytes(ckpt: Checkpoint) -> int:
+    """Bytes of all token-embedding tables."""
+    return sum(int(np.prod(ckpt.shape(key))) * DTYPES[ckpt.dtype(key)] for key in embedding_keys(ckpt).values())
 
-    Returns:
-        size and sha256 of the file.
-    """
-    key = embedding_keys(ckpt)[part]
+
+def write_embeddings(ckpt: Checkpoint, folder: Path, advance: Callable[[int], None]) -> dict[str, FileRecord]:
+    """Write the token-embedding tables of a bundle; returns size and sha256 of each file."""
+    (folder / "embeddings").mkdir(exist_ok=True)
+    keys = embedding_keys(ckpt)
+    return {
+        _embedding_file(part): _write_table(ckpt, keys[part], folder / _embedding_file(part), advance) for part in keys
+    }
+
+
+def _embedding_file(part: str) -> str:
+    return f"embeddings/{part}.npy"
+
+
+def _write_table(ckpt: Checkpoint, key: str, path: Path, advance: Callable[[int], None]) -> FileRecord:
+    """Write a table as .npy in its stored dtype (bfloat16 as uint16): nothing is lost or widened."""
     shape, dtype = ckpt.shape(key), ckpt.dtype(key)
     stored = np.dtype("<u2") if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<")
     header = {"descr": np.lib.format.dtype_to_descr(stored), "fortran_order": False, "shape": shape}
@@ -120,7 +174,7 @@ def _decoder_geometry(ckpt: Checkpoint, config: Any, part: str, embedding_size: 
         rope_theta=sizes.rope_theta,
         mrope_section=sizes.mrope_section,
         rms_norm_eps=sizes.rms_norm_eps,
-        embedding_file=f"embeddings/{part}.npy",
+        embedding_file=_embedding_file(part),
         embedding_dtype=ckpt.dtype(embedding_keys(ckpt)[part]),
     )
 

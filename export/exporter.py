@@ -9,38 +9,27 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import numpy as np
-from omniport.runtime.bundle.activation_ranges import RANGES_FILE, Ranges, encode_ranges, limit, read_ranges
+from omniport.runtime.bundle.activation_ranges import RANGES_FILE, encode_ranges
 from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.manifest import FileRecord, Manifest, Quantization, encode_manifest
 from omniport.runtime.bundle.reader import MANIFEST_FILE
-from omniport.runtime.bundle.staging import check_space, previous_manifest, staging, take_over, unlisted
-from omniport.runtime.errors import ExportError
-from omniport.runtime.speech.ode import rk4_schedule
+from omniport.runtime.bundle.staging import check_space, staging, take_over
+from omniport.runtime.system.progress import Progress, StageProgress
 
-from .bundle_parts import base_manifest, voice_specs, write_embedding
-from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.tokenizer_json import tokenizer_json
+from .bundle_parts import write_embeddings
 from .export_options import ExportOptions
-from .graphs.fingerprint import file_record, graph_key, graph_whole, source_key
+from .export_plan import ExportPlan, KeptGraph, NewGraph, plan_export
+from .graphs.fingerprint import file_record
 from .graphs.lowering import OPSETS
 from .graphs.mixed_precision import mix
-from .graphs.packed_weights import OPSET as PACKED_OPSET
 from .graphs.packed_weights import import_packed
 from .graphs.trace import trace
 from .graphs.writer import write_model
-from .models.parts import PRECISIONS, GraphDefinition, graph_definitions
-from .models.voices import load_speakers, speaker_vectors, write_voice
-from .weights_check import check_weights, embedding_keys
-
-#: progress(stage, done bytes, total bytes)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -62,13 +51,13 @@ class GraphReport:
     schemes: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExportReport:
     """What an export wrote."""
 
     path: Path
-    graphs: list[GraphReport] = field(default_factory=list)
-    seconds: float = 0.0
+    graphs: tuple[GraphReport, ...]
+    seconds: float
 
 
 def export_checkpoint(
@@ -114,266 +103,113 @@ def export_checkpoint(
     """
     started = time.perf_counter()
     options = ExportOptions(precision, max_context, ops, kv, tuple(keep_fp32), ranges, zero_points)
-    options.check(graphs)
-    out = Path(out)
-    previous = previous_manifest(out)
-    ckpt = Checkpoint.open(checkpoint)
-    options.check_context(int(ckpt.config.thinker_config.text_config.max_position_embeddings))
-    job = _Job(ckpt, out, options, progress)
-    job.prepare()
-    job.choose(graphs, previous)
-    check_space(out, int(job.total * 1.02))
-    with staging(out) as folder:
-        report = job.write(folder)
-    report.seconds = time.perf_counter() - started
-    return report
+    plan = plan_export(checkpoint, Path(out), options, graphs, progress)
+    check_space(plan.out, int(plan.weight_bytes * 1.02))
+    with staging(plan.out) as folder:
+        rows = write_bundle(plan, folder, progress)
+    return ExportReport(plan.out, rows, time.perf_counter() - started)
 
 
-class _Job:
-    """One export. ``prepare`` and ``choose`` find everything that is wrong with the input; ``write`` does the work."""
+@dataclass(frozen=True)
+class _Written:
+    """A graph in the new folder. ``files``: those of which size and sha256 are known."""
 
-    def __init__(self, ckpt: Checkpoint, out: Path, options: ExportOptions, progress: Progress | None) -> None:
-        self.ckpt, self.out, self.options = ckpt, out, options
-        self.progress = progress
-        self.solver = rk4_schedule()
-        self.definitions = self._definitions(options.precision)
-        self.keys: dict[str, str] = {}
-        self.kept: dict[str, GraphSpec] = {}
-        self.attached: Ranges | None = None
-        self.records: dict[str, FileRecord] = {}
-        self.strangers: list[str] = []
-        self.made: list[str] = []
-        self.layers: dict[str, dict[str, str]] = {}
-        self.stage, self.done, self.total = "", 0, 0
-
-    def _definitions(self, precision: str) -> dict[str, GraphDefinition]:
-        ckpt, options = self.ckpt, self.options
-        return graph_definitions(
-            ckpt.config,
-            precision,
-            options.max_context,
-            self.solver,
-            ckpt.tied_embeddings,
-            ops=options.ops,
-            kv_form=options.kv,
-        )
-
-    def prepare(self) -> None:
-        """Check the weights and make the small parts: they fail in a second, not after minutes of tracing."""
-        self._enter("checking the checkpoint")
-        if self.ckpt.packed and OPSETS[self.options.ops] < PACKED_OPSET:
-            raise ExportError(
-                f"{self.ckpt.name} holds INT4 weights, which need opset {PACKED_OPSET} or later: leave --ops native, "
-                "or export from the unquantized checkpoint"
-            )
-        self.weight_bytes = check_weights(self.ckpt, self.definitions.values())
-        self.tokenizer = tokenizer_json(self.ckpt)
-        self.speakers = load_speakers(self.ckpt.path / "spk_dict.pt") if self.ckpt.has_speech else {}
-        self.references = speaker_vectors(self.ckpt, self.speakers) if self.speakers else {}
-        self.voices = voice_specs(self.speakers)
-        self.ranges = self._read_ranges()
-        self.manifest = base_manifest(self.ckpt, self.options, self.solver, self.voices)
-
-    def _read_ranges(self) -> Ranges | None:
-        """The ranges to export with.
-
-        Raises:
-            ExportError: they are another checkpoint's, or were measured on graphs with other nodes.
-        """
-        options = self.options
-        if options.ranges is None:
-            return None
-        ranges = read_ranges(options.ranges)
-        if ranges.fingerprint != self.ckpt.fingerprint:
-            raise ExportError(
-                f"{options.ranges} was measured on a checkpoint with fingerprint {ranges.fingerprint[:12]}; "
-                f"{self.ckpt.name} has {self.ckpt.fingerprint[:12]}. Export this one with --precision fp32 and run "
-                "'omniport ranges' on that bundle."
-            )
-        if (ranges.ops, ranges.kv) != (options.ops, options.kv):
-            raise ExportError(
-                f"{options.ranges} was measured on graphs exported with --ops {ranges.ops} --kv {ranges.kv}; this "
-                f"one has --ops {options.ops} --kv {options.kv}. Measure on an FP32 bundle with the same options."
-            )
-        return ranges
-
-    def _held_ranges(self, previous: Manifest | None) -> Ranges | None:
-        """Ranges that the bundle has already, if they are whole and about the graphs that it is going to have.
-
-        They do not steer this export: what they show to overflow is held in float16, and building says so.
-        """
-        path = self.out / RANGES_FILE
-        record = previous.files.get(RANGES_FILE) if previous is not None and previous.ranges_file else None
-        if record is None or not path.is_file() or file_record(path) != record:
-            return None
-        ranges = read_ranges(path)
-        measured = (ranges.fingerprint, ranges.ops, ranges.kv)
-        return ranges if measured == (self.ckpt.fingerprint, self.options.ops, self.options.kv) else None
-
-    def choose(self, graphs: Sequence[str] | None, previous: Manifest | None) -> None:
-        """Decide which graphs are made and which are taken over."""
-        absent = sorted(set(graphs or ()) - set(self.definitions))
-        if absent:
-            raise ExportError(
-                f"{self.ckpt.name} has no {', '.join(absent)}: it was saved without speech (enable_audio_output is "
-                f"false). Its graphs are {', '.join(self.definitions)}."
-            )
-        self.options.check_patterns(d for name, d in self.definitions.items() if graphs is None or name in graphs)
-        source = source_key(self.ckpt)
-        self.keys = {name: self._key(d, source) for name, d in self.definitions.items()}
-        held = dict(previous.graphs) if previous is not None else {}
-        for name in self.definitions:
-            wanted = graphs is None or name in graphs
-            if name in held and previous is not None:
-                known = {self.keys[name]} if wanted else self._keys_of_any_precision(name, source)
-                if held[name].inputs_key in known and graph_whole(self.out, previous, held[name]):
-                    self.kept[name] = held[name]
-                    if previous.quantization is not None and name in previous.quantization.layers:
-                        self.layers[name] = previous.quantization.layers[name]
-                    continue
-            if wanted:
-                self.made.append(name)
-            elif name in held:
-                raise ExportError(
-                    f"{self.out} holds a {name} that is damaged, or was made from other weights, with other options or "
-                    "by another release: it would not fit to the rest. Export without --graphs, or to a new folder."
-                )
-        self.attached = self.ranges or self._held_ranges(previous)
-        if previous is not None:
-            self.records = {f: previous.files[f] for spec in self.kept.values() for f in (spec.file, *spec.data)}
-            self.strangers = unlisted(self.out, previous)
-        embeddings = embedding_keys(self.ckpt).values()
-        self.total = sum(self.weight_bytes[name] for name in self.made)
-        self.total += sum(int(np.prod(self.ckpt.shape(key))) * _itemsize(self.ckpt.dtype(key)) for key in embeddings)
-
-    def _keys_of_any_precision(self, name: str, source: str) -> set[str]:
-        return {self._key(self._definitions(precision)[name], source) for precision in PRECISIONS}
-
-    def _key(self, definition: GraphDefinition, source: str) -> str:
-        """The graph's key; options that make a half-precision graph partly float32 count where there is one."""
-        kept: list[object] = [self.options.zero_points] if self.ckpt.packed else []
-        if definition.precision != "float32":
-            kept += self.options.keep_fp32
-        if definition.precision == "float16" and self.ranges is not None:
-            measured = self.ranges.graphs.get(definition.name, {})
-            kept.append(sorted(name for name, top in measured.items() if top > limit()))
-        return graph_key(definition, self.solver, source, kept)
-
-    def _advance(self, nbytes: int) -> None:
-        self.done += nbytes
-        if self.progress is not None:
-            self.progress(self.stage, min(self.done, self.total), self.total)
-
-    def _enter(self, stage: str) -> None:
-        self.stage = stage
-        self._advance(0)
-
-    def write(self, folder: Path) -> ExportReport:
-        """Write everything into ``folder``."""
-        report = ExportReport(self.out)
-        specs: dict[str, GraphSpec] = {}
-        for name, definition in self.definitions.items():
-            if name in self.made:
-                specs[name], row = self._make_graph(definition, folder)
-                report.graphs.append(row)
-            elif name in self.kept:
-                spec = specs[name] = self.kept[name]
-                for file in (spec.file, *spec.data):
-                    take_over(self.out / file, folder / file)
-                size = sum(self.records[file].size for file in spec.data)
-                report.graphs.append(GraphReport(name, 0, size, 0.0, True))
-        self._write_parts(folder)
-        self._enter("checksums")
-        files = {
-            name: self.records.get(name) or file_record(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and (name := path.relative_to(folder).as_posix())
-        }
-        dtype = specs["thinker"].compute_dtype if "thinker" in specs else self.definitions["thinker"].precision
-        kv = msgspec.structs.replace(self.manifest.kv, dtype=dtype)
-        ranges = RANGES_FILE if self.attached is not None else None
-        manifest = msgspec.structs.replace(
-            self.manifest, kv=kv, graphs=specs, files=files, ranges_file=ranges, **self._quantization()
-        )
-        (folder / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
-        for name in self.strangers:
-            if not (folder / name).exists():
-                take_over(self.out / name, folder / name)
-        return report
-
-    def _quantization(self) -> dict[str, Any]:
-        """Fields of the manifest that say that weights are integers, if any are."""
-        if self.ckpt.packing is None or not self.layers:
-            return {}
-        method = self.ckpt.packing.method
-        record = Quantization(recipe=method, precision=self.options.precision, layers=self.layers)
-        return {"precision": method, "quantization": record}
-
-    def _make_graph(self, definition: GraphDefinition, folder: Path) -> tuple[GraphSpec, GraphReport]:
-        started = time.perf_counter()
-        self._enter(f"tracing {definition.name}")
-        model, rules = trace(definition)
-        mixed = mix(
-            model, definition.name, definition.precision, self.options.patterns, self._measured(definition.name)
-        )
-        filled, schemes = import_packed(model, rules, self.ckpt.packed, self.options.zero_points == "separate")
-        if schemes:
-            self.layers[definition.name] = schemes
-        self._enter(f"writing {definition.name}")
-        path = folder / "graphs" / f"{definition.name}.onnx"
-        path.parent.mkdir(exist_ok=True)
-        written = write_model(model, filled, self.ckpt, path, self._advance)
-        names = {file.relative_to(folder).as_posix(): record for file, record in written.items()}
-        self.records |= names
-        spec = GraphSpec(
-            name=definition.name,
-            file=path.relative_to(folder).as_posix(),
-            data=tuple(names),
-            precision=f"int{self.ckpt.packing.bits}" if schemes and self.ckpt.packing else definition.precision,
-            compute=definition.precision if schemes else "",
-            opset=OPSETS[definition.ops],
-            inputs=definition.inputs,
-            outputs=definition.outputs,
-            dims=definition.dims,
-            aliases=definition.aliases,
-            grows=definition.grows,
-            float32_values=mixed.float32_values,
-            inputs_key=self.keys[definition.name],
-        )
-        size = sum(record.size for record in written.values())
-        seconds = time.perf_counter() - started
-        counts = Counter(schemes.values())
-        return spec, GraphReport(definition.name, len(model.graph), size, seconds, False, mixed.overflowing, counts)
-
-    def _measured(self, name: str) -> dict[str, float] | None:
-        """Ranges of one graph; None if the export has none.
-
-        Raises:
-            ExportError: the file has none for this graph.
-        """
-        if self.ranges is None:
-            return None
-        if name not in self.ranges.graphs:
-            raise ExportError(
-                f"{self.options.ranges} has no ranges of {name}: the samples it was measured on did not reach it. "
-                "Measure again on an FP32 bundle that has this graph, with samples that use it."
-            )
-        return self.ranges.graphs[name]
-
-    def _write_parts(self, folder: Path) -> None:
-        self._enter("embeddings")
-        (folder / "embeddings").mkdir()
-        for part in embedding_keys(self.ckpt):
-            file = f"embeddings/{part}.npy"
-            self.records[file] = write_embedding(self.ckpt, part, folder / file, self._advance)
-        (folder / "tokenizer.json").write_bytes(self.tokenizer)
-        if self.voices:
-            (folder / "voices").mkdir()
-        if self.attached is not None:
-            (folder / RANGES_FILE).write_bytes(encode_ranges(self.attached))
-        for voice in self.voices:
-            write_voice(folder / voice.file, self.speakers[voice.name].cond, self.references[voice.name])
+    spec: GraphSpec
+    files: Mapping[str, FileRecord]
+    schemes: Mapping[str, str]
+    report: GraphReport
 
 
-def _itemsize(dtype: str) -> int:
-    return 2 if dtype in ("bfloat16", "float16") else 4
+def write_bundle(plan: ExportPlan, folder: Path, progress: Progress | None = None) -> tuple[GraphReport, ...]:
+    """Write a planned bundle into an empty folder; returns what became of each graph.
+
+    Raises:
+        ExportError: a measured range that the KV cache cannot hold, or a disk that is full.
+    """
+    told = StageProgress(progress, plan.weight_bytes)
+    written = {
+        name: _take_over(plan.out, graph, folder) if isinstance(graph, KeptGraph) else _make(plan, graph, folder, told)
+        for name, graph in plan.graphs.items()
+    }
+    told.enter("embeddings")
+    records = write_embeddings(plan.checkpoint, folder, told.advance)
+    plan.parts.write(folder)
+    if plan.ranges is not None:
+        (folder / RANGES_FILE).write_bytes(encode_ranges(plan.ranges))
+    told.enter("checksums")
+    for graph in written.values():
+        records |= graph.files
+    (folder / MANIFEST_FILE).write_bytes(encode_manifest(_manifest(plan, written, _records(folder, records))))
+    for name in plan.strangers:
+        if not (folder / name).exists():
+            take_over(plan.out / name, folder / name)
+    return tuple(graph.report for graph in written.values())
+
+
+def _take_over(out: Path, graph: KeptGraph, folder: Path) -> _Written:
+    spec = graph.spec
+    for file in graph.files:
+        take_over(out / file, folder / file)
+    size = sum(graph.files[file].size for file in spec.data)
+    return _Written(spec, graph.files, graph.schemes, GraphReport(spec.name, 0, size, 0.0, True))
+
+
+def _make(plan: ExportPlan, graph: NewGraph, folder: Path, told: StageProgress) -> _Written:
+    """Trace a graph and write it."""
+    started = time.perf_counter()
+    definition, ckpt, options = graph.definition, plan.checkpoint, plan.options
+    told.enter(f"tracing {definition.name}")
+    model, rules = trace(definition)
+    mixed = mix(model, definition.name, definition.precision, options.patterns, graph.measured)
+    filled, schemes = import_packed(model, rules, ckpt.packed, options.zero_points == "separate")
+    told.enter(f"writing {definition.name}")
+    path = folder / "graphs" / f"{definition.name}.onnx"
+    path.parent.mkdir(exist_ok=True)
+    written = write_model(model, filled, ckpt, path, told.advance)
+    files = {file.relative_to(folder).as_posix(): record for file, record in written.items()}
+    spec = GraphSpec(
+        name=definition.name,
+        file=path.relative_to(folder).as_posix(),
+        data=tuple(files),
+        precision=f"int{ckpt.packing.bits}" if schemes and ckpt.packing else definition.precision,
+        compute=definition.precision if schemes else "",
+        opset=OPSETS[definition.ops],
+        inputs=definition.inputs,
+        outputs=definition.outputs,
+        dims=definition.dims,
+        aliases=definition.aliases,
+        grows=definition.grows,
+        float32_values=mixed.float32_values,
+        inputs_key=graph.key,
+    )
+    report = GraphReport(
+        name=definition.name,
+        nodes=len(model.graph),
+        weight_bytes=sum(record.size for record in written.values()),
+        seconds=time.perf_counter() - started,
+        skipped=False,
+        overflowing=mixed.overflowing,
+        schemes=Counter(schemes.values()),
+    )
+    return _Written(spec, files, schemes, report)
+
+
+def _records(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Size and sha256 of every file, in order; read are those that are not known yet."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: known.get(name) or file_record(path) for name, path in files.items()}
+
+
+def _manifest(plan: ExportPlan, written: Mapping[str, _Written], files: dict[str, FileRecord]) -> Manifest:
+    """The plan's manifest with graphs and files, and with what is stored as integers, if anything is."""
+    made = msgspec.structs.replace(
+        plan.manifest, graphs={name: graph.spec for name, graph in written.items()}, files=files
+    )
+    # graphs that were there already come first
+    ordered = sorted(written, key=lambda name: isinstance(plan.graphs[name], NewGraph))
+    layers = {name: dict(written[name].schemes) for name in ordered if written[name].schemes}
+    packing = plan.checkpoint.packing
+    if packing is None or not layers:
+        return made
+    record = Quantization(recipe=packing.method, precision=plan.options.precision, layers=layers)
+    return msgspec.structs.replace(made, precision=packing.method, quantization=record)

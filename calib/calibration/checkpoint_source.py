@@ -7,20 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from omniport.export.bundle_parts import base_manifest, voice_specs, write_embedding
+from omniport.export.bundle_parts import base_manifest, small_parts, write_embeddings
 from omniport.export.checkpoint.checkpoint import Checkpoint
-from omniport.export.checkpoint.tokenizer_json import tokenizer_json
 from omniport.export.export_options import ExportOptions
 from omniport.export.models.parts import GraphDefinition, graph_definitions
-from omniport.export.models.voices import load_speakers, speaker_vectors, write_voice
-from omniport.export.weights_check import check_weights, embedding_keys
+from omniport.export.weights_check import check_weights
 from omniport.runtime.bundle.manifest import Manifest
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.speech.ode import rk4_schedule
 
 _MAX_CONTEXT = 8192
-_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -58,21 +55,12 @@ class Source:
             for form in ("concat", "static")
         )
         check_weights(ckpt, definitions.values())
-        speakers = load_speakers(ckpt.path / "spk_dict.pt") if ckpt.has_speech else {}
-        references = speaker_vectors(ckpt, speakers) if speakers else {}
-        voices = voice_specs(speakers)
-        manifest = base_manifest(ckpt, ExportOptions(max_context=context, kv="concat"), solver, voices)
-        files = {_TOKENIZER: folder / _TOKENIZER}
-        (folder / "voices").mkdir(parents=True, exist_ok=True)
-        files[_TOKENIZER].write_bytes(tokenizer_json(ckpt))
-        for voice in voices:
-            files[voice.file] = folder / voice.file
-            write_voice(files[voice.file], speakers[voice.name].cond, references[voice.name])
-        for part in embedding_keys(ckpt):
-            geometry = manifest.thinker if part == "thinker" else manifest.talker
-            assert geometry is not None
-            files[geometry.embedding_file] = path = folder / geometry.embedding_file
-            path.parent.mkdir(exist_ok=True)
-            write_embedding(ckpt, part, path, lambda _: None)
+        parts = small_parts(ckpt)
+        manifest = base_manifest(ckpt, ExportOptions(max_context=context, kv="concat"), solver, parts.voices)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [*parts.write(folder), *write_embeddings(ckpt, folder, lambda _: None)]
+        files = {name: folder / name for name in names}
         bundle = Bundle(folder, manifest, files)
-        return cls(ckpt, definitions, exported, bundle, TextCodec.from_file(files[_TOKENIZER], manifest.tokens))
+        return cls(
+            ckpt, definitions, exported, bundle, TextCodec.from_file(files[manifest.tokenizer_file], manifest.tokens)
+        )
