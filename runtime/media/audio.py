@@ -1,4 +1,4 @@
-"""Audio in: decode and resample, whole recordings or a live stream.
+"""Decode and resample audio: whole recordings, or a live stream.
 
 Files are decoded by libsndfile (wav, flac, ogg, mp3, ...), and by FFmpeg (PyAV) where libsndfile does not know the
 format. Channels are averaged; soxr's HQ resampler gives ceil(n * out / in) samples: the steps of
@@ -155,7 +155,7 @@ def pcm(source: tuple[Any, ...]) -> tuple[Samples, float]:
 
 
 def _mono(values: NDArray[Any]) -> Samples:
-    """[n] or [channels, n] of any sample type to float32 [n] in -1..1."""
+    """Samples [n] or [channels, n] of any type as mono float32 [n] in -1..1."""
     kind, bits = values.dtype.kind, values.dtype.itemsize * 8
     if kind == "f":
         with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which is refused by the caller

@@ -1,4 +1,4 @@
-"""Images and video frames in: decode, resize, patches, window index. numpy and Pillow; no torch.
+"""Preprocess images and video frames: decode, resize, cut into patches, lay out attention windows.
 
 **Resize kernel**: Pillow's BICUBIC (Keys' cubic with a = -0.5, widened when shrinking, so antialiased; rounded and
 clipped to 8 bits after each of its two passes) for still images and for video frames. Still images: as transformers'

@@ -1,4 +1,4 @@
-"""Log-mel features of a clip, whole or while it arrives, and the encoder chunks they are cut into. numpy only."""
+"""Log-mel features of a whole or live clip, and how they are cut into encoder chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What audio, image and video reading share: optional packages, and the checks before any decoder sees a file."""
+"""Check media files before a decoder sees them, and import the optional packages that decode them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Video in: frames at fixed real times, and the sound track. FFmpeg through PyAV."""
+"""Decode video with PyAV (FFmpeg): frames sampled at fixed times, and the sound track."""
 
 from __future__ import annotations
 
