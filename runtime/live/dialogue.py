@@ -1,4 +1,4 @@
-"""Turns one after another: media in from one thread, each reply out in a thread of its own, and interruptions."""
+"""Lead a spoken conversation: one turn after another, each reply in its own thread, with interruptions."""
 
 from __future__ import annotations
 

