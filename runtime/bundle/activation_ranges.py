@@ -1,4 +1,4 @@
-"""Measured activation ranges of a bundle: what would overflow in float16, and is held in it nevertheless.
+"""Measured activation ranges (ranges.json), and which float16 values of a bundle would overflow by them.
 
 ``ranges.json`` is written by `omniport.export.evaluation.measure_ranges`; docs/bundle.md describes it.
 """

@@ -1,6 +1,6 @@
-"""Whether a decoded bundle.json makes sense: paths, references, geometry. Reads no file.
+"""Check that a decoded bundle.json is consistent: paths, references, geometry. Reads no file.
 
-Types and field names are checked by the decoder; this is what types cannot say.
+The decoder checks types and field names; this checks what types cannot express.
 """
 
 from __future__ import annotations

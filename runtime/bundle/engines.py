@@ -1,4 +1,4 @@
-"""The engines of a bundle: what was built from its graphs, for which machine, and how to find the right one.
+"""The engines listed in a bundle: their records, and finding the one that this machine can run.
 
 Engines are made on, or for, one machine, so they are not part of the bundle as exported: ``engines/engines.json`` lists
 them and bundle.json stays as it was. Each engine has a record beside it, which says what it was built from and with.

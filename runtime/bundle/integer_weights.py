@@ -1,4 +1,4 @@
-"""How integer weights lie in a bundle's graphs: names of their tensors, and INT4 two a byte."""
+"""Storage of integer weights in graphs: names of their tensors, and INT4 packed two per byte."""
 
 from __future__ import annotations
 

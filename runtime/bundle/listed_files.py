@@ -1,4 +1,4 @@
-"""Files that a listing names: which paths are let in, and whether the file there is the one that was listed."""
+"""Files named in a manifest or listing: which paths are allowed, and whether the file is the listed one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening a bundle: bundle.json, the files it lists, embedding tables and voices.
+"""Open a bundle: bundle.json, the files it lists, embedding tables and voices.
 
 A bundle may come from anywhere, so it is read as hostile: unknown fields, files that are not listed, sizes that do not
 match and paths that leave the folder are refused before anything else is read. The format is written down in

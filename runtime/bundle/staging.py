@@ -1,4 +1,4 @@
-"""Write a folder aside and put it in place when it is complete.
+"""Write a folder under a temporary name, and rename it into place once it is complete.
 
 Next to ``NAME`` a folder ``.NAME.partial-XXXX`` holds ``new``, what is being written, and for a moment ``old``, what it
 replaces. Its owner holds a lock on it, which the kernel releases however the process ends: one that nobody holds was
