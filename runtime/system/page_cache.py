@@ -1,8 +1,8 @@
-"""What reading and writing weights leaves in the system's page cache.
+"""Keep weights that are read or written once out of the system's page cache.
 
 Weights go through a program once. Left in the page cache, twice the model's size pushes out what other programs use
 there, and finding room for it costs more processor time than the disk takes: docs/results/real-sizes.md has a copy that
-is let go of beside one that is not. Where a system cannot be told (Windows, macOS), or a file system takes no
+is released beside one that is not. Where a system cannot be told (Windows, macOS), or a file system takes no
 advice, nothing is done.
 """
 
