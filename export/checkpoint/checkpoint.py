@@ -1,4 +1,4 @@
-"""Open a Qwen2.5-Omni checkpoint: configuration, and tensors that are read on demand.
+"""Open a Qwen2.5-Omni checkpoint: its configuration, and its tensors, read on demand.
 
 A checkpoint is a local folder, a Hugging Face id (``Qwen/Qwen2.5-Omni-3B``) or a ModelScope id
 (``modelscope:Qwen/Qwen2.5-Omni-3B``). Only safetensors weights are read; pickled ones are refused.
@@ -142,7 +142,7 @@ class Checkpoint:
         return file.read(stored, start, stop)
 
     def forget(self, key: str, start: int = 0, stop: int | None = None) -> None:
-        """Rows that were read will not be read again: the system need not hold them."""
+        """Drop rows that were read from the page cache: they will not be read again."""
         if key not in self.packed:
             file, stored = self._find(key)
             file.forget(stored, start, stop)

@@ -1,7 +1,7 @@
-"""Read config.json, of either generation of key names, into transformers' configuration.
+"""Read config.json into transformers' configuration, whichever generation of key names it uses.
 
-transformers keeps unknown keys as plain attributes and lets the fields they stand for fall back to defaults, without a
-word. The old names are therefore rewritten before it sees them:
+transformers keeps unknown keys as plain attributes, and silently lets the fields they stand for fall back to defaults.
+The old names are therefore rewritten before it sees them:
 
 - ``dit_config``: ``dim``, ``depth``, ``heads`` -> ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``;
 - ``rope_scaling`` and ``rope_theta`` (beside it, or one level up in ``thinker_config``) -> ``rope_parameters``, with

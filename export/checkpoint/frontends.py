@@ -1,4 +1,4 @@
-"""What the bundle's manifest says of a checkpoint besides its graphs: front ends, token ids, sampling.
+"""The manifest's fields that come from a checkpoint's settings: front ends, token ids, sampling defaults.
 
 Read from config.json, preprocessor_config.json (or transformers 5's processor_config.json), generation_config.json and
 the tokenizer. Values that two files state are compared.

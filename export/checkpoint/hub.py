@@ -1,4 +1,4 @@
-"""Find a checkpoint's files: a local folder, or a download from Hugging Face or ModelScope."""
+"""Locate a checkpoint: a local folder, or a download from Hugging Face or ModelScope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints: linear layers whose weights are stored as packed integers of 4 or 8 bits.
+"""Read GPTQ and AWQ weights: linear layers stored as packed integers of 4 or 8 bits.
 
 Both store, for y = x @ w with w [K, N], integers q, and a scale s and a zero point z for each group of rows and each
 column: w = (q - z) * s. Eight integers of 4 bits, or four of 8, share an int32, the first in its lowest bits:

@@ -1,4 +1,4 @@
-"""Read tensors out of a safetensors file by byte range.
+"""Read tensors of a safetensors file by byte range.
 
 Follows the "Format" section of the safetensors README: 8 bytes of little-endian header length, a JSON header, then one
 byte buffer that the tensors cover without gap or overlap. Every number in the header is checked before it is used. Data
@@ -116,7 +116,7 @@ class SafetensorsFile:
         return out
 
     def forget(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Rows that were read will not be read again: the system need not hold them."""
+        """Drop rows that were read from the page cache: they will not be read again."""
         entry = self.entries[name]
         rows = entry.shape[0] if entry.shape else 1
         row_bytes = (entry.end - entry.begin) // max(1, rows)

@@ -1,4 +1,4 @@
-"""The tokenizer of a bundle: one tokenizer.json, taken from the checkpoint or built from vocab.json and merges.txt."""
+"""Make a bundle's tokenizer.json: copy the checkpoint's, or build it from vocab.json and merges.txt."""
 
 from __future__ import annotations
 
