@@ -1,4 +1,4 @@
-"""Geometry of the synthetic checkpoints and the config.json that states it."""
+"""Geometries of the synthetic checkpoints (tiny, small, 3b, 7b), and their config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random-weight Qwen2.5-Omni checkpoints in the exact Hugging Face layout.
+"""Make a random-weight Qwen2.5-Omni checkpoint in the exact Hugging Face layout.
 
 ``tiny`` is for tests: every structural feature of the real model in under 10 M parameters, control tokens at other
 ids. ``small`` is for benchmarks: the 3B's layer widths and vocabulary with 4 layers in each stack. ``3b`` and ``7b``

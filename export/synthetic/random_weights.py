@@ -1,8 +1,8 @@
-"""Random weights whose activations neither vanish nor saturate, written shard by shard.
+"""Draw random weights whose activations neither vanish nor saturate, and write them shard by shard.
 
 Every tensor depends on the seed and its key alone, so order, sharding and the other tensors do not matter.
 Gains follow from the usual fan-in argument (weights of variance ``gain^2 / fan_in`` keep unit variance through a
-linear layer); the few that are not derived were measured, and tests/test_synthetic.py asserts what they must achieve.
+linear layer); the few that are not derived were measured, and tests assert what they must achieve.
 """
 
 from __future__ import annotations

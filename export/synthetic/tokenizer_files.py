@@ -1,4 +1,4 @@
-"""Tokenizer, processor and template files of a synthetic checkpoint.
+"""Write the tokenizer, processor and chat template files of a synthetic checkpoint.
 
 The tokenizer is a byte-level BPE of Qwen2's construction (NFC, Qwen2's pre-tokenizer split, byte alphabet), trained
 here on the sentences below: small, but with the real control strings and a real merge table.
