@@ -1,4 +1,4 @@
-"""A bundle's graphs to engines for one machine: who builds, what has changed, and what can be proven elsewhere."""
+"""Build a bundle's engines for a target: choose the builder, skip what did not change, record what was built."""
 
 from __future__ import annotations
 

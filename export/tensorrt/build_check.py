@@ -1,6 +1,6 @@
-"""What can be proven about a target without it.
+"""Check a target without having it.
 
-Graphs parse, the nearest capability compiles, number formats and memory fit.
+Proves that graphs parse, that the nearest capability compiles, and that number formats and memory fit.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found that speaks against the target."""
+        """Whether every check passed."""
         return self.fits and self.builds_there and not any(graph.problem for graph in self.graphs)
 
 

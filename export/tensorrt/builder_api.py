@@ -1,8 +1,8 @@
-"""TensorRT and TensorRT-RTX behind one face: the only place that knows in what they differ.
+"""One interface to the TensorRT and TensorRT-RTX builders: the only place that knows how they differ.
 
-Both have the same Python API under two module names, and both have changed it: parts came (weights given by address in
-10.13, attention in 10.14, the KV cache in 10.15), parts went (weak typing in 11). What a package can do is read off its
-attributes rather than its version, so that a release nobody has seen yet is taken for what it is.
+Both have the same Python API under two module names, and both have changed it: features were added (weights given by
+address in 10.13, attention in 10.14, the KV cache in 10.15) and removed (weak typing in 11). Features are detected by
+attributes rather than by version, so that releases newer than this code are handled correctly.
 tests/data/trt_attributes.json holds recorded attribute sets.
 """
 
@@ -161,7 +161,7 @@ def load_api(builder: str) -> Api:
 
 
 class PhaseStack:
-    """How far a build is, out of its nested phases: a step of one phase may be a phase of its own."""
+    """Progress of a build from its nested phases: a step of one phase may be a phase of its own."""
 
     def __init__(self) -> None:
         self._phases: dict[str, tuple[str | None, int, int]] = {}

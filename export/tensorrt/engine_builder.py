@@ -1,4 +1,4 @@
-"""One graph to one engine. Imports neither torch nor transformers: it runs on the device as well.
+"""Build the engine of one graph. Imports neither torch nor transformers: it also runs on the device.
 
 Networks are strongly typed: the graph says every dtype, and the builder chooses none.
 """

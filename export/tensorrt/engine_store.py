@@ -1,7 +1,7 @@
-"""Writing engines into a bundle: files first, the listing last, each in one step.
+"""Store engines in a bundle: files first, the listing last, each replaced atomically.
 
 At every moment the listing names only engines that are whole: one that is about to be replaced leaves the listing
-before its file changes. Two builds into one bundle take turns.
+before its file changes. A second build into the same bundle waits for the first.
 """
 
 from __future__ import annotations

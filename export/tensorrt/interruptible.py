@@ -1,4 +1,4 @@
-"""Native work on a thread of its own, so that the main thread hears Ctrl-C whatever the work is doing.
+"""Run blocking native calls on a worker thread, so that Ctrl-C works.
 
 A Python signal handler runs in the main thread, and what it raises is lost if that thread is inside a native library's
 call back into Python: TensorRT catches it and goes on.
@@ -18,7 +18,7 @@ _POLL = 0.05
 
 
 class Cancelled(BaseException):
-    """Raised by work that saw that it is no longer wanted. Never seen outside: the reason for it is raised instead."""
+    """Raised by cancelled work. Callers never see it: the reason for cancelling is raised instead."""
 
 
 class _Outcome(Generic[T]):

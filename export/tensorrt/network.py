@@ -1,7 +1,7 @@
-"""From an ONNX graph to a parsed TensorRT network that is known to be what the graph's spec says.
+"""Parse an ONNX graph into a TensorRT network, and check that it is what the graph's spec says.
 
-Everything that TensorRT would let pass with a warning, or report in words of its own, is looked at here: what the
-parser cannot take, an input that nothing reads, outputs of another type or shape, a cache that would be copied.
+Everything that TensorRT accepts with a warning only, or reports unclearly, is checked here: nodes that the parser
+cannot take, an input that nothing reads, outputs of another type or shape, a cache that would be copied.
 """
 
 from __future__ import annotations

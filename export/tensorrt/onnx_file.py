@@ -1,4 +1,4 @@
-"""What a build needs to know of an ONNX file, without reading its weights.
+"""Read what a build needs to know of an ONNX file, without its weights.
 
 Uses the onnx package for its protobuf classes only: it runs on the device, beside TensorRT.
 """
@@ -153,7 +153,7 @@ class OnnxFile:
         return bytes(self._model.SerializeToString())
 
     def release(self) -> None:
-        """Let go of the mapped pages read so far; they are read again when they are touched again."""
+        """Release the mapped pages read so far; touching them again reads them again."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for data in list(self._maps.values()):  # another thread may be mapping more
                 data._mmap.madvise(mmap.MADV_DONTNEED)

@@ -1,7 +1,7 @@
-"""Optimization profiles: the shapes that an engine takes, from a graph's spec.
+"""Optimization profiles: the ranges of shapes that an engine accepts, from a graph's spec.
 
 The vision encoder has a profile for each class of images, the other graphs one. A second one (new_tokens = 1) for the
-decoders was measured and not taken: there the builder keeps weights once for each profile (docs/build.md has the
+decoders was measured and rejected: there the builder keeps weights once for each profile (docs/build.md has the
 figures).
 """
 
