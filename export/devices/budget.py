@@ -1,4 +1,4 @@
-"""How much memory a target has for engines, and how much building one takes."""
+"""Memory of a target that engines may use, and memory that building one takes."""
 
 from __future__ import annotations
 

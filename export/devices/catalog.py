@@ -1,12 +1,13 @@
-"""The machines that engines are built for: what they have, and who can build for them.
+"""The catalogue of target devices: memory, bandwidth, number formats, and which builder serves them.
 
 Figures are public: NVIDIA's data sheets and module specifications, TensorRT's and TensorRT-RTX's support matrices, and
 JetPack's release notes (docs/build.md says which was looked up where, and which was not); bandwidths called measured
-come from the reports named in docs/results/published.md. Dense
-tensor-core rates are for FP16 with FP32 accumulation; for Orin they are tensor cores times clock times 512, which is a
-quarter of the sparse INT8 figure that its data sheets give for the GPU. Rates of 8-bit formats follow from the same
-sources: INT8 is twice FP16 where FP16 runs at full speed with FP32 accumulation (data-centre GPUs and Jetson) and four
-times on GeForce, where that runs at half speed; FP8 with FP32 accumulation is twice FP16.
+come from the reports named in docs/results/published.md.
+
+Dense tensor-core rates are for FP16 with FP32 accumulation; for Orin they are tensor cores times clock times 512, which
+is a quarter of the sparse INT8 figure that its data sheets give for the GPU. Rates of 8-bit formats follow from the
+same sources: INT8 is twice FP16 where FP16 runs at full speed with FP32 accumulation (data-centre GPUs and Jetson) and
+four times on GeForce, where that runs at half speed; FP8 with FP32 accumulation is twice FP16.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The machine's own GPU as a target."""
+"""Detect this machine's GPU as a target."""
 
 from __future__ import annotations
 
