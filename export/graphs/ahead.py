@@ -1,4 +1,4 @@
-"""One item made while the last is worked on."""
+"""Prefetch the next item of an iterable on a background thread."""
 
 from __future__ import annotations
 

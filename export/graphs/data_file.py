@@ -1,8 +1,7 @@
-"""A file of weights that is written from its beginning to its end, and hashed on the way.
+"""Write a file of weights front to back on a background thread, hashing it on the way.
 
-Writing and hashing have a thread of their own: reading and converting the next weights goes on meanwhile, and no byte
-is read back for its checksum, by when it would have left the page cache. Little is held: a piece that is written, one
-that waits and one that is made.
+Reading and converting the next weights goes on meanwhile, and no byte is read back for its checksum, by when it would
+have left the page cache. At most three pieces are in memory: one being written, one waiting and one being made.
 """
 
 from __future__ import annotations

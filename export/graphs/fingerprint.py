@@ -1,4 +1,4 @@
-"""What of an older bundle can be taken over: a key over everything a graph is made from, and whole files.
+"""Decide which graphs of an older bundle can be reused: a key over all inputs of a graph, and file checksums.
 
 A key covers the checkpoint (its fingerprint, and size and time of every shard, as ``make`` would), the graph's borders
 and precision, the source code that traces and writes it, and the versions of the libraries underneath. A file is whole

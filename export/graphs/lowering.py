@@ -1,4 +1,4 @@
-"""The operators that are newer than opset 18, in terms of older ones: ``omniport export --ops decomposed``.
+"""Decompose operators newer than opset 18 into older ones: ``omniport export --ops decomposed``.
 
 Attention, RotaryEmbedding and RMSNormalization become a handful of nodes each, for parsers that do not know them
 (TensorRT before 10.15; JetPack 6.2 has 10.3). They are alternative definitions while tracing and not a pass over the

@@ -1,4 +1,4 @@
-"""Mixed precision, written into the graph: which operators of a half-precision graph compute in float32.
+"""Mixed precision: a pass that makes chosen operators of a half-precision graph compute in float32.
 
 Norms, rotary embeddings and softmax always do; layers that ``--keep-fp32`` names and layers whose measured range
 float16 cannot hold do as well. They read float32 weights and sit between typed Casts, so that ONNX Runtime computes

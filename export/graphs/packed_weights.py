@@ -1,9 +1,8 @@
-"""Packed weights in a graph: INT4 or INT8 in blocks along K and a DequantizeLinear, as quantizing makes them.
+"""Put GPTQ and AWQ weights into a graph: INT4 or INT8 in blocks along K with a DequantizeLinear.
 
-The layout is that of `omniport.calib.weights.qdq`, so the same kernels run it. Two things are added where
-the checkpoint has
-them: a Gather that puts the other factor into the order of ``desc_act``, and zero points, which are either an input of
-DequantizeLinear or, for TensorRT, which refuses those, a product of their own: with offsets o = (m - z) * s, one row a
+The layout is that of `omniport.calib.weights.qdq`, so the same kernels run it. Two things are added where the
+checkpoint has them: a Gather that puts the other factor into the order of ``desc_act``, and zero points. These are an
+input of DequantizeLinear or, because TensorRT refuses that, a separate product: with offsets o = (m - z) * s, one row a
 group, x @ w = x @ ((q - m) * s) + sum_of_groups(x) @ o, where m is 8, or 128 of 8 bits.
 """
 

@@ -1,4 +1,4 @@
-"""onnx-ir passes that turn a traced model into the graph that is shipped.
+"""The onnx-ir passes that turn a traced model into the exported graph.
 
 Each pass states what it needs and what it leaves; `finish` runs them in order.
 """

@@ -1,4 +1,4 @@
-"""Trace a graph on the meta device: names, shapes and operators, no weights.
+"""Trace a graph on the meta device (names, shapes and operators, no weights), and cache the result.
 
 A traced graph depends on the model's geometry and on this package's code only, so it is kept in a cache folder: a
 fine-tune of a model that was exported before is not traced again. ``OMNIPORT_CACHE`` names the folder

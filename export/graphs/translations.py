@@ -1,4 +1,4 @@
-"""Which ONNX nodes each custom op of `omniport.export.models.ops` becomes (opset 24, standard domain).
+"""Translate each custom op of `omniport.export.models.ops` to ONNX nodes (opset 24, standard domain).
 
 Pads are given for every axis: the ``axes`` input of Pad is unknown to TensorRT's parser before 10.4.
 `omniport.export.graphs.lowering` replaces the nodes that need an opset above 18.

@@ -1,4 +1,4 @@
-"""Stream a traced graph's weights to disk.
+"""Write a traced graph, streaming its weights from the checkpoint to disk.
 
 Each weight is read and converted in row blocks and written in pieces, so that peak memory depends neither on the
 model's size nor on its number of layers. Every byte is written once, in order, and hashed while it is written.
