@@ -1,4 +1,4 @@
-"""Activations between two layers: the first few in memory, the rest on disk."""
+"""Activation store that spills to disk: what passes from one layer to the next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of a calibration: every part on what the part before it really gave.
+"""Calibrate all parts in order, each on what the part before it really produced.
 
 Encoders and thinker go a layer at a time over all samples, and can be resumed after every layer. Talker, DiT and
 vocoder are run by the runtime's own loops, a group of samples in lockstep, and can be resumed after every group.

@@ -1,4 +1,4 @@
-"""A checkpoint as calibration needs it: its parts' modules, and what the runtime reads of a bundle beside graphs."""
+"""Open a checkpoint for calibration: modules of its parts, and a bundle without graphs for the runtime's code."""
 
 from __future__ import annotations
 

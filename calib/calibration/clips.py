@@ -1,4 +1,4 @@
-"""From a histogram to the largest magnitude that a range keeps."""
+"""Choose a quantization range from a histogram: maximum, percentile, least entropy or least squared error."""
 
 from __future__ import annotations
 

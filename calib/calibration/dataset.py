@@ -1,4 +1,4 @@
-"""Calibration data: JSON lines of chat messages, with the reply that is forced where there is one."""
+"""Read calibration data: JSON lines of chat messages, each with an optional reply to force."""
 
 from __future__ import annotations
 

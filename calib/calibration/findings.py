@@ -1,4 +1,4 @@
-"""From observers to finished sites, kept in the work folder until the calibration is whole."""
+"""Turn observers into finished sites with their scales, kept in the work folder until all parts are done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a part in FP32 a layer at a time: all calls pass one layer before the next one's weights are read.
+"""Run a part in FP32 layer by layer: all calls pass a layer before the weights of the next are read.
 
 So memory holds one layer, one call's activations and a little of the spool, whatever the number of layers and samples.
 """
@@ -119,7 +119,7 @@ class Engine:
         self._release()
 
     def close(self) -> None:
-        """Let go of weights and activations."""
+        """Release weights and activations."""
         self._lazy.release()
         self._spool.clear()
 

@@ -1,4 +1,4 @@
-"""A part's weights, read from the checkpoint when a layer is about to use them and let go afterwards."""
+"""Load the weights of a layer from the checkpoint just before it runs, and release them afterwards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LazyWeights:
         self._held.clear()
 
     def release(self) -> None:
-        """Let go of everything that was read."""
+        """Release everything that was read."""
         for owner, name, empty in self._held:
             owner[name] = empty
         self._held.clear()

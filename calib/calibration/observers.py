@@ -1,4 +1,4 @@
-"""Observers: what a product's input, or a convolution's output, looked like, kept as its values stream by.
+"""Observe a tensor while its values stream by: maxima per channel, a histogram, and sampled rows.
 
 Nothing depends on the order of the values but `Observer.rows`: maxima and counts of several samples are those of any
 other order, bit for bit.

@@ -1,6 +1,6 @@
-"""A small calibration set that is made here: texts, drawn pictures, voice-like sounds, a clip with sound.
+"""Make a small calibration set: texts, drawn pictures, voice-like sounds, a clip with sound.
 
-It lets a first run need nothing. For a checkpoint that is to be used, bring conversations like those it will hold.
+A first run needs no data with it. For a checkpoint that is to be used, bring conversations like those it will hold.
 """
 
 from __future__ import annotations

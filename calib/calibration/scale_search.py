@@ -1,4 +1,4 @@
-"""Scales from NVIDIA Model Optimizer: SmoothQuant's factors, and AWQ's search for INT4 in blocks.
+"""Search scales with NVIDIA Model Optimizer: SmoothQuant factors, and AWQ factors for INT4 in blocks.
 
 Products of one tensor (q, k and v; gate and up) have to share their factors, so they are shown to it as one product
 with all of their outputs.

@@ -1,4 +1,4 @@
-"""The tensors of a graph that products read and that convolutions give, as its traced form has them."""
+"""Find a graph's sites: the tensors that matrix products and convolutions read, and that convolutions produce."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work folder of a calibration: what finished stages left, so that an interrupted run goes on where it stopped."""
+"""The work folder of a calibration: results of finished steps, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
