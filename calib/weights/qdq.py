@@ -1,4 +1,4 @@
-"""DequantizeLinear before the products: the graph side of quantizing weights, what they multiply and what they give.
+"""Passes that put QuantizeLinear and DequantizeLinear around products and convolutions.
 
 The layout is the one that ONNX Runtime's CPU provider fuses into one operator (measured, docs/quantize.md) and that
 TensorRT takes: the weight stays [K, N], INT8 with a scale per column (axis 1), INT4 with a scale per block of rows

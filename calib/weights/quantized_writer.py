@@ -1,4 +1,4 @@
-"""Write a quantized graph: its ONNX file, and its weights streamed to the data file beside it."""
+"""Write a quantized graph, streaming its weights to the data file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: how the weights of which graph are stored and multiplied. Frozen data; docs/quantize.md describes them.
+"""Recipes: the quantization scheme of each weight of each graph (docs/quantize.md describes them).
 
 A recipe holds an ordered list of rules for each graph; the first whose pattern is found in a weight's name decides. A
 graph without rules stays as it is in the bundle.

@@ -1,7 +1,4 @@
-"""Weights to integers (or E4M3) and scales, block by block: symmetric, rounded to nearest, ties to even.
-
-That is how QuantizeLinear rounds.
-"""
+"""Round weights to INT8, INT4 or E4M3 with scales, block by block: symmetric, ties to even as QuantizeLinear does."""
 
 from __future__ import annotations
 

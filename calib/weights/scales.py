@@ -1,4 +1,4 @@
-"""What a calibration says of the weights of a bundle: factors that smooth, scales of what they multiply and give."""
+"""Look up a calibration for a bundle's weights: smoothing factors, and scales of inputs and outputs."""
 
 from __future__ import annotations
 

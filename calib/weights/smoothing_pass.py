@@ -1,4 +1,4 @@
-"""Smoothing: large input channels are made smaller, and the rows of the weight that they meet larger by as much.
+"""Smoothing pass: divide large input channels, and multiply the matching rows of the weight (SmoothQuant, AWQ).
 
 ``x @ W = (x / s) @ (s * W)``: what rounds badly moves to where it rounds well (SmoothQuant, Xiao et al. 2023; AWQ, Lin
 et al. 2024). The division is folded into what makes ``x`` where that is exact: a norm's weight and bias, or the columns

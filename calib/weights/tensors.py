@@ -1,4 +1,4 @@
-"""The constant weights of a graph: which of them could be quantized, and reading them row by row.
+"""Find the constant weights of a graph that can be quantized, and read them row by row.
 
 Weights are read with plain file reads into fresh arrays: nothing is memory-mapped, so resident memory does not grow
 with the file.
