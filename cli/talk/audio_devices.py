@@ -1,4 +1,4 @@
-"""Microphone and loudspeaker of this machine, through PortAudio (the package ``sounddevice``)."""
+"""Microphone and loudspeaker through PortAudio (the package ``sounddevice``)."""
 
 from __future__ import annotations
 

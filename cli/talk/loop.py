@@ -1,4 +1,4 @@
-"""The loop of ``omniport talk``: microphone to turns, replies to loudspeaker, everything to the view."""
+"""The loop of ``omniport talk``: turns from the microphone, replies to the loudspeaker, events to the view."""
 
 from __future__ import annotations
 

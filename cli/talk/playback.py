@@ -1,4 +1,4 @@
-"""Sound in and out of ``omniport talk``: what a device is asked to do, and files that keep a device's time."""
+"""Interfaces of microphone and loudspeaker, and WAV files that stand in for them in real time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``omniport talk`` shows: a live view in a terminal, plain lines elsewhere, JSON for machines."""
+"""Display of ``omniport talk``: a live view in a terminal, plain lines elsewhere, JSON for machines."""
 
 from __future__ import annotations
 
