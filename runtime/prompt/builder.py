@@ -1,4 +1,4 @@
-"""Chat messages to a prompt: token ids, 3-D TMRoPE positions, and the media that fill the placeholder tokens.
+"""Build a prompt from chat messages: token ids, 3-D TMRoPE positions, and media for the placeholder tokens.
 
 The token sequence is what Qwen2.5-Omni's chat template and ``Qwen2_5OmniProcessor`` give; the positions are what
 ``get_rope_index`` of transformers' modeling_qwen2_5_omni.py gives, built segment by segment while the prompt grows.

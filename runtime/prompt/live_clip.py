@@ -1,4 +1,4 @@
-"""Sound, pictures or both while they arrive, encoded piece by piece and laid out as a whole clip would be."""
+"""A live clip: sound, pictures or both, encoded piece by piece while they arrive, laid out as a whole clip is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prompt under construction: token ids and 3-D TMRoPE positions, appended segment by segment.
+"""Lay out a prompt: token ids and 3-D TMRoPE positions, appended segment by segment.
 
 The positions are what ``get_rope_index`` of transformers' modeling_qwen2_5_omni.py gives. Everything in a layout counts
 from the layout's own start, so that a turn can be laid out before it is known what it follows.

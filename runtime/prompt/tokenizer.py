@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE from the bundle's tokenizer.json.
+"""Encode and decode text with the byte-level BPE of the bundle's tokenizer.json.
 
 User text can never become a control token: every special token is encoded as the ordinary characters it is made of,
 and the prompt builder puts control ids in by itself.
