@@ -1,4 +1,4 @@
-"""A conversation: its tokens, turn by turn, and how far thinker and talker have them in their KV caches.
+"""A conversation: its tokens, turn by turn, and how much of them the KV caches of thinker and talker hold.
 
 Both caches always hold a prefix of the tokens here. So nothing has to be undone when a turn is dropped, cut short or
 changed: the tokens are set right, the caches are cut back to what is still true, and the next prefill does the rest.

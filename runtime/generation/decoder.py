@@ -1,4 +1,4 @@
-"""One decoder (thinker or talker) running over its KV cache."""
+"""Run a decoder (thinker or talker) over its KV cache: prefill, decode, cut back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Picking the next token: greedy, or temperature, top-k and top-p, after repetition penalty and suppression.
+"""Sample the next token: repetition penalty, suppression, temperature, top-k and top-p, or greedy.
 
 The order of the steps, and what happens at ties, follow transformers' ``generate``: RepetitionPenaltyLogitsProcessor,
 SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, multinomial. Nothing here

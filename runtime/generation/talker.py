@@ -1,4 +1,4 @@
-"""The talker: the thinker's rows in, codec tokens out.
+"""Run the talker: conditioning from the thinker in, codec tokens out.
 
 Follows ``Qwen2_5OmniForConditionalGeneration.generate`` and ``Qwen2_5OmniTalkerForConditionalGeneration.forward``.
 """

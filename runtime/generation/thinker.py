@@ -1,4 +1,4 @@
-"""The thinker: media and text in, text tokens out, and the rows that condition the talker."""
+"""Run the thinker: media and text in, text tokens and the talker's conditioning out."""
 
 from __future__ import annotations
 
