@@ -1,5 +1,6 @@
-"""The ODE solvers of the flow-matching DiT on a fixed schedule: fourth-order Runge-Kutta by the 3/8 rule, as the
-reference has it, and two cheaper ones over the same intervals.
+"""ODE solvers of the flow-matching DiT on a fixed schedule.
+
+Fourth-order Runge-Kutta by the 3/8 rule, as in the reference, and two cheaper ones over the same intervals.
 
 Because the schedule is fixed, every time at which the velocity is evaluated is known beforehand: the exporter folds the
 DiT's modulations for exactly these times, and the solver names a time by its index in that table. Arithmetic follows

@@ -1,4 +1,4 @@
-"""Codec tokens to sound: the flow-matching DiT gives a mel spectrogram, the vocoder gives samples.
+"""Turn codec tokens into sound: the flow-matching DiT makes a mel spectrogram, the vocoder makes samples.
 
 ``whole`` solves all codes at once, as the reference does. ``stream`` solves windows: each new chunk with the codes the
 DiT's block attention looks back and ahead to, aligned to its blocks, over noise that belongs to absolute positions. Mel
