@@ -1,4 +1,4 @@
-"""One reply: its workers, what of it was delivered, and what becomes of the conversation when it ends or is cut off."""
+"""One reply: runs the pipeline, tracks what was delivered, and updates the conversation at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three workers of a reply: thinker, talker and token2wav, each in a thread of its own, joined by bounded queues.
+"""The workers of a reply: thinker, talker and token2wav, a thread each, joined by bounded queues.
 
 The thinker hands a row to the talker for every token that it consumes, the talker hands codec tokens to token2wav,
 whose vocoder has a thread of its own beside the next window's DiT, and what is to be read or heard leaves through one
