@@ -1,4 +1,4 @@
-"""Stopping a reply from outside: a token that every graph run looks at, and that wakes whoever waits."""
+"""Cancellation of a reply: a token that every graph run checks, and that wakes waiting threads."""
 
 from __future__ import annotations
 

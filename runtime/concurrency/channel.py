@@ -1,4 +1,4 @@
-"""A bounded queue between two workers of a reply: full, it holds the sender back; cancelled, it wakes both."""
+"""A bounded queue between two workers of a reply, with back-pressure; cancelling wakes both ends."""
 
 from __future__ import annotations
 

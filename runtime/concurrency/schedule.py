@@ -1,4 +1,4 @@
-"""Who computes when graphs share the same cores.
+"""Scheduling of graph runs on shared CPU cores.
 
 Two graphs that run at once on the same cores do not both go on at half their speed: the threads of each wait for one
 another while the other graph has the core. So they take turns (``Turns``). And until the first sound is out, thinker

@@ -1,4 +1,4 @@
-"""Seconds spent in each stage of a reply."""
+"""Measure the seconds spent in each stage of a reply."""
 
 from __future__ import annotations
 
