@@ -1,4 +1,4 @@
-"""Run a benchmark: stage by stage, ours and the rival's in turns, beside what the machine can do."""
+"""Run a benchmark stage by stage, alternating with the reference, and measure the machine beside it."""
 
 from __future__ import annotations
 

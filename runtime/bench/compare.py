@@ -1,4 +1,4 @@
-"""Two benchmarks of the same thing: what became slower by more than the noise."""
+"""Compare two benchmark reports: which ratios became worse by more than the noise."""
 
 from __future__ import annotations
 

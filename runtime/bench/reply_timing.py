@@ -1,4 +1,4 @@
-"""The whole spoken reply: when its first token and first sound come, when all of it is there."""
+"""Time a whole spoken reply: first token, first sound, everything."""
 
 from __future__ import annotations
 

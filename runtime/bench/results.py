@@ -1,4 +1,4 @@
-"""What a benchmark found: the file that ``omniport bench --json`` writes. Its schema is written down in docs/bench.md.
+"""The benchmark report: the file that ``omniport bench --json`` writes (schema in docs/bench.md).
 
 A file holds one result for each stage. Measuring a stage again replaces it and leaves the others, so that long
 benchmarks can be made in pieces; what a stage is judged by was therefore measured with it and lies beside it.

@@ -1,4 +1,4 @@
-"""What the machine can do: the two rates that a roofline is made of, and its name.
+"""Measure the two rates of the machine's roofline: memory reads, and float32 matrix products.
 
 Both are measured with numpy, whose products use the same vector units as any runtime's, and both are the best of
 several tries: a roofline is what can be reached, not what happened to be.

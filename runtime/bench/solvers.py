@@ -1,4 +1,4 @@
-"""The ODE solver's modes: how fast each is, and how far its mel spectrogram is from the reference method's."""
+"""Compare the ODE solvers: speed, and distance of the mel spectrogram from the reference method's."""
 
 from __future__ import annotations
 

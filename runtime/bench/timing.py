@@ -1,4 +1,4 @@
-"""Timing two ways of doing the same thing so that whatever else the machine does falls on both."""
+"""Time two ways of doing the same thing in alternation, so that other load affects both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run of a graph has to do, counted on ONNX Runtime's own profile of one: no formula by model part.
+"""Count the operations and bytes of a graph run from ONNX Runtime's profile.
 
 The profile names the operators that really ran, with the shapes that they had. So it also says where the time went.
 """

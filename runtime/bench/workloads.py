@@ -1,4 +1,4 @@
-"""What is run at each stage: inputs drawn with a fixed seed, and the runtime's own code over them.
+"""Workloads of the benchmark's stages: inputs drawn with a fixed seed, run by the runtime's own code.
 
 A stage is a sequence of jobs. A job holds what it was made from, so that something else can be given the very same
 (``Rival``) and be timed beside it.
