@@ -1,4 +1,4 @@
-"""What runs the graphs: engines of TensorRT and TensorRT-RTX, or ONNX Runtime on an NVIDIA GPU or the CPU."""
+"""Backends run the graphs: TensorRT and TensorRT-RTX engines, or ONNX Runtime on a GPU or the CPU."""
 
 from __future__ import annotations
 

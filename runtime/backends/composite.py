@@ -1,4 +1,4 @@
-"""Engines for the graphs that have one, ONNX Runtime for the others."""
+"""A backend that combines others: engines for the graphs that have one, ONNX Runtime for the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of a bundle's engines this machine can run, and why not the others."""
+"""Choose the engines that run on this machine, and explain why the others do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV caches of ONNX Runtime, in the two forms of `KvSpec.form`, behind one protocol."""
+"""KV caches of the ONNX Runtime backend: static, updated in place, or growing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an ONNX file asks for, read without onnx: operator domains and external data files.
+"""Scan an ONNX file without the onnx package: operator domains and external data files.
 
 A graph of a bundle may use standard operators only, and its weights must be the files that the manifest lists. This
 walks the protobuf wire format (onnx.proto: ModelProto and the messages below it) over a memory map and skips tensor

@@ -1,4 +1,4 @@
-"""Which nodes of a graph ONNX Runtime left on the CPU although it was given a GPU.
+"""Find the nodes that ONNX Runtime left on the CPU although it was given a GPU.
 
 It moves shape arithmetic there on purpose, and without a word every node that the GPU's provider has no kernel for. One
 such node in a decoder copies its tensors to the host and back at every step.

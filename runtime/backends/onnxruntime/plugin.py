@@ -1,4 +1,4 @@
-"""ONNX Runtime's TensorRT-RTX provider, a plugin of its own (``onnxruntime-ep-nv-tensorrt-rtx``)."""
+"""Load ONNX Runtime's TensorRT-RTX plugin (``onnxruntime-ep-nv-tensorrt-rtx``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX engines behind the Backend protocol.
+"""The backend that runs TensorRT and TensorRT-RTX engines.
 
 Only engines that the bundle lists for this machine are loaded: by hash, builder, version and compute capability
 (`omniport.runtime.bundle.engines`). Each graph has one stream, and takes one call at a time.

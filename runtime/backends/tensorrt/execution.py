@@ -1,4 +1,4 @@
-"""One execution context of an engine with the memory that its inputs and outputs cross through.
+"""An engine's execution context, with the buffers of its inputs and outputs.
 
 What crosses goes through pinned host memory, so that copies and the engine are one sequence in one stream, which can be
 captured into a CUDA graph and carried out by a single launch. Memory is kept from call to call and only ever grows.

@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX compiles while it runs, kept for the next process.
+"""Cache of the kernels that TensorRT-RTX compiles at run time, kept for the next process.
 
 Compiling them takes seconds whenever a session is opened, and they are the same each time. They are code that a GPU
 runs, so they lie in the user's own cache folder and never in a bundle, which may come from anywhere. A file is taken

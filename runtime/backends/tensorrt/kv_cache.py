@@ -1,4 +1,4 @@
-"""KV caches on the device: one that is updated in place, and one that each call copies into a longer one."""
+"""KV caches on the device: static, updated in place, or growing, copied by each call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT's runtime behind small Protocols: an engine, its tensors, and contexts that run it.
+"""TensorRT's runtime behind small Protocols: engines, their tensors, and execution contexts.
 
 TensorRT and TensorRT-RTX have the same Python API under two module names. What the backend needs of it is written down
 here, so that this is the only file that calls it, and so that tests can put another engine behind the same face.

@@ -1,4 +1,4 @@
-"""One logger for everything of TensorRT in a process.
+"""The process's one TensorRT logger, with a listener for each user.
 
 TensorRT keeps the first logger that a process gives it for good. So there is one for each package, whether it builds or
 runs, and it hands every message to whoever listens.
