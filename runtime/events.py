@@ -1,4 +1,4 @@
-"""What a reply yields."""
+"""The events of a reply: text, sound, dropped turns, and the measurements at the end."""
 
 from __future__ import annotations
 

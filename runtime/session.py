@@ -1,4 +1,4 @@
-"""OmniSession: a bundle opened, its conversation, and one-off replies."""
+"""OmniSession: an open bundle with its conversation; begins live turns and one-off replies."""
 
 from __future__ import annotations
 

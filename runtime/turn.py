@@ -1,4 +1,4 @@
-"""One turn of a live conversation: media in while they arrive, and the reply out."""
+"""One turn of a live conversation: takes media while they arrive, then replies."""
 
 from __future__ import annotations
 
