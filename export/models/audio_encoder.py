@@ -1,4 +1,4 @@
-"""Audio encoder: log-mel chunks of two seconds to one embedding per 40 ms."""
+"""Audio encoder: turns log-mel chunks of two seconds into one embedding per 40 ms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BigVGAN: mel frames to sound."""
+"""BigVGAN: the vocoder, which turns mel frames into samples."""
 
 from __future__ import annotations
 

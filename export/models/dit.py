@@ -1,4 +1,4 @@
-"""Flow-matching DiT: codec tokens, a voice and a noisy mel to the velocity of the mel."""
+"""Flow-matching DiT: computes the velocity of a noisy mel from codec tokens and a voice."""
 
 from __future__ import annotations
 

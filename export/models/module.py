@@ -1,4 +1,4 @@
-"""Where every exported tensor comes from.
+"""Base class of exported modules: which checkpoint tensors fill each parameter, and constants.
 
 Modules are built on the meta device; a ``Rule`` per parameter says which checkpoint tensor fills it and how. Rules
 are carried out one tensor at a time, in row blocks, so that memory stays far below the size of the model.

@@ -1,4 +1,4 @@
-"""Operators that ONNX has and torch lacks: torch custom ops that run eagerly and export as one native node each.
+"""Custom torch ops for ONNX operators that torch lacks: they run eagerly and export as one node each.
 
 They are registered as ``omniport::*`` so that a module can be compared with its reference before any graph exists, and
 so that tracing on the meta device keeps its tensors there; `omniport.export.graphs.translations` says what each

@@ -1,4 +1,4 @@
-"""What all parts have in common that are a run of layers: they can be run a layer at a time."""
+"""Base class of parts that are a stack of layers and can be run layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vision encoder: patches of an image, or of the frames of a video, to one embedding per 2x2 patches."""
+"""Vision encoder: turns patches of images or video frames into one embedding per 2x2 patches."""
 
 from __future__ import annotations
 

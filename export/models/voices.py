@@ -1,4 +1,4 @@
-"""Voices: from spk_dict.pt to the vectors that the bundle stores.
+"""Read the voices of spk_dict.pt, and compute the vectors that a bundle stores.
 
 spk_dict.pt maps a voice's name to ``bos_token`` (the text token that opens its speech), ``cond`` [1, 192] (speaker
 conditioning) and ``ref_mel`` [1, T, 80] (a reference recording). The DiT sees the recording only through its ECAPA-TDNN
