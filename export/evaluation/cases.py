@@ -1,4 +1,4 @@
-"""Each exported graph against the transformers module it stands for, one part in memory at a time.
+"""Compare each exported graph with its transformers module, one part in memory at a time.
 
 The reference is transformers' own class with the checkpoint's weights loaded by name; it shares no code with the
 modules that are exported.

@@ -1,4 +1,4 @@
-"""Conversations to validate with: drawn and synthesised here, or read from the user's own file.
+"""Conversations for validation: built-in ones, drawn and synthesised, or those of the user's file.
 
 Each medium has two faces: what omniport is given (a file or an array) and what is in it, which the reference's
 processors get. For the built-in conversations the second is known, so that decoding is on the path too; for the user's

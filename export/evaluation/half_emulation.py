@@ -1,4 +1,4 @@
-"""Half-precision graphs on a CPU: ONNX Runtime has no BF16 kernels there, and few FP16 ones.
+"""Emulate half-precision graphs on a CPU: ONNX Runtime has no BF16 kernels there, and few FP16 ones.
 
 The copy computes in FP32 and rounds every operator's result to the half format and back, as a device does that
 accumulates in FP32 and stores halves. What it cannot show is rounding inside one operator (the probabilities within

@@ -1,4 +1,4 @@
-"""The machine that a validation runs on: how many threads to use, and what its figures depend on."""
+"""Describe the machine that figures come from, and choose how many threads to use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure activation ranges: FP32 graphs in ONNX Runtime on real conversations, every value's largest magnitude kept.
+"""Measure activation ranges: the largest magnitude of every value of the FP32 graphs on real conversations.
 
 A copy of each graph gets one more output: the maximum of ``|x|`` over every value that its nodes make, so that nothing
 larger than a number leaves a call. The session then answers conversations over these copies, which makes the inputs of

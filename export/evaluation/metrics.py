@@ -1,4 +1,4 @@
-"""Figures that compare an array with its reference."""
+"""Metrics that compare an array with its reference: errors, SQNR, cosine, KL, agreement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends that stand between the runtime and its graphs: one records, one answers with the reference's own results.
+"""Backends for evaluation: one records graph calls, one answers them with the reference's results.
 
 Run the session over `ReplayBackend` and every difference is the host code's: no graph of the bundle takes part.
 """

@@ -1,4 +1,4 @@
-"""The transformers module behind each graph, filled from a checkpoint."""
+"""Load the transformers module of each part, the reference, from a checkpoint."""
 
 from __future__ import annotations
 

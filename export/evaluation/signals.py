@@ -1,4 +1,4 @@
-"""What the checks feed to both sides: made from formulas and from the checkpoint's own embeddings, never downloaded."""
+"""Test signals for both sides of a comparison, made from formulas and the checkpoint's embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of sound: how far a waveform is from another, and whether it can be speech at all.
+"""Metrics of sound: distance of a waveform from its reference, and whether it can be speech at all.
 
 All waveforms are float32 [n] in -1..1. Mel spectra here are an analysis of the sound itself and share nothing with the
 model's own mel, so that a fault in either side's mel cannot hide.

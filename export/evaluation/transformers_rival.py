@@ -1,4 +1,4 @@
-"""What ``omniport bench --against`` measures beside a bundle: transformers' own modules, run eagerly.
+"""Run transformers' modules eagerly beside a bundle: ``omniport bench --against``.
 
 They are given the same inputs and threads, in the same process. Attention is transformers' default (``sdpa``), the
 faster of its two on a CPU. One part is in memory at a time.
