@@ -1,4 +1,4 @@
-"""What a plan needs to know of a machine: memory, and the rates that graphs reach on it.
+"""Machines of a plan: memory, and the rates that graphs reach on it.
 
 The factors between what a machine could do and what graphs reach are measured, here or by others; docs/plan.md says
 where each comes from. What nobody measured is called assumed there.

@@ -1,4 +1,4 @@
-"""Plan a device before buying it: what fits, how fast it answers, and whether it speaks in real time.
+"""Predict for a device what fits, how fast it answers, and whether it speaks in real time.
 
 Nothing is built and no weight is read. The model is written down in docs/plan.md, with the measurements that it is held
 against: memory is counted, a decode step reads every weight once, and prefill multiplies them.

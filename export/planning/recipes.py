@@ -1,4 +1,4 @@
-"""How many bytes weights take: number formats and recipes, as export and quantize store them.
+"""Bytes that weights take in each recipe, as export and quantize store them.
 
 Mirrors calib/weights/recipe.py, which this package may not import; a test compares the sizes with
 bundles that were quantized.

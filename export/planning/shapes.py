@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model: the weights of every graph, by kind, and how often each is multiplied.
+"""Models of a plan: the weights of every graph by kind, and how often each is multiplied.
 
 The shapes come from a checkpoint's config.json, from the files of a bundle, or from the published sizes; no weight is
 read and neither torch nor transformers is imported. Tests hold the counts to those of exported graphs.

@@ -1,4 +1,4 @@
-"""The weights of a graph as a plan counts them: by kind, without a value of any of them."""
+"""Count the weights of a graph by kind, without reading any."""
 
 from __future__ import annotations
 
