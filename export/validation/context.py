@@ -1,4 +1,4 @@
-"""What every group of checks is handed: the opened bundle and checkpoint, the backend, the reference, the suite."""
+"""Context of a validation, shared by all checks: bundle, checkpoint, backend, reference and suite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference: transformers' modules, one part in memory at a time, with results kept on disk.
+"""Run the reference: transformers' modules, one part in memory at a time, with results cached on disk.
 
 A result is keyed by the checkpoint's fingerprint, the part, the case and the library versions, so that a second
 backend or precision does not pay for it again. It is stored as .npz under the cache folder (see

@@ -1,4 +1,4 @@
-"""Messages to model inputs as transformers does it: chat template, tokenizer, feature extractor, image processor.
+"""Make the reference's inputs from messages with transformers' chat template, tokenizer and processors.
 
 ``Qwen2_5OmniProcessor`` needs torchvision for its video processor, so its pieces are called one by one; placeholders
 are expanded by its own functions and positions come from ``get_rope_index``. Video frames go through the PIL image

@@ -1,4 +1,4 @@
-"""The reference conversation, computed part by part: one transformers module in memory at a time.
+"""Compute the reference's replies part by part, one transformers module in memory at a time.
 
 Follows ``Qwen2_5OmniForConditionalGeneration.generate`` with greedy thinker and talker: encoders, placeholder
 embeddings, thinker, the talker's conditioning, talker, DiT, vocoder. What passes between the parts is kept, so that a

@@ -1,4 +1,4 @@
-"""The validation report as an HTML page: arranges the checks and draws the pictures for ``validation.html.j2``."""
+"""HTML page of a validation report: arranges the checks and draws the pictures for ``validation.html.j2``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report says at a glance: a row per stage, and the figures that come closest to their limits.
+"""Summarise a validation report: a row per stage, and the figures closest to their limits.
 
 `omniport.export.validation.report_page` draws the HTML page from the same rows.
 """

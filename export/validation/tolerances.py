@@ -1,4 +1,4 @@
-"""Every limit that validation holds a bundle to, in one table, with its reason.
+"""The table of all validation limits, each with its reason.
 
 A limit may never be met by a reference without energy: `Limit` figures are only read after that was checked.
 """

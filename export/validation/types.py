@@ -1,4 +1,4 @@
-"""What a validation run produces: checks, and a report that holds them (docs/validate.md describes the JSON)."""
+"""Types of a validation: checks, and the report that holds them (docs/validate.md describes the JSON)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A validation run: every group of checks in order, with one reference part and its graph in memory at a time."""
+"""Run a validation: all groups of checks in order, one reference part and its graph in memory at a time."""
 
 from __future__ import annotations
 

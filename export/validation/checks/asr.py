@@ -1,4 +1,4 @@
-"""The word error rate of a spoken reply, by the user's own recogniser."""
+"""Measure the word error rate of a spoken reply with the user's speech recogniser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decode checks compare with: token sequences, and the reference's logits and states after every token."""
+"""The reference of decode checks: token sequences, with logits and hidden states after every token."""
 
 from __future__ import annotations
 

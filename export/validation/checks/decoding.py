@@ -1,4 +1,4 @@
-"""The KV cache: however tokens are fed, a decoder must say the same.
+"""Check the KV cache: a decoder must give the same result however its tokens are fed.
 
 Each decoder runs the same tokens in one piece, in chunks, token by token, as a second turn on the kept cache, and after
 the cache was cut back and other tokens written, all through the runtime's own `Decoder`. Each way is compared with the

@@ -1,4 +1,4 @@
-"""Whole conversations, greedy, against the reference computed part by part.
+"""Check whole greedy conversations against the reference's, computed part by part.
 
 Each conversation is given twice. First to the session with the reference's own results in place of every graph: what
 differs then is the host code's fault (stages ``positions``, ``conditioning``, ``solver``). Then to the backend: each

@@ -1,4 +1,4 @@
-"""The backend's graphs driven over the reference's own tokens and codes, and replies compared token by token.
+"""Check graphs on the reference's tokens and codes (teacher forcing), and compare replies token by token.
 
 Teacher forcing keeps one difference from becoming all that follow: every step is judged on the same past.
 """

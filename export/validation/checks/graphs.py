@@ -1,4 +1,4 @@
-"""Every graph on its own, against the transformers module it stands for, at several shapes on random and real inputs.
+"""Check every graph alone against its transformers module, at several shapes, on random and real inputs.
 
 References come first, all of them, and are then released: the largest reference part and the graphs are never in memory
 at once.

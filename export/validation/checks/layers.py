@@ -1,4 +1,4 @@
-"""A decoder layer by layer: which layer first leaves tolerance.
+"""Trace a decoder layer by layer, and name the first layer outside tolerance.
 
 The hidden state after every layer becomes an output of a copy of the graph in memory. The copy runs in ONNX Runtime on
 the CPU, whatever backend is validated, with the weights read from the bundle's own files; BF16 graphs run as emulation

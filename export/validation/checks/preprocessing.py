@@ -1,4 +1,4 @@
-"""Preprocessing against the reference's processors, and prompt positions against ``get_rope_index``.
+"""Check preprocessing against the reference's processors, and positions against ``get_rope_index``.
 
 No graph and no weight takes part: what fails here is the runtime's host code or the bundle's settings.
 """

@@ -1,4 +1,4 @@
-"""The runtime's ODE solver against transformers' ``RungeKutta4ODESolver``, with no graph of the bundle taking part."""
+"""Check the runtime's ODE solver against transformers' ``RungeKutta4ODESolver``, without any graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speech: codes to sound through the runtime, whole and streamed, against the reference and each other.
+"""Check speech, whole and streamed, from codes to sound, against the reference and each other.
 
 For replies that end at and around the borders of the DiT's blocks: the whole reply's mel and waveform against
 transformers', part by part, then the streamed reply against the whole one over the same noise. A failure of a part is

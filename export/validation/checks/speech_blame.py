@@ -1,4 +1,4 @@
-"""Whose fault wrong speech is: the DiT's graph, the solver, or what the runtime does around them."""
+"""Attribute wrong speech to the DiT's graph, the solver, or the runtime around them."""
 
 from __future__ import annotations
 

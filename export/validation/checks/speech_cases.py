@@ -1,4 +1,4 @@
-"""Replies to speak, and what transformers makes of them."""
+"""Cases of the speech checks: codes to speak, and the reference's speech."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replies through the runtime's own Token2Wav, with taps on the graphs that it calls."""
+"""Run the runtime's Token2Wav for the speech checks, recording the graph calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of one check of speech, held to the limits of its precision."""
+"""Compare the figures of a speech check with the limits of its precision."""
 
 from __future__ import annotations
 
