@@ -1,4 +1,4 @@
-"""The parts of a bundle that are not graphs: manifest, token embeddings, voices."""
+"""Write what a bundle holds besides graphs: manifest, token embeddings, voices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export was asked for, checked before any work is done."""
+"""Options of an export, validated before any work is done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export is going to write: every mistake in its input is found here, before anything is traced or written."""
+"""Plan an export: find every error in its input before anything is traced or written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle: every graph, and beside them all that the runtime needs.
+"""Export a checkpoint to a bundle: its graphs, and everything else that the runtime needs.
 
 A bundle is written aside and renamed when it is complete: an interrupted export leaves nothing, and an older bundle
 at the same place stays as it was until the new one is whole.

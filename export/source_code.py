@@ -1,4 +1,4 @@
-"""Cache keys over source code: sha256 of whole packages, so that a moved or new file changes the key by itself."""
+"""Cache keys of source code: sha256 over whole packages, so that a new or moved file changes the key."""
 
 from __future__ import annotations
 

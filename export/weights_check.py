@@ -1,4 +1,4 @@
-"""Compare a checkpoint's weights with what the graphs need, before anything is traced or written."""
+"""Check that a checkpoint has the weights that the graphs need, before anything is traced or written."""
 
 from __future__ import annotations
 
