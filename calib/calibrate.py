@@ -1,4 +1,4 @@
-"""Calibrate a checkpoint: real samples through every part in FP32, and OUT.calib of what its products read and gave."""
+"""Calibrate a checkpoint: run samples through every part in FP32, and write what was observed to OUT.calib."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OUT.calib: what calibration saw of products' inputs and convolutions' outputs, and the scales chosen from it.
+"""The calibration file OUT.calib: observed tensors, and the scales chosen from them.
 
 One safetensors file: arrays, and a JSON header under the metadata key ``omniport-calib``. It is read here and written
 by `omniport.calib.calibrate`; `omniport.calib.quantize` needs nothing else of a calibration run.

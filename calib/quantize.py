@@ -1,4 +1,4 @@
-"""From a bundle to a quantized bundle: graphs rewritten one at a time, everything else taken over.
+"""Quantize a bundle: rewrite its graphs one at a time, and take over everything else.
 
 The new bundle is written aside and put in place when it is complete, as an export is. Memory is a few blocks of one
 weight: it depends neither on the model's size nor on its number of layers.

@@ -1,4 +1,4 @@
-"""Quantize a bundle so that its decoders lose no more than a target."""
+"""Quantize a bundle so that its decoders meet a goal (SQNR or KL)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parts of a decoder to keep unquantized, so that what it loses stays within a target: the fewest that do.
+"""Search the fewest modules of a decoder to keep unquantized so that its loss meets a goal.
 
 A part is a module that holds products (`part_of`). Each part's damage is measured alone, everything else unquantized;
 parts are then kept in the order of their damage. How many of them is found by measuring: damages do not add up, so a

@@ -1,4 +1,4 @@
-"""What quantizing cost: bundles beside the one they were made from, measured by running them.
+"""Compare quantized bundles with the one they were made from, by running them.
 
 Everything comes from runs in ONNX Runtime on the CPU over the same recorded calls
 (`omniport.calib.report.recorded_calls`). What could

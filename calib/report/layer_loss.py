@@ -1,4 +1,4 @@
-"""Loss layer by layer: of a weight, by comparing what is stored, and of a layer's output, by running both graphs.
+"""Measure loss by layer: of stored weights, and of layer outputs by running both graphs.
 
 Both graphs are run as copies that also give the outputs of their products, on a recorded call. A layer's output holds
 what the layers before it have lost as well: it says where the loss grows.

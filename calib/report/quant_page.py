@@ -1,4 +1,4 @@
-"""The quantization report as an HTML page: arranges the figures and draws the charts for ``quantization.html.j2``."""
+"""HTML page of a quantization report: arranges the figures and draws the charts for ``quantization.html.j2``."""
 
 from __future__ import annotations
 

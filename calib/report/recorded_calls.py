@@ -1,4 +1,4 @@
-"""What a bundle's graphs are given in use, recorded once, and what other bundles make of the very same inputs.
+"""Record every graph call of a bundle once, and replay the calls on other bundles (teacher forcing).
 
 The bundle that is to be quantized answers conversations, and every call of every graph is kept: the thinker's with
 real encoder outputs, the talker's with real thinker states, the DiT's at every solver step, the vocoder's with mels.
