@@ -1,4 +1,4 @@
-"""What the commands share: flags, consoles, progress bars, tables, checks for optional packages."""
+"""Shared by the commands: flags, consoles, progress bars, tables, checks for optional packages."""
 
 from __future__ import annotations
 

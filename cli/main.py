@@ -1,4 +1,4 @@
-"""Entry point: puts the commands together and turns errors into messages and exit codes.
+"""Entry point of the command line: assembles the commands, and turns errors into messages and exit codes.
 
 Exit codes: 0 ok, 1 a check failed, 2 bad input or usage, 101 a bug in omniport, 130 interrupted, 143 terminated.
 """

@@ -1,4 +1,4 @@
-"""A command's sampling options, applied to a bundle's defaults."""
+"""Apply a command's sampling options to a bundle's defaults."""
 
 from __future__ import annotations
 

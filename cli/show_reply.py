@@ -1,4 +1,4 @@
-"""Show one reply as it streams, and hold a conversation: what ``omniport run`` and the demo print."""
+"""Print replies as they stream, one or a conversation, for ``omniport run`` and the demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write speech to a WAV file as it streams, so that only a finished file ever carries the asked-for name."""
+"""Write speech to a WAV file as it streams; the file gets its name only when it is complete."""
 
 from __future__ import annotations
 
