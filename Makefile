@@ -2,6 +2,7 @@
 # make demo: install, then export a random-weight model and let it answer a spoken question
 # make docs: write the pages that come from the code
 # make gpu-check: run the tests that need a GPU, then measure this one (docs/results/gpu-NAME.json)
+# make extras: resolve every extra for Python 3.10 to 3.14 on x86-64 and aarch64, from wheels
 # make build-matrix: build the engines of real-width graphs for several GPUs, without one (docs/results/build-matrix.md)
 # make bench-check: measure the real-width model and compare its ratios with docs/results/bench.json, within a noise band
 
@@ -10,7 +11,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint demo docs build-matrix bench-check gpu-check clean
+.PHONY: test lint demo docs extras build-matrix bench-check gpu-check clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -30,6 +31,9 @@ lint: $(INSTALLED)
 
 test: lint
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
+
+extras: $(INSTALLED)
+	$(PYTHON) scripts/check_extras.py
 
 demo: $(INSTALLED)
 	$(PYTHON) -m scripts.demo

@@ -48,8 +48,6 @@ ABILITIES: dict[str, tuple[tuple[str, ...], str]] = {
     "export checkpoints": (("torch", "transformers", "onnx"), "export"),
 }
 
-MIN_ORT = (1, 28)
-
 
 def command(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
     """Report what is installed and can run here.
@@ -76,6 +74,12 @@ def examine() -> dict[str, Any]:
         missing = [package for package in needs if packages[package] is None]
         install = f"pip install 'omniport[{extra}]'" if missing else None
         abilities.append({"name": name, "ready": not missing, "missing": missing, "install": install})
+    if sys.version_info < (3, 11):
+        from omniport.runtime.backends.onnxruntime.backend import MIN_NATIVE, NO_NATIVE_ON_310
+
+        needs = "onnxruntime>=" + ".".join(map(str, MIN_NATIVE))
+        row = {"name": "run native graphs in ONNX Runtime", "missing": [needs], "install": NO_NATIVE_ON_310}
+        abilities.append({**row, "ready": False})
     return {
         "omniport": _version(("omniport",)),
         "python": platform.python_version(),
@@ -104,6 +108,8 @@ def _version(distributions: tuple[str, ...]) -> str | None:
 
 
 def _backends(packages: dict[str, str | None], gpus: list[dict[str, str]]) -> list[dict[str, Any]]:
+    from omniport.runtime.backends.onnxruntime.backend import MIN_NATIVE
+
     providers, broken = _ort_providers() if packages["onnxruntime"] else ([], None)
     rows = []
 
@@ -115,7 +121,7 @@ def _backends(packages: dict[str, str | None], gpus: list[dict[str, str]]) -> li
         ort.append("onnxruntime is not installed: pip install 'omniport[ort]'")
     elif broken:
         ort.append(f"onnxruntime does not import: {broken}")
-    elif _numbers(packages["onnxruntime"]) < MIN_ORT:
+    elif sys.version_info >= (3, 11) and host.version_numbers(packages["onnxruntime"]) < MIN_NATIVE:
         ort.append(f"onnxruntime {packages['onnxruntime']} is too old: pip install -U 'onnxruntime>=1.28'")
     add("ort-cpu", ort)
     gpu = [] if gpus else ["no NVIDIA GPU found (nvidia-smi)"]
@@ -137,10 +143,6 @@ def _ort_providers() -> tuple[list[str], str | None]:
     except Exception as error:  # noqa: BLE001 - a broken native library can raise anything; the doctor reports it
         return [], f"{type(error).__name__}: {error}"
     return list(onnxruntime.get_available_providers()), None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def _board() -> str:

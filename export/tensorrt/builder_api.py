@@ -16,6 +16,7 @@ from typing import Any
 
 from omniport.runtime.backends.tensorrt.trt_log import listen
 from omniport.runtime.errors import BackendError
+from omniport.runtime.system import host
 
 #: builder -> its Python module
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -92,7 +93,7 @@ def features_of(builder: str, version: str, attributes: Attributes) -> Features:
 
     return Features(
         strong_typing_flag=has("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
-        and not (builder == "tensorrt" and version_numbers(version) >= (11,)),
+        and not (builder == "tensorrt" and host.version_numbers(version) >= (11,)),
         explicit_capability=has("IBuilderConfig", "num_compute_capabilities", "set_compute_capability"),
         mapped_weights=has("OnnxParser", "load_model_proto", "load_initializer", "parse_model_proto"),
         streamed_engine=has("Builder", "build_serialized_network_to_stream") and has("IStreamWriter", "write"),
@@ -113,19 +114,9 @@ def attributes_of(module: Any) -> dict[str, list[str]]:
     }
 
 
-def version_numbers(version: str) -> tuple[int, ...]:
-    """``(10, 16, 1)`` of ``10.16.1.11``: what comes before the first part that is no number, three parts at most."""
-    numbers: list[int] = []
-    for part in version.split(".")[:3]:
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
-
-
 def too_old_for(operators: Iterable[str], opset: int, tensorrt: str) -> list[str]:
     """What of a graph the ONNX parser of that TensorRT does not take: ``Attention (10.14)``; empty if it takes all."""
-    version = version_numbers(tensorrt)[:2]
+    version = host.version_numbers(tensorrt)[:2]
     lacking = [
         f"{name} ({since[0]}.{since[1]})"
         for name, since in NATIVE_SINCE.items()

@@ -198,3 +198,13 @@ def _call(driver: Any, name: str, *arguments: Any) -> None:
         raise BackendError(
             f"no NVIDIA GPU can be used here: {name} of the CUDA driver gave error {status}. Check nvidia-smi"
         )
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """``(10, 16, 1)`` of ``10.16.1.11``: what comes before the first part that is no number, three parts at most."""
+    numbers: list[int] = []
+    for part in version.split(".")[:3]:
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)

@@ -13,6 +13,7 @@ it crosses in any case: 8 KB in and one row of logits out for a token.
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,13 @@ from .plugin import PROVIDER, plugin_devices
 if TYPE_CHECKING:
     from ...bundle.reader import Bundle
 
+#: the first opset whose operators (Attention, RotaryEmbedding, TensorScatter) need `MIN_NATIVE` of ONNX Runtime
+NATIVE_OPSET = 23
+MIN_NATIVE = (1, 28)
+NO_NATIVE_ON_310 = (
+    "There is none for Python 3.10: use Python 3.11 or newer, TensorRT engines, or a bundle made by "
+    "'omniport export --ops decomposed --kv concat'"
+)
 _WARNING = 2
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt-rtx": PROVIDER}
 
@@ -207,12 +215,13 @@ class OrtBackend:
         spec = known[name]
         path = self._bundle.path(spec.file)
         _check_graph_file(self._bundle, spec, path)
+        _check_version(self._ort.__version__, spec)
         try:
             session = self._session(path)
         except _ort_errors(self._ort) as error:
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} cannot load graph {name!r} ({path}): {_first_line(error)}. "
-                "Version 1.28 or newer is needed; check the bundle with 'omniport inspect --verify'"
+                "Check the bundle with 'omniport inspect --verify'"
             ) from error
         if _PROVIDERS[self._device] not in session.get_providers():
             raise BackendError(
@@ -255,6 +264,17 @@ class OrtBackend:
 def cuda_usable() -> bool:
     """True if the installed onnxruntime has the CUDA provider and the driver sees a device."""
     return _PROVIDERS["cuda"] in import_onnxruntime().get_available_providers() and host.gpu_capability() is not None
+
+
+def _check_version(version: str, spec: GraphSpec) -> None:
+    """Refuse native graphs where ONNX Runtime lacks their operators or, as 1.25 to 1.27 do, computes them wrong."""
+    if spec.opset < NATIVE_OPSET or host.version_numbers(version) >= MIN_NATIVE:
+        return
+    newer = ".".join(map(str, MIN_NATIVE))
+    raise BackendError(
+        f"onnxruntime {version} cannot run graph {spec.name!r}: opset {spec.opset} needs {newer} or newer. "
+        + (NO_NATIVE_ON_310 if sys.version_info < (3, 11) else f"pip install -U 'onnxruntime>={newer}'")
+    )
 
 
 def import_onnxruntime() -> Any:

@@ -19,10 +19,10 @@ from omniport.export.tensorrt.builder_api import (
     features_of,
     load_api,
     too_old_for,
-    version_numbers,
 )
 from omniport.runtime.backends.tensorrt.runtime_api import TrtRuntime
 from omniport.runtime.errors import BackendError
+from omniport.runtime.system.host import version_numbers
 from support.paths import REPOSITORY
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(
