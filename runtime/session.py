@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from .backends import open_backend
 from .backends.base import Backend, KvCache, most_context
-from .bundle.graph_spec import SPEECH_GRAPHS
 from .bundle.manifest import Manifest, SamplingConfig
+from .bundle.parts import encoder_of, speech_parts
 from .bundle.reader import Bundle
 from .concurrency.cancel import CancelToken, GuardedBackend
 from .concurrency.timing import StageTimer
@@ -231,7 +231,7 @@ class OmniSession:
         # The talker prefills two rows more than the prompt has.
         require_room(len(prompt.token_ids), self.max_context, reply=2 if speak else 1)
         for span in prompt.media:
-            self._require_graph("audio_encoder" if span.kind == "audio" else "vision_encoder", f"the {span.kind}")
+            self._require_graph(encoder_of(span.kind).name, f"the {span.kind}")
         self._require_graph("thinker", "any reply")
         return self._one_off(task, prompt, started)
 
@@ -320,8 +320,8 @@ class OmniSession:
                 f"{self.bundle.root} cannot speak: it was exported from a checkpoint without talker. Ask for text with "
                 "speak=False, or export a checkpoint that has one"
             )
-        for name in SPEECH_GRAPHS:
-            self._require_graph(name, "speech")
+        for part in speech_parts():
+            self._require_graph(part.name, "speech")
         config = manifest.talker_sampling if config is None else config
         validate_sampling(config, "talker")
         spec, speaker, reference = self.bundle.voice(voice)
@@ -337,8 +337,8 @@ class OmniSession:
                 f"{', '.join(self.manifest.graphs)}): export it again with this graph"
             )
 
-    def _require_encoder(self, name: str) -> None:
-        self._require_graph(name, "sound" if name == "audio_encoder" else "a picture")
+    def _require_encoder(self, kind: str) -> None:
+        self._require_graph(encoder_of(kind).name, "sound" if kind == "audio" else "a picture")
 
     def _require_no_turn(self) -> None:
         if self._turn is not None:

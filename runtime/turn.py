@@ -79,7 +79,7 @@ class Turn:
         Raises:
             MediaError, TurnEnded, PromptTooLong.
         """
-        self._require("audio_encoder")
+        self._require("audio")
         values, rate = pcm((samples, sample_rate))
         if not np.isfinite(values).all():
             raise MediaError("these samples hold NaN or infinity; finite samples in -1..1 were expected")
@@ -99,7 +99,7 @@ class Turn:
         Raises:
             MediaError, TurnEnded, PromptTooLong.
         """
-        self._require("vision_encoder")
+        self._require("image")
         if not isinstance(time_s, Real) or isinstance(time_s, bool) or not math.isfinite(time_s):
             raise MediaError(f"the frame's time is {time_s!r}; seconds from the start of the turn were expected")
         pixels = load_image(image)
@@ -111,7 +111,7 @@ class Turn:
         Raises:
             MediaError, TurnEnded, PromptTooLong.
         """
-        self._require("vision_encoder")
+        self._require("image")
         vision = image_input(load_image(image), self._task.bundle.manifest.vision)
         self._push(lambda: self._whole([lambda: self._media.image(vision)]))
 
@@ -141,7 +141,7 @@ class Turn:
             if part.kind == "text":
                 self._task.codec.encode(part.value)
             else:
-                self._require("audio_encoder" if part.kind == "audio" else "vision_encoder")
+                self._require(part.kind)
         lay = [self._media.read(part) for part in parts]
         if lay:
             self._push(lambda: self._whole(lay))

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, KvCache
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import OmniportError
 from torch import Tensor
 
@@ -171,6 +172,6 @@ class _Graph:
 
     def new_cache(self, capacity: int) -> KvCache:
         """As ``Graph.new_cache``."""
-        if self._name not in ("thinker", "talker"):
+        if not PARTS[self._name].decodes:
             raise OmniportError(f"{self._name} has no KV cache")
         return self._lockstep.new_cache(self._name, capacity)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import UsageError
 
 from .tensors import CHANNELS_LAST, Weight
@@ -173,13 +173,13 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe(
             "fp8",
             "E4M3 times E4M3 in all matrix products; GPUs from SM89 on",
-            {name: _FP8 for name in GRAPH_NAMES if name != "bigvgan"},
+            {name: _FP8 for name in PARTS if name != "bigvgan"},
             _FP8,
         ),
         Recipe(
             "int8-plain",
             "INT8 times INT8 without smoothing, to compare with",
-            {name: (Rule("", "w8a8"),) for name in GRAPH_NAMES if name != "bigvgan"},
+            {name: (Rule("", "w8a8"),) for name in PARTS if name != "bigvgan"},
             _W8A8,
         ),
     )

@@ -124,8 +124,7 @@ def memory_needed(bundle: Bundle, graphs: Sequence[str], limits: Limits) -> int:
     manifest = bundle.manifest
     weights = sum(record.size for name in graphs for record in graph_files(manifest, name).values())
     context = limits.max_context or manifest.kv.max_context
-    decoders = {"thinker": manifest.thinker, "talker": manifest.talker}
-    caches = [cache_bytes(g, context, manifest.kv.dtype) for name, g in decoders.items() if g and name in graphs]
+    caches = [cache_bytes(g, context, manifest.kv.dtype) for name, g in manifest.decoders.items() if name in graphs]
     return weights + sum(caches)
 
 

@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..bundle.parts import PARTS
 from .timing import StageTimer
 
 if TYPE_CHECKING:
     from .cancel import CancelToken
-
-#: graphs by their distance from the sound that is due; encoders are further than all of them
-_NEAREST = ("bigvgan", "dit", "talker", "thinker")
 
 
 class Turns:
@@ -45,7 +43,8 @@ class Turns:
     @contextmanager
     def take(self, graph: str) -> Iterator[None]:
         """Hold the turn for one run of that graph."""
-        self._enter(_NEAREST.index(graph) if graph in _NEAREST else len(_NEAREST))
+        names = list(PARTS)  # the later in a reply, the nearer to the sound that is due
+        self._enter(-names.index(graph) if graph in PARTS else 1)
         try:
             yield
         finally:
