@@ -43,8 +43,8 @@ class Turns:
     @contextmanager
     def take(self, graph: str) -> Iterator[None]:
         """Hold the turn for one run of that graph."""
-        names = list(PARTS)  # the later in a reply, the nearer to the sound that is due
-        self._enter(-names.index(graph) if graph in PARTS else 1)
+        nearest = list(reversed(PARTS))  # to the sound that is due: the last in a reply
+        self._enter(nearest.index(graph) if graph in PARTS else len(nearest))
         try:
             yield
         finally:
