@@ -1,6 +1,6 @@
 """Run the runtime's loops for several samples in lockstep, so that their graph calls pass each layer together.
 
-Every job runs in a thread of its own against a stand-in for a backend. When all jobs that still run wait for a graph,
+Every job runs in its own thread against a stand-in for a backend. When all jobs that still run wait for a graph,
 the calls of one graph are carried out, in the order of the jobs: what comes out does not depend on which thread was
 faster.
 """

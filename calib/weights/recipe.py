@@ -101,7 +101,7 @@ class Recipe:
 
     Attributes:
         graphs: graph -> its rules; graphs that are not named stay as they are.
-        every: the rules of a graph that is given this recipe by name and has none of its own.
+        every: the rules of a graph that is given this recipe by name and has no rules in it.
     """
 
     name: str
@@ -262,9 +262,7 @@ def choose(
         chosen[graph] = tuple(row)
     if unused:
         example = next((f"{graph}/{row[0].name}" for graph, row in weights.items() if row), "none")
-        raise UsageError(
-            f"--keep {min(unused)!r} is found in the name of no weight; a name is GRAPH/WEIGHT, for example {example!r}"
-        )
+        raise UsageError(f"--keep {min(unused)!r} matches no weight; a name is GRAPH/WEIGHT, for example {example!r}")
     return chosen
 
 

@@ -78,7 +78,7 @@ def command(
     ] = None,
     zero_points: Annotated[
         ZeroPoints,
-        typer.Option(help="Of GPTQ and AWQ checkpoints. separate: a product of their own, for TensorRT."),
+        typer.Option(help="Zero points of GPTQ/AWQ weights: keep, or separate into a second MatMul (TensorRT)."),
     ] = ZeroPoints.keep,
     json: JsonFlag = False,
     quiet: QuietFlag = False,

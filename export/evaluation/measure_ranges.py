@@ -200,7 +200,7 @@ class _ObservedGraph:
         return {key: float(top) for key, top in zip(self._keys, self._top, strict=True)}
 
     def release(self) -> None:
-        """Let go of the session."""
+        """Release the session."""
         self._graph = None
 
 

@@ -40,7 +40,7 @@ class DecoderShape:
     input_width: int
 
     def cache_elements(self, context: int) -> int:
-        """Keys and values of all layers for so many tokens."""
+        """Keys and values of all layers for that many tokens."""
         return 2 * self.layers * self.kv_heads * self.head_dim * context
 
 

@@ -129,7 +129,7 @@ def memory_needed(bundle: Bundle, graphs: Sequence[str], limits: Limits) -> int:
 
 
 def cache_bytes(geometry: DecoderGeometry, context: int, dtype: str) -> int:
-    """Bytes of the keys and values of every layer for so many tokens."""
+    """Bytes of the keys and values of every layer for that many tokens."""
     return 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * context * DTYPES[dtype]
 
 

@@ -1,10 +1,10 @@
 """Scheduling of graph runs on shared CPU cores.
 
-Two graphs that run at once on the same cores do not both go on at half their speed: the threads of each wait for one
+Two graphs that run at once on the same cores are slower than one after the other: the threads of each wait for one
 another while the other graph has the core. So they take turns (``Turns``). And until the first sound is out, thinker
 and talker make no more than its window takes (``Pace``): what they do ahead of it delays it.
 
-Neither changes a result: workers draw from streams of their own, and what each computes does not depend on when.
+Neither changes a result: each worker has its own random stream, and what it computes does not depend on when.
 """
 
 from __future__ import annotations
