@@ -127,7 +127,17 @@ def fp8_model() -> tuple[ModelProto, GraphSpec]:
     graph = helper.make_graph(nodes, "g", *ends, [scale, zero, packed])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
     dims = {"batch": DimRange(1, 1, 4)}
-    spec = GraphSpec("dit", "graphs/dit.onnx", (), "float32", 24, inputs=(x,), outputs=(y,), dims=dims, aliases={})
+    spec = GraphSpec(
+        name="dit",
+        file="graphs/dit.onnx",
+        data=(),
+        precision="float32",
+        opset=24,
+        inputs=(x,),
+        outputs=(y,),
+        dims=dims,
+        aliases={},
+    )
     return model, spec
 
 

@@ -35,7 +35,6 @@ TOKENS = 40
 def measure(bundle: Path, reference: Path | None, codes: int, seconds: tuple[int, ...] = (2, 10, 30)) -> dict[str, Any]:
     """All figures, by name."""
     session = OmniSession.open(bundle, backend="ort-cpu")
-    endless(session)
     figures: dict[str, Any] = {"environment": environment(), "codes": codes, "text_tokens": TOKENS}
     warm_up(session)
     figures["first_token"] = [first_token(session, length) for length in seconds]
@@ -69,15 +68,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def endless(session: OmniSession) -> None:
-    """Let no reply of this session end before its limit."""
-    manifest = session.bundle.manifest
-    assert manifest.codec is not None
-    codec = msgspec.structs.replace(manifest.codec, stop=(), suppress=(*manifest.codec.suppress, *manifest.codec.stop))
-    chat = msgspec.structs.replace(manifest.chat, stop=())
-    session.bundle.manifest = msgspec.structs.replace(manifest, codec=codec, chat=chat)
-
-
 def talker_config(session: OmniSession, codes: int) -> SamplingConfig:
     """The bundle's own sampling, of ``codes`` codec tokens."""
     assert session.manifest.talker_sampling is not None
@@ -90,6 +80,7 @@ def ask(session: OmniSession, codes: int, **options: Any) -> Iterator[Event]:
         [{"role": "user", "content": QUESTION}],
         thinker=SamplingConfig(max_new_tokens=TOKENS),
         talker=talker_config(session, codes),
+        ignore_stop=True,
         **options,
     )
 
@@ -98,7 +89,7 @@ def warm_up(session: OmniSession) -> None:
     """Load every graph and touch every weight."""
     samples = np.zeros(32000, np.float32)
     content = [{"type": "audio", "audio": (samples, 16000)}, {"type": "text", "text": QUESTION}]
-    for _ in session.reply([{"role": "user", "content": content}], talker=talker_config(session, 26)):
+    for _ in session.reply([{"role": "user", "content": content}], talker=talker_config(session, 26), ignore_stop=True):
         pass
 
 
@@ -112,14 +103,14 @@ def first_token(session: OmniSession, seconds: int, rounds: int = 3) -> dict[str
     late = total = 0
     for _ in range(rounds):
         session.reset()
-        turn = session.turn(speak=False, thinker=config)
+        turn = session.turn(speak=False, thinker=config, ignore_stop=True)
         for start in range(0, len(samples), 1600):  # 100 ms
             turn.push_audio(samples[start : start + 1600], 16000)
         done = last(turn.commit())
         live.append(first(done.stats.time_to_first_token))
         late, total = done.stats.late_tokens, done.stats.prompt_tokens
-        content = [{"type": "audio", "audio": (samples, 16000)}]
-        done = last(session.reply([{"role": "user", "content": content}], speak=False, thinker=config))
+        asked = [{"role": "user", "content": [{"type": "audio", "audio": (samples, 16000)}]}]
+        done = last(session.reply(asked, speak=False, thinker=config, ignore_stop=True))
         whole.append(first(done.stats.time_to_first_token))
     return {
         "seconds_of_sound": seconds,
@@ -162,7 +153,6 @@ def overlap(bundle: Path, codes: int) -> list[dict[str, Any]]:
     rows = []
     for threads in range(1, physical_cores() + 1):
         session = OmniSession.open(bundle, backend="ort-cpu", threads=threads)
-        endless(session)
         warm_up(session)
         at_once, burnt = timed(ask(session, codes))
         in_turn, burnt_in_turn = timed(ask(session, codes, threads=False))

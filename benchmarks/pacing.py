@@ -22,11 +22,11 @@ from typing import Any
 
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, SpeechWindows
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
-from omniport.runtime.bench.reply_timing import ask, endless
+from omniport.runtime.bench.reply_timing import ask
 from omniport.runtime.bench.workloads import Sizes
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.speech.ode import SOLVERS, Solver
-from omniport.runtime.speech.token2wav import Window
+from omniport.runtime.speech.ode_methods import METHODS, Solver
+from omniport.runtime.speech.windows import Window
 
 #: way of working: whether graphs count as sharing cores, and the windows
 WAYS: dict[str, tuple[bool, Window]] = {
@@ -57,7 +57,6 @@ def measure(
     backend = _Cores(opened)
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with OmniSession(opened, backend) as session:
-        endless(session)
         for _ in ask(session, Sizes(), "euler", codes=26):  # loads every graph and touches every weight
             pass
         for solver in solvers * rounds:
@@ -108,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--solver", action="append", choices=SOLVERS)
+    parser.add_argument("--solver", action="append", choices=tuple(METHODS))
     parser.add_argument("--way", action="append", choices=WAYS)
     parser.add_argument("--codes", type=int, default=250)
     parser.add_argument("--json", type=Path)

@@ -25,7 +25,9 @@ from omniport.runtime import AudioChunk, Done, Event, OmniSession, SamplingConfi
 from omniport.runtime.events import Stats
 from omniport.runtime.generation.conversation import Conversation
 from omniport.runtime.pipeline.reply import Reply
+from omniport.runtime.pipeline.task import make_task
 from omniport.runtime.prompt.positions import Segment
+from omniport.runtime.reply_options import ReplyOptions
 
 
 def soak(
@@ -157,16 +159,12 @@ def _oracle(
     session: OmniSession, conversation: Conversation, asked: int, options: dict[str, Any]
 ) -> tuple[str, NDArray[np.float32], Done, int]:
     """The same conversation up to the question, whole, in new caches, one worker after the other."""
-    task = session._task(
-        None,
-        options["speak"],
-        options["thinker"],
-        options["talker"],
-        options["seed"],
-        None,
-        "stream",
-        "rk4",
-        threads=False,
+    task = make_task(
+        session.bundle,
+        session.text_codec,
+        session.backend,
+        ReplyOptions(**options, threads=False),
+        session.max_context,
     )
     fresh = Conversation(session.bundle, session._new_cache, session.max_context)
     fresh.use(task.backend, task.timer)
@@ -174,7 +172,7 @@ def _oracle(
     fresh.begin_turn()
     for segment in segments:
         fresh.add(segment)
-    reply = Reply(task, fresh, Stats(), time.perf_counter(), 0, lambda: None, lambda: None)
+    reply = Reply(task, fresh, Stats(), time.perf_counter())
     return _collect(reply.events())
 
 

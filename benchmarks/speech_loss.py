@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 
 
@@ -36,9 +35,8 @@ class Voice:
         tap = _Tap(self._backend)
         dit = self.bundle.manifest.dit
         assert dit is not None
-        _, speaker, reference = self.bundle.voice()
         noise = NoiseStream(None, np.random.default_rng(0), dit.mel_dim)
-        made = Token2Wav(tap, self.bundle, speaker, reference, noise, "whole", StageTimer())
+        made = Token2Wav(tap, self.bundle, self.bundle.voice(), noise, window="whole")
         for code in codes:
             made.push(code)
         made.finish()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .live.hands_free import HandsFree
     from .live.vad import SpeechLimits
     from .session import OmniSession
-    from .speech.token2wav import SpeechWindows
+    from .speech.windows import SpeechWindows
     from .turn import Turn
 
 __all__ = [
@@ -70,7 +70,7 @@ _HOME = {
     "OmniSession": "session",
     "SamplingConfig": "bundle.manifest",
     "SpeechLimits": "live.vad",
-    "SpeechWindows": "speech.token2wav",
+    "SpeechWindows": "speech.windows",
     "Turn": "turn",
     "TurnBegan": "live.dialogue",
     "TurnCommitted": "live.dialogue",

@@ -62,7 +62,7 @@ class WorkerTime:
     waiting: float = 0.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stats:
     """Measurements of one reply. Times are seconds since the question ended; None where a stage did not run.
 

@@ -15,23 +15,20 @@ from numpy.typing import NDArray
 from .backends import open_backend
 from .backends.base import Backend, KvCache, most_context
 from .bundle.manifest import Manifest, SamplingConfig
-from .bundle.parts import encoder_of, speech_parts
 from .bundle.reader import Bundle
-from .concurrency.cancel import CancelToken, GuardedBackend
-from .concurrency.timing import StageTimer
 from .errors import UsageError
-from .events import Event, Stats
+from .events import Event
 from .generation.conversation import Conversation
-from .generation.sampling import validate_sampling
-from .generation.talker import Talker
-from .generation.thinker import embed_media, require_room
-from .pipeline.reply import Reply, ReplyTask
-from .pipeline.workers import SpeechTask
-from .prompt.builder import Prompt, build_prompt
+from .generation.thinker import require_room
+from .pipeline.task import ReplyTask, make_task
+from .pipeline.whole_reply import CachePool, WholeReply
+from .prompt import chat_template
+from .prompt.builder import build_prompt
 from .prompt.positions import Layout, Segment
 from .prompt.tokenizer import TextCodec
-from .speech.ode import Solver
-from .speech.token2wav import NoiseStream, Token2Wav, Window
+from .reply_options import ReplyOptions
+from .speech.ode_methods import Solver
+from .speech.windows import Window
 from .turn import Turn
 
 
@@ -39,7 +36,7 @@ class OmniSession:
     """A bundle opened with a backend.
 
     A session holds one conversation, turn by turn (``turn``), whose KV caches are kept, and answers conversations that
-    are given whole (``reply``), each with caches of its own that are used again when it ends, fails or is abandoned.
+    are given whole (``reply``), each with other caches, which the next uses again when it ends, fails or is abandoned.
     Graphs are loaded when first used and kept; ``fork`` gives another session that shares them.
 
     One turn is open at a time. Its methods, and ``reply``, may be called from any thread.
@@ -52,11 +49,11 @@ class OmniSession:
         self._backend: Backend | None = backend
         self._shared = _Shared()
         self._lock = threading.Lock()
-        self._idle: dict[str, list[KvCache]] = {}
+        self._pool = CachePool(self._new_cache, self.max_context)
         self._conversation: Conversation | None = None
         self._system: str | None = None
         self._turn: Turn | None = None
-        self._replies: weakref.WeakSet[Reply] = weakref.WeakSet()
+        self._replies: weakref.WeakSet[WholeReply] = weakref.WeakSet()
 
     @classmethod
     def open(
@@ -120,7 +117,7 @@ class OmniSession:
         for reply in tuple(self._replies):
             reply.cancel()
         backend, self._backend, self._conversation = self._backend, None, None
-        self._idle.clear()
+        self._pool.clear()
         if self._shared.leave():
             backend.close()
 
@@ -130,7 +127,7 @@ class OmniSession:
             self.backend.graph(name)
 
     def fork(self) -> OmniSession:
-        """Another session, with a conversation of its own, over the same graphs: weights are in memory once."""
+        """Another session, with another conversation, over the same graphs: weights are in memory once."""
         other = OmniSession(self.bundle, self.backend, max_context=self.max_context)
         other._shared = self._shared.join()
         return other
@@ -163,11 +160,12 @@ class OmniSession:
         solver: Solver = "rk4",
         exact: bool = False,
         threads: bool = True,
+        ignore_stop: bool = False,
     ) -> Turn:
         """Begin the next turn of the session's conversation.
 
         Args:
-            voice, speak, thinker, talker, seed, noise, window, solver, threads: as in ``reply``.
+            voice, speak, thinker, talker, seed, noise, window, solver, threads, ignore_stop: as in ``reply``.
             exact: Whisper's log-mel is floored at its loudest moment in the whole clip, which is not known before the
                 clip ends. Live sound is floored at the loudest moment so far; True encodes again, on commit, what the
                 final floor changes, and prefills again from there on.
@@ -175,17 +173,28 @@ class OmniSession:
         Raises:
             UsageError, UnknownVoice: bad options, or a turn that is still open.
         """
+        options = ReplyOptions(
+            voice=voice,
+            speak=speak,
+            thinker=thinker,
+            talker=talker,
+            seed=seed,
+            noise=noise,
+            window=window,
+            solver=solver,
+            exact=exact,
+            threads=threads,
+            ignore_stop=ignore_stop,
+        )
         with self._lock:
             self._require_no_turn()
-            self._require_graph("thinker", "any reply")
-            task = self._task(voice, speak, thinker, talker, seed, noise, window, solver, threads)
+            task = self._task(options)
             conversation = self._conversation or Conversation(self.bundle, self._new_cache, self.max_context)
             self._conversation = conversation
             conversation.use(task.backend, task.timer)
             if not conversation.length:
                 conversation.add(self._opening())
-            stats = Stats(backend=self.backend.name)
-            self._turn = Turn(task, conversation, stats, exact, self._require_encoder, self._turn_ended)
+            self._turn = Turn(task, conversation)
             return self._turn
 
     def reply(
@@ -193,13 +202,15 @@ class OmniSession:
         messages: Sequence[Mapping[str, Any]],
         speak: bool = True,
         voice: str | None = None,
+        *,
         thinker: SamplingConfig | None = None,
         talker: SamplingConfig | None = None,
         seed: int = 0,
         noise: NDArray[np.float32] | None = None,
         window: Window = "stream",
-        threads: bool = True,
         solver: Solver = "rk4",
+        threads: bool = True,
+        ignore_stop: bool = False,
     ) -> Iterator[Event]:
         """Answer a conversation that is given whole, apart from the session's own.
 
@@ -213,10 +224,11 @@ class OmniSession:
             thinker, talker: sampling; the bundle's defaults if None.
             noise: float32 [T, 80], the speech's starting noise, T at least 2 for every codec token; drawn if None.
             window: ``stream`` gives sound in small windows, ``whole`` all at once at the end, as the reference does; or
-                windows of one's own, see ``SpeechWindows``.
+                other windows, see ``SpeechWindows``.
+            solver: ``rk4`` as the reference does; ``midpoint`` takes half the time, ``euler`` a quarter, less exactly.
             threads: thinker, talker and token2wav at once, each in a thread; False runs them one after the other in the
                 caller's thread. The result is the same.
-            solver: ``rk4`` as the reference does; ``midpoint`` takes half the time, ``euler`` a quarter, less exactly.
+            ignore_stop: text and speech go on until their ``max_new_tokens``, for measuring.
 
         Yields:
             TextDelta and AudioChunk as they come, then one Done. An iterator that is closed or dropped stops the work.
@@ -225,142 +237,47 @@ class OmniSession:
             UsageError, UnknownVoice, PromptError, MediaError: at once, before any computing.
         """
         started = time.perf_counter()
-        task = self._task(voice, speak, thinker, talker, seed, noise, window, solver, threads)
+        options = ReplyOptions(
+            voice=voice,
+            speak=speak,
+            thinker=thinker,
+            talker=talker,
+            seed=seed,
+            noise=noise,
+            window=window,
+            solver=solver,
+            threads=threads,
+            ignore_stop=ignore_stop,
+        )
+        task = self._task(options)
         with task.timer("preprocess"):
             prompt = build_prompt(messages, self.manifest, self.text_codec)
-        # The talker prefills two rows more than the prompt has.
+        # The talker prefills two tokens more than the prompt has.
         require_room(len(prompt.token_ids), self.max_context, reply=2 if speak else 1)
         for span in prompt.media:
-            self._require_graph(encoder_of(span.kind).name, f"the {span.kind}")
-        self._require_graph("thinker", "any reply")
-        return self._one_off(task, prompt, started)
-
-    def _one_off(self, task: ReplyTask, prompt: Prompt, started: float) -> Iterator[Event]:
-        """Answer with caches that are borrowed for this reply."""
-        borrowed: list[tuple[str, KvCache]] = []
-
-        def borrow(name: str) -> KvCache:
-            with self._lock:
-                idle = self._idle.setdefault(name, [])
-                cache = idle.pop() if idle else self._new_cache(name)
-            borrowed.append((name, cache))
-            return cache
-
-        def give_back() -> None:
-            with self._lock:
-                for name, cache in borrowed:
-                    self._idle.setdefault(name, []).append(cache)
-            borrowed.clear()
-            self._replies.discard(reply)
-
-        conversation = Conversation(self.bundle, borrow, self.max_context)
-
-        def prepare() -> None:
-            conversation.use(task.backend, task.timer)
-            conversation.begin_turn()
-            rows = [embed_media(span, task.backend, task.timer) for span in prompt.media]
-            places = np.concatenate([np.zeros(0, np.int64), *(span.positions for span in prompt.media)])
-            order = np.argsort(places)
-            conversation.add(
-                Segment(
-                    prompt.token_ids,
-                    prompt.position_ids,
-                    prompt.next_position,
-                    places[order],
-                    np.concatenate(rows)[order] if rows else None,
-                )
-            )
-
-        reply = Reply(task, conversation, Stats(backend=task.backend.name), started, 0, prepare, give_back)
+            self.bundle.require_graph("audio_encoder" if span.kind == "audio" else "vision_encoder", f"the {span.kind}")
+        reply = WholeReply(task, prompt, self._pool, started)
         self._replies.add(reply)
         return reply.events()
 
-    def _task(
-        self,
-        voice: str | None,
-        speak: bool,
-        thinker: SamplingConfig | None,
-        talker: SamplingConfig | None,
-        seed: int,
-        noise: NDArray[np.float32] | None,
-        window: Window,
-        solver: Solver,
-        threads: bool,
-    ) -> ReplyTask:
-        """Check how a reply is asked for."""
-        config = self.manifest.thinker_sampling if thinker is None else thinker
-        validate_sampling(config, "thinker")
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise UsageError(f"seed is {seed!r}; a whole number of at least 0 was expected")
-        streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3)]
-        timer, token = StageTimer(), CancelToken()
-        backend = GuardedBackend(self.backend, token, timer)
-        asked = (voice, talker, streams[1:], noise, window, solver)
-        speech = self._speech(backend, timer, *asked) if speak else None
-        longest = max(config.max_new_tokens, speech.sampler.config.max_new_tokens if speech else 0)
-        reserve = min(longest, self.max_context // 4)
-        return ReplyTask(
-            self.bundle, self.text_codec, backend, token, config, streams[0], speech, reserve, threads, timer
-        )
-
-    def _speech(
-        self,
-        backend: Backend,
-        timer: StageTimer,
-        voice: str | None,
-        config: SamplingConfig | None,
-        streams: list[np.random.Generator],
-        noise: NDArray[np.float32] | None,
-        window: Window,
-        solver: Solver,
-    ) -> SpeechTask:
-        manifest = self.manifest
-        if manifest.dit is None or manifest.vocoder is None or manifest.talker_sampling is None:
-            raise UsageError(
-                f"{self.bundle.root} cannot speak: it was exported from a checkpoint without talker. Ask for text with "
-                "speak=False, or export a checkpoint that has one"
-            )
-        for part in speech_parts():
-            self._require_graph(part.name, "speech")
-        config = manifest.talker_sampling if config is None else config
-        validate_sampling(config, "talker")
-        spec, speaker, reference = self.bundle.voice(voice)
-        source = NoiseStream(noise, streams[1], manifest.dit.mel_dim)
-        token2wav = Token2Wav(backend, self.bundle, speaker, reference, source, window, timer, solver)
-        talker = Talker(self.bundle)
-        return SpeechTask(talker, spec, talker.sampler(config, streams[0]), token2wav, manifest.vocoder.sample_rate)
-
-    def _require_graph(self, name: str, purpose: str) -> None:
-        if name not in self.manifest.graphs:
-            raise UsageError(
-                f"{purpose} needs the graph {name!r}, which {self.bundle.root} does not have (it has "
-                f"{', '.join(self.manifest.graphs)}): export it again with this graph"
-            )
-
-    def _require_encoder(self, kind: str) -> None:
-        self._require_graph(encoder_of(kind).name, "sound" if kind == "audio" else "a picture")
+    def _task(self, options: ReplyOptions) -> ReplyTask:
+        return make_task(self.bundle, self.text_codec, self.backend, options, self.max_context)
 
     def _require_no_turn(self) -> None:
-        if self._turn is not None:
+        if self._turn is not None and not self._turn.ended:
             raise UsageError("a turn is still open: take its events to the end, or cancel it, before the next begins")
-
-    def _turn_ended(self) -> None:
-        self._turn = None
 
     def _new_cache(self, name: str) -> KvCache:
         return self.backend.graph(name).new_cache(self.max_context)
 
     def _opening(self) -> Segment:
         """The system message."""
-        manifest = self.manifest
-        layout = Layout(manifest, self.text_codec)
-        layout.control(manifest.tokens.im_start)
-        layout.text(f"system\n{manifest.chat.system_prompt if self._system is None else self._system}")
-        layout.control(manifest.tokens.im_end)
-        layout.text("\n")
+        layout = Layout(self.manifest, self.text_codec)
+        chat_template.begin_message(layout, "system")
+        layout.text(self.manifest.chat.system_prompt if self._system is None else self._system)
+        chat_template.end_message(layout)
         layout.flush()
-        ids, positions = layout.take()
-        return Segment(ids, positions, layout.cursor)
+        return layout.segment()
 
 
 def _context(asked: int | None, exported: int) -> int:

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, Literal
 
@@ -16,13 +17,15 @@ from .concurrency.cancel import Cancelled
 from .errors import MediaError, PromptError, TurnEnded
 from .events import Done, Event, Stats
 from .generation.conversation import Conversation
-from .generation.thinker import embed_media, encode_audio, encode_vision
+from .generation.encoders import Encoders
 from .media.audio import pcm
 from .media.image import ImageSource, image_input, load_image
-from .pipeline.reply import Reply, ReplyTask
+from .pipeline.reply import Reply
+from .pipeline.task import ReplyTask
+from .prompt import chat_template
 from .prompt.builder import Media, check_content
-from .prompt.live_clip import Encoders, LiveClip
-from .prompt.positions import Layout, Segment
+from .prompt.live_clip import LiveClip
+from .prompt.positions import Layout
 
 _ENDED = "this turn was cancelled or ended by an error; session.turn() begins another"
 
@@ -36,37 +39,27 @@ class Turn:
     open; any other error ends the turn and takes it back.
     """
 
-    def __init__(
-        self,
-        task: ReplyTask,
-        conversation: Conversation,
-        stats: Stats,
-        exact: bool,
-        require: Callable[[str], None],
-        ended: Callable[[], None],
-    ) -> None:
-        """For ``OmniSession``: ``require`` refuses media without a graph, ``ended`` is called once at the end."""
-        self._task, self._conversation, self._stats = task, conversation, stats
-        self._exact, self._require, self._ended = exact, require, ended
+    def __init__(self, task: ReplyTask, conversation: Conversation) -> None:
+        """For ``OmniSession``."""
+        self._task, self._conversation = task, conversation
         self._lock = threading.RLock()
         self._state: Literal["open", "committed", "ended"] = "open"
         self._reply: Reply | None = None
-        self._encoders = Encoders(
-            lambda chunks, frames: encode_audio(chunks, frames, task.backend, task.timer),
-            lambda vision: encode_vision(vision, task.backend, task.timer),
-        )
+        self._encoders = Encoders(task.backend, task.timer)
         self._clip: LiveClip | None = None
         self._seconds = 0.0
         self._anything = False
-        self._fills: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
-        self._taken = self._cursor = 0
         conversation.begin_turn()
-        stats.reused_tokens = conversation.cached
+        self._stats = Stats(backend=task.backend.name, reused_tokens=conversation.cached)
         self._prefilled = conversation.prefilled
         self._layout = Layout(task.bundle.manifest, task.codec)
         self._media = Media(self._layout)
-        self._layout.control(task.bundle.manifest.tokens.im_start)
-        self._layout.text("user\n")
+        chat_template.begin_message(self._layout, "user")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the turn was taken back, or its reply has ended."""
+        return self._state == "ended" or (self._reply is not None and self._reply.ended)
 
     def push_audio(self, samples: NDArray[Any], sample_rate: float) -> None:
         """Take the next samples of a recording.
@@ -84,7 +77,8 @@ class Turn:
         if not np.isfinite(values).all():
             raise MediaError("these samples hold NaN or infinity; finite samples in -1..1 were expected")
         if len(values):
-            self._push(lambda: self._sound(values, rate))
+            with self._push():
+                self._sound(values, rate)
 
     def push_frame(self, image: ImageSource, time_s: float) -> None:
         """Take the next frame of a video.
@@ -103,7 +97,8 @@ class Turn:
         if not isinstance(time_s, Real) or isinstance(time_s, bool) or not math.isfinite(time_s):
             raise MediaError(f"the frame's time is {time_s!r}; seconds from the start of the turn were expected")
         pixels = load_image(image)
-        self._push(lambda: self._picture(pixels, float(time_s)))
+        with self._push():
+            self._picture(pixels, float(time_s))
 
     def push_image(self, image: ImageSource) -> None:
         """Take a still picture. It closes the clip before it.
@@ -113,7 +108,8 @@ class Turn:
         """
         self._require("image")
         vision = image_input(load_image(image), self._task.bundle.manifest.vision)
-        self._push(lambda: self._whole([lambda: self._media.image(vision)]))
+        with self._push():
+            self._whole([lambda: self._media.image(vision)])
 
     def push_text(self, text: str) -> None:
         """Take text. It closes the clip before it, and follows on text before it without a space.
@@ -125,7 +121,9 @@ class Turn:
             raise PromptError(f"the text is a {type(text).__name__}; a string was expected")
         self._task.codec.encode(text)
         if text:
-            self._push(lambda: self._text(text))
+            with self._push():
+                self._close_clip()
+                self._layout.text(text)
 
     def push(self, content: str | Sequence[Mapping[str, Any]]) -> None:
         """Take content that is complete: what a message holds, text, audio, image and video files or arrays.
@@ -144,7 +142,8 @@ class Turn:
                 self._require(part.kind)
         lay = [self._media.read(part) for part in parts]
         if lay:
-            self._push(lambda: self._whole(lay))
+            with self._push():
+                self._whole(lay)
 
     def commit(self) -> Iterator[Event]:
         """The turn is complete: answer it.
@@ -175,9 +174,7 @@ class Turn:
                 self._abort()
                 raise
             self._state = "committed"
-            self._reply = Reply(
-                self._task, self._conversation, self._stats, started, self._prefilled, lambda: None, self._over
-            )
+            self._reply = Reply(self._task, self._conversation, self._stats, started, self._prefilled)
             return self._reply.events()
 
     def cancel(self, heard: float | None = None) -> None:
@@ -205,11 +202,13 @@ class Turn:
     def __exit__(self, *_: object) -> None:
         self.cancel()
 
-    def _push(self, take: Callable[[], None]) -> None:
+    @contextmanager
+    def _push(self) -> Iterator[None]:
+        """Around what takes something: prefills what it completed, or ends the turn if that fails."""
         with self._lock:
             self._require_open()
             try:
-                take()
+                yield
                 self._advance()
             except MediaError:  # raised before anything is taken
                 raise
@@ -225,49 +224,51 @@ class Turn:
         if self._state != "open":
             raise TurnEnded("this turn was committed; session.turn() begins the next" if self._reply else _ENDED)
 
+    def _require(self, kind: str) -> None:
+        """UsageError if the bundle cannot take such media."""
+        if kind == "audio":
+            self._task.bundle.require_graph("audio_encoder", "sound")
+        else:
+            self._task.bundle.require_graph("vision_encoder", "a picture")
+
     def _abort(self) -> None:
         """Take the turn back."""
         if self._state == "open":
             self._state = "ended"
             self._conversation.undo_turn()
-            self._ended()
-
-    def _over(self) -> None:
-        self._state = "ended"
-        self._ended()
 
     def _sound(self, samples: NDArray[np.float32], rate: float) -> None:
-        self._for("audio", lambda clip: clip.require_sound(len(samples), rate)).push_sound(samples, rate)
+        clip = self._clip_for("audio")
+        clip.require_sound(len(samples), rate)
+        self._open(clip)
+        clip.push_sound(samples, rate)
         self._seconds += len(samples) / rate
 
     def _picture(self, pixels: NDArray[np.uint8], seconds: float) -> None:
-        self._for("video", lambda clip: clip.require_picture(pixels, seconds)).push_picture(pixels, seconds)
+        clip = self._clip_for("video")
+        clip.require_picture(pixels, seconds)
+        self._open(clip)
+        clip.push_picture(pixels, seconds)
 
-    def _whole(self, lay: list[Callable[[], None]]) -> None:
+    def _whole(self, lay: Sequence[Callable[[], None]]) -> None:
         """Append what was read."""
         self._close_clip()
         for append in lay:
             append()
-        task, spans = self._task, self._media.spans
-        filled = [(span.positions, embed_media(span, task.backend, task.timer)) for span in spans]
-        spans.clear()
-        self._fills += filled
+        for span in self._media.spans:
+            self._layout.fill(span.indices, self._encoders.embed(span))
+        self._media.spans.clear()
 
-    def _text(self, text: str) -> None:
-        self._close_clip()
-        self._layout.text(text)
+    def _clip_for(self, medium: Literal["audio", "video"]) -> LiveClip:
+        """The clip that takes what comes next: the open one, or another, which is not open yet."""
+        if self._clip is not None and self._clip.takes(medium):
+            return self._clip
+        return LiveClip(self._layout, self._encoders, self._seconds, self._task.exact)
 
-    def _for(self, medium: Literal["audio", "video"], require: Callable[[LiveClip], None]) -> LiveClip:
-        """The clip that takes what comes next, once ``require`` has let it pass."""
-        clip = self._clip
-        if clip is None or not clip.takes(medium):
-            clip = LiveClip(self._layout, self._encoders, self._seconds, self._exact)
-            require(clip)
+    def _open(self, clip: LiveClip) -> None:
+        if clip is not self._clip:
             self._close_clip()
             self._clip = clip
-        else:
-            require(clip)
-        return clip
 
     def _close_clip(self) -> None:
         clip = self._clip
@@ -275,47 +276,25 @@ class Turn:
             return
         clip.require_tokens()
         self._clip = None
-        clip.close()
-        self._fills += clip.fills
-        if clip.rewrites:
-            self._settle()
-            for places, rows in clip.rewrites:
-                self._conversation.rewrite(places, rows)
+        changed = clip.close()
+        if changed is not None:
+            self._conversation.add(self._layout.segment())
+            self._conversation.replace_embeds(*changed)
 
     def _advance(self) -> None:
         """Prefill what new media have completed, and, once a clip has begun, what came before this turn."""
         conversation = self._conversation
-        if self._clip is not None:
-            self._fills += self._clip.fills
-            self._clip.fills.clear()
-        if self._fills:
-            self._settle()
+        if self._layout.filled:
+            conversation.add(self._layout.segment())
         elif self._clip is None or conversation.cached == conversation.length:
             return
         conversation.prefill(self._task.reserve)
         if self._task.speech is not None:
             conversation.catch_up()
 
-    def _settle(self) -> None:
-        """Hand to the conversation what was laid out."""
-        layout = self._layout
-        ids, positions = layout.take()
-        places = np.concatenate([np.zeros(0, np.int64), *(places for places, _ in self._fills)]) - self._taken
-        rows = np.concatenate([rows for _, rows in self._fills]) if self._fills else None
-        order = np.argsort(places)  # a video and its sound come one after the other, and lie side by side
-        places, rows = places[order], None if rows is None else rows[order]
-        advance = layout.cursor - self._cursor
-        self._conversation.add(Segment(ids, positions - self._cursor, advance, places, rows))
-        self._fills.clear()
-        self._taken, self._cursor = layout.length, layout.cursor
-
     def _complete(self) -> None:
         """Lay out the rest of the turn."""
-        layout, tokens = self._layout, self._task.bundle.manifest.tokens
         self._close_clip()
-        layout.control(tokens.im_end)
-        layout.text("\n")
-        layout.control(tokens.im_start)
-        layout.text("assistant\n")
-        layout.flush()
-        self._settle()
+        chat_template.end_message(self._layout)
+        chat_template.begin_reply(self._layout)
+        self._conversation.add(self._layout.segment())

@@ -16,13 +16,13 @@ import msgspec
 import numpy as np
 import torch
 from omniport.runtime.backends.base import Array, Backend, KvCache
+from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.bundle.manifest import VoiceSpec
-from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import OmniportError
 from omniport.runtime.generation.decoder import Decoder
+from omniport.runtime.generation.encoders import audio_batches, valid_rows, vision_batches
 from omniport.runtime.generation.talker import Talker
-from omniport.runtime.generation.thinker import audio_batches, heard, vision_batches
 from omniport.runtime.prompt.builder import MediaSpan
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 
@@ -39,6 +39,8 @@ Progress = Callable[[str, int, int], None]
 _HEAD = "lm_head.weight"
 #: samples that speak side by side: their KV caches are in memory
 _GROUP = 8
+#: parts whose products may become INT4
+_SEARCHED = ("thinker", "talker")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Stages:
             "dit": partial(self._speak, "dit", self._mels),
             "bigvgan": partial(self._speak, "bigvgan", self._sounds),
         }
-        for name in PARTS:
+        for name in GRAPH_NAMES:
             if name in definitions and not self._job.work.done(name):
                 stages[name]()
                 self._job.work.finish(name)
@@ -91,7 +93,7 @@ class Stages:
         module = definition.module()
         rules = dict(module.named_rules(str(module.prefix)))
         folder = self._job.work.folder / "sites" / graph
-        return Findings(folder, self._sites(graph), rules, ckpt, PARTS[graph].decodes)
+        return Findings(folder, self._sites(graph), rules, ckpt, graph in _SEARCHED)
 
     def _sites(self, graph: str) -> tuple[SitePlan, ...]:
         if graph not in self._plans:
@@ -127,7 +129,7 @@ class Stages:
             work.finish(f"{name}-{index}")
 
     def _encoder(self, graph: str) -> None:
-        kinds = PARTS[graph].media
+        kinds = ("audio",) if graph == "audio_encoder" else ("image", "video")
         findings = self.findings(graph)
         engine = self._engine(graph, memory=0, again=False)
         places: list[tuple[int, int, list[int]]] = []
@@ -141,7 +143,9 @@ class Stages:
         self._layers(engine, findings, calls, Call(()))
         outputs = zip(self._job.work.get(f"{graph}-places"), engine.leave(), strict=True)
         for (number, place), calls_of_one in itertools.groupby(outputs, lambda found: found[0][:2]):
-            pieces = [heard(out.numpy(), frames) if frames else [out.numpy()] for (_, _, frames), out in calls_of_one]
+            pieces = [
+                valid_rows(out.numpy(), frames) if frames else [out.numpy()] for (_, _, frames), out in calls_of_one
+            ]
             rows = np.concatenate(list(itertools.chain.from_iterable(pieces)))
             self._job.work.put_array(f"media/{number}-{place}", rows)
         findings.take(engine.observers)
@@ -182,7 +186,7 @@ class Stages:
         spoken = embeds.copy()
         spoken[: len(prompt.token_ids)][prompt.media_mask] = 0  # the talker hears the state alone there
         for place, span in enumerate(prompt.media):
-            embeds[span.positions] = work.array(f"media/{number}-{place}")
+            embeds[span.indices] = work.array(f"media/{number}-{place}")
         ahead = np.tile(prompt.next_position + np.arange(len(sample.reply)), (3, 1))
         positions = np.concatenate([prompt.position_ids, ahead], axis=1)
         work.put_array(f"talk/{number}-embeds", spoken)
@@ -209,8 +213,15 @@ class Stages:
         count = positions.shape[1]
         decoder.forward(rows[:count], positions)
         sampler = talker.sampler(config, self._streams(number)[1])
-        tail, highest = int(work.get(f"talk/{number}")), int(positions.max())
-        codes = talker.codes(decoder, tail, highest, iter(rows[count:]), self._voice(number), sampler, StageTimer())
+        codes = talker.codes(
+            decoder,
+            iter(rows[count:]),
+            self._voice(number),
+            sampler,
+            StageTimer(),
+            tail=int(work.get(f"talk/{number}")),
+            highest=int(positions.max()),
+        )
         work.put(f"codes/{number}", list(codes))
 
     def _mels(self, number: int, backend: Backend) -> None:
@@ -218,9 +229,9 @@ class Stages:
         source, work = self._job.source, self._job.work
         dit = source.manifest.dit
         assert dit is not None
-        _, speaker, reference = source.bundle.voice(self._voice(number).name)
+        voice = source.bundle.voice(self._voice(number).name)
         noise = NoiseStream(None, self._streams(number)[2], dit.mel_dim)
-        token2wav = Token2Wav(backend, source.bundle, speaker, reference, noise, "stream", StageTimer())
+        token2wav = Token2Wav(backend, source.bundle, voice, noise)
         pieces = [piece for code in work.get(f"codes/{number}") for piece in token2wav.mels(code)]
         pieces += token2wav.last_mels()
         for i, piece in enumerate(pieces):
@@ -281,7 +292,8 @@ def _call(source: Source, graph: str, feeds: Mapping[str, Array], caches: Sequen
 
 
 def _no_caches(source: Source, graph: str) -> list[torch.Tensor]:
-    geometry = source.manifest.decoders[graph]
+    geometry = source.manifest.thinker if graph == "thinker" else source.manifest.talker
+    assert geometry is not None
     return [torch.zeros(1, geometry.num_kv_heads, 0, geometry.head_dim)] * (2 * geometry.num_layers)
 
 

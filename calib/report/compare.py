@@ -17,8 +17,8 @@ from omniport.export.evaluation.machine import environment, usable_threads
 from omniport.export.evaluation.recording import RecordingBackend
 from omniport.export.evaluation.speech_metrics import log_mel_power, mel_cepstral_distortion, mel_l1
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.bundle.graph_spec import SPEECH_GRAPHS
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import UsageError
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 
@@ -185,7 +185,7 @@ class _Measured:
             made = None if calls is None else replay(backend.graph(graph), graph, calls, _rounds(calls))
             graphs.append(self._graph(graph, calls, made))
         sound = None
-        if not self.recording.codes or not manifest.speaks:
+        if not self.recording.codes or any(graph not in manifest.graphs for graph in SPEECH_GRAPHS):
             missing["sound"] = "the bundle does not speak" if not self.recording.codes else "it lacks speech graphs"
         else:
             mel, wave = reference.of(self.bundle, backend)
@@ -241,9 +241,8 @@ class _Sound:
         dit = bundle.manifest.dit
         assert dit is not None
         recording = RecordingBackend(backend)
-        _, speaker, timbre = bundle.voice(None)
         noise = NoiseStream(None, np.random.default_rng(0), dit.mel_dim)
-        vocal = Token2Wav(recording, bundle, speaker, timbre, noise, "whole", StageTimer())
+        vocal = Token2Wav(recording, bundle, bundle.voice(), noise, window="whole")
         chunks = [samples for code in self.codes for samples in vocal.push(code)] + vocal.finish()
         mel: Wave = np.concatenate([call["mel"][0] for call in recording.graph("bigvgan").calls], axis=1)
         made = mel, np.concatenate(chunks)

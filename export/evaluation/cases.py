@@ -283,16 +283,15 @@ def dit_case(
         x: [1, T, mel]. codes: int64 [1, T/2]. step: index into the solver's table.
         speaker: the voice as the checkpoint stores it, for the reference.
     """
-    _, conditioning, timbre = bundle.voice(voice)
+    vectors = bundle.voice(voice)
     solver = _solver(bundle.manifest)
 
     def ours(graph: Graph) -> Array:
         feeds: dict[str, Array] = {
             "x": x,
             "codes": codes,
-            "speaker": conditioning[None],
-            "reference": timbre[None],
             "step": np.array([step], np.int64),
+            **vectors.feeds(),
         }
         return graph.run(feeds)["velocity"]
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from omniport.runtime.bundle.manifest import AudioFrontend, DitGeometry, VocoderGeometry
 from omniport.runtime.errors import UsageError
+from omniport.runtime.generation.decoder import PREFILL_CHUNK
+from omniport.runtime.generation.encoders import AUDIO_CHUNKS
+from omniport.runtime.speech.windows import BEHIND_CODES, SpeechWindows, window_codes
 
 from ..devices.budget import BUILD_CONSTANT, BUILD_FACTOR
 from .machines import Machine
@@ -17,21 +21,22 @@ from .recipes import RECIPES, PlanRecipe, graph_bytes, matrix_bytes, storage_of
 from .shapes import DecoderShape, ModelShape
 from .weights import GraphShape, Matrix
 
+_DIT, _WINDOWS = DitGeometry(), SpeechWindows()
 #: codec tokens a second of speech
-CODES_PER_SECOND = 50.0
-FRAMES_PER_CODE = 2
+CODES_PER_SECOND, FRAMES_PER_CODE = _DIT.codec_hz, _DIT.repeats
 #: text tokens a second of speech: 150 words a minute of 1.6 tokens
 TEXT_PER_SECOND = 4.0
 #: tokens of a conversation when a question has ended, and those of them that are not prefilled yet
 PROMPT, LATE = 256, 40
-#: codes of the first window with its look-ahead, and of a later one: new ones, and what is solved with them
-FIRST_CODES, NEW_CODES, WINDOW_CODES = 24, 48, 84
-#: the latter on a CPU whose DiT and vocoder are slower than the speech is heard (runtime/speech/token2wav.py)
-NEW_CODES_BEHIND, WINDOW_CODES_BEHIND = 240, 276
+#: codes of the first window with its look-ahead
+FIRST_CODES = _WINDOWS.chunks[0] + _DIT.look_ahead_codes
+#: new codes of a later window; the second on a CPU whose DiT and vocoder are slower than the speech is heard
+NEW_CODES, NEW_CODES_BEHIND = _WINDOWS.chunks[-1], BEHIND_CODES
 #: mel frames around a window that the vocoder sees
-VOCODER_CONTEXT = 34
+VOCODER_CONTEXT = VocoderGeometry().context_frames
 #: most rows of one call: new tokens, mel frames of 32 chunks (15 on a CPU: 30 s), patches of a 1024x768 image
-PREFILL_ROWS, AUDIO_ROWS, AUDIO_ROWS_CPU, PATCHES = 512, 6400, 3000, 3996
+PREFILL_ROWS, AUDIO_ROWS, AUDIO_ROWS_CPU = PREFILL_CHUNK, AUDIO_CHUNKS * AudioFrontend().chunk_frames, 3000
+PATCHES = 3996
 #: attention scores that a CPU holds at once, over their size: measured, with a picture
 SCORES = 1.25
 #: bytes of kernels and graph in an engine, over its weights (docs/results/build-matrix.md)
@@ -201,7 +206,7 @@ class _Job:
         return Memory(weights, caches, activations, self.machine.process, sum(self.model.embedding_bytes.values()))
 
     def held_bytes(self, shape: GraphShape) -> int:
-        """Weights in memory: engines hold them as they are stored, ONNX Runtime in its packed layout."""
+        """Weights in memory: engines hold them as they are stored, packed kernels in a layout of their own."""
         if self.machine.target is not None:
             return self.file_bytes(shape) + ENGINE_EXTRA
         item, total = self.itemsize(shape.name), shape.other * self.itemsize(shape.name) + shape.fixed * 4
@@ -231,7 +236,7 @@ class _Job:
         if shape.name == "vision_encoder":
             scores = int(SCORES * shape.heads * PATCHES**2 * 4) if cpu else 0
             return PATCHES * (3 * shape.ffn + 6 * shape.width) * item + scores
-        frames = FRAMES_PER_CODE * (WINDOW_CODES_BEHIND if cpu else WINDOW_CODES)
+        frames = FRAMES_PER_CODE * window_codes(NEW_CODES_BEHIND if cpu else NEW_CODES, _DIT)
         if shape.name == "dit":
             return 2 * frames * (3 * shape.ffn + 8 * shape.width) * item
         # the widest stage of the vocoder, and its two phases
@@ -256,15 +261,15 @@ class _Job:
 
     def _speech(self, decode: float, step: float) -> float:
         """Work for one second of speech: thinker, talker, and windows of DiT and vocoder."""
-        windows = self._window(NEW_CODES, WINDOW_CODES)
+        windows = self._window(NEW_CODES)
         if self.machine.target is None and windows > 1:
-            windows = self._window(NEW_CODES_BEHIND, WINDOW_CODES_BEHIND)
+            windows = self._window(NEW_CODES_BEHIND)
         return TEXT_PER_SECOND * decode + CODES_PER_SECOND * step + windows
 
-    def _window(self, new: int, codes: int) -> float:
-        """Seconds of DiT and vocoder for a second of speech, in windows of that many new codes and codes in all."""
+    def _window(self, new: int) -> float:
+        """Seconds of DiT and vocoder for a second of speech, in windows of that many new codes."""
         vocoder = self.run("bigvgan", FRAMES_PER_CODE * new + 2 * VOCODER_CONTEXT)
-        return (self._solving(codes) + vocoder) * CODES_PER_SECOND / new
+        return (self._solving(window_codes(new, _DIT)) + vocoder) * CODES_PER_SECOND / new
 
     def _solving(self, codes: int) -> float:
         """Seconds of the whole solution of a window."""

@@ -14,17 +14,13 @@ from typing import Literal
 import msgspec
 from omniport.runtime.bundle.engines import Profile, ShapeRange
 from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec, TensorSpec
-from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.manifest import DitGeometry, Manifest
 from omniport.runtime.errors import UsageError
-from omniport.runtime.generation.thinker import VISION_FRAMES
+from omniport.runtime.generation.encoders import AUDIO_CHUNKS, VISION_FRAMES
+from omniport.runtime.speech.windows import STREAM_CODES
 
 _End = Literal["min", "opt", "max"]
 
-#: an audio call takes at most this many chunks of 2 s: what the runtime gives it at a time
-AUDIO_CHUNKS = 32
-#: codec tokens of the longest streamed window: 48 new ones, 24 before them and 12 after (runtime/speech/token2wav.py)
-STREAM_CODES = 84
-_FRAMES_PER_CODE = 2
 #: pixels of the largest image of each class; what is larger is one class more
 IMAGE_CLASSES = (1 << 18, 1 << 20)
 #: embeddings of squares of 28 pixels in each
@@ -85,7 +81,7 @@ def graph_dims(spec: GraphSpec, limits: Limits) -> dict[str, DimRange]:
     if "units" in dims:
         _limit_vision(dims, limits)
     elif limits.max_codes is not None:
-        for name, most in (("codes", limits.max_codes), ("frames", _FRAMES_PER_CODE * limits.max_codes)):
+        for name, most in (("codes", limits.max_codes), ("frames", DitGeometry().repeats * limits.max_codes)):
             if name in dims:
                 dims[name] = _capped(dims[name], most)
     _limit_cache(spec, dims, limits)

@@ -7,17 +7,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import msgspec
-import numpy as np
 
 from ..bundle.manifest import SamplingConfig
-from ..bundle.parts import PARTS
 from ..bundle.reader import Bundle
 from ..errors import UsageError
 from ..events import AudioChunk, Done, Event
 from ..prompt.builder import build_prompt
 from ..session import OmniSession
-from ..speech.ode import Solver, with_method
-from ..speech.token2wav import Window
+from ..speech.ode import with_method
+from ..speech.ode_methods import Solver
+from ..speech.windows import Window
 from .results import Figure, Timing
 from .timing import spread
 from .workloads import Rival, Sizes
@@ -38,7 +37,6 @@ def measure_reply(
     the same length.
     """
     with OmniSession.open(bundle.root, backend="ort-cpu", threads=threads) as session:
-        endless(session)
         for _ in ask(session, sizes, "rk4", codes=26):  # loads every graph and touches every weight
             pass
         replies: dict[Solver, list[tuple[dict[str, float], Chunks]]] = {solver: [] for solver in _solvers(bundle)}
@@ -104,7 +102,7 @@ def _timed(events: Iterator[Event]) -> tuple[dict[str, float], Chunks]:
     assert isinstance(event, Done)
     stats = event.stats
     assert stats.time_to_first_token is not None
-    busy = {f"{part.name}_seconds": stats.busy.get(part.name, 0.0) for part in PARTS.values() if not part.media}
+    busy = {f"{name}_seconds": stats.busy.get(name, 0.0) for name in ("dit", "bigvgan", "talker", "thinker")}
     return {
         "first token": stats.time_to_first_token,
         "first sound": chunks[0][0],
@@ -127,21 +125,5 @@ def ask(
         talker=msgspec.structs.replace(config, max_new_tokens=codes or sizes.speech_codes),
         solver=solver,
         window=window,
+        ignore_stop=True,
     )
-
-
-def endless(session: OmniSession) -> None:
-    """Let no reply of this session end before its limit."""
-    manifest = session.bundle.manifest
-    assert manifest.codec is not None
-    assert manifest.dit is not None
-    sound = manifest.dit.num_embeds
-    suppress = np.unique([*manifest.codec.suppress, *manifest.codec.stop]).tolist()
-    codec = msgspec.structs.replace(manifest.codec, stop=(), suppress=(*suppress, *range(sound + 1, _codes(session))))
-    chat = msgspec.structs.replace(manifest.chat, stop=())
-    session.bundle.manifest = msgspec.structs.replace(manifest, codec=codec, chat=chat)
-
-
-def _codes(session: OmniSession) -> int:
-    assert session.manifest.talker is not None
-    return session.manifest.talker.vocab_size

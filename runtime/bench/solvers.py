@@ -12,7 +12,8 @@ from ..backends.base import Backend
 from ..bundle.manifest import SolverSpec
 from ..bundle.reader import Bundle
 from ..errors import UsageError
-from ..speech.ode import SOLVERS, solve, with_method
+from ..speech.ode import solve, with_method
+from ..speech.ode_methods import METHODS
 from .results import Figure
 from .timing import Clock, alternate, spread
 from .workloads import Sizes
@@ -29,7 +30,7 @@ def measure_solvers(bundle: Bundle, backend: Backend, sizes: Sizes, rounds: int,
     assert spec is not None
     mels: dict[str, NDArray[np.float32]] = {}
     figures = []
-    for mode in SOLVERS:
+    for mode in METHODS:
         try:
             schedule = with_method(spec, mode)
         except UsageError:  # a bundle of an earlier release, whose DiT lacks this mode's time points
@@ -47,7 +48,7 @@ def measure_solvers(bundle: Bundle, backend: Backend, sizes: Sizes, rounds: int,
                 count=1,
                 unit="solution",
                 seconds=spread(seconds),
-                values={"evaluations": sum(map(len, schedule.stages))} | _distance(mels[mode], mels[SOLVERS[0]]),
+                values={"evaluations": sum(map(len, schedule.stages))} | _distance(mels[mode], mels["rk4"]),
             )
         )
     return tuple(figures)
@@ -62,12 +63,10 @@ def _mel(bundle: Bundle, backend: Backend, schedule: SolverSpec, count: int) -> 
     """Mel frames of fixed codes and noise."""
     geometry = bundle.manifest.dit
     assert geometry is not None
-    _, speaker, reference = bundle.voice(None)
     rng = np.random.default_rng(0)
     feeds: dict[str, NDArray[Any]] = {
         "codes": rng.integers(0, geometry.num_embeds, (1, count)),
-        "speaker": speaker[None],
-        "reference": reference[None],
+        **bundle.voice().feeds(),
     }
     noise = rng.standard_normal((1, count * geometry.repeats, geometry.mel_dim), np.float32)
     graph = backend.graph("dit")

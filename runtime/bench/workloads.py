@@ -19,7 +19,7 @@ from ..bundle.reader import Bundle
 from ..concurrency.timing import StageTimer
 from ..errors import UsageError
 from ..generation.decoder import Decoder
-from ..generation.thinker import encode_audio, encode_vision
+from ..generation.encoders import Encoders
 from ..media.image import image_input
 from ..media.log_mel import chunk_mel, log_mel
 
@@ -37,7 +37,7 @@ GRAPH_OF: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Inputs of the stages. The defaults are what docs/results/bench.md shows.
 
@@ -57,7 +57,7 @@ class Sizes:
     speech_codes: int = 250
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One thing to time.
 
@@ -130,18 +130,18 @@ def _audio(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
         pieces = seconds * frontend.sampling_rate / (frontend.hop_length * frontend.chunk_frames)
 
         def run(backend: Backend = backend, chunks: Any = chunks, frames: Any = frames) -> Array:
-            return encode_audio(chunks, frames, backend, StageTimer())
+            return Encoders(backend, StageTimer()).audio(chunks, frames)
 
         yield Job(
-            "audio_encoder",
-            f"{seconds} s",
-            seconds,
-            "seconds of sound",
-            pieces,
-            "chunk of 2 s",
-            run,
-            lambda graph, run=run: run(_Only(graph)),  # type: ignore[misc]
-            {"mel": mel},
+            stage="audio_encoder",
+            name=f"{seconds} s",
+            size=seconds,
+            of="seconds of sound",
+            count=pieces,
+            unit="chunk of 2 s",
+            run=run,
+            profiled=lambda graph, run=run: run(_Only(graph)),  # type: ignore[misc]
+            given={"mel": mel},
         )
 
 
@@ -151,24 +151,24 @@ def _vision(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
         vision = image_input(pixels, bundle.manifest.vision)
 
         def run(backend: Backend = backend, vision: Any = vision) -> Array:
-            return encode_vision(vision, backend, StageTimer())
+            return Encoders(backend, StageTimer()).vision(vision)
 
         yield Job(
-            "vision_encoder",
-            f"{width}x{height}",
-            len(vision.window_valid),
-            "attention windows",
-            1,
-            "image",
-            run,
-            lambda graph, run=run: run(_Only(graph)),  # type: ignore[misc]
-            {"vision": vision},
+            stage="vision_encoder",
+            name=f"{width}x{height}",
+            size=len(vision.window_valid),
+            of="attention windows",
+            count=1,
+            unit="image",
+            run=run,
+            profiled=lambda graph, run=run: run(_Only(graph)),  # type: ignore[misc]
+            given={"vision": vision},
         )
 
 
 def _rows(bundle: Bundle, graph: str, count: int) -> NDArray[np.float32]:
     """Embeddings [count, E] of tokens drawn from the decoder's own table."""
-    table = bundle.embedding(graph)
+    table = bundle.embedding("thinker" if graph == "thinker" else "talker")
     return table.rows(np.random.default_rng(0).integers(0, table.vocab_size, count))
 
 
@@ -177,7 +177,8 @@ def _places(start: int, stop: int) -> NDArray[np.int64]:
 
 
 def _cache_bytes(bundle: Bundle, graph: str, tokens: int) -> int:
-    geometry = bundle.manifest.decoders[graph]
+    geometry = bundle.manifest.thinker if graph == "thinker" else bundle.manifest.talker
+    assert geometry is not None
     row = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
     return row * tokens * DTYPES[bundle.manifest.kv.dtype]
 
@@ -198,16 +199,16 @@ def _prefill(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
             return decoder.forward(rows[:length], _places(0, length))[0]
 
         yield Job(
-            "prefill",
-            str(length),
-            length,
-            "tokens",
-            length,
-            "token",
-            run,
-            lambda graph, run=run, length=length: run(_decoder(graph, length)),  # type: ignore[misc]
-            {"rows": rows[:length], "context": 0},
-            _cache_bytes(bundle, "thinker", length),
+            stage="prefill",
+            name=str(length),
+            size=length,
+            of="tokens",
+            count=length,
+            unit="token",
+            run=run,
+            profiled=lambda graph, run=run, length=length: run(_decoder(graph, length)),  # type: ignore[misc]
+            given={"rows": rows[:length], "context": 0},
+            cache_bytes=_cache_bytes(bundle, "thinker", length),
         )
 
 
@@ -230,16 +231,16 @@ def _decode(graph: str, stage: str, unit: str, bundle: Bundle, backend: Backend,
             return run(other)
 
         yield Job(
-            stage,
-            str(length),
-            length,
-            "tokens in context",
-            1,
-            unit,
-            run,
-            profiled,
-            {"rows": rows[:length], "context": length - 1},
-            _cache_bytes(bundle, graph, length),
+            stage=stage,
+            name=str(length),
+            size=length,
+            of="tokens in context",
+            count=1,
+            unit=unit,
+            run=run,
+            profiled=profiled,
+            given={"rows": rows[:length], "context": length - 1},
+            cache_bytes=_cache_bytes(bundle, graph, length),
         )
         decoder.truncate(length - 1)
 
@@ -251,22 +252,30 @@ def _decoder(graph: Graph, capacity: int) -> Decoder:
 def _dit(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
     geometry = bundle.manifest.dit
     assert geometry is not None
-    voice, speaker, reference = bundle.voice(None)
+    voice = bundle.voice()
     for count in sizes.codes:
         rng = np.random.default_rng(count)
         feeds = {
             "x": rng.standard_normal((1, count * geometry.repeats, geometry.mel_dim), np.float32),
             "codes": rng.integers(0, geometry.num_embeds, (1, count)),
-            "speaker": speaker[None],
-            "reference": reference[None],
             "step": np.asarray([1], np.int64),
+            **voice.feeds(),
         }
 
         def run(graph: Graph | None = None, feeds: Any = feeds) -> Array:
             return (graph or backend.graph("dit")).run(feeds)["velocity"]
 
+        given = {"feeds": feeds, "voice": voice.spec.name}
         yield Job(
-            "dit", f"{count} codes", count, "codes", 1, "evaluation", run, run, {"feeds": feeds, "voice": voice.name}
+            stage="dit",
+            name=f"{count} codes",
+            size=count,
+            of="codes",
+            count=1,
+            unit="evaluation",
+            run=run,
+            profiled=run,
+            given=given,
         )
 
 
@@ -281,7 +290,17 @@ def _bigvgan(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
         def run(graph: Graph | None = None, mel: Any = mel) -> Array:
             return (graph or backend.graph("bigvgan")).run({"mel": mel})["wav"]
 
-        yield Job("bigvgan", f"{frames} frames", frames, "mel frames", seconds, "s of sound", run, run, {"mel": mel})
+        yield Job(
+            stage="bigvgan",
+            name=f"{frames} frames",
+            size=frames,
+            of="mel frames",
+            count=seconds,
+            unit="s of sound",
+            run=run,
+            profiled=run,
+            given={"mel": mel},
+        )
 
 
 class _Only:

@@ -13,11 +13,10 @@ from pathlib import Path
 import msgspec
 
 from ..errors import BundleError
-from ..speech.ode import METHODS
-from .graph_spec import DTYPES, GraphSpec
+from ..speech.ode import SCHEDULED
+from .graph_spec import DTYPES, GRAPH_NAMES, SPEECH_GRAPHS, GraphSpec
 from .listed_files import SHA256, bad_path
 from .manifest import KV_FORMS, DecoderGeometry, Manifest, SolverSpec
-from .parts import PARTS, speech_parts
 
 _SPEECH_FIELDS = ("talker", "talker_sampling", "text_tokens", "codec", "dit", "vocoder", "solver")
 
@@ -37,15 +36,14 @@ def check_manifest(manifest: Manifest, path: Path) -> None:
 
 def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _file_problems(manifest)
-    for part in (manifest.audio, manifest.vision, *manifest.decoders.values(), manifest.dit, manifest.vocoder):
+    for part in (manifest.audio, manifest.vision, manifest.thinker, manifest.talker, manifest.dit, manifest.vocoder):
         if part is not None:
             yield from _positive(part)
     yield from _speech_problems(manifest)
     yield from _kv_problems(manifest)
     for name, graph in manifest.graphs.items():
         yield from _graph_problems(name, graph)
-    for name, decoder in manifest.decoders.items():
-        yield from _decoder_problems(name, decoder)
+    yield from _decoder_problems("thinker", manifest.thinker)
     if manifest.kv.max_context < 2:
         yield f"kv.max_context is {manifest.kv.max_context}; at least 2 was expected"
     yield from _token_problems(manifest)
@@ -71,8 +69,9 @@ def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "tokenizer_file", manifest.tokenizer_file
     if manifest.ranges_file is not None:
         yield "ranges_file", manifest.ranges_file
-    for decoder, geometry in manifest.decoders.items():
-        yield f"{decoder}.embedding_file", geometry.embedding_file
+    yield "thinker.embedding_file", manifest.thinker.embedding_file
+    if manifest.talker is not None:
+        yield "talker.embedding_file", manifest.talker.embedding_file
     for voice in manifest.voices:
         yield f"file of voice {voice.name!r}", voice.file
     for name, graph in manifest.graphs.items():
@@ -99,16 +98,18 @@ def _speech_problems(manifest: Manifest) -> Iterator[str]:
         missing.append("voices")
     if len(missing) not in (0, len(_SPEECH_FIELDS) + 1):
         yield f"the speech part is incomplete: {', '.join(missing)} missing"
-    if missing and any(part.name in manifest.graphs for part in speech_parts()):
+    if missing and any(name in manifest.graphs for name in SPEECH_GRAPHS):
         yield f"there are speech graphs but no {', '.join(missing)}"
     names = [voice.name for voice in manifest.voices]
     if len(set(names)) != len(names):
         yield f"two voices have the same name: {', '.join(names)}"
-    if manifest.talker is not None and manifest.talker.embedding_size != manifest.thinker.hidden_size:
-        yield (
-            f"talker.embedding_size is {manifest.talker.embedding_size}; the thinker's width "
-            f"{manifest.thinker.hidden_size} was expected"
-        )
+    if manifest.talker is not None:
+        yield from _decoder_problems("talker", manifest.talker)
+        if manifest.talker.embedding_size != manifest.thinker.hidden_size:
+            yield (
+                f"talker.embedding_size is {manifest.talker.embedding_size}; the thinker's width "
+                f"{manifest.thinker.hidden_size} was expected"
+            )
     if manifest.solver is not None:
         yield from _solver_problems(manifest.solver)
     if manifest.dit is not None and manifest.dit.block_size % manifest.dit.repeats:
@@ -116,21 +117,22 @@ def _speech_problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _solver_problems(solver: SolverSpec) -> Iterator[str]:
-    if solver.method not in METHODS:
-        yield f"solver.method is {solver.method!r}; this release knows {', '.join(METHODS)}"
+    if solver.method not in SCHEDULED:
+        yield f"solver.method is {solver.method!r}; this release knows {', '.join(SCHEDULED)}"
         return
     if len(solver.grid) < 2 or len(solver.stages) != len(solver.grid) - 1:
         yield f"solver has {len(solver.grid)} grid points and {len(solver.stages)} intervals; one fewer was expected"
     if any(b <= a for a, b in pairwise(solver.grid)):
         yield "solver.grid does not increase"
+    points = len(SCHEDULED[solver.method].points)
     for stages in solver.stages:
-        if len(stages) != METHODS[solver.method] or any(not 0 <= s < len(solver.table) for s in stages):
-            yield f"solver.stages holds {stages}; {METHODS[solver.method]} below {len(solver.table)} were expected"
+        if len(stages) != points or any(not 0 <= s < len(solver.table) for s in stages):
+            yield f"solver.stages holds {stages}; {points} below {len(solver.table)} were expected"
 
 
 def _graph_problems(name: str, graph: GraphSpec) -> Iterator[str]:
-    if name not in PARTS or graph.name != name:
-        yield f"graph {name!r} (named {graph.name!r}) is not one of {', '.join(PARTS)}"
+    if name not in GRAPH_NAMES or graph.name != name:
+        yield f"graph {name!r} (named {graph.name!r}) is not one of {', '.join(GRAPH_NAMES)}"
     inputs, outputs = {t.name for t in graph.inputs}, {t.name for t in graph.outputs}
     if len(inputs) != len(graph.inputs) or len(outputs) != len(graph.outputs):
         yield f"graph {name!r} has two inputs or two outputs of one name"
@@ -167,8 +169,8 @@ def _quantization_problems(manifest: Manifest) -> Iterator[str]:
     if manifest.schema_version < 2:
         yield f"schema version {manifest.schema_version} has no quantization"
     for name in (*manifest.quantization.layers, *manifest.quantization.graph_recipes):
-        if name not in PARTS:
-            yield f"quantization names a graph {name!r}; known: {', '.join(PARTS)}"
+        if name not in GRAPH_NAMES:
+            yield f"quantization names a graph {name!r}; known: {', '.join(GRAPH_NAMES)}"
 
 
 def _decoder_problems(name: str, decoder: DecoderGeometry) -> Iterator[str]:

@@ -10,6 +10,10 @@ from collections.abc import Mapping
 
 import msgspec
 
+TEXT_GRAPHS = ("audio_encoder", "vision_encoder", "thinker")
+SPEECH_GRAPHS = ("talker", "dit", "bigvgan")
+GRAPH_NAMES = TEXT_GRAPHS + SPEECH_GRAPHS
+
 #: dtype names used in specs, with their size in bytes
 DTYPES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 
@@ -30,7 +34,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[int | str, ...]
 
 
-class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One ONNX graph.
 
     Attributes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import msgspec
 
 from .graph_spec import GraphSpec
-from .parts import PARTS, speech_parts
 
 SCHEMA_VERSION = 2
 
@@ -146,6 +145,21 @@ class DitGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     reference_dim: int = 128
     codec_hz: float = 50.0
 
+    @property
+    def block_codes(self) -> int:
+        """Codec tokens of one attention block."""
+        return self.block_size // self.repeats
+
+    @property
+    def look_back_codes(self) -> int:
+        """Codec tokens before a block that its attention sees."""
+        return self.block_codes * self.look_back_blocks
+
+    @property
+    def look_ahead_codes(self) -> int:
+        """Codec tokens after a block that its attention sees."""
+        return self.block_codes * self.look_ahead_blocks
+
 
 class VocoderGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """BigVGAN."""
@@ -251,17 +265,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ranges_file: str | None = None
     quantization: Quantization | None = None
     files: dict[str, FileRecord]
-
-    @property
-    def decoders(self) -> dict[str, DecoderGeometry]:
-        """The language models that the model has, by name; the first writes the reply."""
-        found = {name: getattr(self, name, None) for name, part in PARTS.items() if part.decodes}
-        return {name: geometry for name, geometry in found.items() if geometry is not None}
-
-    @property
-    def speaks(self) -> bool:
-        """Whether every graph that speech takes is there."""
-        return all(part.name in self.graphs for part in speech_parts())
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

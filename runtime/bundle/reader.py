@@ -11,7 +11,7 @@ import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,23 @@ class EmbeddingTable:
         return np.ascontiguousarray(rows, np.float32)
 
 
+class Voice(NamedTuple):
+    """A voice with its vectors.
+
+    Attributes:
+        speaker: float32 [192], what the DiT is conditioned on.
+        timbre: float32 [128], the ECAPA vector; bundles and the DiT's graph call it ``reference``.
+    """
+
+    spec: VoiceSpec
+    speaker: NDArray[np.float32]
+    timbre: NDArray[np.float32]
+
+    def feeds(self) -> dict[str, NDArray[Any]]:
+        """The DiT's inputs that say whose voice it is."""
+        return {"speaker": self.speaker[None], "reference": self.timbre[None]}
+
+
 class Bundle:
     """An opened bundle folder; every file it hands out is listed in bundle.json and lies inside the folder."""
 
@@ -153,14 +170,14 @@ class Bundle:
         except KeyError:
             raise BundleError(f"{self.root} does not list a file {relative!r} in bundle.json") from None
 
-    def embedding(self, name: str) -> EmbeddingTable:
+    def embedding(self, name: Literal["thinker", "talker"]) -> EmbeddingTable:
         """The token-embedding table of a decoder, opened on first use.
 
         Raises:
             BundleError: the bundle has no such decoder, or the table is malformed.
         """
         if name not in self._tables:
-            geometry = self.manifest.decoders.get(name)
+            geometry = self.manifest.thinker if name == "thinker" else self.manifest.talker
             if geometry is None:
                 raise BundleError(f"{self.root} has no {name}; export a checkpoint that has one")
             self._tables[name] = EmbeddingTable(self.path(geometry.embedding_file), geometry)
@@ -182,8 +199,16 @@ class Bundle:
             raise UnknownVoice(f"there is no voice {name!r} in {self.root}; known voices: {', '.join(sorted(voices))}")
         return voices[name]
 
-    def voice(self, name: str | None = None) -> tuple[VoiceSpec, NDArray[np.float32], NDArray[np.float32]]:
-        """A voice with its vectors: (spec, speaker float32 [192], reference float32 [128]).
+    def require_graph(self, name: str, purpose: str) -> None:
+        """UsageError, which names what ``purpose`` needs it, unless the bundle has this graph."""
+        if name not in self.manifest.graphs:
+            raise UsageError(
+                f"{purpose} needs the graph {name!r}, which {self.root} does not have (it has "
+                f"{', '.join(self.manifest.graphs)}): export it again with this graph"
+            )
+
+    def voice(self, name: str | None = None) -> Voice:
+        """A voice with its vectors.
 
         Raises:
             UnknownVoice, UsageError: see ``find_voice``.
@@ -201,19 +226,19 @@ class Bundle:
                     f"the voice file {path} unpacks to {size} bytes; at most {_MAX_VOICE_BYTES} was expected"
                 )
             with np.load(path, allow_pickle=False) as arrays:
-                speaker, reference = arrays["speaker"], arrays["reference"]
+                speaker, timbre = arrays["speaker"], arrays["reference"]
         except (ValueError, OSError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, RuntimeError) as error:
             raise BundleError(
                 f"cannot read the voice {spec.name!r} from {path}: {error}. An .npz with arrays 'speaker' and "
                 "'reference' was expected: export the bundle again"
             ) from error
-        for label, array, width in (("speaker", speaker, dit.speaker_dim), ("reference", reference, dit.reference_dim)):
+        for label, array, width in (("speaker", speaker, dit.speaker_dim), ("reference", timbre, dit.reference_dim)):
             if array.shape != (width,) or array.dtype != np.float32 or not np.isfinite(array).all():
                 raise BundleError(
                     f"{label} of voice {spec.name!r} is {array.dtype} {array.shape}; finite float32 ({width},) was "
                     "expected. Export the bundle again"
                 )
-        return spec, speaker, reference
+        return Voice(spec, speaker, timbre)
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -21,7 +21,7 @@ from ..prompt.positions import Segment
 from .decoder import Decoder
 from .thinker import require_room
 
-Rows = NDArray[np.float32]
+Floats = NDArray[np.float32]
 
 #: 0.3 s of speech for a token: 150 English words of 1.3 tokens in a minute
 _CODES_PER_TOKEN = 15.0
@@ -43,7 +43,7 @@ class Conversation:
 
     def __init__(self, bundle: Bundle, new_cache: Callable[[str], KvCache], capacity: int) -> None:
         self.turns: list[list[Segment]] = [[]]
-        self.logits: Rows = np.zeros(0, np.float32)
+        self.logits: Floats = np.zeros(0, np.float32)
         self.prefilled = 0
         self.codes_per_token = _CODES_PER_TOKEN
         self._bundle = bundle
@@ -51,8 +51,8 @@ class Conversation:
         self._capacity = capacity
         self._speaks = bundle.manifest.talker is not None
         self._decoders: dict[str, Decoder] = {}
-        # The talker's conditioning float32 [n, H] of the tokens that the thinker has and the talker does not.
-        self._rows: Rows = np.zeros((0, bundle.manifest.thinker.hidden_size), np.float32)
+        # float32 [n, H] of the tokens that the thinker has and the talker does not
+        self._conditioning: Floats = np.zeros((0, bundle.manifest.thinker.hidden_size), np.float32)
         self._dropped = self._refilled = 0
         self._backend: Backend | None = None
         self._timer = StageTimer()
@@ -123,8 +123,8 @@ class Conversation:
         """Run the tokens that the thinker does not have yet.
 
         Args:
-            reserve: places that shall stay free; whole oldest turns after the system message are dropped for that.
-            least: places that have to.
+            reserve: tokens of room to leave; for that the oldest turns after the system message are dropped.
+            least: tokens of room without which nothing is run.
 
         Raises:
             PromptTooLong: the current turn does not fit, even alone with the system message. Nothing has changed.
@@ -138,14 +138,14 @@ class Conversation:
             try:
                 self.logits, hidden = decoder.forward(embeds, positions)
             except BaseException:
-                decoder.truncate(start)  # rows of a part of them are lost
+                decoder.truncate(start)  # the hidden states of a part of them are lost
                 raise
             if hidden is None:
                 raise OmniportError("the thinker graph gives no 'hidden'; export the bundle again")
             self.prefilled += len(embeds)
             if self._speaks:
                 embeds[media] = 0
-                self._rows = np.concatenate([self._rows, hidden + embeds])
+                self._conditioning = np.concatenate([self._conditioning, hidden + embeds])
 
     def take_dropped(self) -> TurnsDropped | None:
         """What was dropped since this was last asked."""
@@ -155,42 +155,43 @@ class Conversation:
     def catch_up(self) -> None:
         """Let the talker prefill what the thinker has."""
         decoder, start = self.decoder("talker"), self._length("talker")
-        if not len(self._rows):
+        if not len(self._conditioning):
             return
         with self._timer("talker_prefill"):
             _, positions, _ = self._from(start)
             try:
-                decoder.forward(self._rows, positions[:, : len(self._rows)])
+                decoder.forward(self._conditioning, positions[:, : len(self._conditioning)])
             except BaseException:
                 decoder.truncate(start)
                 raise
-            self._rows = self._rows[:0]
+            self._conditioning = self._conditioning[:0]
 
-    def rewrite(self, places: NDArray[np.int64], rows: Rows) -> None:
-        """Give tokens of the current turn, named by their places [n] in it, other embeddings [n, H]."""
+    def replace_embeds(self, indices: NDArray[np.int64], embeds: Floats) -> None:
+        """Give tokens of the current turn, named by their indices [n] in it, other embeddings [n, H]."""
         start = self.length - sum(len(segment) for segment in self.turns[-1])
-        self._cut(start + int(places.min()))
+        self._cut(start + int(indices.min()))
         for segment in self.turns[-1]:
-            found = np.isin(places, segment.places)
+            found = np.isin(indices, segment.indices)
             if found.any():
-                assert segment.rows is not None
-                segment.rows[np.searchsorted(segment.places, places[found])] = rows[found]
-            places = places - len(segment)
+                assert segment.embeds is not None
+                segment.embeds[np.searchsorted(segment.indices, indices[found])] = embeds[found]
+            indices = indices - len(segment)
 
-    def answer(self, ids: list[int], rows: list[Rows], closing: NDArray[np.int64]) -> None:
-        """Append a reply, of which the thinker has consumed as many tokens as there are ``rows``.
+    def answer(self, ids: list[int], conditioning: list[Floats], closing: NDArray[np.int64]) -> None:
+        """Append a reply.
 
         Args:
             ids: the tokens that count as said, without a stop token. Both caches are cut back to them.
+            conditioning: float32 [H] each, the talker's, of the tokens that the thinker has consumed.
             closing: what ends the assistant's message.
         """
         prompt = self.length
-        consumed = min(len(rows), len(ids)) if self.cached >= prompt else 0
+        consumed = min(len(conditioning), len(ids)) if self.cached >= prompt else 0
         self.add(_line(np.asarray(ids, np.int64)))
         self._length_is("talker", prompt)
         self._length_is("thinker", prompt + consumed)
         if consumed and self._speaks:
-            self._rows = np.concatenate([self._rows, np.stack(rows[:consumed])])
+            self._conditioning = np.concatenate([self._conditioning, np.stack(conditioning[:consumed])])
         self.add(_line(closing))
 
     def shorten_answer(self, count: int) -> None:
@@ -218,7 +219,7 @@ class Conversation:
         """Forget what the caches hold behind the first ``length`` tokens."""
         self._length_is("thinker", length)
         self._length_is("talker", self.cached)
-        self._rows = self._rows[: self.cached - self._length("talker")]
+        self._conditioning = self._conditioning[: self.cached - self._length("talker")]
 
     def _make_room(self, reserve: int, least: int) -> None:
         system, current = (sum(len(segment) for segment in turn) for turn in (self.turns[0], self.turns[-1]))
@@ -232,7 +233,7 @@ class Conversation:
             self._dropped += dropped
             self._refilled += max(0, min(cached, self.length) - system)
 
-    def _from(self, start: int) -> tuple[Rows, NDArray[np.int64], NDArray[np.bool_]]:
+    def _from(self, start: int) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
         """Embeddings [n, H] and positions [3, n] of the tokens from ``start`` on, and which are media's."""
         table = self._bundle.embedding("thinker")
         embeds, positions, media = [], [], []
@@ -241,8 +242,8 @@ class Conversation:
             if offset + len(segment) > start:
                 first = max(0, start - offset)
                 rows = table.rows(segment.ids)
-                if segment.rows is not None:
-                    rows[segment.places] = segment.rows
+                if segment.embeds is not None:
+                    rows[segment.indices] = segment.embeds
                 embeds.append(rows[first:])
                 positions.append(cursor + segment.positions[:, first:])
                 media.append(segment.media_mask[first:])

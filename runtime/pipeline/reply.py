@@ -4,68 +4,36 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..bundle.manifest import SamplingConfig
-from ..bundle.reader import Bundle
-from ..concurrency.cancel import Cancelled, CancelToken, GuardedBackend
-from ..concurrency.timing import StageTimer
+from ..concurrency.cancel import Cancelled
 from ..events import AudioChunk, Done, Event, Stats, TextDelta, TurnsDropped, underruns
 from ..generation.conversation import Conversation
-from ..generation.sampling import Sampler
 from ..generation.thinker import ThinkerRun
+from ..prompt.chat_template import end_of_reply
 from ..prompt.positions import Segment
-from ..prompt.tokenizer import TextCodec
 from ..system.host import peak_memory
-from .workers import SpeechTask, Workers
-
-
-@dataclass(frozen=True)
-class ReplyTask:
-    """How to reply, checked.
-
-    Attributes:
-        reserve: places of the KV cache that shall be free for the reply.
-        threads: workers at once, each in its thread; False: one after the other in the caller's.
-    """
-
-    bundle: Bundle
-    codec: TextCodec
-    backend: GuardedBackend
-    token: CancelToken
-    config: SamplingConfig
-    rng: np.random.Generator
-    speech: SpeechTask | None
-    reserve: int
-    threads: bool
-    timer: StageTimer
+from .task import ReplyTask
+from .workers import Workers
 
 
 class Reply:
     """Answers a conversation whose last turn is complete.
 
     Args:
+        started: when the question ended, by ``time.perf_counter``.
         before: what ``conversation.prefilled`` was when the turn began.
-        prepare: called before anything else, in the thread that asks for the first event.
-        ended: called once when the reply has ended, however it did.
+
+    Attributes:
+        ended: however it did.
     """
 
     def __init__(
-        self,
-        task: ReplyTask,
-        conversation: Conversation,
-        stats: Stats,
-        started: float,
-        before: int,
-        prepare: Callable[[], None],
-        ended: Callable[[], None],
+        self, task: ReplyTask, conversation: Conversation, stats: Stats, started: float, before: int = 0
     ) -> None:
+        self.ended = False
         self._task, self._conversation, self._stats, self._started = task, conversation, stats, started
-        self._before, self._prepare, self._ended = before, prepare, ended
+        self._before = before
         self._workers: Workers | None = None
         self._done: Done | None = None
         self._turn: list[Segment] | None = None
@@ -116,39 +84,33 @@ class Reply:
             self._conversation.shorten_answer(count)
             self._kept = count
 
+    def _prepare(self) -> None:
+        """Complete the conversation's last turn: before anything else, in the thread that asks for the first event."""
+
+    def _release(self) -> None:
+        """Give back what was borrowed: once, at the end."""
+
     def _prefill(self) -> TurnsDropped | None:
         task, conversation, stats = self._task, self._conversation, self._stats
         task.token.check()
         before = conversation.prefilled
         self._prepare()
-        least = 2 if task.speech is not None else 1  # the talker prefills two rows more than the prompt has
+        least = 2 if task.speech is not None else 1  # the talker prefills two tokens more than the prompt has
         conversation.prefill(task.reserve, least)
         stats.prompt_tokens = conversation.length
         stats.late_tokens = conversation.prefilled - before
         stats.prefilled_tokens = conversation.prefilled - self._before
-        embedding, manifest = task.bundle.embedding("thinker"), task.bundle.manifest
         run = ThinkerRun(
             conversation.decoder("thinker"),
-            conversation.logits,
-            conversation.ids,
-            conversation.cursor,
-            Sampler(task.config, task.rng),
-            embedding,
-            manifest.chat.stop,
+            task.sampler,
+            task.bundle.embedding("thinker"),
             task.timer,
+            logits=conversation.logits,
+            prompt_ids=conversation.ids,
+            position=conversation.cursor,
+            stop=task.stop,
         )
-        text = task.codec.stream()
-        self._workers = Workers(
-            run,
-            text,
-            task.speech,
-            conversation,
-            task.token,
-            task.timer,
-            self._elapsed,
-            threads=task.threads,
-            paced=task.backend.at_once() == 1,
-        )
+        self._workers = Workers(task, run, conversation, self._elapsed)
         return conversation.take_dropped()
 
     def _delivered(self, event: TextDelta | AudioChunk) -> bool:
@@ -158,7 +120,7 @@ class Reply:
             if self._task.token.cancelled:
                 return False
             if isinstance(event, TextDelta):
-                self._texts += event.token_id not in self._task.bundle.manifest.chat.stop
+                self._texts += event.token_id not in self._task.stop
                 stats.time_to_first_token = (
                     event.time if stats.time_to_first_token is None else stats.time_to_first_token
                 )
@@ -182,15 +144,13 @@ class Reply:
             if undo:
                 self._conversation.undo_turn()
             else:
-                rows = self._workers.run.rows if self._workers is not None else []
-                self._conversation.answer(said, rows, self._closing())
+                conditioning = self._workers.run.conditioning if self._workers is not None else []
+                closing = end_of_reply(self._task.bundle.manifest, self._task.codec)
+                self._conversation.answer(said, conditioning, closing)
                 self._kept = len(said)
-            self._ended()
+            self._release()
+            self.ended = True
             return self._done
-
-    def _closing(self) -> NDArray[np.int64]:
-        codec, tokens = self._task.codec, self._task.bundle.manifest.tokens
-        return np.asarray([tokens.im_end, *codec.encode("\n")], np.int64)
 
     def _said(self, heard: float | None) -> list[int]:
         """Reply tokens that count as said."""

@@ -1,9 +1,9 @@
 """The workers of a reply: thinker, talker and token2wav, a thread each, joined by bounded queues.
 
-The thinker hands a row to the talker for every token that it consumes, the talker hands codec tokens to token2wav,
-whose vocoder has a thread of its own beside the next window's DiT, and what is to be read or heard leaves through one
-queue to the caller. A full queue holds its sender back. Under greedy sampling, or with the same seed, the result is
-that of the workers one after the other: they draw from streams of their own, and none looks at the time.
+The thinker sends the talker a vector of conditioning for every token that it consumes, the talker sends codec tokens to
+token2wav, whose vocoder runs beside the next window's DiT, and what is to be read or heard leaves through one queue to
+the caller. A full queue holds its sender back. Under greedy sampling, or with the same seed, the result is that of the
+workers one after the other: each draws from its own stream, and none looks at the time.
 """
 
 from __future__ import annotations
@@ -11,27 +11,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle.manifest import VoiceSpec
-from ..concurrency.cancel import Cancelled, CancelToken
+from ..concurrency.cancel import Cancelled
 from ..concurrency.channel import Channel
 from ..concurrency.schedule import Pace
-from ..concurrency.timing import StageTimer
 from ..events import AudioChunk, TextDelta, WorkerTime
 from ..generation.conversation import Conversation
-from ..generation.sampling import Sampler
-from ..generation.talker import Talker
 from ..generation.thinker import ThinkerRun
-from ..prompt.tokenizer import TextStream
-from ..speech.token2wav import MelPiece, Token2Wav
+from ..speech.token2wav import MelPiece
+from .task import ReplyTask
 
-#: rows that the thinker is ahead of the talker at most: some seconds of speech
-_ROWS = 64
+#: tokens that the thinker is ahead of the talker at most: some seconds of speech
+_TOKENS_AHEAD = 64
 #: events that the caller has not taken at most
 _EVENTS = 256
 
@@ -39,28 +34,15 @@ _Body = tuple[str, Callable[[], float], tuple[Channel[Any], ...]]
 """name, function that gives the seconds it waited, and the channels that end with it"""
 
 
-@dataclass(frozen=True)
-class SpeechTask:
-    """What a spoken reply needs, checked."""
-
-    talker: Talker
-    voice: VoiceSpec
-    sampler: Sampler
-    token2wav: Token2Wav
-    sample_rate: int
-
-
 class Workers:
     """One reply at work.
 
+    Where one graph runs at a time, thinker and talker do no more than the first sound takes until it is out.
+
     Args:
         run: the thinker, after prefill.
-        text: detokenizer.
-        speech: None for a reply that is only read.
         conversation: holds the prompt; the talker catches up with it.
         clock: seconds since the question ended.
-        threads: False runs the workers one after the other in the caller's thread, without bounds.
-        paced: one graph runs at a time: until the first sound is out, thinker and talker do no more than it takes.
 
     Attributes:
         token_ids, codec_ids: generated so far.
@@ -70,35 +52,27 @@ class Workers:
     """
 
     def __init__(
-        self,
-        run: ThinkerRun,
-        text: TextStream,
-        speech: SpeechTask | None,
-        conversation: Conversation,
-        token: CancelToken,
-        timer: StageTimer,
-        clock: Callable[[], float],
-        threads: bool = True,
-        paced: bool = False,
+        self, task: ReplyTask, run: ThinkerRun, conversation: Conversation, clock: Callable[[], float]
     ) -> None:
         self.token_ids: list[int] = []
         self.codec_ids: list[int] = []
         self.times: dict[str, WorkerTime] = {}
         self.ended: dict[str, float] = {}
         self.error: BaseException | None = None
-        self.run, self.speech = run, speech
-        self._text, self._conversation = text, conversation
-        self._token, self._timer, self._clock = token, timer, clock
+        self.run = run
+        self._text, self._speech, self._conversation = task.codec.stream(), task.speech, conversation
+        self._token, self._timer, self._clock = task.token, task.timer, clock
+        speech, token, threads, paced = task.speech, task.token, task.threads, task.backend.at_once() == 1
         # The talker is a window ahead of token2wav, no more: what it does sooner delays the sound that is due.
         codes = 1 if speech is None else speech.token2wav.longest
-        bounds = (_ROWS, codes, _EVENTS) if threads else (None, None, None)
+        bounds = (_TOKENS_AHEAD, codes, _EVENTS) if threads else (None, None, None)
         first = speech.token2wav.first_window if speech is not None and threads and paced else None
         self._pace = None if first is None else Pace(*first, clock, token)
-        self._rows: Channel[NDArray[np.float32]] = Channel(bounds[0], token)
+        self._conditioning: Channel[NDArray[np.float32]] = Channel(bounds[0], token)
         self._codes: Channel[int] = Channel(bounds[1], token)
         self._mels: Channel[MelPiece] = Channel(1 if threads else None, token)
         self._events: Channel[TextDelta | AudioChunk] = Channel(bounds[2], token, senders=1 if speech is None else 2)
-        self._bodies: list[_Body] = [("thinker", self._think, (self._rows, self._events))]
+        self._bodies: list[_Body] = [("thinker", self._think, (self._conditioning, self._events))]
         if speech is not None:
             self._bodies += [
                 ("talker", self._talk, (self._codes,)),
@@ -160,35 +134,42 @@ class Workers:
         for step in self.run.steps():
             if not step.stop:
                 self.token_ids.append(step.token_id)
-            if step.row is not None and self.speech is not None:
-                waited += self._rows.send(step.row)
+            if step.conditioning is not None and self._speech is not None:
+                waited += self._conditioning.send(step.conditioning)
             delta = "" if step.stop else self._text.push(step.token_id)
             if step.last:  # a character that is left unfinished comes out as U+FFFD
                 delta += self._text.flush()
             if delta or not step.stop:
                 waited += self._events.send(TextDelta(delta, step.token_id, self._clock()))
             if not step.last:
-                waited += self._hold(len(self.run.rows))
+                waited += self._hold(len(self.run.conditioning))
         return waited
 
     def _talk(self) -> float:
-        speech, conversation = self.speech, self._conversation
+        speech, conversation = self._speech, self._conversation
         assert speech is not None
         conversation.catch_up()  # while the thinker writes its first words
         decoder = conversation.decoder("talker")
-        tail, highest = conversation.cursor, conversation.highest
         waited = 0.0
-        for code in speech.talker.codes(decoder, tail, highest, self._rows, speech.voice, speech.sampler, self._timer):
+        for code in speech.talker.codes(
+            decoder,
+            self._conditioning,
+            speech.voice,
+            speech.sampler,
+            self._timer,
+            tail=conversation.cursor,
+            highest=conversation.highest,
+        ):
             self.codec_ids.append(code)
             waited += self._codes.send(code)
             waited += self._hold(len(self.codec_ids))
         self._release()  # speech that ends before the text must not hold the thinker back
-        for _ in self._rows:
+        for _ in self._conditioning:
             pass
-        return waited + self._rows.waited
+        return waited + self._conditioning.waited
 
     def _solve(self) -> float:
-        speech, waited = self.speech, 0.0
+        speech, waited = self._speech, 0.0
         assert speech is not None
         for code in self._codes:
             for piece in speech.token2wav.mels(code):
@@ -198,7 +179,7 @@ class Workers:
         return waited + self._codes.waited
 
     def _voice(self) -> float:
-        speech, waited = self.speech, 0.0
+        speech, waited = self._speech, 0.0
         assert speech is not None
         try:
             for index, piece in enumerate(self._mels):

@@ -19,12 +19,12 @@ from ..media.audio import load_audio
 from ..media.image import VisionInput, image_input, load_image, video_input
 from ..media.log_mel import audio_tokens, chunk_mel, log_mel
 from ..media.video import load_video
-from .positions import Layout, SoundVideo, grid_positions, video_times
+from . import chat_template
+from .positions import Layout, Segment, SoundVideo, grid_positions, video_times
 from .tokenizer import TextCodec
 
 MediaKind = Literal["audio", "image", "video"]
 
-_ROLES = ("system", "user", "assistant")
 #: part type -> its keys
 _PARTS: Mapping[str, frozenset[str]] = {
     "text": frozenset({"type", "text"}),
@@ -43,14 +43,14 @@ class MediaSpan:
     """One medium of the prompt and where its embeddings go.
 
     Attributes:
-        positions: int64 [n], ascending: the places in the sequence that take this medium's n embeddings, in order.
+        indices: int64 [n], ascending: the tokens of the sequence that take this medium's n embeddings, in order.
         chunks: audio only: float32 [C, n_mels, chunk_frames], zero padded.
         frames: audio only: int64 [C], valid mel frames of each chunk.
         vision: image and video only.
     """
 
     kind: MediaKind
-    positions: NDArray[np.int64]
+    indices: NDArray[np.int64]
     chunks: NDArray[np.float32] | None = None
     frames: NDArray[np.int64] | None = None
     vision: VisionInput | None = None
@@ -61,25 +61,38 @@ class Prompt:
     """A prompt that ends where the assistant's reply begins.
 
     Attributes:
-        token_ids: int64 [S].
-        position_ids: int64 [3, S]: time, height, width.
-        next_position: position, in all three components, of the first generated token; the k-th has this plus k. The
-            reply continues the prompt's last segment, as it does when it becomes part of the next prompt: that is not
-            one past the highest position where a medium reaches past the text behind it.
+        tokens: all of it, without the media's embeddings.
         media: in the order in which the messages name them; a video comes before its own sound.
     """
 
-    token_ids: NDArray[np.int64]
-    position_ids: NDArray[np.int64]
-    next_position: int
+    tokens: Segment
     media: list[MediaSpan]
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """int64 [S]."""
+        return self.tokens.ids
+
+    @property
+    def position_ids(self) -> NDArray[np.int64]:
+        """int64 [3, S]: time, height, width."""
+        return self.tokens.positions
+
+    @property
+    def next_position(self) -> int:
+        """Position, in all three components, of the first generated token; the k-th has this plus k.
+
+        The reply continues the prompt's last segment, as it does when it becomes part of the next prompt: that is not
+        one past the highest position where a medium reaches past the text behind it.
+        """
+        return self.tokens.advance
 
     @property
     def media_mask(self) -> NDArray[np.bool_]:
         """bool [S]: where media embeddings go. The talker is conditioned on the hidden state alone there."""
         mask = np.zeros(len(self.token_ids), np.bool_)
         for span in self.media:
-            mask[span.positions] = True
+            mask[span.indices] = True
         return mask
 
 
@@ -109,35 +122,29 @@ def build_prompt(messages: Sequence[Mapping[str, Any]], manifest: Manifest, code
     checked = _check_messages(messages)
     if checked[0][0] != "system":
         checked.insert(0, ("system", [Part("text", manifest.chat.system_prompt, "the bundle's system prompt")]))
-    tokens = manifest.tokens
     layout = Layout(manifest, codec)
     media = Media(layout)
     for role, parts in checked:
-        layout.control(tokens.im_start)
-        layout.text(f"{role}\n")
+        chat_template.begin_message(layout, role)
         for part in parts:
             media.read(part)()
-        layout.control(tokens.im_end)
-        layout.text("\n")
-    layout.control(tokens.im_start)
-    layout.text("assistant\n")
-    layout.flush()
+        chat_template.end_message(layout)
+    chat_template.begin_reply(layout)
     capacity = manifest.kv.max_context
     if layout.length > capacity:
-        filled = sum(len(span.positions) for span in media.spans)
+        filled = sum(len(span.indices) for span in media.spans)
         raise PromptTooLong(
             f"the prompt takes {layout.length} tokens ({layout.length - filled} of text, {filled} of media); this "
             f"bundle's KV cache holds {capacity}. Shorten it, or export with a larger --max-context"
         )
-    ids, positions = layout.take()
-    return Prompt(ids, positions, layout.cursor, media.spans)
+    return Prompt(layout.segment(), media.spans)
 
 
 class Media:
     """Reads media and lays them out.
 
     Attributes:
-        spans: the media laid out so far, with their places in the layout.
+        spans: the media laid out so far, with their indices in the layout.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -166,9 +173,9 @@ class Media:
 
         def lay() -> None:
             layout.control(tokens.audio_bos)
-            places = layout.line(np.full(audio_tokens(mel.shape[1]), tokens.audio))
+            indices = layout.line(np.full(audio_tokens(mel.shape[1]), tokens.audio))
             layout.control(tokens.audio_eos)
-            self.spans.append(MediaSpan("audio", places, chunks=chunks, frames=frames))
+            self.spans.append(MediaSpan("audio", indices, chunks=chunks, frames=frames))
 
         return lay
 
@@ -182,9 +189,9 @@ class Media:
         times = np.arange(vision.grid_thw[0]) * manifest.position_id_per_seconds
         layout.control(manifest.tokens.vision_bos)
         grid = grid_positions(vision.grid_thw, times, manifest.vision.merge_size)
-        places = layout.add(np.full(vision.tokens, manifest.tokens.image), layout.cursor + grid)
+        indices = layout.add(np.full(vision.tokens, manifest.tokens.image), layout.cursor + grid)
         layout.control(manifest.tokens.vision_eos)
-        self.spans.append(MediaSpan("image", places, vision=vision))
+        self.spans.append(MediaSpan("image", indices, vision=vision))
 
     def _video(self, part: Part) -> Callable[[], None]:
         manifest = self._manifest
@@ -202,19 +209,18 @@ class Media:
     def _silent(self, vision: VisionInput, grid: NDArray[np.int64]) -> None:
         tokens, layout = self._manifest.tokens, self._layout
         layout.control(tokens.vision_bos)
-        places = layout.add(np.full(vision.tokens, tokens.video), layout.cursor + grid)
+        indices = layout.add(np.full(vision.tokens, tokens.video), layout.cursor + grid)
         layout.control(tokens.vision_eos)
-        self.spans.append(MediaSpan("video", places, vision=vision))
+        self.spans.append(MediaSpan("video", indices, vision=vision))
 
     def _sounding(self, vision: VisionInput, grid: NDArray[np.int64], mel: NDArray[np.float32]) -> None:
         chunks, frames = chunk_mel(mel, self._manifest.audio)
-        seen: list[NDArray[np.int64]] = []
-        heard: list[NDArray[np.int64]] = []
-        both = SoundVideo(self._layout, lambda _, places: seen.append(places), lambda _, places: heard.append(places))
-        both.advance(grid, None, audio_tokens(mel.shape[1]), ended=True)
+        both = SoundVideo(self._layout)
+        pieces = both.advance(grid, None, audio_tokens(mel.shape[1]), ended=True)
         both.close()
-        self.spans.append(MediaSpan("video", np.concatenate(seen), vision=vision))
-        self.spans.append(MediaSpan("audio", np.concatenate(heard), chunks=chunks, frames=frames))
+        seen, heard = (np.concatenate([p.indices for p in pieces if p.kind == kind]) for kind in ("video", "audio"))
+        self.spans.append(MediaSpan("video", seen, vision=vision))
+        self.spans.append(MediaSpan("audio", heard, chunks=chunks, frames=frames))
 
 
 def _check_messages(messages: object) -> list[tuple[str, list[Part]]]:
@@ -241,8 +247,8 @@ def _check_message(message: object, where: str) -> tuple[str, list[Part]]:
         raise PromptError(f'{where} is a {type(message).__name__}; {{"role": ..., "content": ...}} was expected')
     _check_keys(message, frozenset({"role", "content"}), frozenset({"role", "content"}), where)
     role, content = message["role"], message["content"]
-    if role not in _ROLES:
-        raise PromptError(f"{where} has role {role!r}; one of {', '.join(_ROLES)} was expected")
+    if role not in chat_template.ROLES:
+        raise PromptError(f"{where} has role {role!r}; one of {', '.join(chat_template.ROLES)} was expected")
     return role, [Part("text", content, where)] if isinstance(content, str) else check_content(
         content, f"{where}.content"
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from ..errors import MediaError
 from ..media.audio import ResampleStream
 from ..media.image import Pixels, VisionInput, target_size, video_input
 from ..media.log_mel import LogMelStream, MelBlock, audio_tokens, pad_chunk, require_tokens
-from .positions import Layout, SoundVideo, grid_positions, video_times
+from .positions import Fill, Layout, SoundVideo, grid_positions, video_times
 
 Floats = NDArray[np.float32]
 
@@ -23,33 +22,28 @@ Floats = NDArray[np.float32]
 _ROUNDING = 1e-3
 
 
-class Encoders:
-    """What turns media into embeddings.
+class MediaEncoders(Protocol):
+    """What turns media into embeddings (`omniport.runtime.generation.encoders.Encoders`)."""
 
-    Attributes:
-        audio: chunks float32 [C, n_mels, chunk_frames], valid frames int64 [C] -> [n, H].
-        vision: -> [T*N/4, H].
-    """
+    def audio(self, chunks: Floats, frames: NDArray[np.int64]) -> Floats:
+        """Embeddings [n, H] of chunks float32 [C, n_mels, chunk_frames] with ``frames`` int64 [C] valid ones each."""
 
-    def __init__(
-        self, audio: Callable[[Floats, NDArray[np.int64]], Floats], vision: Callable[[VisionInput], Floats]
-    ) -> None:
-        self.audio = audio
-        self.vision = vision
+    def vision(self, vision: VisionInput) -> Floats:
+        """Embeddings [T*N/4, H] of pictures."""
 
 
 class _Tokens:
-    """Embeddings of one medium as they come, and the places of those that are laid out."""
+    """Embeddings of one medium as they come, and the indices of those that are laid out."""
 
     def __init__(self) -> None:
-        self.rows: Floats | None = None
-        self.places = np.zeros(0, np.int64)
+        self.embeds: Floats | None = None
+        self.indices = np.zeros(0, np.int64)
 
     def __len__(self) -> int:
-        return 0 if self.rows is None else len(self.rows)
+        return 0 if self.embeds is None else len(self.embeds)
 
-    def extend(self, rows: Floats) -> None:
-        self.rows = rows if self.rows is None else np.concatenate([self.rows, rows])
+    def extend(self, embeds: Floats) -> None:
+        self.embeds = embeds if self.embeds is None else np.concatenate([self.embeds, embeds])
 
 
 class LiveSound(_Tokens):
@@ -59,7 +53,7 @@ class LiveSound(_Tokens):
         keep: remember the mel of every chunk, so that ``correct`` can encode again.
     """
 
-    def __init__(self, frontend: AudioFrontend, rate: float, encoders: Encoders, keep: bool) -> None:
+    def __init__(self, frontend: AudioFrontend, rate: float, encoders: MediaEncoders, keep: bool) -> None:
         super().__init__()
         self.rate = rate
         self._frontend = frontend
@@ -96,21 +90,20 @@ class LiveSound(_Tokens):
     def correct(self) -> slice | None:
         """Encode again what the clip's own floor changes; gives the tokens from the first to the last that changed."""
         changed = [(block, part) for block, part in self._kept or [] if block.changes(self._mel.peak)]
-        if not changed or self.rows is None:
+        if not changed or self.embeds is None:
             return None
-        rows = self.rows.copy()
+        self.embeds = self.embeds.copy()
         for block, part in changed:
-            rows[part] = self._embed(block, self._mel.peak)
-        self.rows = rows
+            self.embeds[part] = self._embed(block, self._mel.peak)
         return slice(changed[0][1].start, changed[-1][1].stop)
 
     def _encode(self, blocks: list[MelBlock]) -> None:
         for block in blocks:
-            rows = self._embed(block, block.peak)
-            if self._kept is not None and len(rows):
-                self._kept.append((block, slice(len(self), len(self) + len(rows))))
-            if len(rows):
-                self.extend(rows)
+            embeds = self._embed(block, block.peak)
+            if self._kept is not None and len(embeds):
+                self._kept.append((block, slice(len(self), len(self) + len(embeds))))
+            if len(embeds):
+                self.extend(embeds)
 
     def _embed(self, block: MelBlock, peak: float) -> Floats:
         mel = block.mel(peak)
@@ -127,7 +120,7 @@ class LivePictures(_Tokens):
         first, last: times of the first and the last frame, seconds.
     """
 
-    def __init__(self, manifest: Manifest, encoders: Encoders) -> None:
+    def __init__(self, manifest: Manifest, encoders: MediaEncoders) -> None:
         super().__init__()
         self.grid = np.zeros((3, 0), np.int64)
         self.first = self.last = 0.0
@@ -242,15 +235,9 @@ class LiveClip:
         layout: where to.
         origin: seconds of sound that were pushed before.
         exact: on ``close``, encode again what the clip's own floor changes.
-
-    Attributes:
-        fills: places and embeddings of the tokens laid out since the list was emptied.
-        rewrites: the same for tokens that were laid out before and have changed.
     """
 
-    def __init__(self, layout: Layout, encoders: Encoders, origin: float, exact: bool) -> None:
-        self.fills: list[tuple[NDArray[np.int64], Floats]] = []
-        self.rewrites: list[tuple[NDArray[np.int64], Floats]] = []
+    def __init__(self, layout: Layout, encoders: MediaEncoders, origin: float, exact: bool) -> None:
         self._layout = layout
         self._manifest = layout.manifest
         self._encoders = encoders
@@ -303,8 +290,8 @@ class LiveClip:
         if self._pictures is None and self._sound is not None:
             require_tokens(self._sound.frames, self._manifest.audio)
 
-    def close(self) -> None:
-        """No more will come: lay out the rest."""
+    def close(self) -> Fill | None:
+        """No more will come: lay out the rest. Gives the tokens whose embeddings an ``exact`` clip has changed."""
         sound, pictures = self._sound, self._pictures
         if sound is not None:
             sound.finish()
@@ -314,9 +301,10 @@ class LiveClip:
         changed = sound.correct() if sound is not None else None
         self._open(ended=True)
         self._lay(ended=True)
-        if changed is not None and sound is not None and sound.rows is not None:
-            self.rewrites.append((sound.places[changed], sound.rows[changed]))
         self._end()
+        if changed is None or sound is None or sound.embeds is None:
+            return None
+        return sound.indices[changed], sound.embeds[changed]
 
     def _advance(self) -> None:
         if self._kind is None and self._sound is not None and self._pictures is not None:
@@ -335,12 +323,7 @@ class LiveClip:
             self._kind = "video"
             pictures.settle(pictures.first)
         if self._kind == "both":
-            assert pictures is not None
-            self._both = SoundVideo(
-                self._layout,
-                lambda part, places: self._fill(pictures, part, places),
-                lambda part, places: self._fill(sound, part, places),
-            )
+            self._both = SoundVideo(self._layout)
         elif self._kind is not None:
             self._layout.control(tokens.audio_bos if self._kind == "audio" else tokens.vision_bos)
         self._start = self._layout.cursor
@@ -352,13 +335,15 @@ class LiveClip:
         """Lay out the pieces that are complete."""
         sound, pictures, tokens = self._sound, self._pictures, self._manifest.tokens
         if self._both is not None and pictures is not None and sound is not None:
-            self._both.advance(pictures.grid, None if ended else pictures.next_time, len(sound), ended)
+            next_time = None if ended else pictures.next_time
+            for piece in self._both.advance(pictures.grid, next_time, len(sound), ended):
+                self._fill(pictures if piece.kind == "video" else sound, piece.part, piece.indices)
         elif self._kind == "audio" and sound is not None:
-            part = slice(len(sound.places), len(sound))
+            part = slice(len(sound.indices), len(sound))
             if part.stop > part.start:
                 self._fill(sound, part, self._layout.line(np.full(part.stop - part.start, tokens.audio)))
         elif self._kind == "video" and pictures is not None:
-            part = slice(len(pictures.places), len(pictures))
+            part = slice(len(pictures.indices), len(pictures))
             if part.stop > part.start:
                 positions = self._start + pictures.grid[:, part]
                 self._fill(pictures, part, self._layout.add(np.full(positions.shape[1], tokens.video), positions))
@@ -370,8 +355,7 @@ class LiveClip:
         elif self._kind is not None:
             self._layout.control(tokens.audio_eos if self._kind == "audio" else tokens.vision_eos)
 
-    def _fill(self, medium: _Tokens | None, part: slice, places: NDArray[np.int64]) -> None:
-        assert medium is not None
-        assert medium.rows is not None
-        medium.places = np.concatenate([medium.places, places])
-        self.fills.append((places, medium.rows[part]))
+    def _fill(self, medium: _Tokens, part: slice, indices: NDArray[np.int64]) -> None:
+        assert medium.embeds is not None
+        medium.indices = np.concatenate([medium.indices, indices])
+        self._layout.fill(indices, medium.embeds[part])

@@ -6,8 +6,9 @@ from the layout's own start, so that a turn can be laid out before it is known w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,8 @@ from ..bundle.manifest import Manifest
 from .tokenizer import TextCodec
 
 Positions = NDArray[np.int64]
-Placed = Callable[[slice, NDArray[np.int64]], None]
-"""told which tokens of a medium were laid out, and their places in the layout"""
+Fill = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""indices [n] of placeholder tokens, and the embeddings [n, H] that take their places"""
 
 
 @dataclass(eq=False)
@@ -28,15 +29,15 @@ class Segment:
         ids: int64 [n].
         positions: int64 [3, n], counted from where the segment starts; below 0 where a medium goes on beside another.
         advance: from the segment's start to the next one's.
-        places: int64 [m], ascending: tokens whose embedding is not that of their id.
-        rows: float32 [m, H], their embeddings.
+        indices: int64 [m], ascending: tokens whose embedding is not that of their id.
+        embeds: float32 [m, H], their embeddings.
     """
 
     ids: NDArray[np.int64]
     positions: Positions
     advance: int
-    places: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    rows: NDArray[np.float32] | None = None
+    indices: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    embeds: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,8 +46,17 @@ class Segment:
     def media_mask(self) -> NDArray[np.bool_]:
         """bool [n]: where media embeddings go. The talker is conditioned on the hidden state alone there."""
         mask = np.zeros(len(self.ids), np.bool_)
-        mask[self.places] = True
+        mask[self.indices] = True
         return mask
+
+    def fill(self, fills: Sequence[Fill]) -> Segment:
+        """The same tokens with the embeddings of media; nothing else has embeddings yet."""
+        if not fills:
+            return self
+        indices = np.concatenate([indices for indices, _ in fills])
+        order = np.argsort(indices)  # a video and its sound come one after the other, and lie side by side
+        embeds = np.concatenate([embeds for _, embeds in fills])[order]
+        return replace(self, indices=indices[order], embeds=embeds)
 
 
 class Layout:
@@ -64,8 +74,10 @@ class Layout:
         self._text: list[str] = []
         self._ids: list[NDArray[np.int64]] = []
         self._positions: list[Positions] = []
+        self._fills: list[Fill] = []
         self.length = 0
         self.cursor = 0
+        self._taken = self._taken_cursor = 0
 
     def text(self, text: str) -> None:
         """Append text. It is held back until the next control token: BPE must see the whole stretch."""
@@ -89,27 +101,51 @@ class Layout:
             self.line(np.asarray(self._codec.encode(text), np.int64))
 
     def line(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Append tokens whose components advance together (text, audio); gives their places."""
+        """Append tokens whose components advance together (text, audio); gives their indices."""
         if not len(ids):
             return np.zeros(0, np.int64)
         return self.add(ids, np.broadcast_to(self.cursor + np.arange(len(ids)), (3, len(ids))))
 
     def add(self, ids: NDArray[np.int64], positions: Positions) -> NDArray[np.int64]:
-        """Append one segment at positions [3, n]; gives its places."""
+        """Append one segment at positions [3, n]; gives its tokens' indices."""
         self._ids.append(ids)
         self._positions.append(positions)
-        places = np.arange(self.length, self.length + len(ids))
+        indices = np.arange(self.length, self.length + len(ids))
         self.length += len(ids)
         self.cursor = int(positions.max()) + 1
-        return places
+        return indices
 
-    def take(self) -> tuple[NDArray[np.int64], Positions]:
-        """Ids [n] and positions [3, n] since the last ``take``."""
+    def fill(self, indices: NDArray[np.int64], embeds: NDArray[np.float32]) -> None:
+        """Give tokens that were appended since the last ``segment`` their embeddings."""
+        self._fills.append((indices - self._taken, embeds))
+
+    @property
+    def filled(self) -> bool:
+        """Whether any was given since the last ``segment``."""
+        return bool(self._fills)
+
+    def segment(self) -> Segment:
+        """What was appended since the last call, without text that is held back."""
         ids = np.concatenate([np.zeros(0, np.int64), *self._ids])
-        positions = np.concatenate([np.zeros((3, 0), np.int64), *self._positions], axis=1)
-        self._ids.clear()
-        self._positions.clear()
-        return ids, positions
+        positions = np.concatenate([np.zeros((3, 0), np.int64), *self._positions], axis=1) - self._taken_cursor
+        made = Segment(ids, positions, self.cursor - self._taken_cursor).fill(self._fills)
+        for held in (self._ids, self._positions, self._fills):
+            held.clear()
+        self._taken, self._taken_cursor = self.length, self.cursor
+        return made
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of one medium of a video with sound, laid out.
+
+    Attributes:
+        part: which of the medium's tokens.
+        indices: int64 [n], theirs in the layout.
+    """
+
+    kind: Literal["video", "audio"]
+    part: slice
+    indices: NDArray[np.int64]
 
 
 class _Pieces:
@@ -119,9 +155,9 @@ class _Pieces:
     several multiples (video steps longer than a piece) leaves one-token pieces until the count has caught up.
     """
 
-    def __init__(self, span: int, token_id: int, placed: Placed) -> None:
+    def __init__(self, kind: Literal["video", "audio"], token_id: int, span: int) -> None:
+        self.kind = kind
         self.token_id = token_id
-        self.placed = placed
         self.positions: Positions = np.zeros((3, 0), np.int64)
         self.next_time: int | None = 0
         """first component of the token that follows the known ones; None if none does"""
@@ -156,19 +192,18 @@ class SoundVideo:
 
     Args:
         layout: where to; between opening and ``close`` nothing else may be appended.
-        seen, heard: called with each piece of the pictures' and of the sound's tokens and its places in the layout.
     """
 
-    def __init__(self, layout: Layout, seen: Placed, heard: Placed) -> None:
+    def __init__(self, layout: Layout) -> None:
         tokens, span = layout.manifest.tokens, piece_span(layout.manifest)
         self._layout = layout
         layout.pair(tokens.vision_bos, tokens.audio_bos)
         self._start = layout.cursor
-        self._seen, self._heard = _Pieces(span, tokens.video, seen), _Pieces(span, tokens.audio, heard)
-        self._turn = self._seen
+        self._seen, self._heard = _Pieces("video", tokens.video, span), _Pieces("audio", tokens.audio, span)
+        self._next = self._seen
 
-    def advance(self, grid: Positions, next_time: int | None, sound: int, ended: bool = False) -> None:
-        """Lay out every piece that is complete.
+    def advance(self, grid: Positions, next_time: int | None, sound: int, ended: bool = False) -> list[Piece]:
+        """Lay out every piece that is complete, and give them.
 
         Args:
             grid: positions [3, n] of the pictures' tokens so far, from 0.
@@ -179,15 +214,18 @@ class SoundVideo:
         self._seen.positions, self._seen.next_time = grid, next_time
         self._heard.positions = np.broadcast_to(np.arange(sound), (3, sound))
         self._heard.next_time = None if ended else sound
+        laid: list[Piece] = []
         while not (self._seen.exhausted and self._heard.exhausted):
-            medium = self._turn
+            medium = self._next
             if not medium.exhausted:
-                piece = medium.cut()
-                if piece is None:
-                    return
-                positions = self._start + medium.positions[:, piece]
-                medium.placed(piece, self._layout.add(np.full(positions.shape[1], medium.token_id), positions))
-            self._turn = self._heard if medium is self._seen else self._seen
+                part = medium.cut()
+                if part is None:
+                    break
+                positions = self._start + medium.positions[:, part]
+                indices = self._layout.add(np.full(positions.shape[1], medium.token_id), positions)
+                laid.append(Piece(medium.kind, part, indices))
+            self._next = self._heard if medium is self._seen else self._seen
+        return laid
 
     def close(self) -> None:
         """Append the closing tokens, after the last ``advance``."""

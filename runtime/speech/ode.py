@@ -1,17 +1,14 @@
-"""ODE solvers of the flow-matching DiT on a fixed schedule.
-
-Fourth-order Runge-Kutta by the 3/8 rule, as in the reference, and two cheaper ones over the same intervals.
+"""Solve the DiT's ODE on a fixed schedule, by one of the methods of `ode_methods`.
 
 Because the schedule is fixed, every time at which the velocity is evaluated is known beforehand: the exporter folds the
-DiT's modulations for exactly these times, and the solver names a time by its index in that table. Arithmetic follows
-transformers' ``RungeKutta4ODESolver`` operation by operation, in float32.
+DiT's modulations for exactly these times, and the solver names a time by its index in that table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import numpy as np
@@ -19,19 +16,13 @@ from numpy.typing import NDArray
 
 from ..bundle.manifest import SolverSpec
 from ..errors import UsageError
+from .ode_methods import METHODS, Method, Solver
 
-#: methods that a bundle's schedule may be made for, with the evaluations of one interval
-METHODS: Mapping[str, int] = {"rk4-3/8": 4}
+if TYPE_CHECKING:
+    from .ode_methods import Velocity
 
-Solver = Literal["rk4", "midpoint", "euler"]
-#: modes by the names that users give them: the reference's, half as many evaluations, a quarter
-SOLVERS: tuple[Solver, ...] = ("rk4", "midpoint", "euler")
-
-Velocity = Callable[[int, NDArray[np.float32]], NDArray[np.float32]]
-"""(index into the schedule's table, state) -> derivative, of the state's shape."""
-
-_THIRD = np.float32(1 / 3)
-_TWO_THIRDS = np.float32(2 / 3)
+#: methods that a bundle's schedule may be made for, as bundle.json names them
+SCHEDULED: Mapping[str, Method] = {"rk4-3/8": METHODS["rk4"]}
 
 
 def rk4_schedule(num_steps: int = 10, sway: float = -1.0, guidance: float = 0.5) -> SolverSpec:
@@ -44,8 +35,8 @@ def rk4_schedule(num_steps: int = 10, sway: float = -1.0, guidance: float = 0.5)
 
     Returns:
         grid of ``num_steps`` points, and a table of evaluation times: each interval's start, one third and two thirds
-        (its end is the next one's start), the end of all, and behind them the middle of each interval, which the
-        ``midpoint`` mode asks for.
+        (its end is the next one's start), the end of all, and behind them the points that other methods ask for: the
+        middle of each interval.
 
     Raises:
         UsageError: fewer than two time points, or a schedule that does not increase.
@@ -58,12 +49,11 @@ def rk4_schedule(num_steps: int = 10, sway: float = -1.0, guidance: float = 0.5)
     grid = even + np.float32(sway) * (cosine - np.float32(1) + even)
     if not (np.diff(grid) > 0).all():
         raise UsageError(f"a sway of {sway} gives time points that do not increase; -1 to 1 was expected")
-    table: list[np.float32] = []
-    for start, end in pairwise(grid):
-        step = end - start
-        table += [start, start + step * _THIRD, start + step * _TWO_THIRDS]
-    table.append(grid[-1])
-    table += [_middle(start, end) for start, end in pairwise(grid)]
+    reference = METHODS["rk4"].points
+    others = sorted({point for method in METHODS.values() for point in method.points} - set(reference))
+    table = [*_times(grid, reference[:-1]), grid[-1]]
+    for point in others:
+        table += _times(grid, (point,))
     return SolverSpec(
         method="rk4-3/8",
         grid=tuple(float(t) for t in grid),
@@ -78,26 +68,27 @@ def with_method(spec: SolverSpec, solver: Solver) -> SolverSpec:
     """The same schedule solved another way.
 
     Raises:
-        UsageError: an unknown mode, or a bundle whose DiT was exported without the time points that it needs.
+        UsageError: an unknown method, or a bundle whose DiT was exported without the time points that it needs.
     """
-    if solver not in SOLVERS:
-        raise UsageError(f"solver is {solver!r}; {', '.join(SOLVERS)} was expected")
-    if solver == "rk4":
+    if solver not in METHODS:
+        raise UsageError(f"solver is {solver!r}; {', '.join(METHODS)} was expected")
+    if METHODS[solver] is SCHEDULED.get(spec.method):
         return spec
-    starts = [_index(spec, np.float32(start), solver) for start in spec.grid[:-1]]
-    stages: tuple[tuple[int, ...], ...] = tuple((start,) for start in starts)
-    if solver == "midpoint":
-        middles = [_middle(np.float32(a), np.float32(b)) for a, b in pairwise(spec.grid)]
-        stages = tuple((start, _index(spec, middle, solver)) for start, middle in zip(starts, middles, strict=True))
+    points = METHODS[solver].points
+    indices = [_index(spec, time, solver) for time in _times(np.asarray(spec.grid, np.float32), points)]
+    stages = tuple(tuple(indices[i : i + len(points)]) for i in range(0, len(indices), len(points)))
     return msgspec.structs.replace(spec, method=solver, stages=stages)
 
 
-def _middle(start: np.float32, end: np.float32) -> np.float32:
-    return np.float32(start + (end - start) * np.float32(0.5))
+def _times(grid: NDArray[np.float32], points: Sequence[float]) -> Iterator[np.float32]:
+    """The times of these points of every interval."""
+    for start, end in pairwise(grid):
+        for point in points:
+            yield end if point == 1 else np.float32(start + (end - start) * np.float32(point))
 
 
 def _index(spec: SolverSpec, time: np.float32, solver: str) -> int:
-    """Place of a time in the table."""
+    """Index of a time in the table."""
     for index, known in enumerate(spec.table):
         if np.float32(known) == time:
             return index
@@ -120,41 +111,10 @@ def solve(spec: SolverSpec, velocity: Velocity, initial: NDArray[np.float32]) ->
     """
     state = np.asarray(initial, np.float32)
     grid = np.asarray(spec.grid, np.float32)
-    advance = _ADVANCE[spec.method]
+    method = SCHEDULED.get(spec.method) or METHODS[cast("Solver", spec.method)]
     for i, stages in enumerate(spec.stages):
-        state = advance(velocity, stages, state, grid[i + 1] - grid[i])
+        state = method.advance(velocity, stages, state, grid[i + 1] - grid[i])
     return state
-
-
-def _rk4(
-    velocity: Velocity, stages: tuple[int, ...], state: NDArray[np.float32], step: np.float32
-) -> NDArray[np.float32]:
-    """The 3/8 rule."""
-    t1, t2, t3, t4 = stages
-    k1 = velocity(t1, state)
-    k2 = velocity(t2, state + k1 * step * _THIRD)
-    toward: NDArray[np.float32] = k2 - k1 * _THIRD
-    k3 = velocity(t3, state + toward * step)
-    k4 = velocity(t4, state + (k1 - k2 + k3) * step)
-    return state + (k1 + (k2 + k3) * np.float32(3) + k4) * step * np.float32(0.125)
-
-
-def _midpoint(
-    velocity: Velocity, stages: tuple[int, ...], state: NDArray[np.float32], step: np.float32
-) -> NDArray[np.float32]:
-    """The velocity half a step ahead."""
-    start, middle = stages
-    half = state + velocity(start, state) * step * np.float32(0.5)
-    return state + velocity(middle, half) * step
-
-
-def _euler(
-    velocity: Velocity, stages: tuple[int, ...], state: NDArray[np.float32], step: np.float32
-) -> NDArray[np.float32]:
-    return state + velocity(stages[0], state) * step
-
-
-_ADVANCE = {"rk4-3/8": _rk4, "midpoint": _midpoint, "euler": _euler}
 
 
 def _linspace(count: int) -> NDArray[np.float32]:

@@ -10,47 +10,22 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend, runs_at_once
-from ..bundle.reader import Bundle
+from ..bundle.reader import Bundle, Voice
 from ..concurrency.timing import StageTimer
 from ..errors import BundleError, OmniportError, UsageError
-from .ode import Solver, solve, with_method
+from .ode import solve, with_method
+from .ode_methods import Solver
+from .windows import Window, checked_windows, window_codes
 
-#: fewest mel frames of context that the vocoder is near exact with
-_LEAST_CONTEXT = 20
 _NOISE_BLOCK = 24
-#: windows on a CPU that is behind: 1.15 times the codes that are spoken, instead of 1.75. Engines end at 84 codes
-_BEHIND = 240
 #: the first window is short: what every evaluation costs besides weighs more in it
 _FIRST_ESTIMATE = 1.5
-
-
-@dataclass(frozen=True)
-class SpeechWindows:
-    """How streamed speech is cut.
-
-    Attributes:
-        chunks: codes that the first, the second, ... and every later window adds: whole attention blocks of 12 codes.
-            The first sound has to wait for ``chunks[0]`` codes and the look-ahead of 12; long windows solve less twice.
-        vocoder_context: mel frames around a window that the vocoder sees, at least 20. None is the bundle's receptive
-            field (34), with which its samples depend on nothing else.
-        behind: codes of every window after the first where DiT and vocoder, in windows of ``chunks[-1]``, are slower
-            than the speech is heard: there are gaps anyway, and few that end sooner are better. None: as ``chunks``
-            says.
-    """
-
-    chunks: tuple[int, ...] = (12, 24, 48)
-    vocoder_context: int | None = None
-    behind: int | None = None
-
-
-Window = Literal["stream", "whole"] | SpeechWindows
-WINDOWS = ("stream", "whole")
 
 
 class NoiseStream:
@@ -121,10 +96,9 @@ class Token2Wav:
     Every sample comes out exactly once and in order: ``repeats * hop`` samples a code.
 
     Args:
-        speaker: float32 [192]. reference: float32 [128].
-        window: ``stream``, ``whole``, or windows of one's own. ``stream`` is ``SpeechWindows()``, with longer windows
-            on a CPU that is behind.
-        solver: of the ODE, see `omniport.runtime.speech.ode`.
+        window: ``stream``, ``whole``, or other windows. ``stream`` is ``SpeechWindows()``, with longer windows on a CPU
+            that is behind.
+        solver: of the ODE, see `omniport.runtime.speech.ode_methods`.
 
     Raises:
         BundleError: the bundle does not speak.
@@ -135,12 +109,12 @@ class Token2Wav:
         self,
         backend: Backend,
         bundle: Bundle,
-        speaker: NDArray[np.float32],
-        reference: NDArray[np.float32],
+        voice: Voice,
         noise: NoiseStream,
-        window: Window,
-        timer: StageTimer,
+        *,
+        window: Window = "stream",
         solver: Solver = "rk4",
+        timer: StageTimer | None = None,
     ) -> None:
         manifest = bundle.manifest
         if manifest.dit is None or manifest.vocoder is None or manifest.solver is None:
@@ -148,13 +122,13 @@ class Token2Wav:
         self._backend = backend
         self._dit, self._vocoder = manifest.dit, manifest.vocoder
         self._solver = with_method(manifest.solver, solver)
-        self._speaker, self._reference = speaker[None], reference[None]
+        self._voice = voice.feeds()
         self._noise = noise
-        self._timer = timer
-        self._block = self._dit.block_size // self._dit.repeats
+        self._timer = StageTimer() if timer is None else timer
         self._streaming = window != "whole"
-        self._windows = self._cuts(window)
-        self._context = self._vocoder_context(self._windows)
+        self._windows, self._context = checked_windows(
+            window, self._dit, self._vocoder, shared=runs_at_once(backend) is not None
+        )
         self._quickest = math.inf  # seconds that the quickest evaluation so far took for a code
         self._quickest_frame = math.inf  # seconds that the vocoder's quickest run so far took for a mel frame
         self._codes: list[int] = []
@@ -186,7 +160,7 @@ class Token2Wav:
             )
         self._codes.append(code)
         ready = []
-        while self._streaming and len(self._codes) >= self._done + self._chunk + self._ahead:
+        while self._streaming and len(self._codes) >= self._done + self._chunk + self._dit.look_ahead_codes:
             ready.append(self._emit(self._done + self._chunk))
         return ready
 
@@ -198,33 +172,6 @@ class Token2Wav:
         """Samples float32 [n] of a window. Needs nothing of the others, so it may run beside them."""
         return self._synthesize(piece.mel, piece.skip, piece.count)
 
-    def _cuts(self, window: Window) -> SpeechWindows:
-        """The windows, checked."""
-        if window in WINDOWS:
-            window = SpeechWindows(behind=None if runs_at_once(self._backend) is None else _BEHIND)
-        if not isinstance(window, SpeechWindows):
-            raise UsageError(f"window is {window!r}; {', '.join(WINDOWS)} or a SpeechWindows was expected")
-        behind = () if window.behind is None else (window.behind,)
-        for name, chunks in (("chunks", window.chunks), ("behind", behind)):
-            whole = all(isinstance(codes, int) and codes > 0 and codes % self._block == 0 for codes in chunks)
-            if not window.chunks or not whole:
-                raise UsageError(
-                    f"SpeechWindows.{name} is {getattr(window, name)!r}; multiples of {self._block} codes, the DiT's "
-                    "attention block, were expected"
-                )
-        return window
-
-    def _vocoder_context(self, window: SpeechWindows) -> int:
-        """Mel frames around a window that the vocoder sees, checked."""
-        most = self._vocoder.context_frames
-        context = most if window.vocoder_context is None else window.vocoder_context
-        if not isinstance(context, int) or not min(_LEAST_CONTEXT, most) <= context <= most:
-            raise UsageError(
-                f"SpeechWindows.vocoder_context is {context!r}; {min(_LEAST_CONTEXT, most)} to {most} mel frames were "
-                "expected"
-            )
-        return context
-
     @property
     def longest(self) -> int:
         """Codes that the longest window adds."""
@@ -234,9 +181,9 @@ class Token2Wav:
     def first_window(self) -> tuple[int, float] | None:
         """Codes that the first sound takes, and the codes a second without which there is a gap after it, however fast
         all else is. None where all sound comes at once."""
-        chunks = self._windows.chunks
-        seconds = chunks[0] / self._dit.codec_hz
-        return (chunks[0] + self._ahead, chunks[min(1, len(chunks) - 1)] / seconds) if self._streaming else None
+        first, second = self._windows.chunks[0], self._windows.chunks[:2][-1]
+        seconds = first / self._dit.codec_hz
+        return (first + self._dit.look_ahead_codes, second / seconds) if self._streaming else None
 
     @property
     def _chunk(self) -> int:
@@ -252,28 +199,19 @@ class Token2Wav:
         By the quickest runs: others may have waited for their turn, or for weights that were read from disk.
         """
         evaluations = sum(map(len, self._solver.stages))
-        codes = self._back + chunk + self._ahead
         doubt = _FIRST_ESTIMATE if self._emitted == 1 else 1.0
-        seconds = self._quickest * evaluations * codes
+        seconds = self._quickest * evaluations * window_codes(chunk, self._dit)
         if math.isfinite(self._quickest_frame):  # the first window may not have been vocoded yet
             seconds += self._quickest_frame * (self._dit.repeats * chunk + 2 * self._context)
         return seconds > doubt * chunk / self._dit.codec_hz
-
-    @property
-    def _ahead(self) -> int:
-        return self._block * self._dit.look_ahead_blocks
-
-    @property
-    def _back(self) -> int:
-        return self._block * self._dit.look_back_blocks
 
     def _emit(self, stop: int) -> MelPiece:
         """The mel of codes ``self._done`` to ``stop``."""
         start = self._done
         first, last = 0, len(self._codes)
         if self._streaming:
-            first = max(0, start - self._back)
-            last = min(last, stop + self._ahead)
+            first = max(0, start - self._dit.look_back_codes)
+            last = min(last, stop + self._dit.look_ahead_codes)
         mel = self._solve(first, last)
         repeats, context = self._dit.repeats, self._context
         new = mel[(start - first) * repeats : (stop - first) * repeats]
@@ -291,8 +229,7 @@ class Token2Wav:
         repeats = self._dit.repeats
         feeds: dict[str, NDArray[Any]] = {
             "codes": np.asarray([self._codes[first:last]], np.int64),
-            "speaker": self._speaker,
-            "reference": self._reference,
+            **self._voice,
         }
 
         def velocity(step: int, x: NDArray[np.float32]) -> NDArray[np.float32]:

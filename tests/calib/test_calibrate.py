@@ -30,8 +30,8 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import UsageError
 from omniport.runtime.generation.decoder import Decoder
+from omniport.runtime.generation.encoders import Encoders
 from omniport.runtime.generation.talker import Talker
-from omniport.runtime.generation.thinker import embed_media
 from omniport.runtime.prompt.builder import build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
@@ -270,7 +270,7 @@ def answer(bundle: Bundle, backend: Observed, sample: Any) -> list[int]:
     table = bundle.embedding("thinker")
     embeds = table.rows(prompt.token_ids)
     for span in prompt.media:
-        embeds[span.positions] = embed_media(span, backend, timer)
+        embeds[span.indices] = Encoders(backend, timer).embed(span)
     thinker = Decoder(backend.graph("thinker"), backend.graph("thinker").new_cache(4096))
     _, hidden = thinker.forward(embeds, prompt.position_ids)
     assert hidden is not None
@@ -291,9 +291,10 @@ def answer(bundle: Bundle, backend: Observed, sample: Any) -> list[int]:
         replace(manifest.talker_sampling, max_new_tokens=MAX_CODES), np.random.default_rng(draws[1])
     )
     highest = int(prompt.position_ids.max())
-    codes = list(talker.codes(decoder, prompt.next_position, highest, iter(rows), voice, sampler, timer))
+    tail = prompt.next_position
+    codes = list(talker.codes(decoder, iter(rows), voice, sampler, timer, tail=tail, highest=highest))
     noise = NoiseStream(None, np.random.default_rng(draws[2]), manifest.dit.mel_dim)
-    speech = Token2Wav(backend, bundle, *bundle.voice(voice.name)[1:], noise, "stream", timer)
+    speech = Token2Wav(backend, bundle, bundle.voice(voice.name), noise, timer=timer)
     waves = [wave for code in codes for wave in speech.push(code)] + speech.finish()
     assert np.sqrt(np.mean(np.concatenate(waves) ** 2)) > 1e-3
     return codes
@@ -425,7 +426,7 @@ def test_another_checkpoint_is_refused(calibrated: Path) -> None:
     [
         ((), "CHECKPOINT, OUT.calib and --data"),
         (("CKPT", "OUT"), "CHECKPOINT, OUT.calib and --data"),
-        (("CKPT", "OUT", "--data", "nothing.jsonl"), "nothing.jsonl is not a file"),
+        (("CKPT", "OUT", "--data", "nothing.jsonl"), "nothing.jsonl is no file"),
         (("CKPT", "no/folder/x.calib", "--data", "DATA"), "is not a folder"),
         (("CKPT", ".", "--data", "DATA"), "is a folder"),
         (("CKPT", "--sample-data", "OUT"), "give it alone"),

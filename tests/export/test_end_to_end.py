@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
 from omniport.runtime import session as session_module
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
-from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.generation.decoder import Decoder
 from omniport.runtime.prompt.builder import Prompt
-from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav, Window
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.speech.windows import Window
 from PIL import Image
 from support.oracle import SYSTEM, DecoderTrace, Inputs, Reference, Reply, relative_rms
 
@@ -421,20 +421,20 @@ def swap_two_positions(prompt: Prompt) -> Prompt:
     """Two text tokens before the question change places in time."""
     positions = prompt.position_ids.copy()
     positions[:, [4, 5]] = positions[:, [5, 4]]
-    return replace(prompt, position_ids=positions)
+    return replace(prompt, tokens=replace(prompt.tokens, positions=positions))
 
 
 def swap_height_and_width(prompt: Prompt) -> Prompt:
-    return replace(prompt, position_ids=prompt.position_ids[[0, 2, 1]])
+    return replace(prompt, tokens=replace(prompt.tokens, positions=prompt.position_ids[[0, 2, 1]]))
 
 
 def shift_audio(prompt: Prompt) -> Prompt:
     """Every embedding goes one token further, the last one to the front."""
-    return replace(prompt, media=[replace(span, positions=np.roll(span.positions, 1)) for span in prompt.media])
+    return replace(prompt, media=[replace(span, indices=np.roll(span.indices, 1)) for span in prompt.media])
 
 
 def reply_one_later(prompt: Prompt) -> Prompt:
-    return replace(prompt, next_position=prompt.next_position + 1)
+    return replace(prompt, tokens=replace(prompt.tokens, advance=prompt.next_position + 1))
 
 
 @pytest.mark.parametrize(
@@ -514,9 +514,8 @@ def codes_to_wave(
     session: OmniSession, codes: list[int], window: Window, context: bool = True
 ) -> tuple[Floats, Floats]:
     """Waveform, and the final mel [80, T]; without ``context`` every window is solved by itself."""
-    _, speaker, timbre = session.bundle.voice("Chelsie")
     noise = NoiseStream(NOISE, np.random.default_rng(0), 80)
-    vocal = Token2Wav(session.backend, session.bundle, speaker, timbre, noise, window, StageTimer())
+    vocal = Token2Wav(session.backend, session.bundle, session.bundle.voice("Chelsie"), noise, window=window)
     if not context:
         vocal._dit = msgspec.structs.replace(vocal._dit, look_back_blocks=0, look_ahead_blocks=0)
     mel: list[Floats] = []

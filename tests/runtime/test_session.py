@@ -305,13 +305,13 @@ def test_media_embeddings_go_to_their_places(setup: Setup) -> None:
         if span.vision is not None:
             feeds: dict[str, Any] = {name: getattr(span.vision, name) for name in ("patches", "grid_hw")}
             feeds |= {name: getattr(span.vision, name) for name in ("window_index", "window_valid")}
-            embeds[span.positions] = encoders["vision"].run(feeds)["embeds"]
+            embeds[span.indices] = encoders["vision"].run(feeds)["embeds"]
         else:
             assert span.chunks is not None
             assert span.frames is not None
             assert span.frames.tolist() == [200, 200, 105]
             rows = encoders["audio"].run({"mel": span.chunks, "frames": span.frames})["embeds"]
-            embeds[span.positions] = np.concatenate([rows[0], rows[1], rows[2][:26]])
+            embeds[span.indices] = np.concatenate([rows[0], rows[1], rows[2][:26]])
     found = fed(setup.decoder("thinker"), "inputs_embeds")[0]
     np.testing.assert_array_equal(found[: len(embeds)], embeds)
     assert prompt.media_mask.sum() > 100

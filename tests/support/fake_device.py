@@ -97,7 +97,7 @@ class FakeDriver:
         to, source = self.view(self.host, host, nbytes), self.view(self.memory, device, nbytes)
         self.put(stream, "to_host", lambda: np.copyto(to, source))
 
-    def copy_rows(self, to: int, to_pitch: int, source: int, pitch: int, width: int, rows: int, stream: int) -> None:
+    def copy_rows(self, to: int, source: int, stream: int, *, to_pitch: int, pitch: int, width: int, rows: int) -> None:
         pairs = [
             (self.view(self.memory, to + i * to_pitch, width), self.view(self.memory, source + i * pitch, width))
             for i in range(rows)

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from omniport.runtime.backends.base import Array
 from omniport.runtime.bundle.manifest import Manifest
-from omniport.runtime.bundle.parts import giving
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import OmniportError
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 
@@ -33,7 +31,6 @@ def known_flow_check(bundle: Bundle) -> Check:
     assert vocoder is not None
     assert solver is not None
     table, hop = solver.table, vocoder.hop
-    solved, voiced = giving("velocity").name, giving("wav").name
     noise = np.random.default_rng(5).standard_normal((_CODES * dit.repeats, dit.mel_dim)).astype(np.float32)
 
     def velocity(feeds: Mapping[str, Array]) -> dict[str, Floats]:
@@ -41,18 +38,17 @@ def known_flow_check(bundle: Bundle) -> Check:
         return {"velocity": _flow(time, torch.from_numpy(np.asarray(feeds["x"], np.float32))).numpy()}
 
     backend = ScriptedBackend(
-        {solved: velocity, voiced: lambda feeds: {"wav": np.zeros((1, hop * feeds["mel"].shape[2]), np.float32)}}
+        {"dit": velocity, "bigvgan": lambda feeds: {"wav": np.zeros((1, hop * feeds["mel"].shape[2]), np.float32)}}
     )
-    _, speaker, timbre = bundle.voice(None)
     stream = NoiseStream(noise, np.random.default_rng(0), dit.mel_dim)
     try:
-        vocal = Token2Wav(backend, bundle, speaker, timbre, stream, "whole", StageTimer())
+        vocal = Token2Wav(backend, bundle, bundle.voice(), stream, window="whole")
         for code in range(_CODES):
             vocal.push(code)
         vocal.finish()
     except (OmniportError, IndexError, ValueError) as error:
         return Check(stage="solver", name="a known flow", status=FAIL, message=f"the solver broke down: {error}")
-    got = backend.graph(voiced).calls[0]["mel"][0].T
+    got = backend.graph("bigvgan").calls[0]["mel"][0].T
     wanted = _reference_solve(noise)
     return array_check("solver", "a known flow", got, wanted, "float32", rule="solver.rel_rms")
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import OmniportError
-from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav, Window
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.speech.windows import Window
 
 from ...evaluation.metrics import compare
 from ..context import Context
@@ -53,7 +53,7 @@ class _TappedGraph:
         self._graph, self._name, self._run = graph, name, run
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
-        if "mel" in feeds:
+        if self._name == "bigvgan":
             self._run.mels.append(np.array(feeds["mel"][0]))
         outputs = self._graph.run(feeds, cache)
         if not self._run.broken and not all(np.isfinite(array).all() for array in outputs.values()):
@@ -82,9 +82,8 @@ def speak(context: Context, case: SpeechCase, window: Window, bundle: Bundle | N
     """The case through the runtime's own Token2Wav."""
     dit, _ = geometry(context)
     run, bundle = SpeechRun(), bundle or context.bundle
-    _, speaker, timbre = bundle.voice()
     noise = NoiseStream(case.noise, np.random.default_rng(0), dit.mel_dim)
-    made = Token2Wav(_Tap(context.backend, run), bundle, speaker, timbre, noise, window, StageTimer())
+    made = Token2Wav(_Tap(context.backend, run), bundle, bundle.voice(), noise, window=window)
     try:
         with np.errstate(all="ignore"):  # a graph that overflows is found by its result
             for code in case.codes:

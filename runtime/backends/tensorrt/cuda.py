@@ -1,7 +1,7 @@
 """CUDA calls that engines need: memory, copies, streams, captured graphs.
 
 `Driver` is what the backend asks for; `CudaDriver` gives it through cuda-bindings' runtime API, which needs no toolkit,
-and which is imported when first used. Tests replace it with a stand-in that has its own memory.
+and which is imported when first used. The tests put a stand-in with memory of its own in its place.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Driver(Protocol):
     def to_host(self, host: int, device: int, nbytes: int, stream: int) -> None:
         """Copy to pinned memory."""
 
-    def copy_rows(self, to: int, to_pitch: int, source: int, pitch: int, width: int, rows: int, stream: int) -> None:
-        """Copy ``rows`` rows of ``width`` bytes on the device; rows begin every ``pitch`` bytes."""
+    def copy_rows(self, to: int, source: int, stream: int, *, to_pitch: int, pitch: int, width: int, rows: int) -> None:
+        """Copy ``rows`` rows of ``width`` bytes on the device; they begin every ``pitch`` and ``to_pitch`` bytes."""
 
     def zero(self, device: int, nbytes: int, stream: int) -> None:
         """Fill with zeros."""
@@ -155,7 +155,7 @@ class CudaDriver:
         """See `Driver`."""
         self._call("cudaMemcpyAsync", host, device, nbytes, self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost, stream)
 
-    def copy_rows(self, to: int, to_pitch: int, source: int, pitch: int, width: int, rows: int, stream: int) -> None:
+    def copy_rows(self, to: int, source: int, stream: int, *, to_pitch: int, pitch: int, width: int, rows: int) -> None:
         """See `Driver`."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call("cudaMemcpy2DAsync", to, to_pitch, source, pitch, width, rows, kind, stream)

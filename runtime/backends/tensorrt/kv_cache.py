@@ -46,7 +46,7 @@ class TrtCache(ABC):
     def _require(self, held: int, added: int, most: int) -> None:
         if held > most or held + added > self._capacity:
             raise OmniportError(
-                f"a call at index {held} adds {added} tokens to a KV cache of {self._capacity}; indices 0 to "
+                f"a call at place {held} adds {added} tokens to a KV cache of {self._capacity}; places 0 to "
                 f"{min(most, self._capacity - added)} were expected"
             )
 
@@ -125,12 +125,12 @@ class GrowingTrtCache(TrtCache):
             row = width * itemsize
             self._driver.copy_rows(
                 self._next[name].address,
-                length * row,
                 self._now[name].address,
-                self._length * row,
-                length * row,
-                heads,
                 self._stream,
+                to_pitch=length * row,
+                pitch=self._length * row,
+                width=length * row,
+                rows=heads,
             )
         self._now, self._next = self._next, self._now
         self._length = length

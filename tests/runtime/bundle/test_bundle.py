@@ -47,16 +47,16 @@ def test_text_only_bundle_has_no_voice(tmp_path: Path) -> None:
 
 def test_voices(root: Path) -> None:
     bundle = Bundle.open(root)
-    spec, speaker, reference = bundle.voice(None)
-    assert (spec.name, speaker.shape, reference.shape) == ("Chelsie", (6,), (5,))
-    assert bundle.voice("Ethan")[1].tolist() != speaker.tolist()
+    spec, speaker, timbre = bundle.voice(None)
+    assert (spec.name, speaker.shape, timbre.shape) == ("Chelsie", (6,), (5,))
+    assert bundle.voice("Ethan").speaker.tolist() != speaker.tolist()
     with pytest.raises(UnknownVoice, match=r"'Zoe'.*known voices: Chelsie, Ethan"):
         bundle.voice("Zoe")
 
 
 def test_without_chelsie_the_first_voice_is_the_default(root: Path) -> None:
     edit(root, lambda m: m["voices"].pop(1))
-    assert Bundle.open(root).voice()[0].name == "Ethan"
+    assert Bundle.open(root).voice().spec.name == "Ethan"
 
 
 def test_embedding_rows_of_every_dtype(root: Path) -> None:

@@ -320,10 +320,9 @@ def test_windows_and_lead_are_those_that_were_simulated(root: Path) -> None:
 
 def speech_windows(root: Path) -> Token2Wav:
     bundle = Bundle.open(root)
-    _, speaker, reference = bundle.voice()
     noise = NoiseStream(None, np.random.default_rng(0), 80)
     backend = FakeBackend(bundle.manifest, room=1)
-    return Token2Wav(backend, bundle, speaker, reference, noise, "stream", StageTimer())
+    return Token2Wav(backend, bundle, bundle.voice(), noise)
 
 
 def test_what_is_said_does_not_depend_on_turns(root: Path) -> None:

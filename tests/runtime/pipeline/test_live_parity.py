@@ -45,7 +45,7 @@ def same(session: OmniSession, parts: list[dict[str, Any]], push: Callable[[Any]
     conversation = session._conversation
     assert conversation is not None
     for name in ("thinker", "talker"):
-        wanted = cache_rows(whole._idle[name][0], prompt)
+        wanted = cache_rows(whole._pool.borrow(name), prompt)
         if not close(cache_rows(conversation.decoder(name)._cache, prompt), wanted):
             return False
     if (heard[2].token_ids, heard[2].codec_ids) != (told[2].token_ids, told[2].codec_ids):

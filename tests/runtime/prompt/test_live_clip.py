@@ -86,23 +86,16 @@ def lay(layout: Layout, feed: list[tuple[int, int]], grids: int, sound: int, ste
     """A video of ``grids`` 2x1 patches every ``step`` s and ``sound`` audio tokens, fed by (grids, tokens) so far."""
     times = video_times(grids + 1, step, layout.manifest)
     grid = grid_positions((grids, 4, 2), times[:grids], 2)
-    taken: list[tuple[str, int, int]] = []
-    both = SoundVideo(
-        layout,
-        lambda part, _: taken.append(("video", part.start, part.stop)),
-        lambda part, _: taken.append(("audio", part.start, part.stop)),
-    )
-    for seen, heard in feed:
-        both.advance(grid[:, : 2 * seen], int(times[seen]), heard)
-    both.advance(grid, None, sound, ended=True)
+    both = SoundVideo(layout)
+    pieces = [p for seen, heard in feed for p in both.advance(grid[:, : 2 * seen], int(times[seen]), heard)]
+    pieces += both.advance(grid, None, sound, ended=True)
     both.close()
     for kind, total in (("video", 2 * grids), ("audio", sound)):
-        parts = [(a, b) for name, a, b in taken if name == kind]
+        parts = [(piece.part.start, piece.part.stop) for piece in pieces if piece.kind == kind]
         assert [a for a, _ in parts] == [0, *(b for _, b in parts[:-1])]
         assert parts[-1][1] == total
-    ids, positions = layout.take()
-    layout.cursor = 0
-    return np.concatenate([ids[None], positions])
+    made = layout.segment()
+    return np.concatenate([made.ids[None], made.positions])
 
 
 @pytest.mark.parametrize("step", [1.0, 0.4, 1.4, 4.4, 5.0])

@@ -390,7 +390,7 @@ def spans_fit(prompt: Prompt, setup: Setup) -> None:
     """Media spans cover exactly the placeholder tokens, with as many embeddings as the media give."""
     tokens = setup.manifest.tokens
     for kind, token_id in (("audio", tokens.audio), ("image", tokens.image), ("video", tokens.video)):
-        places = [span.positions for span in prompt.media if span.kind == kind]
+        places = [span.indices for span in prompt.media if span.kind == kind]
         found = np.concatenate([np.zeros(0, np.int64), *places])
         np.testing.assert_array_equal(found, np.flatnonzero(prompt.token_ids == token_id))
     for span in prompt.media:
@@ -404,7 +404,7 @@ def spans_fit(prompt: Prompt, setup: Setup) -> None:
             assert span.vision is not None
             assert span.chunks is None
             given = span.vision.tokens
-        assert given == len(span.positions) > 0
+        assert given == len(span.indices) > 0
     wanted = np.isin(prompt.token_ids, [tokens.audio, tokens.image, tokens.video])
     np.testing.assert_array_equal(prompt.media_mask, wanted)
 
@@ -437,9 +437,9 @@ def test_each_video_decides_about_its_sound(small: Setup) -> None:
     prompt = build_prompt([user(loud, quiet)], small.manifest, small.codec)
     assert [span.kind for span in prompt.media] == ["video", "audio", "video"]
     spans_fit(prompt, small)
-    tokens, last = small.manifest.tokens, prompt.media[2].positions
+    tokens, last = small.manifest.tokens, prompt.media[2].indices
     assert prompt.token_ids[last[0] - 1] == tokens.vision_bos
-    alone = build_prompt([user(quiet)], small.manifest, small.codec).media[0].positions
+    alone = build_prompt([user(quiet)], small.manifest, small.codec).media[0].indices
     steps = prompt.position_ids[:, last] - prompt.position_ids[:, last[:1]]
     expected = build_prompt([user(quiet)], small.manifest, small.codec).position_ids[:, alone]
     np.testing.assert_array_equal(steps, expected - expected[:, :1])
@@ -486,7 +486,7 @@ def test_rounding_does_not_part_tokens_from_their_positions(small: Setup) -> Non
     prompt, expected = build_prompt(messages, small.manifest, small.codec), Reference(small).run(messages)
     assert prompt.token_ids.tolist() != expected.ids
     np.testing.assert_array_equal(prompt.position_ids, expected.positions)
-    seen, heard = (prompt.position_ids[:, span.positions] for span in prompt.media)
+    seen, heard = (prompt.position_ids[:, span.indices] for span in prompt.media)
     start = heard[0, 0]
     np.testing.assert_array_equal(heard, np.broadcast_to(start + np.arange(3220), (3, 3220)))
     late = np.arange(92) * 35 - (seen[0] - start)  # truncated like the reference's

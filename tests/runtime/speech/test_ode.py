@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 from omniport.runtime.errors import UsageError
-from omniport.runtime.speech.ode import Solver, rk4_schedule, solve, with_method
+from omniport.runtime.speech.ode import rk4_schedule, solve, with_method
+from omniport.runtime.speech.ode_methods import Solver
 
 
 def even_schedule(intervals: int):

@@ -14,8 +14,9 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import OmniportError, UsageError
 from omniport.runtime.speech import token2wav
-from omniport.runtime.speech.ode import Solver
-from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav, Window
+from omniport.runtime.speech.ode_methods import Solver
+from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.speech.windows import Window
 from support.bundles import CODES, make_bundle
 from support.fake_backend import FakeBackend, FakeBigVgan, FakeDit
 
@@ -43,10 +44,9 @@ class Run:
         **graphs: Any,
     ) -> None:
         self.backend = FakeBackend(bundle.manifest, graphs, room)
-        _, speaker, reference = bundle.voice()
         stream = NoiseStream(noise, np.random.default_rng(seed), 80)
         self.timer = StageTimer()
-        made = Token2Wav(self.backend, bundle, speaker, reference, stream, window, self.timer, solver)
+        made = Token2Wav(self.backend, bundle, bundle.voice(), stream, window=window, solver=solver, timer=self.timer)
         self.pushed = [made.push(code) for code in codes]
         self.finished = made.finish()
         assert made.finish() == []

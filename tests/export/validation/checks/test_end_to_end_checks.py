@@ -257,13 +257,13 @@ def check_all(context: Context, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
 def shifted(*arguments: Any) -> Prompt:
     """Height and width of pictures change places."""
     prompt = build_prompt(*arguments)
-    return replace(prompt, position_ids=prompt.position_ids[[0, 2, 1]])
+    return replace(prompt, tokens=replace(prompt.tokens, positions=prompt.position_ids[[0, 2, 1]]))
 
 
 def one_late(*arguments: Any) -> Prompt:
     """The reply starts one position too late."""
     prompt = build_prompt(*arguments)
-    return replace(prompt, next_position=prompt.next_position + 1)
+    return replace(prompt, tokens=replace(prompt.tokens, advance=prompt.next_position + 1))
 
 
 @pytest.mark.parametrize("fault", [shifted, one_late])

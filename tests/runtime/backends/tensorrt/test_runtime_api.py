@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_cuda_bindings_take_what_the_driver_gives_them() -> None:
         (driver.allocate_host, 256),
         (driver.to_device, 1, 2, 3, 4),
         (driver.to_host, 1, 2, 3, 4),
-        (driver.copy_rows, 1, 2, 3, 4, 5, 6, 7),
+        (partial(driver.copy_rows, to_pitch=4, pitch=5, width=6, rows=7), 1, 2, 3),
         (driver.zero, 1, 2, 3),
         (driver.create_stream,),
         (driver.synchronize, 1),

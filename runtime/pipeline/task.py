@@ -1,0 +1,105 @@
+"""Check a reply's options against the bundle, and make everything that its workers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..backends.base import Backend
+from ..bundle.graph_spec import SPEECH_GRAPHS
+from ..bundle.manifest import VoiceSpec
+from ..bundle.reader import Bundle
+from ..concurrency.cancel import CancelToken, GuardedBackend
+from ..concurrency.timing import StageTimer
+from ..errors import UsageError
+from ..generation.sampling import Sampler, validate_sampling
+from ..generation.talker import Talker
+from ..prompt.tokenizer import TextCodec
+from ..reply_options import ReplyOptions
+from ..speech.token2wav import NoiseStream, Token2Wav
+
+
+@dataclass(frozen=True)
+class SpeechTask:
+    """What a spoken reply needs, checked."""
+
+    talker: Talker
+    voice: VoiceSpec
+    sampler: Sampler
+    token2wav: Token2Wav
+    sample_rate: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyTask:
+    """How to reply, checked.
+
+    Attributes:
+        sampler: the thinker's.
+        stop: thinker ids that end the reply.
+        speech: None for a reply that is only read.
+        reserve: tokens of the KV cache that shall be free for the reply.
+        threads: workers at once, each in its thread; False: one after the other in the caller's.
+        exact: of a live turn, see `OmniSession.turn`.
+    """
+
+    bundle: Bundle
+    codec: TextCodec
+    backend: GuardedBackend
+    token: CancelToken
+    timer: StageTimer
+    sampler: Sampler
+    stop: tuple[int, ...]
+    speech: SpeechTask | None
+    reserve: int
+    threads: bool
+    exact: bool
+
+
+def make_task(bundle: Bundle, codec: TextCodec, backend: Backend, options: ReplyOptions, capacity: int) -> ReplyTask:
+    """Check how a reply is asked for, and make what it takes.
+
+    Args:
+        capacity: tokens of the KV caches.
+
+    Raises:
+        UsageError, UnknownVoice: the bundle cannot reply like that.
+    """
+    bundle.require_graph("thinker", "any reply")
+    config = options.thinker or bundle.manifest.thinker_sampling
+    validate_sampling(config, "thinker")
+    timer, token = StageTimer(), CancelToken()
+    guarded = GuardedBackend(backend, token, timer)
+    speech = _speech_task(bundle, guarded, options, timer) if options.speak else None
+    longest = max(config.max_new_tokens, speech.sampler.config.max_new_tokens if speech else 0)
+    return ReplyTask(
+        bundle=bundle,
+        codec=codec,
+        backend=guarded,
+        token=token,
+        timer=timer,
+        sampler=Sampler(config, options.generators()[0]),
+        stop=() if options.ignore_stop else bundle.manifest.chat.stop,
+        speech=speech,
+        reserve=min(longest, capacity // 4),
+        threads=options.threads,
+        exact=options.exact,
+    )
+
+
+def _speech_task(bundle: Bundle, backend: GuardedBackend, options: ReplyOptions, timer: StageTimer) -> SpeechTask:
+    manifest = bundle.manifest
+    if manifest.dit is None or manifest.vocoder is None or manifest.talker_sampling is None:
+        raise UsageError(
+            f"{bundle.root} cannot speak: it was exported from a checkpoint without talker. Ask for text with "
+            "speak=False, or export a checkpoint that has one"
+        )
+    for name in SPEECH_GRAPHS:
+        bundle.require_graph(name, "speech")
+    config = options.talker or manifest.talker_sampling
+    validate_sampling(config, "talker")
+    voice = bundle.voice(options.voice)
+    _, sampling, drawn = options.generators()
+    noise = NoiseStream(options.noise, drawn, manifest.dit.mel_dim)
+    token2wav = Token2Wav(backend, bundle, voice, noise, window=options.window, solver=options.solver, timer=timer)
+    talker = Talker(bundle, ignore_stop=options.ignore_stop)
+    return SpeechTask(talker, voice.spec, talker.sampler(config, sampling), token2wav, manifest.vocoder.sample_rate)
