@@ -35,7 +35,7 @@ from omniport.export.exporter import export_checkpoint
 from omniport.export.synthetic.make_checkpoint import make_checkpoint
 from omniport.export.validation.summary import StageRow, stage_rows
 from omniport.export.validation.types import FAIL, NOT_RUN, ValidationReport
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.parts import PARTS
 
 from benchmarks.harness import RESULTS
 
@@ -76,7 +76,7 @@ def measure(folder: Path, size: str, suite: str, precisions: Sequence[str], cach
         checkpoint, bundle = prepare(folder, size, precision)
         with quiet_transformers():
             opened = Checkpoint.open(checkpoint)
-            parts = {name: reference_bytes(opened, name) for name in GRAPH_NAMES}
+            parts = {name: reference_bytes(opened, name) for name in PARTS}
         for state in CACHES[size][precision]:
             if state == "empty cache":
                 shutil.rmtree(cache, ignore_errors=True)

@@ -75,8 +75,8 @@ def calibrate(
         rows = read_samples(data, source.manifest, source.codec, samples)
         if source.ckpt.has_speech and not any(row.reply for row in rows):
             raise UsageError(
-                f'no sample of {data} has a "reply", so that the model would not speak and talker, DiT and vocoder not '
-                'be calibrated; give at least one line a "reply"'
+                f'no sample of {data} has a "reply", so talker, DiT and vocoder could not be calibrated; give at least '
+                'one line a "reply"'
             )
         header = Header(
             fingerprint=source.ckpt.fingerprint,
@@ -103,8 +103,8 @@ def _check(data: Path, out: Path) -> None:
         raise UsageError(f"{out.parent} is not a folder; make it first, or choose another place")
     if not data.is_file():
         raise UsageError(
-            f"{data} is no file. JSON lines with messages were expected; omniport calibrate --sample-data DIR writes a "
-            "small set"
+            f"{data} is not a file. JSON lines with messages were expected; omniport calibrate --sample-data DIR "
+            "writes a small set"
         )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.bundle.parts import decoders
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckFailed, UsageError
 
 from .quantize import QuantizeReport
-from .report.recorded_calls import DECODERS, Calls, Loss, loss_of, record, replay
+from .report.recorded_calls import Calls, Loss, loss_of, record, replay
 from .search import SearchResult, Target, parts_of, search
 
 Progress = Callable[[str, int, int], None]
@@ -113,8 +114,9 @@ class _Work:
         self.quantize(first, self.keep, self.recipes, None)
         record = Bundle.open(first).manifest.quantization
         assert record is not None
-        for name in DECODERS:
-            weights = [weight for weight, scheme in record.layers.get(name, {}).items() if scheme != "none"]
+        for part in decoders():
+            name, layers = part.name, record.layers.get(part.name, {})
+            weights = [weight for weight, scheme in layers.items() if scheme != "none"]
             if weights:
                 self.parts[name] = parts_of(weights)
         if not self.parts:

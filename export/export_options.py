@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.bundle.manifest import KV_FORMS
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import ExportError
 
 from .graphs.lowering import OPS
@@ -56,9 +56,9 @@ class ExportOptions:
         ):
             if value not in known:
                 raise ExportError(f"no {what} {value!r}; known: {', '.join(known)}")
-        unknown = sorted(set(graphs or ()) - set(GRAPH_NAMES))
+        unknown = sorted(set(graphs or ()) - PARTS.keys())
         if unknown:
-            raise ExportError(f"no graph named {', '.join(unknown)}; known: {', '.join(GRAPH_NAMES)}")
+            raise ExportError(f"no graph named {', '.join(unknown)}; known: {', '.join(PARTS)}")
         if self.ops == "decomposed" and self.kv == "static":
             raise ExportError(
                 "--ops decomposed goes with --kv concat: a static KV cache is updated in place by TensorScatter, which "

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .backends import open_backend
 from .backends.base import Backend, KvCache, most_context
 from .bundle.manifest import Manifest, SamplingConfig
+from .bundle.parts import encoder_of
 from .bundle.reader import Bundle
 from .errors import UsageError
 from .events import Event
@@ -255,7 +256,7 @@ class OmniSession:
         # The talker prefills two tokens more than the prompt has.
         require_room(len(prompt.token_ids), self.max_context, reply=2 if speak else 1)
         for span in prompt.media:
-            self.bundle.require_graph("audio_encoder" if span.kind == "audio" else "vision_encoder", f"the {span.kind}")
+            self.bundle.require_graph(encoder_of(span.kind).name, f"the {span.kind}")
         reply = WholeReply(task, prompt, self._pool, started)
         self._replies.add(reply)
         return reply.events()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .bundle.parts import encoder_of
 from .concurrency.cancel import Cancelled
 from .errors import MediaError, PromptError, TurnEnded
 from .events import Done, Event, Stats
@@ -226,10 +227,7 @@ class Turn:
 
     def _require(self, kind: str) -> None:
         """UsageError if the bundle cannot take such media."""
-        if kind == "audio":
-            self._task.bundle.require_graph("audio_encoder", "sound")
-        else:
-            self._task.bundle.require_graph("vision_encoder", "a picture")
+        self._task.bundle.require_graph(encoder_of(kind).name, "sound" if kind == "audio" else "a picture")
 
     def _abort(self) -> None:
         """Take the turn back."""

@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 import torch
 from omniport.runtime.backends.base import Array, Backend, KvCache
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.bundle.manifest import VoiceSpec
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import OmniportError
 from omniport.runtime.generation.decoder import Decoder
@@ -39,8 +39,6 @@ Progress = Callable[[str, int, int], None]
 _HEAD = "lm_head.weight"
 #: samples that speak side by side: their KV caches are in memory
 _GROUP = 8
-#: parts whose products may become INT4
-_SEARCHED = ("thinker", "talker")
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Stages:
             "dit": partial(self._speak, "dit", self._mels),
             "bigvgan": partial(self._speak, "bigvgan", self._sounds),
         }
-        for name in GRAPH_NAMES:
+        for name in PARTS:
             if name in definitions and not self._job.work.done(name):
                 stages[name]()
                 self._job.work.finish(name)
@@ -93,7 +91,7 @@ class Stages:
         module = definition.module()
         rules = dict(module.named_rules(str(module.prefix)))
         folder = self._job.work.folder / "sites" / graph
-        return Findings(folder, self._sites(graph), rules, ckpt, graph in _SEARCHED)
+        return Findings(folder, self._sites(graph), rules, ckpt, PARTS[graph].decodes)
 
     def _sites(self, graph: str) -> tuple[SitePlan, ...]:
         if graph not in self._plans:
@@ -129,7 +127,7 @@ class Stages:
             work.finish(f"{name}-{index}")
 
     def _encoder(self, graph: str) -> None:
-        kinds = ("audio",) if graph == "audio_encoder" else ("image", "video")
+        kinds = PARTS[graph].media
         findings = self.findings(graph)
         engine = self._engine(graph, memory=0, again=False)
         places: list[tuple[int, int, list[int]]] = []
@@ -292,8 +290,7 @@ def _call(source: Source, graph: str, feeds: Mapping[str, Array], caches: Sequen
 
 
 def _no_caches(source: Source, graph: str) -> list[torch.Tensor]:
-    geometry = source.manifest.thinker if graph == "thinker" else source.manifest.talker
-    assert geometry is not None
+    geometry = source.manifest.decoders[graph]
     return [torch.zeros(1, geometry.num_kv_heads, 0, geometry.head_dim)] * (2 * geometry.num_layers)
 
 

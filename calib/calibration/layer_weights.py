@@ -62,7 +62,7 @@ class LazyWeights:
 
 
 def _runs(part: nn.Module) -> bool:
-    """Whether a module has a forward of its own; containers and tables have none."""
+    """Whether a module defines forward; containers and tables do not."""
     return type(part).forward is not nn.Module.forward
 
 

@@ -1,6 +1,6 @@
 """Run the runtime's loops for several samples in lockstep, so that their graph calls pass each layer together.
 
-Every job runs in a thread of its own against a stand-in for a backend. When all jobs that still run wait for a graph,
+Every job runs in its own thread against a stand-in for a backend. When all jobs that still run wait for a graph,
 the calls of one graph are carried out, in the order of the jobs: what comes out does not depend on which thread was
 faster.
 """
@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, KvCache
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import OmniportError
 from torch import Tensor
 
@@ -171,6 +172,6 @@ class _Graph:
 
     def new_cache(self, capacity: int) -> KvCache:
         """As ``Graph.new_cache``."""
-        if self._name not in ("thinker", "talker"):
+        if not PARTS[self._name].decodes:
             raise OmniportError(f"{self._name} has no KV cache")
         return self._lockstep.new_cache(self._name, capacity)

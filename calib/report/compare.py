@@ -17,7 +17,6 @@ from omniport.export.evaluation.machine import environment, usable_threads
 from omniport.export.evaluation.recording import RecordingBackend
 from omniport.export.evaluation.speech_metrics import log_mel_power, mel_cepstral_distortion, mel_l1
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
-from omniport.runtime.bundle.graph_spec import SPEECH_GRAPHS
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
@@ -185,7 +184,7 @@ class _Measured:
             made = None if calls is None else replay(backend.graph(graph), graph, calls, _rounds(calls))
             graphs.append(self._graph(graph, calls, made))
         sound = None
-        if not self.recording.codes or any(graph not in manifest.graphs for graph in SPEECH_GRAPHS):
+        if not self.recording.codes or not manifest.speaks:
             missing["sound"] = "the bundle does not speak" if not self.recording.codes else "it lacks speech graphs"
         else:
             mel, wave = reference.of(self.bundle, backend)

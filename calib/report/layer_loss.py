@@ -20,11 +20,12 @@ from omniport.export.evaluation.half_emulation import load_copy, open_graph
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.bundle.graph_spec import TensorSpec
 from omniport.runtime.bundle.integer_weights import integers_name, scales_name, zero_points_name
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
 from onnx import numpy_helper
 
 from ..weights.qdq import rounded_output
-from .recorded_calls import DECODERS, EQUAL_DB, Calls
+from .recorded_calls import EQUAL_DB, Calls
 
 Array = NDArray[Any]
 #: of scaling rows, then columns, in turns
@@ -208,7 +209,7 @@ def _run(
 ) -> dict[str, NDArray[np.float32]]:
     """Values inside a graph on one call, of those that the graph has."""
     graph, found = _tapped(bundle, name, list(values), threads)
-    cache = graph.new_cache(len(feeds["kv_positions"])) if name in DECODERS else None
+    cache = graph.new_cache(len(feeds["kv_positions"])) if PARTS[name].decodes else None
     outputs = graph.run(feeds, cache)
     return {value: outputs[value] for value in found}
 

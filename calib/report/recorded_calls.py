@@ -23,34 +23,23 @@ from omniport.export.evaluation.metrics import logit_figures
 from omniport.export.evaluation.recording import RecordedGraph, RecordingBackend
 from omniport.runtime.backends.base import Backend, Graph
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
-from omniport.runtime.bundle.graph_spec import SPEECH_GRAPHS
 from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.parts import PARTS, decoders, encoder_of
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.events import Done
 from omniport.runtime.session import OmniSession
 
 Array = NDArray[Any]
-DECODERS = ("thinker", "talker")
-#: graph -> the output that is compared
-OUTPUTS: Mapping[str, str] = {
-    "audio_encoder": "embeds",
-    "vision_encoder": "embeds",
-    "thinker": "logits",
-    "talker": "logits",
-    "dit": "velocity",
-    "bigvgan": "wav",
-}
 #: built-in conversations: short, one for each way into the thinker
 _NAMES = ("text", "turns", "audio", "image")
-_MEDIA_GRAPH = {"audio": "audio_encoder", "image": "vision_encoder", "video": "vision_encoder"}
 #: a signal-to-noise ratio that stands for equal
 EQUAL_DB = 300.0
 
 
 @dataclass
 class Calls:
-    """Calls of one graph in order: what it was given, and the output that counts (`OUTPUTS`), [rows, width] each."""
+    """Calls of one graph in order: what it was given, and the output that counts, [rows, width] each."""
 
     feeds: list[dict[str, Array]] = field(default_factory=list)
     wanted: list[NDArray[np.float32]] = field(default_factory=list)
@@ -119,8 +108,8 @@ def record(
     Raises:
         UsageError: the bundle cannot answer, or ``data`` is not usable (names the line).
     """
-    if "thinker" not in bundle.manifest.graphs:
-        raise UsageError(f"{bundle.root} has no thinker, so that it cannot answer: export it without --graphs")
+    if (writer := decoders()[0].name) not in bundle.manifest.graphs:
+        raise UsageError(f"{bundle.root} has no {writer}, so that it cannot answer: export it without --graphs")
     recording = RecordingBackend(OrtBackend(bundle))
     backend: Backend = recording if sound else _Mute(recording, bundle.manifest)
     with tempfile.TemporaryDirectory() as folder, OmniSession(bundle, backend) as session:
@@ -142,14 +131,14 @@ def replay(graph: Graph, name: str, calls: Calls, rounds: int = 1) -> Replayed:
         name: of the graph.
         rounds: how often, for times that are not those of a first call; outputs are of the first round.
     """
-    decoder = name in DECODERS
+    decoder, output = PARTS[name].decodes, PARTS[name].output
     capacity = max((len(feeds["kv_positions"]) for feeds in calls.feeds), default=0) if decoder else 0
     cache = graph.new_cache(capacity) if decoder else None
     outputs, times = [], []
     for number in range(rounds):
         for feeds in calls.feeds:
             begun = time.perf_counter()
-            made = graph.run(feeds, cache)[OUTPUTS[name]]
+            made = graph.run(feeds, cache)[output]
             times.append((time.perf_counter() - begun, _rows(feeds) if decoder else 1))
             if number == 0:
                 outputs.append(made.reshape(-1, made.shape[-1]))
@@ -175,7 +164,7 @@ def loss_of(name: str, outputs: Sequence[NDArray[np.float32]], wanted: Sequence[
     if not np.isfinite(noise):
         raise CheckFailed(f"the quantized {name} gives values that are not finite. Quantize with another recipe")
     sqnr = EQUAL_DB if noise == 0 else min(EQUAL_DB, 10 * float(np.log10(signal / noise)))
-    if name not in DECODERS:
+    if not PARTS[name].decodes:
         return Loss(sqnr)
     figures = logit_figures(np.concatenate(outputs), np.concatenate(wanted))
     return Loss(sqnr, float(figures["kl"] or 0), float(figures["top1_agreement"] or 0))
@@ -186,7 +175,7 @@ def _conversations(session: OmniSession, data: Path | None, folder: Path) -> Seq
         return read_conversations(data, session.manifest, session.text_codec)
     graphs = session.manifest.graphs
     found = standard_conversations(folder, _NAMES)
-    return [c for c in found if all(_MEDIA_GRAPH[medium.kind] in graphs for medium in c.media)]
+    return [c for c in found if all(encoder_of(medium.kind).name in graphs for medium in c.media)]
 
 
 def _answer(session: OmniSession, conversation: Conversation, max_new_tokens: int, max_codes: int) -> list[int]:
@@ -196,13 +185,10 @@ def _answer(session: OmniSession, conversation: Conversation, max_new_tokens: in
     talker = manifest.talker_sampling
     if talker is not None:
         talker = replace(talker, max_new_tokens=max_codes)
-    speak = _speaks(manifest)
-    events = session.reply(conversation.messages(), speak=speak, thinker=thinker, talker=talker, threads=False)
+    events = session.reply(
+        conversation.messages(), speak=manifest.speaks, thinker=thinker, talker=talker, threads=False
+    )
     return [code for event in events if isinstance(event, Done) for code in event.codec_ids]
-
-
-def _speaks(manifest: Manifest) -> bool:
-    return all(name in manifest.graphs for name in SPEECH_GRAPHS)
 
 
 def _rows(feeds: Mapping[str, Array]) -> int:
@@ -210,7 +196,7 @@ def _rows(feeds: Mapping[str, Array]) -> int:
 
 
 def _calls(name: str, graph: RecordedGraph) -> Calls:
-    wanted = [given[OUTPUTS[name]] for given in graph.given]
+    wanted = [given[PARTS[name].output] for given in graph.given]
     return Calls(list(graph.calls), [array.reshape(-1, array.shape[-1]) for array in wanted])
 
 
@@ -223,7 +209,8 @@ class _Mute:
 
     def graph(self, name: str) -> Graph:
         """As ``Backend.graph``."""
-        return _Silent(self._hop) if name in ("dit", "bigvgan") else self._inner.graph(name)
+        part = PARTS[name]
+        return _Silent(self._hop) if part.speaks and not part.decodes else self._inner.graph(name)
 
     def close(self) -> None:
         """Forget the records."""

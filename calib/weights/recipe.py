@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import UsageError
 
 from .tensors import CHANNELS_LAST, Weight
@@ -101,7 +101,7 @@ class Recipe:
 
     Attributes:
         graphs: graph -> its rules; graphs that are not named stay as they are.
-        every: the rules of a graph that is given this recipe by name and has none of its own.
+        every: the rules of a graph that is given this recipe by name and has no rules in it.
     """
 
     name: str
@@ -173,13 +173,13 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe(
             "fp8",
             "E4M3 times E4M3 in all matrix products; GPUs from SM89 on",
-            {name: _FP8 for name in GRAPH_NAMES if name != "bigvgan"},
+            {name: _FP8 for name in PARTS if name != "bigvgan"},
             _FP8,
         ),
         Recipe(
             "int8-plain",
             "INT8 times INT8 without smoothing, to compare with",
-            {name: (Rule("", "w8a8"),) for name in GRAPH_NAMES if name != "bigvgan"},
+            {name: (Rule("", "w8a8"),) for name in PARTS if name != "bigvgan"},
             _W8A8,
         ),
     )
@@ -262,9 +262,7 @@ def choose(
         chosen[graph] = tuple(row)
     if unused:
         example = next((f"{graph}/{row[0].name}" for graph, row in weights.items() if row), "none")
-        raise UsageError(
-            f"--keep {min(unused)!r} is found in the name of no weight; a name is GRAPH/WEIGHT, for example {example!r}"
-        )
+        raise UsageError(f"--keep {min(unused)!r} matches no weight; a name is GRAPH/WEIGHT, for example {example!r}")
     return chosen
 
 

@@ -78,7 +78,7 @@ def command(
     ] = None,
     zero_points: Annotated[
         ZeroPoints,
-        typer.Option(help="Of GPTQ and AWQ checkpoints. separate: a product of their own, for TensorRT."),
+        typer.Option(help="Zero points of GPTQ/AWQ weights: keep, or separate into a second MatMul (TensorRT)."),
     ] = ZeroPoints.keep,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -135,13 +135,13 @@ def graph_list(text: str) -> tuple[str, ...] | None:
     Raises:
         UsageError: a name that is no graph.
     """
-    from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+    from omniport.runtime.bundle.parts import PARTS
     from omniport.runtime.errors import UsageError
 
     names = tuple(name.strip() for name in text.split(",") if name.strip())
-    unknown = [name for name in names if name not in GRAPH_NAMES]
+    unknown = [name for name in names if name not in PARTS]
     if unknown:
-        raise UsageError(f"--graphs: no graph named {', '.join(unknown)}; known: {', '.join(GRAPH_NAMES)}")
+        raise UsageError(f"--graphs: no graph named {', '.join(unknown)}; known: {', '.join(PARTS)}")
     return names or None
 
 

@@ -215,15 +215,15 @@ def graph_choices(texts: list[str]) -> dict[str, str]:
     Raises:
         UsageError: not of that form, no such graph, or a graph named twice.
     """
-    from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+    from omniport.runtime.bundle.parts import PARTS
     from omniport.runtime.errors import UsageError
 
     chosen: dict[str, str] = {}
     for text in texts:
         graph, equals, wanted = text.partition("=")
-        if not equals or not wanted or graph not in GRAPH_NAMES or graph in chosen:
+        if not equals or not wanted or graph not in PARTS or graph in chosen:
             raise UsageError(
-                f"--graph-recipe {text!r}: GRAPH=RECIPE was expected, each graph once; graphs: {', '.join(GRAPH_NAMES)}"
+                f"--graph-recipe {text!r}: GRAPH=RECIPE was expected, each graph once; graphs: {', '.join(PARTS)}"
             )
         chosen[graph] = wanted
     return chosen

@@ -74,7 +74,7 @@ class PushToTalk:
 
 
 def read_keys() -> queue.SimpleQueue[str]:
-    """Read lines of stdin in a thread: each is an Enter; ``q`` or the end of input is a wish to leave."""
+    """Read lines of stdin in a thread: each is an Enter; ``q`` or the end of input asks to leave."""
     keys: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, KvCache
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.bundle.activation_ranges import RANGES_FILE, Ranges, encode_ranges
-from omniport.runtime.bundle.graph_spec import SPEECH_GRAPHS, GraphSpec, TensorSpec
+from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.bundle.manifest import Manifest, encode_manifest
+from omniport.runtime.bundle.parts import decoders, encoder_of
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle, read_manifest
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.session import OmniSession
@@ -34,7 +35,6 @@ from .conversations import Conversation, read_conversations, standard_conversati
 from .half_emulation import load_copy, open_graph
 
 _OUTPUT = "ranges"
-_MEDIA_GRAPH = {"audio": "audio_encoder", "image": "vision_encoder", "video": "vision_encoder"}
 
 
 def measure_ranges(
@@ -63,11 +63,10 @@ def measure_ranges(
     names = []
     with tempfile.TemporaryDirectory() as folder, OmniSession(opened, backend) as session:
         conversations = _conversations(session, data, Path(folder))
-        speak = all(name in opened.manifest.graphs for name in SPEECH_GRAPHS)
         for number, conversation in enumerate(conversations):
             if progress is not None:
                 progress(conversation.name, number, len(conversations))
-            _answer(session, conversation, speak, max_new_tokens, max_codes)
+            _answer(session, conversation, max_new_tokens, max_codes)
             names.append(conversation.name)
     if progress is not None:
         progress("done", len(names), len(names))
@@ -111,8 +110,8 @@ def store_ranges(bundle: str | Path, ranges: Ranges) -> Path:
 
 def _require_float32(bundle: Bundle) -> None:
     graphs = bundle.manifest.graphs
-    if "thinker" not in graphs:
-        raise UsageError(f"{bundle.root} has no thinker, so that it cannot answer: export it without --graphs")
+    if (writer := decoders()[0].name) not in graphs:
+        raise UsageError(f"{bundle.root} has no {writer}, so that it cannot answer: export it without --graphs")
     other = {name: spec.precision for name, spec in graphs.items() if spec.precision != "float32"}
     if other:
         name, precision = next(iter(other.items()))
@@ -123,7 +122,7 @@ def _require_float32(bundle: Bundle) -> None:
 
 
 def _ops(manifest: Manifest) -> str:
-    return "decomposed" if manifest.graphs["thinker"].opset <= LOWERED_OPSET else "native"
+    return "decomposed" if manifest.graphs[decoders()[0].name].opset <= LOWERED_OPSET else "native"
 
 
 def _conversations(session: OmniSession, data: Path | None, folder: Path) -> Sequence[Conversation]:
@@ -133,18 +132,18 @@ def _conversations(session: OmniSession, data: Path | None, folder: Path) -> Seq
     return [
         conversation
         for conversation in standard_conversations(folder)
-        if all(_MEDIA_GRAPH[medium.kind] in graphs for medium in conversation.media)
-        and (not conversation.heard or "audio_encoder" in graphs)
+        if all(encoder_of(medium.kind).name in graphs for medium in conversation.media)
+        and (not conversation.heard or encoder_of("audio").name in graphs)
     ]
 
 
-def _answer(session: OmniSession, conversation: Conversation, speak: bool, max_new_tokens: int, max_codes: int) -> None:
+def _answer(session: OmniSession, conversation: Conversation, max_new_tokens: int, max_codes: int) -> None:
     manifest = session.manifest
     thinker = replace(manifest.thinker_sampling, temperature=0.0, max_new_tokens=max_new_tokens)
     talker = manifest.talker_sampling
     if talker is not None:
         talker = replace(talker, max_new_tokens=max_codes)
-    for _ in session.reply(conversation.messages(), speak=speak, thinker=thinker, talker=talker):
+    for _ in session.reply(conversation.messages(), speak=manifest.speaks, thinker=thinker, talker=talker):
         pass
 
 
@@ -201,7 +200,7 @@ class _ObservedGraph:
         return {key: float(top) for key, top in zip(self._keys, self._top, strict=True)}
 
     def release(self) -> None:
-        """Let go of the session."""
+        """Release the session."""
         self._graph = None
 
 

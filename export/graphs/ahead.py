@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """The same items; a thread of its own makes the next one meanwhile. What it raises is raised in the item's place.
+    """Yield the same items while a background thread makes the next one. Its exceptions are raised in the item's place.
 
     Worth it where making and using them leave the interpreter: reading files, and torch's or numpy's work on large
     arrays. Two items are held at a time.

@@ -32,7 +32,7 @@ from .writer import Pieces
 Array = NDArray[Any]
 #: DequantizeLinear has block_size and INT4 from here on
 OPSET = 21
-#: where zero points go: DequantizeLinear's third input, or a product of their own
+#: where zero points go: DequantizeLinear's third input, or a separate product
 ZERO_POINTS = ("keep", "separate")
 #: bits -> type of integers in a graph, and how an int8 array of them is stored
 _INTEGERS: Mapping[int, tuple[ir.DataType, Callable[[Array], Array]]] = {
@@ -101,7 +101,7 @@ class PackedPass(InPlacePass):
 
     Args:
         weights: initializer -> packed weight.
-        separate: zero points become a product of their own.
+        separate: zero points become a separate product.
     """
 
     def __init__(self, weights: Mapping[str, PackedWeight], separate: bool) -> None:

@@ -206,7 +206,7 @@ class _Job:
         return Memory(weights, caches, activations, self.machine.process, sum(self.model.embedding_bytes.values()))
 
     def held_bytes(self, shape: GraphShape) -> int:
-        """Weights in memory: engines hold them as they are stored, packed kernels in a layout of their own."""
+        """Weights in memory: engines hold them as they are stored, ONNX Runtime in its packed layout."""
         if self.machine.target is not None:
             return self.file_bytes(shape) + ENGINE_EXTRA
         item, total = self.itemsize(shape.name), shape.other * self.itemsize(shape.name) + shape.fixed * 4

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omniport.runtime.bundle.manifest import DecoderGeometry, Manifest
+from omniport.runtime.bundle.manifest import DecoderGeometry
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
 
@@ -40,7 +40,7 @@ class DecoderShape:
     input_width: int
 
     def cache_elements(self, context: int) -> int:
-        """Keys and values of all layers for so many tokens."""
+        """Keys and values of all layers for that many tokens."""
         return 2 * self.layers * self.kv_heads * self.head_dim * context
 
 
@@ -251,10 +251,7 @@ def shape_of_bundle(bundle: Bundle) -> ModelShape:
         BundleError: a graph that cannot be read.
     """
     manifest = bundle.manifest
-    decoders = {"thinker": _decoder_of_manifest(manifest.thinker)}
-    if manifest.talker is not None:
-        decoders["talker"] = _decoder_of_manifest(manifest.talker)
-    decoders = {name: shape for name, shape in decoders.items() if name in manifest.graphs}
+    decoders = {n: _decoder_of_manifest(g) for n, g in manifest.decoders.items() if n in manifest.graphs}
     graphs = {name: decoder_graph(name, shape) for name, shape in decoders.items()}
     for name in manifest.graphs:
         if name not in graphs:
@@ -264,17 +261,12 @@ def shape_of_bundle(bundle: Bundle) -> ModelShape:
         name=bundle.root.name,
         graphs=graphs,
         decoders=decoders,
-        embedding_bytes={name: manifest.files[g.embedding_file].size for name, g in _geometries(manifest)},
+        embedding_bytes={name: manifest.files[g.embedding_file].size for name, g in manifest.decoders.items()},
         max_context=manifest.kv.max_context,
         stored={name: sum(manifest.files[f].size for f in spec.data) for name, spec in manifest.graphs.items()},
         stored_as=manifest.precision,
         evaluations=sum(map(len, solver.stages)) if solver is not None else 0,
     )
-
-
-def _geometries(manifest: Manifest) -> list[tuple[str, DecoderGeometry]]:
-    found = [("thinker", manifest.thinker)]
-    return found if manifest.talker is None else [*found, ("talker", manifest.talker)]
 
 
 def _decoder_of_manifest(g: DecoderGeometry) -> DecoderShape:

@@ -68,6 +68,6 @@ class GraphShape:
         return sum(matrix.elements for matrix in self.matrices) + self.other + self.fixed
 
     def operations(self, rows: float, without: Iterable[Matrix] = ()) -> float:
-        """Multiplications and additions for so many rows."""
+        """Multiplications and additions for that many rows."""
         left_out = set(without)
         return 2 * rows * sum(m.elements * m.steps for m in self.matrices if m not in left_out)

@@ -27,7 +27,7 @@ from ..source_code import package_digest
 from .builder_api import Api, installed_builders, load_api
 from .engine_builder import Built, Progress, build_engine
 from .engine_store import EngineStore, file_record
-from .interruptible import run_aside
+from .interruptible import run_interruptible
 from .profiles import Limits, graph_dims, make_profiles
 
 
@@ -97,7 +97,7 @@ def build_bundle(
             if held is not None and held.key == key and not force:
                 report.graphs.append(GraphBuild(name, bundle.root / place, False, held))
                 continue
-            api = api or run_aside(lambda _: load_api(chosen), lambda: None)
+            api = api or run_interruptible(lambda _: load_api(chosen), lambda: None)
             record = _build(api, bundle, spec, target, store, place, key, limits, progress)
             report.graphs.append(GraphBuild(name, bundle.root / place, True, record))
     report.seconds = time.perf_counter() - started

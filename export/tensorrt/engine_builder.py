@@ -20,7 +20,7 @@ from omniport.runtime.system.host import MemoryWatch
 
 from ..devices.catalog import Target, precisions_of
 from .builder_api import Api
-from .interruptible import Cancelled, run_aside
+from .interruptible import Cancelled, run_interruptible
 from .network import Parsed, check_unused, parse
 from .onnx_file import open_onnx
 from .profiles import Limits, fixed_dims, graph_dims, make_profiles
@@ -93,7 +93,7 @@ def build_engine(
         onnx_file.release()
 
     try:
-        parsed = run_aside(work, look)
+        parsed = run_interruptible(work, look)
         check_unused(spec.name, api.messages())
     except BaseException:
         out.unlink(missing_ok=True)

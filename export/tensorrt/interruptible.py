@@ -34,8 +34,8 @@ class _Outcome(Generic[T]):
                 self.finished.wait()
 
 
-def run_aside(work: Callable[[threading.Event], T], look: Callable[[], None]) -> T:
-    """Run ``work`` on another thread and give back what it gives.
+def run_interruptible(work: Callable[[threading.Event], T], look: Callable[[], None]) -> T:
+    """Run ``work`` on a worker thread and return its result.
 
     Args:
         work: called with an event that is set when its result is no longer wanted.

@@ -14,18 +14,9 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import BackendError
 from omniport.runtime.system.host import collect_and_trim
-
-#: graphs that are used together; thinker and talker alternate within a reply
-_TEAMS = {
-    "audio_encoder": "encoders",
-    "vision_encoder": "encoders",
-    "thinker": "decoders",
-    "talker": "decoders",
-    "dit": "speech",
-    "bigvgan": "speech",
-}
 
 
 class TurnsBackend:
@@ -93,7 +84,7 @@ class TurnsBackend:
         collect_and_trim()
 
     def _load(self, name: str) -> Graph:
-        team = _TEAMS.get(name, name)
+        team = PARTS[name].team if name in PARTS else name
         with self._lock:
             if team != self._team:
                 self.close()

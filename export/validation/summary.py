@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import ExportError
 from omniport.runtime.system.files import replace_file
 
 from ..evaluation.metrics import figure_text
 from .tolerances import LIMITS
 from .types import FAIL, NOT_RUN, PASS, Check, ValidationReport
-
-#: stages in the order in which they are shown
-STAGES = ("preprocess", "positions", *GRAPH_NAMES, "conditioning", "solver", "end_to_end", "speech")
 
 #: figures whose limit is the smallest value that passes
 _AT_LEAST = frozenset(what.rpartition(".")[2] for (what, _), limit in LIMITS.items() if limit.at_least)
@@ -64,7 +61,8 @@ def at_least(figure: str) -> bool:
 
 def stage_rows(report: ValidationReport) -> list[StageRow]:
     """The summary: a row for each stage that has checks."""
-    known = [*STAGES, *sorted({check.stage for check in report.checks} - set(STAGES))]
+    shown = ("preprocess", "positions", *PARTS, "conditioning", "solver", "end_to_end", "speech")
+    known = [*shown, *sorted({check.stage for check in report.checks} - set(shown))]
     return [row for stage in known if (row := _row(report, stage)) is not None]
 
 

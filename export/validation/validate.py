@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends import BACKENDS, open_backend
 from omniport.runtime.backends.base import Backend
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.parts import PARTS, decoders, speech_parts
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, UsageError, UserError
 from omniport.runtime.prompt.tokenizer import TextCodec
@@ -33,10 +33,6 @@ Artifacts = dict[str, NDArray[Any]]
 Progress = Callable[[str, int, int], None]
 
 SUITES = ("quick", "full")
-#: what ``graphs`` may name: each of these is one or two groups of checks
-GROUP_NAMES = ("preprocess", "positions", *GRAPH_NAMES, "end_to_end", "speech")
-_TEXT = ("audio_encoder", "vision_encoder", "thinker")
-_DECODERS = ("thinker", "talker")
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ def validate(
         checkpoint: the checkpoint it was exported from: folder, Hugging Face id or ``modelscope:ID``.
         backend: one of ``omniport.runtime.backends.BACKENDS``. One that cannot run here gives ``not_run`` checks.
         suite: ``quick`` or ``full``.
-        graphs: check these of `GROUP_NAMES` only; everything by default.
+        graphs: check these of `group_names` only; everything by default.
         data: JSON lines, each an object with ``messages``, to add to the end-to-end checks.
         trace: ``thinker`` or ``talker``: also compare its hidden states layer by layer.
         asr: command that prints the words it hears in the WAV file whose path it is given last.
@@ -116,7 +112,7 @@ def validate(
         fingerprint=ckpt.fingerprint,
         backend=job.backend_name,
         precision=manifest.precision,
-        emulated=sorted(job.emulated, key=GRAPH_NAMES.index),
+        emulated=sorted(job.emulated, key=list(PARTS).index),
         suite=suite,
         checks=job.checks,
         environment=environment(job.threads),
@@ -143,7 +139,7 @@ class _Job:
 
     def run(self, groups: Sequence[_Group]) -> None:
         """Run the groups in order."""
-        held = tuple(name for name in GRAPH_NAMES if name in self.bundle.manifest.graphs)
+        held = tuple(name for name in PARTS if name in self.bundle.manifest.graphs)
         part = ""
         for i, group in enumerate(groups):
             if group.part != part:
@@ -230,32 +226,37 @@ class _Job:
             self._backend = None
 
 
+def group_names() -> tuple[str, ...]:
+    """What ``graphs`` may name: each of these is one or two groups of checks."""
+    return ("preprocess", "positions", *PARTS, "end_to_end", "speech")
+
+
 def _groups(
     graphs: Sequence[str] | None, data: str | os.PathLike[str] | None, trace: str | None, asr: str | None
 ) -> list[_Group]:
     """Everything to run, in an order in which no part is loaded twice."""
-    wanted = GROUP_NAMES if graphs is None else tuple(graphs)
+    wanted = group_names() if graphs is None else tuple(graphs)
     groups = [
         _Group("preprocess", "preprocessing.preprocess_checks", "preprocess"),
         _Group("positions", "preprocessing.position_checks", "preprocess"),
     ]
-    for name in GRAPH_NAMES:
+    for name, part in PARTS.items():
         groups.append(_Group(name, "graphs.graph_checks", name, (name,), (name,)))
-        if name in _DECODERS:
+        if part.decodes:
             groups.append(_Group(name, "decoding.decode_checks", name, (name,), (name,)))
     groups += [
         _Group(
             "end_to_end",
             "end_to_end.end_to_end_checks",
             "end_to_end",
-            _TEXT,
+            tuple(name for name, part in PARTS.items() if not part.speaks),
             options={} if data is None else {"data": Path(data)},
         ),
         _Group(
             "speech",
             "speech.speech_checks",
             "speech",
-            ("dit", "bigvgan"),
+            tuple(part.name for part in speech_parts() if not part.decodes),
             options={} if asr is None else {"asr": asr},
         ),
     ]
@@ -302,11 +303,12 @@ def _require_options(backend: str, suite: str, graphs: Sequence[str] | None, tra
         raise UsageError(f"no backend {backend!r}; known: {', '.join(BACKENDS)}")
     if suite not in SUITES:
         raise UsageError(f"no suite {suite!r}; known: {', '.join(SUITES)}")
-    unknown = [name for name in graphs or () if name not in GROUP_NAMES]
+    unknown = [name for name in graphs or () if name not in group_names()]
     if unknown:
-        raise UsageError(f"nothing to check is named {', '.join(unknown)}; known: {', '.join(GROUP_NAMES)}")
-    if trace is not None and trace not in _DECODERS:
-        raise UsageError(f"--trace {trace}: only {' and '.join(_DECODERS)} can be traced layer by layer")
+        raise UsageError(f"nothing to check is named {', '.join(unknown)}; known: {', '.join(group_names())}")
+    traceable = [part.name for part in decoders()]
+    if trace is not None and trace not in traceable:
+        raise UsageError(f"--trace {trace}: only {' and '.join(traceable)} can be traced layer by layer")
 
 
 def _require_same_source(

@@ -9,6 +9,7 @@ from contextlib import suppress
 import msgspec
 
 from ..bundle.manifest import SamplingConfig
+from ..bundle.parts import PARTS
 from ..bundle.reader import Bundle
 from ..errors import UsageError
 from ..events import AudioChunk, Done, Event
@@ -102,7 +103,7 @@ def _timed(events: Iterator[Event]) -> tuple[dict[str, float], Chunks]:
     assert isinstance(event, Done)
     stats = event.stats
     assert stats.time_to_first_token is not None
-    busy = {f"{name}_seconds": stats.busy.get(name, 0.0) for name in ("dit", "bigvgan", "talker", "thinker")}
+    busy = {f"{part.name}_seconds": stats.busy.get(part.name, 0.0) for part in PARTS.values() if not part.media}
     return {
         "first token": stats.time_to_first_token,
         "first sound": chunks[0][0],

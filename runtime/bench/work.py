@@ -37,7 +37,7 @@ class Profile:
 
 
 def profile_run(bundle: Bundle, name: str, threads: int, run: Callable[[OrtGraph], object]) -> Profile:
-    """Run a graph once in a session of its own that keeps a profile, after a run that warms it up."""
+    """Run a graph once, after a warm-up, in a separate session that keeps a profile."""
     with tempfile.TemporaryDirectory(prefix="omniport-profile-") as folder:
         backend = OrtBackend(bundle, threads=threads, profiles=Path(folder))
         graph = backend.graph(name)

@@ -168,7 +168,7 @@ def _vision(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
 
 def _rows(bundle: Bundle, graph: str, count: int) -> NDArray[np.float32]:
     """Embeddings [count, E] of tokens drawn from the decoder's own table."""
-    table = bundle.embedding("thinker" if graph == "thinker" else "talker")
+    table = bundle.embedding(graph)
     return table.rows(np.random.default_rng(0).integers(0, table.vocab_size, count))
 
 
@@ -177,8 +177,7 @@ def _places(start: int, stop: int) -> NDArray[np.int64]:
 
 
 def _cache_bytes(bundle: Bundle, graph: str, tokens: int) -> int:
-    geometry = bundle.manifest.thinker if graph == "thinker" else bundle.manifest.talker
-    assert geometry is not None
+    geometry = bundle.manifest.decoders[graph]
     row = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
     return row * tokens * DTYPES[bundle.manifest.kv.dtype]
 

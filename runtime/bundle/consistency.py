@@ -14,9 +14,10 @@ import msgspec
 
 from ..errors import BundleError
 from ..speech.ode import SCHEDULED
-from .graph_spec import DTYPES, GRAPH_NAMES, SPEECH_GRAPHS, GraphSpec
+from .graph_spec import DTYPES, GraphSpec
 from .listed_files import SHA256, bad_path
 from .manifest import KV_FORMS, DecoderGeometry, Manifest, SolverSpec
+from .parts import PARTS, speech_parts
 
 _SPEECH_FIELDS = ("talker", "talker_sampling", "text_tokens", "codec", "dit", "vocoder", "solver")
 
@@ -36,14 +37,15 @@ def check_manifest(manifest: Manifest, path: Path) -> None:
 
 def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _file_problems(manifest)
-    for part in (manifest.audio, manifest.vision, manifest.thinker, manifest.talker, manifest.dit, manifest.vocoder):
+    for part in (manifest.audio, manifest.vision, *manifest.decoders.values(), manifest.dit, manifest.vocoder):
         if part is not None:
             yield from _positive(part)
     yield from _speech_problems(manifest)
     yield from _kv_problems(manifest)
     for name, graph in manifest.graphs.items():
         yield from _graph_problems(name, graph)
-    yield from _decoder_problems("thinker", manifest.thinker)
+    for name, decoder in manifest.decoders.items():
+        yield from _decoder_problems(name, decoder)
     if manifest.kv.max_context < 2:
         yield f"kv.max_context is {manifest.kv.max_context}; at least 2 was expected"
     yield from _token_problems(manifest)
@@ -69,9 +71,8 @@ def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "tokenizer_file", manifest.tokenizer_file
     if manifest.ranges_file is not None:
         yield "ranges_file", manifest.ranges_file
-    yield "thinker.embedding_file", manifest.thinker.embedding_file
-    if manifest.talker is not None:
-        yield "talker.embedding_file", manifest.talker.embedding_file
+    for decoder, geometry in manifest.decoders.items():
+        yield f"{decoder}.embedding_file", geometry.embedding_file
     for voice in manifest.voices:
         yield f"file of voice {voice.name!r}", voice.file
     for name, graph in manifest.graphs.items():
@@ -98,18 +99,16 @@ def _speech_problems(manifest: Manifest) -> Iterator[str]:
         missing.append("voices")
     if len(missing) not in (0, len(_SPEECH_FIELDS) + 1):
         yield f"the speech part is incomplete: {', '.join(missing)} missing"
-    if missing and any(name in manifest.graphs for name in SPEECH_GRAPHS):
+    if missing and any(part.name in manifest.graphs for part in speech_parts()):
         yield f"there are speech graphs but no {', '.join(missing)}"
     names = [voice.name for voice in manifest.voices]
     if len(set(names)) != len(names):
         yield f"two voices have the same name: {', '.join(names)}"
-    if manifest.talker is not None:
-        yield from _decoder_problems("talker", manifest.talker)
-        if manifest.talker.embedding_size != manifest.thinker.hidden_size:
-            yield (
-                f"talker.embedding_size is {manifest.talker.embedding_size}; the thinker's width "
-                f"{manifest.thinker.hidden_size} was expected"
-            )
+    if manifest.talker is not None and manifest.talker.embedding_size != manifest.thinker.hidden_size:
+        yield (
+            f"talker.embedding_size is {manifest.talker.embedding_size}; the thinker's width "
+            f"{manifest.thinker.hidden_size} was expected"
+        )
     if manifest.solver is not None:
         yield from _solver_problems(manifest.solver)
     if manifest.dit is not None and manifest.dit.block_size % manifest.dit.repeats:
@@ -131,8 +130,8 @@ def _solver_problems(solver: SolverSpec) -> Iterator[str]:
 
 
 def _graph_problems(name: str, graph: GraphSpec) -> Iterator[str]:
-    if name not in GRAPH_NAMES or graph.name != name:
-        yield f"graph {name!r} (named {graph.name!r}) is not one of {', '.join(GRAPH_NAMES)}"
+    if name not in PARTS or graph.name != name:
+        yield f"graph {name!r} (named {graph.name!r}) is not one of {', '.join(PARTS)}"
     inputs, outputs = {t.name for t in graph.inputs}, {t.name for t in graph.outputs}
     if len(inputs) != len(graph.inputs) or len(outputs) != len(graph.outputs):
         yield f"graph {name!r} has two inputs or two outputs of one name"
@@ -169,8 +168,8 @@ def _quantization_problems(manifest: Manifest) -> Iterator[str]:
     if manifest.schema_version < 2:
         yield f"schema version {manifest.schema_version} has no quantization"
     for name in (*manifest.quantization.layers, *manifest.quantization.graph_recipes):
-        if name not in GRAPH_NAMES:
-            yield f"quantization names a graph {name!r}; known: {', '.join(GRAPH_NAMES)}"
+        if name not in PARTS:
+            yield f"quantization names a graph {name!r}; known: {', '.join(PARTS)}"
 
 
 def _decoder_problems(name: str, decoder: DecoderGeometry) -> Iterator[str]:

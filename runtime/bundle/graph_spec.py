@@ -10,10 +10,6 @@ from collections.abc import Mapping
 
 import msgspec
 
-TEXT_GRAPHS = ("audio_encoder", "vision_encoder", "thinker")
-SPEECH_GRAPHS = ("talker", "dit", "bigvgan")
-GRAPH_NAMES = TEXT_GRAPHS + SPEECH_GRAPHS
-
 #: dtype names used in specs, with their size in bytes
 DTYPES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 

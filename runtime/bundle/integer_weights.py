@@ -24,7 +24,7 @@ def zero_points_name(weight: str) -> str:
 
 
 def offsets_name(weight: str) -> str:
-    """Initializer that holds what a weight's zero points amount to, where they are a product of their own."""
+    """Initializer that holds the offsets of a weight's zero points, where these are a separate product."""
     return f"{weight}.offsets"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from .graph_spec import GraphSpec
+from .parts import PARTS, speech_parts
 
 SCHEMA_VERSION = 2
 
@@ -265,6 +266,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ranges_file: str | None = None
     quantization: Quantization | None = None
     files: dict[str, FileRecord]
+
+    @property
+    def decoders(self) -> dict[str, DecoderGeometry]:
+        """The language models that the model has, by name; the first writes the reply."""
+        found = {name: getattr(self, name, None) for name, part in PARTS.items() if part.decodes}
+        return {name: geometry for name, geometry in found.items() if geometry is not None}
+
+    @property
+    def speaks(self) -> bool:
+        """Whether every graph that speech takes is there."""
+        return all(part.name in self.graphs for part in speech_parts())
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -11,7 +11,7 @@ import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,14 +170,14 @@ class Bundle:
         except KeyError:
             raise BundleError(f"{self.root} does not list a file {relative!r} in bundle.json") from None
 
-    def embedding(self, name: Literal["thinker", "talker"]) -> EmbeddingTable:
+    def embedding(self, name: str) -> EmbeddingTable:
         """The token-embedding table of a decoder, opened on first use.
 
         Raises:
             BundleError: the bundle has no such decoder, or the table is malformed.
         """
         if name not in self._tables:
-            geometry = self.manifest.thinker if name == "thinker" else self.manifest.talker
+            geometry = self.manifest.decoders.get(name)
             if geometry is None:
                 raise BundleError(f"{self.root} has no {name}; export a checkpoint that has one")
             self._tables[name] = EmbeddingTable(self.path(geometry.embedding_file), geometry)

@@ -1,10 +1,10 @@
 """Scheduling of graph runs on shared CPU cores.
 
-Two graphs that run at once on the same cores do not both go on at half their speed: the threads of each wait for one
+Two graphs that run at once on the same cores are slower than one after the other: the threads of each wait for one
 another while the other graph has the core. So they take turns (``Turns``). And until the first sound is out, thinker
 and talker make no more than its window takes (``Pace``): what they do ahead of it delays it.
 
-Neither changes a result: workers draw from streams of their own, and what each computes does not depend on when.
+Neither changes a result: each worker has its own random stream, and what it computes does not depend on when.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..bundle.parts import PARTS
 from .timing import StageTimer
 
 if TYPE_CHECKING:
     from .cancel import CancelToken
-
-#: graphs by their distance from the sound that is due; encoders are further than all of them
-_NEAREST = ("bigvgan", "dit", "talker", "thinker")
 
 
 class Turns:
@@ -45,7 +43,8 @@ class Turns:
     @contextmanager
     def take(self, graph: str) -> Iterator[None]:
         """Hold the turn for one run of that graph."""
-        self._enter(_NEAREST.index(graph) if graph in _NEAREST else len(_NEAREST))
+        nearest = list(reversed(PARTS))  # to the sound that is due: the last in a reply
+        self._enter(nearest.index(graph) if graph in PARTS else len(nearest))
         try:
             yield
         finally:

@@ -79,7 +79,7 @@ class Talker:
             return
         if decoder.room < 2:
             raise PromptTooLong(
-                f"to speak, the prompt takes {decoder.length + 2} places; the talker's KV cache holds "
+                f"to speak, the prompt takes {decoder.length + 2} tokens; the talker's KV cache holds "
                 f"{decoder.length + decoder.room}. Shorten the prompt, ask for text only (speak=False), or export with "
                 "a larger --max-context"
             )

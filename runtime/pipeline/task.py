@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..backends.base import Backend
-from ..bundle.graph_spec import SPEECH_GRAPHS
 from ..bundle.manifest import VoiceSpec
+from ..bundle.parts import speech_parts
 from ..bundle.reader import Bundle
 from ..concurrency.cancel import CancelToken, GuardedBackend
 from ..concurrency.timing import StageTimer
@@ -93,8 +93,8 @@ def _speech_task(bundle: Bundle, backend: GuardedBackend, options: ReplyOptions,
             f"{bundle.root} cannot speak: it was exported from a checkpoint without talker. Ask for text with "
             "speak=False, or export a checkpoint that has one"
         )
-    for name in SPEECH_GRAPHS:
-        bundle.require_graph(name, "speech")
+    for part in speech_parts():
+        bundle.require_graph(part.name, "speech")
     config = options.talker or manifest.talker_sampling
     validate_sampling(config, "talker")
     voice = bundle.voice(options.voice)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.parts import PARTS
 
 from benchmarks.harness import RESULTS
 from benchmarks.real_sizes_page import page
@@ -35,7 +35,7 @@ def test_exports_stay_within_two_gigabytes(results: dict[str, Any]) -> None:
 def test_limits_of_an_export(results: dict[str, Any], size: str) -> None:
     """In BF16, as the checkpoint is: every graph, in twice the time of the copies beside it, besides tracing."""
     found, copied = results[size]["export bf16"], results[size]["copy bf16"]
-    assert found["weight_bytes"].keys() == set(GRAPH_NAMES)
+    assert found["weight_bytes"].keys() == set(PARTS)
     assert len(found["rounds"]) == len(copied["rounds"]) >= 3
     tracing = sum(seconds for stage, seconds in found["stages"].items() if stage.startswith("tracing"))
     assert 0 < found["synced_seconds"] - tracing <= 2 * copied["synced_seconds"]

@@ -426,7 +426,7 @@ def test_another_checkpoint_is_refused(calibrated: Path) -> None:
     [
         ((), "CHECKPOINT, OUT.calib and --data"),
         (("CKPT", "OUT"), "CHECKPOINT, OUT.calib and --data"),
-        (("CKPT", "OUT", "--data", "nothing.jsonl"), "nothing.jsonl is no file"),
+        (("CKPT", "OUT", "--data", "nothing.jsonl"), "nothing.jsonl is not a file"),
         (("CKPT", "no/folder/x.calib", "--data", "DATA"), "is not a folder"),
         (("CKPT", ".", "--data", "DATA"), "is a folder"),
         (("CKPT", "--sample-data", "OUT"), "give it alone"),

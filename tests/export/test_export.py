@@ -21,8 +21,9 @@ from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.exporter import ExportReport, export_checkpoint
 from omniport.export.graphs import fingerprint as reuse
 from omniport.export.models.parts import graph_definitions
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES, GraphSpec
+from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, ExportError
 from omniport.runtime.session import OmniSession
@@ -85,7 +86,7 @@ def is_matrix(model: onnx.ModelProto, name: str) -> bool:
 # --- what a graph holds --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("graph", GRAPH_NAMES)
+@pytest.mark.parametrize("graph", PARTS)
 def test_graph_is_standard_onnx(tiny_bundle: Path, graph: str) -> None:
     path = tiny_bundle / "graphs" / f"{graph}.onnx"
     onnx.checker.check_model(str(path), full_check=True)
@@ -97,7 +98,7 @@ def test_graph_is_standard_onnx(tiny_bundle: Path, graph: str) -> None:
     assert str(Path.cwd()).encode() not in path.read_bytes(), "paths of the exporting machine are nobody's business"
 
 
-@pytest.mark.parametrize("graph", GRAPH_NAMES)
+@pytest.mark.parametrize("graph", PARTS)
 def test_borders_are_those_of_the_spec(tiny_bundle: Path, graph: str) -> None:
     model, spec = (
         onnx.load(tiny_bundle / "graphs" / f"{graph}.onnx", load_external_data=False),
@@ -118,7 +119,7 @@ def test_borders_are_those_of_the_spec(tiny_bundle: Path, graph: str) -> None:
     assert {tensor.name for tensor in model.graph.initializer} <= used
 
 
-@pytest.mark.parametrize("graph", GRAPH_NAMES)
+@pytest.mark.parametrize("graph", PARTS)
 def test_weights_are_external_and_aligned(tiny_bundle: Path, graph: str) -> None:
     model, spec = (
         onnx.load(tiny_bundle / "graphs" / f"{graph}.onnx", load_external_data=False),
@@ -186,7 +187,7 @@ def expected_elsewhere(graph: str, key: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("graph", GRAPH_NAMES)
+@pytest.mark.parametrize("graph", PARTS)
 def test_every_weight_by_value(tiny_checkpoint: Path, tiny_bundle: Path, graph: str) -> None:
     model = load(tiny_bundle, graph)
     found = {tensor.name: array(tensor) for tensor in model.graph.initializer}
@@ -423,10 +424,10 @@ def test_keys_follow_what_a_graph_is_made_from(tiny_checkpoint: Path) -> None:
         return {name for name, key in keys().items() if other[name] != key}
 
     assert changed(keys()) == set()
-    assert changed(keys(source="b")) == set(GRAPH_NAMES)
+    assert changed(keys(source="b")) == set(PARTS)
     assert changed(keys(context=2048)) == {"thinker", "talker"}
-    assert changed(keys(precision="fp16")) == set(GRAPH_NAMES)
-    assert changed(keys(precision="bf16")) == set(GRAPH_NAMES) - {"dit", "bigvgan"}
+    assert changed(keys(precision="fp16")) == set(PARTS)
+    assert changed(keys(precision="bf16")) == set(PARTS) - {"dit", "bigvgan"}
     dit = graph_definitions(ckpt.config, "fp32", 4096, solver, False)["dit"]
     assert reuse.graph_key(dit, msgspec.structs.replace(solver, guidance_scale=0.7), "a") != keys()["dit"]
 
@@ -523,7 +524,7 @@ def test_bfloat16_keeps_token2wav_single_and_is_refused_on_the_cpu(
     rerun: Callable[..., ExportReport], bundle: Path, tiny_checkpoint: Path
 ) -> None:
     report = rerun(precision="bf16")
-    assert made(report) == set(GRAPH_NAMES) - {"dit", "bigvgan"}, "token2wav is the same under fp32 and bf16"
+    assert made(report) == set(PARTS) - {"dit", "bigvgan"}, "token2wav is the same under fp32 and bf16"
     graphs = manifest(bundle).graphs
     assert {name for name, spec in graphs.items() if spec.precision == "float32"} == {"dit", "bigvgan"}
     assert manifest(bundle).kv.dtype == "bfloat16"

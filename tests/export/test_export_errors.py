@@ -28,7 +28,7 @@ from omniport.export.graphs import trace
 from omniport.export.models.parts import graph_definitions
 from omniport.runtime import Done, OmniSession, SamplingConfig
 from omniport.runtime.bundle import staging
-from omniport.runtime.bundle.graph_spec import TEXT_GRAPHS
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckpointError, ExportError, UsageError
 from omniport.runtime.speech.ode import rk4_schedule
@@ -222,7 +222,7 @@ def test_checkpoint_without_speech_replies_in_text(tiny_checkpoint: Path, tmp_pa
     with pytest.raises(ExportError, match=r"has no bigvgan, talker: it was saved without speech"):
         export_checkpoint(checkpoint, tmp_path / "bundle", graphs=["bigvgan", "talker"])
     report = export_checkpoint(checkpoint, tmp_path / "bundle", max_context=CONTEXT)
-    assert [graph.name for graph in report.graphs] == list(TEXT_GRAPHS)
+    assert [graph.name for graph in report.graphs] == [name for name, part in PARTS.items() if not part.speaks]
     with OmniSession.open(tmp_path / "bundle", verify=True) as session:
         assert session.manifest.talker is None
         assert not session.manifest.voices

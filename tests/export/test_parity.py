@@ -26,8 +26,8 @@ from omniport.export.evaluation.cases import (
 )
 from omniport.export.models.voices import load_speakers
 from omniport.runtime.backends import open_backend
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.bundle.manifest import VisionFrontend
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
 from omniport.runtime.media.audio import load_audio
@@ -50,7 +50,7 @@ def test_standard_cases_cover_every_graph(tiny_bundle: Path, tiny_checkpoint: Pa
     seen: list[str] = []
     rows = check_bundle(tiny_bundle, tiny_checkpoint, progress=lambda case, done, total: seen.append(case))
     assert_close(rows)
-    assert {row.graph for row in rows} == set(GRAPH_NAMES)
+    assert {row.graph for row in rows} == set(PARTS)
     assert len(seen) == len(rows)
 
 

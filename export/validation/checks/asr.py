@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.bundle.graph_spec import SPEECH_GRAPHS
 from omniport.runtime.bundle.manifest import SamplingConfig
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import OmniportError, UsageError
 from omniport.runtime.events import AudioChunk, Done
 from omniport.runtime.session import OmniSession
@@ -71,7 +71,8 @@ def asr_checks(
     """
     program = parse_command(command)
     name = f"spoken reply heard by {command}"
-    if missing := [graph for graph in ("thinker", *SPEECH_GRAPHS) if graph not in context.graphs]:
+    needed = (graph for graph, part in PARTS.items() if part.speaks or part.decodes)
+    if missing := [graph for graph in needed if graph not in context.graphs]:
         why = f"{', '.join(missing)}: not in the bundle, or left out by --graphs"
         yield Check(stage="speech", name=name, status=NOT_RUN, message=why)
         return

@@ -20,7 +20,6 @@ Array = NDArray[np.float32]
 #: tokens of the first turn, of the whole conversation, where the cache is cut back to, and length after that: shorter
 #: than before, so that slots past its end still hold what was there
 FIRST, WHOLE, CUT, REWRITTEN = 19, 31, 23, 28
-DECODERS = ("thinker", "talker")
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Trail:
 def decoder_references(context: Context, graph: str) -> dict[str, Trail]:
     """The reference's hidden states after every token and logits after the last `WHOLE`, for each token sequence."""
     found = {}
+    gives_hidden = any(output.name == "hidden" for output in context.bundle.manifest.graphs[graph].outputs)
     for name, tokens in token_sequences(context, graph).items():
         embeds, positions = tokens.embeds[None], tokens.positions[:, None]
         context.progress(f"{graph}: reference, {len(tokens.embeds)} tokens one by one")
@@ -55,7 +55,7 @@ def decoder_references(context: Context, graph: str) -> dict[str, Trail]:
         result = context.reference.result(graph, f"every token {array_key(embeds, positions)}", run)
         rows = result["logits"]
         logits = {len(tokens.embeds) - len(rows) + i + 1: row for i, row in enumerate(rows)}
-        found[name] = Trail(logits, result["hidden"] if graph == "thinker" else None)
+        found[name] = Trail(logits, result["hidden"] if gives_hidden else None)
     return found
 
 

@@ -15,12 +15,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Graph
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import OmniportError
 from omniport.runtime.generation.decoder import Decoder
 
 from ..context import Context
 from ..types import FAIL, PASS, Check
-from .decode_reference import CUT, DECODERS, FIRST, REWRITTEN, WHOLE, Tokens, Trail, decoder_references, token_sequences
+from .decode_reference import CUT, FIRST, REWRITTEN, WHOLE, Tokens, Trail, decoder_references, token_sequences
 from .graphs import array_check, load_graph
 
 Array = NDArray[np.float32]
@@ -28,7 +29,7 @@ Array = NDArray[np.float32]
 
 def decode_checks(context: Context) -> Iterator[Check]:
     """Two checks, against the reference and against prefill in one piece, for every way to feed a decoder."""
-    graphs = [name for name in context.graphs if name in DECODERS]
+    graphs = [name for name in context.graphs if PARTS[name].decodes]
     wanted = {graph: decoder_references(context, graph) for graph in graphs}
     context.reference.release()
     for graph in graphs:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Backend
-from omniport.runtime.bundle.graph_spec import SPEECH_GRAPHS
 from omniport.runtime.bundle.manifest import Manifest, SamplingConfig
+from omniport.runtime.bundle.parts import PARTS, decoders, encoder_of, giving
 from omniport.runtime.errors import BackendError, OmniportError
 from omniport.runtime.events import AudioChunk, Done
 from omniport.runtime.prompt.tokenizer import TextCodec
@@ -110,7 +110,7 @@ def end_to_end_checks(context: Context, data: Path | None = None) -> Iterator[Ch
 def _settings(context: Context) -> _Settings:
     manifest = context.bundle.manifest
     text, codes = _LENGTHS[context.suite]
-    speaks = all(name in manifest.graphs for name in SPEECH_GRAPHS) and bool(manifest.voices)
+    speaks = manifest.speaks and bool(manifest.voices)
     voice = context.bundle.find_voice().name if speaks else None
     shape = (0, 0) if manifest.dit is None else (codes * manifest.dit.repeats, manifest.dit.mel_dim)
     return _Settings(
@@ -130,7 +130,7 @@ def _no_room(context: Context, inputs: Inputs, settings: _Settings) -> str:
 
 def _unavailable(context: Context, settings: _Settings) -> Check | None:
     """Load every graph that a reply needs; the check that says why one cannot be had."""
-    wanted = [name for name in context.bundle.manifest.graphs if settings.voice or name not in SPEECH_GRAPHS]
+    wanted = [name for name in context.bundle.manifest.graphs if settings.voice or not PARTS[name].speaks]
     for name in wanted:
         try:
             context.backend.graph(name)
@@ -172,7 +172,7 @@ def _replayed(context: Context, conversation: Conversation, reply: StagedReply, 
         message = f"the runtime broke down over the reference's own results: {type(error).__name__}: {error}"
         yield _verdict("conditioning", f"{name}: host code", FAIL, message)
         return
-    for graph, trace in (("thinker", reply.thinker), ("talker", reply.talker)):
+    for graph, trace in zip((part.name for part in decoders()), (reply.thinker, reply.talker), strict=True):
         if trace is None:
             continue
         if not backend.graph(graph).calls:
@@ -191,9 +191,10 @@ def _replayed(context: Context, conversation: Conversation, reply: StagedReply, 
         f"{name}: choices from the reference's logits",
         {"token": (said.done.token_ids, reply.token_ids), "codec": (said.done.codec_ids, reply.codec_ids)},
     )
-    if reply.solve is not None and backend.graph("bigvgan").calls:
-        mel = backend.graph("bigvgan").calls[0]["mel"][0]
-        yield from trajectory_checks(name, backend.graph("dit"), mel, reply.solve, manifest)
+    vocoder = backend.graph(giving("wav").name)
+    if reply.solve is not None and vocoder.calls:
+        flow = backend.graph(giving("velocity").name)
+        yield from trajectory_checks(name, flow, vocoder.calls[0]["mel"][0], reply.solve, manifest)
 
 
 def _with_place(check: Check, rows: Floats, wanted: Floats, reply: StagedReply) -> Check:
@@ -233,7 +234,7 @@ def _answered(context: Context, conversation: Conversation, reply: StagedReply, 
 def _reply_ids(context: Context, name: str, said: _Said, reply: StagedReply) -> Iterator[Check]:
     trace, codec = reply.thinker, _codec(context)
     assert trace is not None
-    text = coarsest(context, ("audio_encoder", "vision_encoder", "thinker"))
+    text = coarsest(context, [part for part in PARTS.values() if not part.speaks])
     got, wanted = said.done.token_ids, reply.token_ids
     yield ids_check(f"{name}: token ids", got, wanted, trace.logits, context.bundle.manifest.chat.stop, text, codec)
     if reply.talker is None:
@@ -242,7 +243,7 @@ def _reply_ids(context: Context, name: str, said: _Said, reply: StagedReply) -> 
         message = "the text differs, as its precision allows, so the speech does; see the talker over the same rows"
         yield _verdict("end_to_end", f"{name}: codec ids", NOT_RUN, message)
         return
-    precision = coarsest(context, ("audio_encoder", "vision_encoder", "thinker", "talker"))
+    precision = coarsest(context, [part for part in PARTS.values() if part.decodes or not part.speaks])
     manifest: Manifest = context.bundle.manifest
     stop = () if manifest.codec is None else manifest.codec.stop
     codes = said.done.codec_ids, reply.codec_ids
@@ -253,10 +254,10 @@ def _media_rows(context: Context, name: str, recording: RecordingBackend, reply:
     """The encoders' rows in the prompt, as the backend made them."""
     trace = reply.thinker
     assert trace is not None
-    rows, _ = consumed(recording.graph("thinker"))
+    rows, _ = consumed(recording.graph(decoders()[0].name))
     prompt = len(reply.inputs.token_ids)
     for kind, token in zip(("audio", "image", "video"), reply.inputs.media_ids, strict=True):
-        graph = "audio_encoder" if kind == "audio" else "vision_encoder"
+        graph = encoder_of(kind).name
         mask: NDArray[np.bool_] = reply.inputs.token_ids == token
         if mask.any() and len(rows) >= prompt:
             pair = rows[:prompt][mask], trace.embeds[:prompt][mask]

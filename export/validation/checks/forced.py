@@ -6,11 +6,12 @@ Teacher forcing keeps one difference from becoming all that follow: every step i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.bundle.manifest import SamplingConfig
+from omniport.runtime.bundle.parts import Part, decoders, giving
 from omniport.runtime.generation.decoder import Decoder
 from omniport.runtime.generation.sampling import Sampler
 from omniport.runtime.prompt.tokenizer import TextCodec
@@ -32,31 +33,34 @@ _PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
 _SHOWN = 6
 
 
-def coarsest(context: Context, graphs: Sequence[str]) -> str:
-    """The coarsest precision among those of ``graphs`` that the bundle holds."""
-    return max((context.precision[name] for name in graphs if name in context.precision), key=_PRECISIONS.index)
+def coarsest(context: Context, parts: Iterable[Part]) -> str:
+    """The coarsest precision among those of the parts that the bundle holds."""
+    found = (context.precision[part.name] for part in parts if part.name in context.precision)
+    return max(found, key=_PRECISIONS.index)
 
 
 def thinker_checks(context: Context, name: str, reply: StagedReply) -> Iterator[Check]:
     """Hidden states of prompt and reply, and the logits of every step."""
-    trace, precision = reply.thinker, context.precision["thinker"]
+    part = decoders()[0].name
+    trace, precision = reply.thinker, context.precision[part]
     assert trace is not None
     prompt = len(reply.inputs.token_ids)
-    logits, hidden = _forced(context, "thinker", trace.embeds, trace.positions, prompt)
-    yield array_check("thinker", f"{name}: hidden states", hidden, trace.hidden, precision)
-    check = array_check("thinker", f"{name}: logits step by step", logits, trace.logits, precision, logits=True)
+    logits, hidden = _forced(context, part, trace.embeds, trace.positions, prompt)
+    yield array_check(part, f"{name}: hidden states", hidden, trace.hidden, precision)
+    check = array_check(part, f"{name}: logits step by step", logits, trace.logits, precision, logits=True)
     yield _judge_choices(check, logits.argmax(-1), trace.tokens, trace.logits, precision)
 
 
 def talker_check(context: Context, name: str, reply: StagedReply, config: SamplingConfig) -> Iterator[Check]:
     """Logits of every step over the reference's rows, and what the runtime's sampler picks from them."""
-    trace, precision = reply.talker, context.precision["talker"]
+    part = decoders()[1].name
+    trace, precision = reply.talker, context.precision[part]
     codec = context.bundle.manifest.codec
     assert trace is not None
     assert codec is not None
     prompt = len(trace.history)
-    logits, _ = _forced(context, "talker", trace.embeds, trace.positions, prompt)
-    check = array_check("talker", f"{name}: logits step by step", logits, trace.logits, precision, logits=True)
+    logits, _ = _forced(context, part, trace.embeds, trace.positions, prompt)
+    check = array_check(part, f"{name}: logits step by step", logits, trace.logits, precision, logits=True)
     if not np.isfinite(logits).all():
         yield check
         return
@@ -198,14 +202,17 @@ def speech_parts(context: Context, name: str, reply: StagedReply, noise: Floats,
     assert solve is not None
     assert wave is not None
     mel, forced = _to_sound(context, reply.codec_ids, noise)
-    check = array_check("dit", f"{name}: mel", mel, solve.mel, context.precision["dit"], rule="speech.mel.rel_rms")
+    flow, vocoder = giving("velocity"), giving("wav")
+    coarse = context.precision[flow.name]
+    check = array_check(flow.name, f"{name}: mel", mel, solve.mel, coarse, rule="speech.mel.rel_rms")
     if check.status == FAIL and mel.shape == solve.mel.shape:
         check.stage = _blame(context, reply, noise, check.limits["rel_rms"])
     yield check
-    vocoder = context.backend.graph("bigvgan").run({"mel": np.ascontiguousarray(solve.mel[None])})["wav"].reshape(-1)
-    title, precision = f"{name}: waveform of the reference's mel", context.precision["bigvgan"]
-    yield array_check("bigvgan", title, vocoder, wave, precision, rule="speech.wave.rel_rms")
-    verdict = Verdict(coarsest(context, ("dit", "bigvgan")))
+    feeds = {"mel": np.ascontiguousarray(solve.mel[None])}
+    voiced = context.backend.graph(vocoder.name).run(feeds)[vocoder.output].reshape(-1)
+    title, precision = f"{name}: waveform of the reference's mel", context.precision[vocoder.name]
+    yield array_check(vocoder.name, title, voiced, wave, precision, rule="speech.wave.rel_rms")
+    verdict = Verdict(coarsest(context, (flow, vocoder)))
     verdict.require_energy(wave, "the reference's waveform")
     verdict.figures["codes"] = "the reference's" if own is None else "its own, which are equal"
     got = forced if own is None else own
@@ -221,7 +228,7 @@ def _to_sound(context: Context, codes: Sequence[int], noise: Floats) -> tuple[Fl
     stream = NoiseStream(noise, np.random.default_rng(0), noise.shape[1])
     vocal = Token2Wav(recording, bundle, bundle.voice(), stream, window="whole")
     chunks = [samples for code in codes for samples in vocal.push(code)] + vocal.finish()
-    mel: Floats = np.concatenate([call["mel"][0] for call in recording.graph("bigvgan").calls], axis=1)
+    mel: Floats = np.concatenate([call["mel"][0] for call in recording.graph(giving("wav").name).calls], axis=1)
     return mel, np.concatenate(chunks)
 
 

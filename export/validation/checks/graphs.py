@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Backend, Graph
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import BackendError, BundleError, OmniportError
 from omniport.runtime.media.image import image_input, video_input
 from omniport.runtime.system.files import cache_folder
@@ -34,7 +35,7 @@ from ..context import Context
 from ..reference import array_key
 from ..tolerances import limit
 from ..types import FAIL, NOT_RUN, PASS, Check
-from .decode_reference import DECODERS, decoder_references
+from .decode_reference import decoder_references
 
 Array = NDArray[np.float32]
 
@@ -51,7 +52,7 @@ def graph_checks(context: Context) -> Iterator[Check]:
         for case in listed:
             context.progress(f"{graph}: reference, {case.name}")
             wanted[graph, case.name] = _reference(context, case)
-        if graph in DECODERS and cache_folder() is not None:
+        if PARTS[graph].decodes and cache_folder() is not None:
             decoder_references(context, graph)  # for the decode checks, which follow, while the part is loaded
     context.reference.release()
     for graph, listed in cases.items():
@@ -100,7 +101,7 @@ def _check(context: Context, case: Case, graph: Graph, wanted: Array) -> Check:
         got = case.ours(graph)
     except OmniportError as error:  # loaded, but refuses an input that its spec allows: broken, not absent
         return Check(stage=case.graph, name=case.name, status=FAIL, message=f"the graph did not run: {error}")
-    logits = case.graph in DECODERS and "hidden" not in case.name
+    logits = PARTS[case.graph].decodes and "hidden" not in case.name
     return array_check(case.graph, case.name, got, wanted, context.precision[case.graph], logits=logits)
 
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
+from omniport.runtime.bundle.parts import decoders
 from omniport.runtime.errors import BackendError, ExportError, OmniportError, UsageError
 from omniport.runtime.system.host import physical_cores
 from torch import nn
@@ -27,7 +28,6 @@ from ...evaluation.signals import generator, random_positions, random_tokens
 from ..context import Context
 from ..reference import array_key
 from ..types import FAIL, NOT_RUN, Check
-from .decode_reference import DECODERS
 from .graphs import array_check
 
 Array = NDArray[np.float32]
@@ -47,10 +47,11 @@ def trace_layers(context: Context, graph: str | None = None) -> Iterator[Check]:
     Raises:
         UsageError: there is no such decoder.
     """
-    name = graph or next((g for g in context.graphs if g in DECODERS), "")
-    if name not in DECODERS or name not in context.bundle.manifest.graphs:
+    traceable = [part.name for part in decoders()]
+    name = graph or next((g for g in context.graphs if g in traceable), "")
+    if name not in traceable or name not in context.bundle.manifest.graphs:
         raise UsageError(
-            f"cannot trace {name or 'this bundle'!r}: thinker and talker are traced, if the bundle holds them"
+            f"cannot trace {name or 'this bundle'!r}: {' and '.join(traceable)} are traced, if the bundle holds them"
         )
     rng = generator(f"trace {name}")
     embeds = random_tokens(context.checkpoint, name, LENGTH, rng)[None]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from omniport.runtime import session as session_module
+from omniport.runtime.bundle.parts import encoder_of
 from omniport.runtime.errors import OmniportError, PromptTooLong
 from omniport.runtime.media.audio import load_audio
 from omniport.runtime.media.image import VisionInput, image_input, load_image, video_input
@@ -38,10 +39,10 @@ _LARGE = (600, 700)
 def preprocess_checks(context: Context) -> Iterator[Check]:
     """Log-mel, pixels, window layout and token ids; stage ``preprocess``."""
     processor = open_processor(context.checkpoint)
-    if "audio_encoder" in context.bundle.manifest.graphs:
+    if encoder_of("audio").name in context.bundle.manifest.graphs:
         context.progress("preprocess: sound")
         yield from _mel_checks(context, processor)
-    if "vision_encoder" in context.bundle.manifest.graphs:
+    if encoder_of("image").name in context.bundle.manifest.graphs:
         context.progress("preprocess: pictures")
         yield from _picture_checks(context, processor)
     context.progress("preprocess: token ids")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from omniport.runtime.backends.base import Array
 from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.parts import giving
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import OmniportError
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
@@ -31,6 +32,7 @@ def known_flow_check(bundle: Bundle) -> Check:
     assert vocoder is not None
     assert solver is not None
     table, hop = solver.table, vocoder.hop
+    solved, voiced = giving("velocity").name, giving("wav").name
     noise = np.random.default_rng(5).standard_normal((_CODES * dit.repeats, dit.mel_dim)).astype(np.float32)
 
     def velocity(feeds: Mapping[str, Array]) -> dict[str, Floats]:
@@ -38,7 +40,7 @@ def known_flow_check(bundle: Bundle) -> Check:
         return {"velocity": _flow(time, torch.from_numpy(np.asarray(feeds["x"], np.float32))).numpy()}
 
     backend = ScriptedBackend(
-        {"dit": velocity, "bigvgan": lambda feeds: {"wav": np.zeros((1, hop * feeds["mel"].shape[2]), np.float32)}}
+        {solved: velocity, voiced: lambda feeds: {"wav": np.zeros((1, hop * feeds["mel"].shape[2]), np.float32)}}
     )
     stream = NoiseStream(noise, np.random.default_rng(0), dit.mel_dim)
     try:
@@ -48,7 +50,7 @@ def known_flow_check(bundle: Bundle) -> Check:
         vocal.finish()
     except (OmniportError, IndexError, ValueError) as error:
         return Check(stage="solver", name="a known flow", status=FAIL, message=f"the solver broke down: {error}")
-    got = backend.graph("bigvgan").calls[0]["mel"][0].T
+    got = backend.graph(voiced).calls[0]["mel"][0].T
     wanted = _reference_solve(noise)
     return array_check("solver", "a known flow", got, wanted, "float32", rule="solver.rel_rms")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omniport.runtime.bundle.parts import giving
 from omniport.runtime.errors import BackendError, OmniportError
 
 from ...evaluation.metrics import compare, energy
@@ -21,13 +22,11 @@ from ..context import Context
 from ..tolerances import limit
 from ..types import FAIL, NOT_RUN, Check
 from .asr import asr_checks, parse_command
+from .forced import coarsest
 from .speech_blame import blame_mel, misplaced_chunks
 from .speech_cases import SpeechCase, reference_mel, reference_wave, speech_cases
 from .speech_runs import SpeechRun, centred, mel_error, speak, streamed_mel, without_context
 from .speech_verdict import Verdict
-
-#: from the finest to the coarsest
-_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
 
 
 def speech_checks(context: Context, asr: str | None = None) -> Iterator[Check]:
@@ -70,10 +69,11 @@ def _why_not(context: Context) -> str:
     manifest = context.bundle.manifest
     if manifest.dit is None or manifest.vocoder is None or manifest.solver is None or not manifest.voices:
         return "the bundle does not speak: it was exported from a checkpoint without talker"
-    if missing := [name for name in ("dit", "bigvgan") if name not in context.graphs]:
+    names = [part.name for part in (giving("velocity"), giving("wav"))]
+    if missing := [name for name in names if name not in context.graphs]:
         return f"{', '.join(missing)}: not in the bundle, or left out by --graphs"
     try:
-        for name in ("dit", "bigvgan"):
+        for name in names:
             context.backend.graph(name)
     except BackendError as error:
         return str(error)
@@ -98,7 +98,8 @@ def _check_case(context: Context, case: SpeechCase, alone: bool) -> Iterator[Che
 
 def _mel_check(context: Context, case: SpeechCase, whole: SpeechRun) -> Check:
     """Our DiT and solver against the reference's: float32 [80, 2n]."""
-    verdict = Verdict(context.precision["dit"])
+    flow = giving("velocity").name
+    verdict = Verdict(context.precision[flow])
     wanted = case.mel
     got = whole.mels[0] if len(whole.mels) == 1 else None
     verdict.require_energy(wanted - wanted.mean(), "the reference's mel, less its mean,")
@@ -109,7 +110,7 @@ def _mel_check(context: Context, case: SpeechCase, whole: SpeechRun) -> Check:
     else:
         verdict.figures |= compare(*centred(got, wanted))
         verdict.hold("rel_rms", "speech.mel.rel_rms")
-    stage = _blame(context, case) if verdict.faults else "dit"
+    stage = _blame(context, case) if verdict.faults else flow
     kept = _keep(context, case, {"reference_mel": wanted, "whole_mel": got})
     return verdict.check(stage, f"mel of {case.name}", kept)
 
@@ -119,26 +120,29 @@ def _blame(context: Context, case: SpeechCase) -> str:
     feeds = {"codes": np.asarray([case.codes], np.int64), **context.bundle.voice().feeds()}
     solver = context.bundle.manifest.solver
     assert solver is not None  # _why_not
-    allowed = limit("speech.mel.rel_rms", context.precision["dit"]).value * float(case.mel.std()) / energy(case.mel)
+    bound = limit("speech.mel.rel_rms", context.precision[giving("velocity").name]).value
+    allowed = bound * float(case.mel.std()) / energy(case.mel)
     return blame_mel(context.backend, solver, feeds, case.noise[None], case.mel.T[None], allowed)
 
 
 def _vocoder_check(context: Context, case: SpeechCase) -> Check:
     """Our vocoder's graph against the reference's, both on the reference's mel."""
-    verdict = Verdict(context.precision["bigvgan"])
+    vocoder = giving("wav")
+    verdict = Verdict(context.precision[vocoder.name])
     verdict.require_energy(case.wave, "the reference's waveform")
     try:
-        got = context.backend.graph("bigvgan").run({"mel": np.ascontiguousarray(case.mel[None])})["wav"].reshape(-1)
+        feeds = {"mel": np.ascontiguousarray(case.mel[None])}
+        got = context.backend.graph(vocoder.name).run(feeds)[vocoder.output].reshape(-1)
     except OmniportError as error:
         verdict.fault(str(error))
     else:
         verdict.compare_waves(got, case.wave, "speech.wave")
-    return verdict.check("bigvgan", f"waveform of the reference's mel, {case.name}", {})
+    return verdict.check(vocoder.name, f"waveform of the reference's mel, {case.name}", {})
 
 
 def _whole_check(context: Context, case: SpeechCase, whole: SpeechRun, stage: str) -> Check:
     """The whole reply against the reference's, samples counted."""
-    verdict = Verdict(_coarsest(context))
+    verdict = Verdict(coarsest(context, (giving("velocity"), giving("wav"))))
     verdict.require_energy(case.wave, "the reference's waveform")
     got = verdict.take_samples(whole, len(case.wave))
     if got is not None:
@@ -154,7 +158,7 @@ def _streamed_check(context: Context, case: SpeechCase, whole: SpeechRun, stage:
 
     ``alone``: also against windows that are solved without context.
     """
-    verdict = Verdict(_coarsest(context))
+    verdict = Verdict(coarsest(context, (giving("velocity"), giving("wav"))))
     streamed = speak(context, case, "stream")
     wanted = whole.wave
     verdict.require_energy(case.wave, "the reference's waveform")
@@ -194,8 +198,3 @@ def _keep(context: Context, case: SpeechCase, arrays: Mapping[str, NDArray[Any] 
             names[role] = f"speech/{len(case.codes)}/{side}.{mel or 'wav'}"
             context.artifacts[names[role]] = array
     return names
-
-
-def _coarsest(context: Context) -> str:
-    """Dtype of the coarser weights of the two graphs that sound comes from."""
-    return max((context.precision["dit"], context.precision["bigvgan"]), key=_PRECISIONS.index)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, Backend
 from omniport.runtime.bundle.manifest import SolverSpec
+from omniport.runtime.bundle.parts import giving
 from omniport.runtime.errors import OmniportError
 from omniport.runtime.speech.ode import rk4_schedule, solve
 
@@ -29,7 +30,7 @@ def blame_mel(
     wanted: Floats,
     allowed: float,
 ) -> str:
-    """``dit``, ``solver`` or ``speech``, for a mel that differs from the reference's.
+    """The part that gives velocities, ``solver`` or ``speech``, for a mel that differs from the reference's.
 
     The graph is driven once by transformers' own ``RungeKutta4ODESolver``: if that gives a wrong mel too, the graph is
     at fault; else the bundle's solver is tried on the same graph; if both are right, the runtime fed them wrongly.
@@ -39,9 +40,11 @@ def blame_mel(
         allowed: relative RMS error that counts as right.
     """
 
+    flow = giving("velocity")
+
     def velocity(step: int, x: Floats) -> Floats:
         state = np.ascontiguousarray(x, np.float32)
-        return backend.graph("dit").run({**feeds, "x": state, "step": np.asarray([step], np.int64)})["velocity"]
+        return backend.graph(flow.name).run({**feeds, "x": state, "step": np.asarray([step], np.int64)})[flow.output]
 
     def right(mel: Floats) -> bool:
         return float(compare(mel, wanted)["rel_rms"] or 0) <= allowed
@@ -49,10 +52,10 @@ def blame_mel(
     try:
         with np.errstate(all="ignore"):  # an overflow is found by its result
             if not right(_reference_solve(velocity, noise)):
-                return "dit"
+                return flow.name
             return "speech" if right(solve(solver, velocity, noise)) else "solver"
     except OmniportError:
-        return "dit"
+        return flow.name
 
 
 def _reference_solve(velocity: Any, noise: Floats) -> Floats:

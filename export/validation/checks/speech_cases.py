@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omniport.runtime.bundle.graph_spec import SPEECH_GRAPHS
 from omniport.runtime.bundle.manifest import DitGeometry, SamplingConfig, VocoderGeometry
+from omniport.runtime.bundle.parts import PARTS, giving
 from omniport.runtime.errors import OmniportError
 from omniport.runtime.events import Done
 from omniport.runtime.session import OmniSession
@@ -61,7 +61,8 @@ def speech_cases(context: Context) -> list[SpeechCase]:
     for count in FULL_LENGTHS if context.full else QUICK_LENGTHS:
         codes = np.random.default_rng(count).integers(0, dit.num_embeds, count).tolist()
         cases.append(_case(context, f"{count} codes" if count > 1 else "1 code", codes, count in _KEPT))
-    if context.full and all(name in context.graphs for name in SPEECH_GRAPHS) and "thinker" in context.graphs:
+    needed = {name for name, part in PARTS.items() if part.speaks or part.decodes}
+    if context.full and needed <= set(context.graphs):
         context.progress("speech: codes of a greedy reply")
         if codes := _greedy_codes(context, max(FULL_LENGTHS)):
             cases.append(_case(context, f"{len(codes)} codes of a greedy reply", codes, kept=False))
@@ -111,7 +112,9 @@ def reference_mel(context: Context, case: SpeechCase) -> Wave:
             )
         return {"mel": mel[0]}
 
-    return context.reference.result("dit", f"speech {case.key} {array_key(voice.cond, voice.ref_mel)}", run)["mel"]
+    return context.reference.result(
+        giving("velocity").name, f"speech {case.key} {array_key(voice.cond, voice.ref_mel)}", run
+    )["mel"]
 
 
 def reference_wave(context: Context, case: SpeechCase) -> Wave:
@@ -120,7 +123,7 @@ def reference_wave(context: Context, case: SpeechCase) -> Wave:
     def run(module: nn.Module) -> dict[str, torch.Tensor]:
         return {"wav": torch.as_tensor(module(torch.from_numpy(case.mel)[None])).reshape(-1)}
 
-    return context.reference.result("bigvgan", f"speech {array_key(case.mel)}", run)["wav"]
+    return context.reference.result(giving("wav").name, f"speech {array_key(case.mel)}", run)["wav"]
 
 
 def _reference_voice(context: Context) -> Speaker:

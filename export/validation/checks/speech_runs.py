@@ -53,7 +53,7 @@ class _TappedGraph:
         self._graph, self._name, self._run = graph, name, run
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
-        if self._name == "bigvgan":
+        if "mel" in feeds:
             self._run.mels.append(np.array(feeds["mel"][0]))
         outputs = self._graph.run(feeds, cache)
         if not self._run.broken and not all(np.isfinite(array).all() for array in outputs.values()):

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-#: graphs that run hundreds of times a reply
-HOT_GRAPHS = ("thinker", "talker", "dit")
+from ...bundle.parts import PARTS
+
 _CPU = "CPUExecutionProvider"
 #: what arithmetic on shapes and positions is made of
 _SHAPE_OPERATORS = frozenset(
@@ -68,7 +68,7 @@ def host_nodes(session: Any) -> tuple[tuple[str, str], ...]:
 def warn_of_host_nodes(graph: str, provider: str, nodes: Iterable[tuple[str, str]]) -> None:
     """Warn if a graph that runs often has work on the CPU."""
     found = list(nodes)
-    if not found or graph not in HOT_GRAPHS:
+    if not found or graph not in PARTS or not PARTS[graph].often:
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for kind, _ in found).most_common())
     names = ", ".join(repr(name) for _, name in found[:5])

@@ -3,11 +3,11 @@
 Only engines that the bundle lists for this machine are loaded: by hash, builder, version and compute capability
 (`omniport.runtime.bundle.engines`). Each graph has one stream, and takes one call at a time.
 
-Decoding has shapes of its own. The live length is an input dimension, so it would differ at every step, and nothing
-could be captured. But the graph masks positions that no token has reached: ``kv_positions <= write_index + arange(S)``.
-So longer ``kv_positions`` give the same result: they are filled up to the next of a few lengths, and each length has an
-execution context and a CUDA graph. The first graph is timed against the same call without one, and is not used where it
-is not quicker. A step can be repeated for that: it writes the same row of the cache again.
+Decoding is captured in CUDA graphs, whose shapes are fixed. The live length of the cache is an input dimension, which
+would change at every step. But the graph masks positions that no token has reached: ``kv_positions <= write_index +
+arange(S)``. So longer ``kv_positions`` give the same result: they are padded to the next of a few lengths, each with
+an execution context and a CUDA graph. The first graph is timed against the same call without one, and is used only if
+it is faster. A step can be repeated for that: it writes the same row of the cache again.
 """
 
 from __future__ import annotations

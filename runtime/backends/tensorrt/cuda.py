@@ -1,7 +1,7 @@
 """CUDA calls that engines need: memory, copies, streams, captured graphs.
 
 `Driver` is what the backend asks for; `CudaDriver` gives it through cuda-bindings' runtime API, which needs no toolkit,
-and which is imported when first used. The tests put a stand-in with memory of its own in its place.
+and which is imported when first used. Tests replace it with a stand-in that has its own memory.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class TrtCache(ABC):
     def _require(self, held: int, added: int, most: int) -> None:
         if held > most or held + added > self._capacity:
             raise OmniportError(
-                f"a call at place {held} adds {added} tokens to a KV cache of {self._capacity}; places 0 to "
+                f"a call at index {held} adds {added} tokens to a KV cache of {self._capacity}; indices 0 to "
                 f"{min(most, self._capacity - added)} were expected"
             )
 

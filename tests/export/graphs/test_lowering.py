@@ -18,7 +18,7 @@ from omniport.export.validation.validate import validate
 from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Graph
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, ExportError, OmniportError
 from omniport.runtime.generation.decoder import Decoder
@@ -37,7 +37,7 @@ Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
 # --- what the graphs are made of -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("graph", GRAPH_NAMES)
+@pytest.mark.parametrize("graph", PARTS)
 def test_operators_are_old_ones(lowered_bundle: Path, graph: str) -> None:
     path = lowered_bundle / "graphs" / f"{graph}.onnx"
     onnx.checker.check_model(str(path), full_check=True)
@@ -71,7 +71,7 @@ def test_the_cache_grows(lowered_bundle: Path, graph: str) -> None:
 
 def test_parity(lowered_bundle: Path, tiny_checkpoint: Path) -> None:
     rows = check_bundle(lowered_bundle, tiny_checkpoint)
-    assert {row.graph for row in rows} == set(GRAPH_NAMES)
+    assert {row.graph for row in rows} == set(PARTS)
     for row in rows:
         assert row.energy > MIN_ENERGY, f"{row.graph} {row.case}: the reference is silent"
         assert row.rel_rms <= LIMIT, f"{row.graph} {row.case}: relative RMS error {row.rel_rms:.2e}"

@@ -22,7 +22,8 @@ from omniport.export.tensorrt.build import build_bundle, builder_version, choose
 from omniport.export.tensorrt.build_check import build_memory, check_bundle, memory_needed
 from omniport.export.tensorrt.profiles import Limits
 from omniport.runtime.bundle.engines import ENGINES_FILE, find_engine, list_engines, verify_engine
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES, DimRange
+from omniport.runtime.bundle.graph_spec import DimRange
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import BackendError, BuildError, BundleError, ExportError, UsageError
@@ -79,8 +80,8 @@ def built_tiny(tiny_half_bundles: dict[str, Path], tmp_path_factory: pytest.Temp
     shutil.copytree(tiny_half_bundles["fp16"], root)
     seen: list[tuple[str, int, int]] = []
     report = build_bundle(Bundle.open(root), CARD, precision="fp16", progress=lambda *step: seen.append(step))
-    assert [row.graph for row in report.graphs if row.built] == list(GRAPH_NAMES)
-    for name in GRAPH_NAMES:
+    assert [row.graph for row in report.graphs if row.built] == list(PARTS)
+    for name in PARTS:
         shares = [done / total for stage, done, total in seen if stage == f"building {name}"]
         assert shares == sorted(shares)
         assert shares[-1] > 0.5

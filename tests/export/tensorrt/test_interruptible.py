@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from omniport.export.tensorrt.interruptible import Cancelled, run_aside
+from omniport.export.tensorrt.interruptible import Cancelled, run_interruptible
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def interrupt_after(*delays: float) -> threading.Thread:
 
 def test_results_and_errors_come_back() -> None:
     looks: list[int] = []
-    assert run_aside(lambda _: (time.sleep(0.2), 7)[1], lambda: looks.append(1)) == 7
+    assert run_interruptible(lambda _: (time.sleep(0.2), 7)[1], lambda: looks.append(1)) == 7
     assert len(looks) >= 2
     with pytest.raises(ZeroDivisionError):
-        run_aside(lambda _: 1 // 0, lambda: None)
+        run_interruptible(lambda _: 1 // 0, lambda: None)
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -53,7 +53,7 @@ def test_an_interrupt_waits_for_the_work_to_end() -> None:
 
     sender = interrupt_after(0.2)
     with pytest.raises(KeyboardInterrupt):
-        run_aside(work, lambda: None)
+        run_interruptible(work, lambda: None)
     assert ended
     assert ended[0] <= time.perf_counter()
     sender.join()
@@ -71,7 +71,7 @@ def test_a_second_interrupt_does_not_leave_the_work_behind() -> None:
 
     sender = interrupt_after(0.2, 0.1, 0.1)
     with pytest.raises(KeyboardInterrupt):
-        run_aside(work, lambda: None)
+        run_interruptible(work, lambda: None)
     assert ended == [1]
     sender.join()
 
@@ -87,5 +87,5 @@ def test_what_looking_raises_cancels_too() -> None:
         raise OSError("no more")
 
     with pytest.raises(OSError, match="no more"):
-        run_aside(work, look)
+        run_interruptible(work, look)
     assert cancelled_at == [True]

@@ -20,7 +20,7 @@ from omniport.export.validation.checks import speech_cases
 from omniport.export.validation.low_memory_backend import TurnsBackend
 from omniport.export.validation.types import PASS
 from omniport.runtime.backends.base import Graph
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import BackendError
 from omniport.runtime.system.host import physical_cores
 
@@ -156,7 +156,7 @@ def test_the_reference_takes_no_more_threads() -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("graph", GRAPH_NAMES)
+@pytest.mark.parametrize("graph", PARTS)
 def test_the_size_of_a_reference_part(graph: str, tiny_checkpoint: Path) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint)
     module = load_reference(checkpoint, graph)

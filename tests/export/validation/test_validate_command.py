@@ -21,8 +21,8 @@ from omniport.export.validation.checks import preprocessing as preprocess_checks
 from omniport.export.validation.checks import speech as speech_checks
 from omniport.export.validation.context import Context
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check, ValidationReport
-from omniport.export.validation.validate import GROUP_NAMES, validate
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
+from omniport.export.validation.validate import group_names, validate
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import BackendError, PromptError, UsageError
 from support.bundles import edit
 
@@ -110,8 +110,8 @@ def test_groups_come_in_order_and_share_a_part(stand_ins: StandIns, tiny_bundle:
         "trace_layers",
     ]
     alone = [graphs for name, graphs, *_ in stand_ins.calls if name == "graph_checks"]
-    assert alone == [(name,) for name in GRAPH_NAMES]
-    assert next(graphs for name, graphs, *_ in stand_ins.calls if name == "end_to_end_checks") == GRAPH_NAMES
+    assert alone == [(name,) for name in PARTS]
+    assert next(graphs for name, graphs, *_ in stand_ins.calls if name == "end_to_end_checks") == tuple(PARTS)
     # one backend a part: its graphs are released before the next part is loaded
     backends = [backend for *_, backend, _ in stand_ins.calls]
     thinker = names.index("decode_checks")
@@ -200,7 +200,7 @@ def test_a_backend_that_cannot_run_here(
     assert not stand_ins.calls
     report, _ = validate(tiny_bundle, tiny_checkpoint, backend="tensorrt")
     assert {check.status for check in report.checks} == {NOT_RUN}
-    assert {check.stage for check in report.checks} == set(GROUP_NAMES)
+    assert {check.stage for check in report.checks} == set(group_names())
 
 
 def test_a_graph_that_the_bundle_lacks(
@@ -224,7 +224,7 @@ def test_table_json_and_page(
     files = tmp_path / "r.json", tmp_path / "r.html"
     code, out, err = omniport("validate", tiny_bundle, tiny_checkpoint, "--json", files[0], "--html", files[1])
     assert code == 0
-    for name in GROUP_NAMES:
+    for name in group_names():
         assert name in out
     assert "rel_rms 1e-06 <= 0.0001" in out
     assert "every check that ran holds" in out
@@ -330,7 +330,7 @@ def test_the_quick_suite_holds_on_tiny_within_its_time(
     assert code == 0, out + err
     report = msgspec.json.decode(files[0].read_bytes(), type=ValidationReport)
     assert {check.status for check in report.checks} == {PASS}
-    assert {check.stage for check in report.checks} == {*GROUP_NAMES, "conditioning", "solver"}
+    assert {check.stage for check in report.checks} == {*group_names(), "conditioning", "solver"}
     names = [(check.stage, check.name) for check in report.checks]
     assert len(names) == len(set(names)), "names are unique within a stage"
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60

@@ -31,8 +31,8 @@ from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Backend, Graph
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.backends.onnxruntime.kv_cache import OrtCache
-from omniport.runtime.bundle.graph_spec import GRAPH_NAMES
 from omniport.runtime.bundle.manifest import FileRecord
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle, read_manifest
 from omniport.runtime.errors import BackendError, BundleError, UsageError
 from omniport.runtime.generation.decoder import Decoder
@@ -127,7 +127,7 @@ def test_every_graph_passes(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     context.progress = lines.append
     checks = list(graph_checks(context))
     assert_all_pass(checks)
-    for graph in GRAPH_NAMES:
+    for graph in PARTS:
         mine = [check for check in checks if check.stage == graph]
         assert len(mine) >= 4, graph
         assert any(check.name in line for line in lines for check in mine)
@@ -211,7 +211,7 @@ def test_emulation_is_bfloat16(tiny_half_bundles: dict[str, Path], tiny_bundle: 
     with pytest.raises(BackendError, match="bfloat16"):
         open_backend("ort-cpu", opened)
     emulated = EmulatedBackend(opened, threads=1)
-    assert set(emulated.emulated) == set(GRAPH_NAMES) - {"dit", "bigvgan"}
+    assert set(emulated.emulated) == set(PARTS) - {"dit", "bigvgan"}
     rng = np.random.default_rng(0)
     width = opened.manifest.thinker.embedding_size
     feeds: dict[str, NDArray[Any]] = {
@@ -290,7 +290,7 @@ def test_fp16_overflow_is_found(tiny_half_bundles: dict[str, Path], tiny_checkpo
 # planted faults
 
 
-@pytest.mark.parametrize("graph", GRAPH_NAMES)
+@pytest.mark.parametrize("graph", PARTS)
 def test_a_changed_weight_is_found(graph: str, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """A square weight is transposed: every shape still fits. The talker has none: rows in reverse order."""
 

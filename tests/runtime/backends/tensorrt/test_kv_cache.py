@@ -108,9 +108,9 @@ def test_places_that_were_never_filled(backend: TrtBackend) -> None:
     rows = np.ones((8, HEADS * WIDTH), np.float32)
     cache = backend.graph("thinker").new_cache(8)
     run(backend, cache, rows[:3], 0)
-    with pytest.raises(OmniportError, match="at place 5 adds 1 tokens"):
+    with pytest.raises(OmniportError, match="at index 5 adds 1 tokens"):
         run(backend, cache, rows[:6], 5)
-    with pytest.raises(OmniportError, match="at place 3 adds 9 tokens to a KV cache of 8"):
+    with pytest.raises(OmniportError, match="at index 3 adds 9 tokens to a KV cache of 8"):
         run(backend, cache, np.ones((12, HEADS * WIDTH), np.float32), 3)
 
 

@@ -1,0 +1,73 @@
+"""The parts of a model, each of them a graph of the bundle: what the runtime has to know of one.
+
+Whatever treats parts differently asks the part; nothing keeps a table of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model.
+
+    Attributes:
+        name: of the graph, of its files, and of the part's stage in a reply's timing.
+        output: the output that counts where results are compared.
+        media: kinds of media that it turns into embeddings.
+        decodes: it is a language model: it has a KV cache, a table of token embeddings, and a `DecoderGeometry` of its
+            name in the manifest.
+        speaks: replies that are only read do without it.
+        often: it runs hundreds of times a reply.
+        bfloat16: bfloat16 is precise enough for it, and runtimes have its operators in that precision.
+    """
+
+    name: str
+    output: str
+    media: tuple[str, ...] = ()
+    decodes: bool = False
+    speaks: bool = False
+    often: bool = False
+    bfloat16: bool = True
+
+    @property
+    def team(self) -> str:
+        """Parts of one team are used together; different teams one after the other."""
+        return "encoders" if self.media else "decoders" if self.decodes else "speech" if self.speaks else self.name
+
+
+#: by name, in the order in which a reply comes about. Eight bits of mantissa are too few for an ODE state, and no
+#: runtime has BF16 transposed convolutions.
+PARTS: dict[str, Part] = {
+    part.name: part
+    for part in (
+        Part("audio_encoder", "embeds", media=("audio",)),
+        Part("vision_encoder", "embeds", media=("image", "video")),
+        Part("thinker", "logits", decodes=True, often=True),
+        Part("talker", "logits", decodes=True, speaks=True, often=True),
+        Part("dit", "velocity", speaks=True, often=True, bfloat16=False),
+        Part("bigvgan", "wav", speaks=True, bfloat16=False),
+    )
+}
+
+
+def encoder_of(kind: str) -> Part:
+    """The part that encodes media of a kind: ``audio``, ``image`` or ``video``."""
+    return next(part for part in PARTS.values() if kind in part.media)
+
+
+def decoders() -> tuple[Part, ...]:
+    """The language models; the first of them writes the reply."""
+    return tuple(part for part in PARTS.values() if part.decodes)
+
+
+def speech_parts() -> tuple[Part, ...]:
+    """The parts that a reply takes only if it is spoken."""
+    return tuple(part for part in PARTS.values() if part.speaks)
+
+
+def giving(output: str) -> Part:
+    """The part that gives an output which only one part gives: ``velocity`` of the mel, or ``wav``."""
+    (part,) = (part for part in PARTS.values() if part.output == output)
+    return part
