@@ -8,7 +8,6 @@ those to transformers, and shares of the roofline where there is no reference. C
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from omniport.runtime.bench.compare import BAND, changes
 from omniport.runtime.bench.results import read_report
 from omniport.runtime.system.host import physical_cores
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, command_line
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Compare a bundle's speed with the committed results.")
+    parser = command_line(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("checkpoint")
     parser.add_argument("--stages", default="prefill,decode,talker,dit,bigvgan")

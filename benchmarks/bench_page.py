@@ -7,11 +7,12 @@ python -m benchmarks.bench_page
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable, Sequence
 
 from omniport.export.evaluation.bench_picture import draw
 from omniport.runtime.bench.results import BenchReport, Timing, read_report
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, table
 
 PICTURE = RESULTS.parent / "images" / "bench.svg"
 #: what was tried where something falls short, written by hand
@@ -76,88 +77,93 @@ def _clock(report: BenchReport) -> str:
 
 
 def _asked(report: BenchReport) -> str:
-    lines = ["| stage | input | asked | measured |", "|---|---|---|---|"]
+    rows = []
     for stage, name, asked, read in ASKED:
         try:
             figure = report.figure(stage, name) if name else report.stages[stage].figures[-1]
-            lines.append(f"| {stage} | {figure.name} | {asked} | {read(figure)} |")
+            rows.append((stage, figure.name, asked, read(figure)))
         except KeyError:
-            lines.append(f"| {stage} | {name} | {asked} | not run |")
+            rows.append((stage, name, asked, "not run"))
     for stage in ("decode", "talker"):
         figures = report.stages[stage].figures if stage in report.stages else ()
         if figures and "growth" in figures[-1].values:
             asked = f"1.3 times the time at {figures[0].name} at most" if stage == "decode" else ""
             contexts = f"{figures[-1].name} beside {figures[0].name}"
-            lines.append(f"| {stage} | {contexts} | {asked} | {figures[-1].values['growth']:.2f} |")
-    return "\n".join(lines)
+            rows.append((stage, contexts, asked, f"{figures[-1].values['growth']:.2f}"))
+    return _table(("stage", "input", "asked", "measured"), rows)
 
 
 def _figures(report: BenchReport) -> str:
-    lines = [
-        "| stage | input | time | rate | of the roofline | reference | times as fast | difference |",
-        "|---|---|---|---|---|---|---|---|",
+    rows = [
+        (
+            stage,
+            f.name,
+            _spread(f.seconds),
+            f"{f.rate:.3g} {f.unit}/s",
+            _percent(f.share),
+            "" if f.reference is None else _spread(f.reference),
+            _times(f.faster),
+            "" if f.difference is None else f"{f.difference:.0e}",
+        )
+        for stage, result in report.stages.items()
+        for f in result.figures
     ]
-    for stage, result in report.stages.items():
-        for f in result.figures:
-            reference = "" if f.reference is None else _spread(f.reference)
-            difference = "" if f.difference is None else f"{f.difference:.0e}"
-            lines.append(
-                f"| {stage} | {f.name} | {_spread(f.seconds)} | {f.rate:.3g} {f.unit}/s | {_percent(f.share)} "
-                f"| {reference} | {_times(f.faster)} | {difference} |"
-            )
-    return "\n".join(lines)
+    columns = ("time", "rate", "of the roofline", "reference", "times as fast", "difference")
+    return _table(("stage", "input", *columns), rows)
 
 
 def _quantized() -> str:
     """Spoken replies of other bundles, each beside transformers on the checkpoint that it was made from."""
-    lines = [
-        "`small --outliers`, calibrated. *int4, int8*: `int8`, with INT4 in thinker and talker (`--graph-recipe`).",
-        "",
-        "| bundle | reply | time | reference | times as fast | DiT | vocoder | talker | thinker |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, file in QUANTIZED.items():
         for f in read_report(RESULTS / file).stages["reply"].figures:
             if f.faster is not None and f.reference is not None:
                 busy = [f.values.get(f"{part}_seconds") for part in ("dit", "bigvgan", "talker", "thinker")]
-                cells = " | ".join("" if seconds is None else f"{seconds:.1f} s" for seconds in busy)
-                times = f"{_spread(f.seconds)} | {_spread(f.reference)} | {_times(f.faster)}"
-                lines.append(f"| {name} | {f.name} | {times} | {cells} |")
-    return "\n".join(lines)
+                cells = ("" if seconds is None else f"{seconds:.1f} s" for seconds in busy)
+                rows.append((name, f.name, _spread(f.seconds), _spread(f.reference), _times(f.faster), *cells))
+    columns = ("time", "reference", "times as fast", "DiT", "vocoder", "talker", "thinker")
+    about = "`small --outliers`, calibrated. *int4, int8*: `int8`, with INT4 in thinker and talker (`--graph-recipe`)."
+    return about + "\n\n" + _table(("bundle", "reply", *columns), rows)
 
 
 def _machines(report: BenchReport) -> str:
-    lines = ["| stage | read | products | processes waiting | threads | memory |", "|---|---|---|---|---|---|"]
+    rows = []
     for stage, result in report.stages.items():
         m = result.machine
         memory = "" if result.resident_bytes is None else f"{max(0, result.resident_bytes) / 1e6:,.0f} MB"
-        lines.append(
-            f"| {stage} | {m.read_bandwidth / 1e9:.1f} GB/s | {m.matmul_rate / 1e9:.0f} GFLOP/s | {m.load_average} "
-            f"| {result.threads} | {memory} |"
-        )
-    return "\n".join(lines)
+        rates = f"{m.read_bandwidth / 1e9:.1f} GB/s", f"{m.matmul_rate / 1e9:.0f} GFLOP/s"
+        rows.append((stage, *rates, m.load_average, result.threads, memory))
+    return _table(("stage", "read", "products", "processes waiting", "threads", "memory"), rows)
 
 
 def _solvers(report: BenchReport) -> str:
     if "solver" not in report.stages:
         return "Not run."
-    lines = ["| solver | evaluations | time | mel distance to rk4 | in dB |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {f.name} | {f.values['evaluations']:.0f} | {_spread(f.seconds)} | {f.values['mel_distance']:.1e} "
-        f"| {f.values['mel_error_db']:.3f} |"
+    rows = [
+        (
+            f.name,
+            f"{f.values['evaluations']:.0f}",
+            _spread(f.seconds),
+            f"{f.values['mel_distance']:.1e}",
+            f"{f.values['mel_error_db']:.3f}",
+        )
         for f in report.stages["solver"].figures
     ]
-    return "\n".join(lines)
+    return _table(("solver", "evaluations", "time", "mel distance to rk4", "in dB"), rows)
 
 
 def _operators(report: BenchReport) -> str:
-    lines = ["| stage, largest input | share of the run by operator |", "|---|---|"]
+    rows = []
     for stage, result in report.stages.items():
         total = sum(result.operators.values())
         shares = [f"{name} {seconds / total:.0%}" for name, seconds in list(result.operators.items())[:6]]
         if shares:
-            lines.append(f"| {stage} | {', '.join(shares)} |")
-    return "\n".join(lines)
+            rows.append((stage, ", ".join(shares)))
+    return _table(("stage, largest input", "share of the run by operator"), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    return "\n".join(table(head, rows))
 
 
 def _spread(timing: Timing) -> str:

@@ -12,7 +12,6 @@ from there. Writes build-matrix.json and build-matrix.md when every row is there
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import subprocess
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.engine_build import measure
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, command_line, table
 
 if TYPE_CHECKING:
     from omniport.runtime.bundle.graph_spec import GraphSpec
@@ -36,6 +35,7 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 TARGETS = ("rtx-3090", "rtx-4090", "rtx-5090")
 #: layer types that have to be the builder's own, by the name they are shown under
 NATIVE = {"KV_CACHE_UPDATE": "cache", "ATTENTION_INPUT": "attention", "ROTARY_EMBEDDING": "rotary"}
+_COLUMNS = ("weights MB", "engine MB", "over weights MB", "seconds", "peak / weights", "anonymous")
 Row = dict[str, Any]
 
 
@@ -183,53 +183,49 @@ def render(document: dict[str, Any]) -> str:
         "*anonymous* is the part that the kernel cannot drop and read again. Layers are those of the parsed network.",
         "Recipes of `omniport quantize` are of the FP16 bundle; graphs that one leaves alone are not listed again.",
         "",
-        "| precision | GPU | graph | weights MB | engine MB | over weights MB | seconds | peak / weights | anonymous "
-        "| cache | attention | rotary |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *table(("precision", "GPU", "graph", *_COLUMNS, *NATIVE.values()), map(_cells, rows)),
     ]
-    for row in rows:
-        weights, engine = row["weights_bytes"], row["engine_bytes"]
-        native = " | ".join(str(row["layers"].get(kind, 0)) for kind in NATIVE)
-        lines.append(
-            f"| {row['precision']} | {row['sm']} | {row['graph']} | {weights / 1e6:.1f} | {engine / 1e6:.1f} "
-            f"| {(engine - weights) / 1e6:.1f} | {row['seconds']} | {row['peak_bytes'] / weights:.2f} "
-            f"| {row['anonymous_bytes'] / weights:.2f} | {native} |"
-        )
     lines += _halves(rows)
     refused = [row for row in document["engines"] if "failed" in row]
     if refused:
-        lines += ["", "Not built:", "", "| precision | GPU | graph | message |", "|---|---|---|---|"]
-        lines += [f"| {row['precision']} | {row['sm']} | {row['graph']} | {row['failed']} |" for row in refused]
-    lines += ["", "FP8, one matrix product with Q/DQ on both sides:", "", "| GPU | built | message |", "|---|---|---|"]
-    lines += [f"| {r['sm']} | {'yes' if r['built'] else 'no'} | {r['message'] or ''} |" for r in document["fp8"]]
+        cells = ((row["precision"], row["sm"], row["graph"], row["failed"]) for row in refused)
+        lines += ["", "Not built:", "", *table(("precision", "GPU", "graph", "message"), cells)]
+    fp8 = ((row["sm"], "yes" if row["built"] else "no", row["message"] or "") for row in document["fp8"])
+    lines += ["", "FP8, one matrix product with Q/DQ on both sides:", "", *table(("GPU", "built", "message"), fp8)]
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row) -> tuple[object, ...]:
+    weights, engine = row["weights_bytes"], row["engine_bytes"]
+    return (
+        row["precision"],
+        row["sm"],
+        row["graph"],
+        *(f"{size / 1e6:.1f}" for size in (weights, engine, engine - weights)),
+        row["seconds"],
+        f"{row['peak_bytes'] / weights:.2f}",
+        f"{row['anonymous_bytes'] / weights:.2f}",
+        *(row["layers"].get(kind, 0) for kind in NATIVE),
+    )
 
 
 def _halves(rows: Sequence[Row]) -> list[str]:
     """Engines of the recipes beside those in FP16."""
     half = {(row["target"], row["graph"]): row["engine_bytes"] for row in rows if row["precision"] == "fp16"}
-    recipes = [row for row in rows if row["precision"] not in PRECISIONS and (row["target"], row["graph"]) in half]
-    if not recipes:
-        return []
-    names = list(dict.fromkeys(row["graph"] for row in recipes))
-    lines = ["", "Size beside the engine in FP16, largest over the GPUs:", "", "| recipe | " + " | ".join(names) + " |"]
-    lines.append("|---" * (len(names) + 1) + "|")
-    for recipe in dict.fromkeys(row["precision"] for row in recipes):
-        ratios = [
-            [
-                r["engine_bytes"] / half[r["target"], name]
-                for r in recipes
-                if (r["precision"], r["graph"]) == (recipe, name)
-            ]
-            for name in names
-        ]
-        lines.append(f"| {recipe} | " + " | ".join(f"{max(found):.3f}" if found else "-" for found in ratios) + " |")
-    return lines
+    ratios: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["precision"] not in PRECISIONS and (row["target"], row["graph"]) in half:
+            found, name = ratios.setdefault(row["precision"], {}), row["graph"]
+            found[name] = max(found.get(name, 0.0), row["engine_bytes"] / half[row["target"], name])
+    names = list(dict.fromkeys(name for found in ratios.values() for name in found))
+    cells = ((recipe, *(f"{r[name]:.3f}" if name in r else "-" for name in names)) for recipe, r in ratios.items())
+    title = "Size beside the engine in FP16, largest over the GPUs:"
+    return ["", title, "", *table(("recipe", *names), cells)] if ratios else []
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Build every graph of a checkpoint for several GPUs.")
+    parser = command_line(__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, help="folder for exported bundles and rows; kept")
     parser.add_argument("--precisions", type=_names, default=PRECISIONS, help="comma-separated")
@@ -253,10 +249,11 @@ def main() -> None:
 def _write(out: Path, rows: list[Row]) -> None:
     from omniport.export.devices.detect import find_target
     from omniport.export.tensorrt.build import builder_version
+    from omniport.runtime.system.host import cpu_name, usable_cpus
 
     document = {
         "builder": f"tensorrt-rtx {builder_version('tensorrt-rtx')}",
-        "machine": f"{platform.system()} {platform.machine()}, {_cpu()}",
+        "machine": f"{platform.system()} {platform.machine()}, {len(usable_cpus())} cores ({cpu_name()})",
         "engines": [{**row, "sm": find_target(row["target"]).sm} for row in rows],
         "fp8": [{**row, "sm": find_target(row["target"]).sm} for row in fp8_rows()],
     }
@@ -266,13 +263,6 @@ def _write(out: Path, rows: list[Row]) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _cpu() -> str:
-    from omniport.cli.commands.doctor import examine
-
-    facts = examine()
-    return f"{facts['cpu_cores']} cores ({facts['cpu']})"
 
 
 if __name__ == "__main__":

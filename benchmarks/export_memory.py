@@ -11,19 +11,18 @@ VmHWM, which, unlike ru_maxrss, does not remember the process that started this 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.metadata
 import json
 import platform
-import re
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from benchmarks.harness import own_process
+from omniport.runtime.system.host import resident_memory
+
+from benchmarks.harness import StageMeter, command_line, own_process
 
 if TYPE_CHECKING:
     from omniport.export.synthetic.geometries import Size
@@ -74,25 +73,14 @@ def exported(checkpoint: str, out: str, graphs: str, precision: str) -> dict[str
     """As `measure`, in this process, which has to be a fresh one."""
     import torch  # noqa: F401
 
-    torch_bytes = _status("VmRSS")
+    torch_bytes = resident_memory() or 0
     from omniport.export.exporter import export_checkpoint
 
-    imports = _status("VmRSS")
-    stages: dict[str, int] = {}
-    current = "start"
-
-    def progress(stage: str, done: int, total: int) -> None:
-        nonlocal current
-        if stage != current:
-            stages[current] = _status("VmHWM")
-            _reset_peak()
-            current = stage
-
-    started = time.perf_counter()
-    names = tuple(graphs.split(",")) if graphs else None
-    report = export_checkpoint(checkpoint, Path(out), graphs=names, precision=precision, progress=progress)
-    stages[current] = _status("VmHWM")
-    peak = max(stages.values())
+    imports = resident_memory() or 0
+    meter, names = StageMeter(), tuple(graphs.split(",")) if graphs else None
+    report = export_checkpoint(checkpoint, Path(out), graphs=names, precision=precision, progress=meter.progress)
+    meter.stop()
+    peak = max(meter.peaks.values())
     return {
         "precision": precision,
         "weight_bytes": {graph.name: graph.weight_bytes for graph in report.graphs},
@@ -101,26 +89,14 @@ def exported(checkpoint: str, out: str, graphs: str, precision: str) -> dict[str
         "peak": peak,
         "above_torch": peak - torch_bytes,
         "above_imports": peak - imports,
-        "stages": {stage: value - torch_bytes for stage, value in stages.items()},
-        "seconds": round(time.perf_counter() - started, 1),
+        "stages": {stage: value - torch_bytes for stage, value in meter.peaks.items()},
+        "seconds": round(sum(meter.seconds.values()), 1),
     }
-
-
-def _status(field: str) -> int:
-    """A size from /proc/self/status in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise SystemExit(f"/proc/self/status has no {field}: this needs Linux")
-    return int(found[1]) * 1024
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure the peak memory of an export.")
+    parser = command_line(__doc__)
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--size", default="small", help="geometry of the checkpoints that --layers makes")
     parser.add_argument("--layers", default="", help="comma-separated layer counts")

@@ -12,13 +12,11 @@ cannot run here is written down with the reason. Exits with 1 when a comparison 
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +29,9 @@ from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Backend
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
-from omniport.runtime.generation.decoder import Decoder
 
-from benchmarks.harness import RESULTS
+from benchmarks.decoding import FixedTokens
+from benchmarks.harness import RESULTS, command_line
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
 _BUILT = ("tensorrt", "tensorrt-rtx")
@@ -116,21 +114,12 @@ def decode_rate(bundle: Bundle, backend: Backend, name: str, target: Target | No
     manifest = bundle.manifest
     geometry = manifest.thinker if name == "thinker" else manifest.talker
     assert geometry is not None, "the checkpoints that this script makes can speak"
-    graph = backend.graph(name)
-    rng = np.random.default_rng(0)
     count = plan.prompt + plan.steps + 8
-    decoder = Decoder(graph, graph.new_cache(count))
-    embeds = (rng.standard_normal((count, geometry.embedding_size)) * 0.02).astype(np.float32)
-    positions = np.tile(np.arange(count, dtype=np.int64), (3, 1))
-    started = time.perf_counter()
-    decoder.forward(embeds[: plan.prompt], positions[:, : plan.prompt])
-    prefill = time.perf_counter() - started
-    seconds = []
-    for k in range(plan.prompt, count):  # the first steps choose how decoding runs, and are not counted
-        started = time.perf_counter()
-        decoder.forward(embeds[k : k + 1], positions[:, k : k + 1])
-        seconds.append(time.perf_counter() - started)
-    step = float(np.median(seconds[8:]))
+    tokens = FixedTokens(bundle, backend, name, count)
+    prefill, _ = tokens.feed(0, plan.prompt)
+    # the first steps choose how decoding runs, and are not counted
+    seconds = [tokens.feed(index, index + 1)[0] for index in range(plan.prompt, count)][8:]
+    step = float(np.median(seconds))
     itemsize = {"float32": 4}.get(manifest.kv.dtype, 2)
     row = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * itemsize
     weights = sum(manifest.files[file].size for file in manifest.graphs[name].data)
@@ -138,7 +127,7 @@ def decode_rate(bundle: Bundle, backend: Backend, name: str, target: Target | No
     found: Row = {
         "tokens_per_second": round(1 / step, 2),
         "step_seconds": step,
-        "slowest_step_seconds": max(seconds[8:]),
+        "slowest_step_seconds": max(seconds),
         "prefill_tokens": plan.prompt,
         "first_prefill_seconds": prefill,
         "bytes_per_token": nbytes,
@@ -147,7 +136,7 @@ def decode_rate(bundle: Bundle, backend: Backend, name: str, target: Target | No
     if target is not None and target.bandwidth:
         found["roofline_tokens_per_second"] = round(target.bandwidth / nbytes, 2)
         found["share_of_roofline"] = round(nbytes / step / target.bandwidth, 4)
-    timing = getattr(graph, "decoding", None)
+    timing = getattr(tokens.graph, "decoding", None)
     if timing is not None:
         found["cuda_graph"] = {
             "used": timing.uses_graph,
@@ -250,7 +239,7 @@ def _target(backends: Sequence[str]) -> Target | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    parser = argparse.ArgumentParser(description="Check a machine's GPU with random weights.")
+    parser = command_line(__doc__)
     parser.add_argument("--sizes", default=",".join(Plan.sizes))
     parser.add_argument("--precision", default=Plan.precision, choices=("fp32", "fp16", "bf16"))
     parser.add_argument("--backends", default=",".join(BACKENDS))

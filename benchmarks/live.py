@@ -1,66 +1,65 @@
 """Measure live turns: how soon text and sound come, what runs at once, and what the host code costs.
 
-Usage: python -m benchmarks.live BUNDLE [--reference CHECKPOINT] [--codes 500] [--json F]
+    python -m benchmarks.live BUNDLE [--reference CHECKPOINT] [--codes 500]
 
-Everything runs in this process, one thing after the other, on the same threads. ``--reference`` adds transformers'
-``generate``, which gives its waveform when everything is done. Speech does not end by itself here: stop tokens are
-suppressed on both sides, so that every reply has the same length.
+Writes docs/results/live.json and live.md. Everything runs in this process, one thing after the other, on the same
+threads. ``--reference`` adds transformers' ``generate``, which gives its waveform when everything is done. Speech does
+not end by itself here: stop tokens are suppressed on both sides, so that every reply has the same length.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import textwrap
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, SamplingConfig, TextDelta
+from omniport.runtime.bench.reply_timing import QUESTION, endless
 from omniport.runtime.generation.sampling import Sampler
 from omniport.runtime.prompt.builder import build_prompt
-from omniport.runtime.system.host import physical_cores
+from omniport.runtime.system.host import cpu_name, physical_cores
 
-QUESTION = "Tell me in a few sentences what you can hear and see, and how you answer."
+from benchmarks.harness import command_line, record, table
+
 TOKENS = 40
+#: lengths of the spoken questions
+SECONDS = (2, 10, 30)
 
 
-def measure(bundle: Path, reference: Path | None, codes: int, seconds: tuple[int, ...] = (2, 10, 30)) -> dict[str, Any]:
+def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:
     """All figures, by name."""
+    bundle, codes = options.bundle, options.codes
     session = OmniSession.open(bundle, backend="ort-cpu")
     figures: dict[str, Any] = {"environment": environment(), "codes": codes, "text_tokens": TOKENS}
     warm_up(session)
-    figures["first_token"] = [first_token(session, length) for length in seconds]
+    figures["first_token"] = [first_token(session, length) for length in SECONDS]
     figures["reply"] = reply(session, codes)
     figures["overlap"] = overlap(bundle, max(36, codes // 8))
-    if reference is not None:
-        figures["reference"] = of_reference(session, reference, codes)
-        figures["ratios"] = {
-            "first_audio_sooner_than_reference": figures["reference"]["waveform_after"]
-            / figures["reply"]["first_audio"]
-        }
-    figures.setdefault("ratios", {})["first_audio_sooner_than_sequential"] = (
-        figures["reply"]["sequential_first_audio"] / figures["reply"]["first_audio"]
-    )
+    soon = figures["reply"]["first_audio"]
+    figures["ratios"] = {"first_audio_sooner_than_sequential": figures["reply"]["sequential_first_audio"] / soon}
+    if options.reference is not None:
+        figures["reference"] = of_reference(session, options.reference, codes)
+        figures["ratios"]["first_audio_sooner_than_reference"] = figures["reference"]["waveform_after"] / soon
     figures["sampling"] = sampling(session)
     session.close()
-    return figures
+    yield figures
 
 
 def environment() -> dict[str, Any]:
     """What it ran on."""
     import onnxruntime
 
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "processor": model[0].partition(":")[2].strip() if model else platform.processor(),
+        "processor": cpu_name(),
         "cores": physical_cores(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
@@ -194,34 +193,14 @@ def first_audio(session: OmniSession, codes: int) -> float:
 
 def of_reference(session: OmniSession, checkpoint: Path, codes: int) -> dict[str, Any]:
     """transformers' generate on the same prompt: its waveform comes at the end."""
-    import torch
-    import transformers
+    from omniport.export.evaluation.transformers_rival import TransformersRival
 
-    torch.set_num_threads(physical_cores())
-    model = transformers.Qwen2_5OmniForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+    rival = TransformersRival(session.bundle, str(checkpoint), physical_cores())
     prompt = build_prompt([{"role": "user", "content": QUESTION}], session.manifest, session.text_codec)
-    ids = torch.from_numpy(prompt.token_ids[None])
-    begin = time.perf_counter()
-    with torch.no_grad():
-        tokens, wave = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            thinker_max_new_tokens=TOKENS,
-            thinker_min_new_tokens=TOKENS,
-            talker_max_new_tokens=codes,
-            talker_min_new_tokens=codes,
-        )
-    after = time.perf_counter() - begin
-    sound: NDArray[np.float32] = wave.numpy()
-    assert float(np.std(sound)) > 1e-4, "the reference is silent"
-    return {
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "waveform_after": after,
-        "audio_seconds": sound.size / 24000,
-        "text_tokens": int(tokens.shape[1]) - len(prompt.token_ids),
+    seconds, audio_seconds = rival.reply(prompt.token_ids, TOKENS, codes)
+    return {name: version(name) for name in rival.libraries} | {
+        "waveform_after": seconds,
+        "audio_seconds": audio_seconds,
     }
 
 
@@ -263,89 +242,97 @@ def first(seconds: float | None) -> float:
 
 
 def page(figures: dict[str, Any]) -> str:
-    """The figures as a page of the documentation."""
-    reply, environment = figures["reply"], figures["environment"]
+    """docs/results/live.md."""
+    reply, environment, picks = figures["reply"], figures["environment"], figures["sampling"]
     reference, ratios = figures.get("reference"), figures["ratios"]
-    after = reply["sequential_first_audio"]
-    rows = [
-        f"| streamed | {reply['first_audio']:.1f} s | {reply['total']:.1f} s |",
-        f"| one worker after the other, sound at the end | {after:.1f} s | {after:.1f} s |",
-    ]
+    after = {
+        "streamed": (reply["first_audio"], reply["total"]),
+        "one worker after the other, sound at the end": (reply["sequential_first_audio"],) * 2,
+    }
     sooner = f"{ratios['first_audio_sooner_than_sequential']:.1f} times sooner than from the same graphs in turn"
     if reference is not None:
-        after = reference["waveform_after"]
-        rows.append(f"| transformers {reference['transformers']}, `generate` | {after:.1f} s | {after:.1f} s |")
+        after[f"transformers {reference['transformers']}, `generate`"] = (reference["waveform_after"],) * 2
         sooner = f"{ratios['first_audio_sooner_than_reference']:.1f} times sooner than transformers', and {sooner}"
     busy = ", ".join(f"{name} {seconds:.1f}" for name, seconds in reply["busy_by_worker"].items())
-    picks = figures["sampling"]
-    parts = [
+    parts: list[str | list[str]] = [
         "# Live turns, measured",
         "Made by `python -m benchmarks.live`: do not edit by hand. A random-weight checkpoint (`make-checkpoint "
-        "--size small`: "
-        f"the 3B's layer widths, four layers a stack) in FP32 on {environment['processor']}, "
-        f"{environment['cores']} cores, "
-        f"ONNX Runtime {environment['onnxruntime']}; everything in one process, one thing after the other.",
-        *([figures["note"]] if "note" in figures else []),
+        "--size small`: the 3B's layer widths, four layers a stack) in FP32 on "
+        f"{environment['processor']}, {environment['cores']} cores, ONNX Runtime {environment['onnxruntime']}; "
+        "everything in one process, one thing after the other.",
         "## First sound",
         f"A reply of {figures['text_tokens']} text tokens and {figures['codes']} codes "
         f"({reply['audio_seconds']:.0f} s of speech):",
-        "| | first sound after | everything after |\n|---|---|---|\n" + "\n".join(rows),
+        table(
+            ("way", "first sound after", "everything after"),
+            ((way, *(f"{seconds:.1f} s" for seconds in times)) for way, times in after.items()),
+        ),
         f"The first sound comes {sooner}. Windows with context solve more mel than the whole at once does, so the last "
-        f"sound is later. The real-time factor is {reply['real_time_factor']:.1f}: this model is too large for "
-        f"these cores, "
-        f"and a loudspeaker would have run dry {reply['underruns']} times.",
+        f"sound is later. The real-time factor is {reply['real_time_factor']:.1f}: this model is too large for these "
+        f"cores, and a loudspeaker would have run dry {reply['underruns']} times.",
         "## First token",
         "Sound pushed in pieces of 100 ms while it is spoken, against the same sound in one message; from the "
-        "question's "
-        "end.",
-        "| sound | pushed | at once | ratio | tokens left at commit |\n|---|---|---|---|---|\n"
-        + "\n".join(
-            f"| {r['seconds_of_sound']} s | {r['pushed']:.2f} s | {r['at_once']:.2f} s | {r['ratio']:.1f} "
-            f"| {r['tokens_left_at_commit']} of {r['prompt_tokens']} |"
-            for r in figures["first_token"]
-        ),
+        "question's end.",
+        _first_tokens(figures["first_token"]),
         "A piece of 2 s is complete 12.5 ms after its end: of 2 s of sound, all of the sound is left.",
         "## Workers at once",
         f"Of the streamed reply of {figures['codes']} codes: wall time over the workers' busy times "
-        f"{reply['wall_over_busy']:.2f}; {reply['cores_at_work']:.2f} cores at work; busy seconds {busy}. Busy "
-        f"times of "
-        "workers that share cores grow, so the rows below compare with the same work done in turn.",
-        "| threads of an operator | codes | at once | in turn | ratio | longest worker's share | cores at work, "
-        "in turn "
-        "| host's share |\n|---|---|---|---|---|---|---|---|\n"
-        + "\n".join(
-            f"| {r['threads_of_an_operator']} | {r['codes']} | {r['at_once']:.1f} s | {r['in_turn']:.1f} s "
-            f"| {r['ratio']:.2f} | {r['share_of_longest_worker']:.2f} | {r['cores_at_work_in_turn']:.2f} "
-            f"| {100 * r['host_share']:.1f} % |"
-            for r in figures["overlap"]
-        ),
+        f"{reply['wall_over_busy']:.2f}; {reply['cores_at_work']:.2f} cores at work; busy seconds {busy}. Busy times "
+        "of workers that share cores grow, so the rows below compare with the same work done in turn.",
+        _overlaps(figures["overlap"]),
         "No more can be gained than the longest worker leaves: token2wav, which is the DiT, and the vocoder are most "
         "of the work. With two threads, operators already keep both cores at work. The host's share is the time "
-        "outside graph runs of the workers in "
-        f"turn. Picking one of {picks['vocabulary']} tokens takes {picks['greedy']:.2f} ms greedily, "
-        f"{picks['top_k_40_top_p_0.8']:.1f} ms with top-k 40 and top-p 0.8, {picks['top_p_0.9']:.1f} ms with "
-        f"top-p 0.9.",
+        f"outside graph runs of the workers in turn. Picking one of {picks['vocabulary']} tokens takes "
+        f"{picks['greedy']:.2f} ms greedily, {picks['top_k_40_top_p_0.8']:.1f} ms with top-k 40 and top-p 0.8, "
+        f"{picks['top_p_0.9']:.1f} ms with top-p 0.9.",
     ]
-    filled = [part if part.startswith(("|", "#")) else textwrap.fill(part, 120) for part in parts]
+    filled = [textwrap.fill(part, 120) if isinstance(part, str) else "\n".join(part) for part in parts]
     return "\n\n".join(filled) + "\n"
 
 
+def _first_tokens(rows: list[dict[str, Any]]) -> list[str]:
+    return table(
+        ("sound", "pushed", "at once", "ratio", "tokens left at commit"),
+        (
+            (
+                f"{r['seconds_of_sound']} s",
+                f"{r['pushed']:.2f} s",
+                f"{r['at_once']:.2f} s",
+                f"{r['ratio']:.1f}",
+                f"{r['tokens_left_at_commit']} of {r['prompt_tokens']}",
+            )
+            for r in rows
+        ),
+    )
+
+
+def _overlaps(rows: list[dict[str, Any]]) -> list[str]:
+    columns = ("ratio", "longest worker's share", "cores at work, in turn", "host's share")
+    return table(
+        ("threads of an operator", "codes", "at once", "in turn", *columns),
+        (
+            (
+                r["threads_of_an_operator"],
+                r["codes"],
+                f"{r['at_once']:.1f} s",
+                f"{r['in_turn']:.1f} s",
+                f"{r['ratio']:.2f}",
+                f"{r['share_of_longest_worker']:.2f}",
+                f"{r['cores_at_work_in_turn']:.2f}",
+                f"{100 * r['host_share']:.1f} %",
+            )
+            for r in rows
+        ),
+    )
+
+
 def main() -> None:
-    """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description="Measure live turns.")
+    """The command line."""
+    parser = command_line(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--codes", type=int, default=500)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--page", type=Path)
-    options = parser.parse_args()
-    figures = measure(options.bundle, options.reference, options.codes)
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if options.json is not None:
-        options.json.write_text(text + "\n")
-    if options.page is not None:
-        options.page.write_text(page(figures))
+    record("live", page, measure, parser)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -27,6 +26,8 @@ from omniport.runtime.bench.workloads import Sizes
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.speech.ode_methods import METHODS, Solver
 from omniport.runtime.speech.windows import Window
+
+from benchmarks.harness import command_line
 
 #: way of working: whether graphs count as sharing cores, and the windows
 WAYS: dict[str, tuple[bool, Window]] = {
@@ -104,7 +105,7 @@ def _summary(replies: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--solver", action="append", choices=tuple(METHODS))

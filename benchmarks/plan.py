@@ -1,7 +1,6 @@
 """Hold `omniport plan` against measurements on this machine's CPU and against published figures.
 
     python -m benchmarks.plan BUNDLE...          # measure, add to docs/results/plan.json, write plan.md
-    python -m benchmarks.plan --page             # write plan.md from plan.json
 
 Each bundle is measured in a process of its own: resident memory after every graph is loaded, and at its highest while a
 question of 30 s of speech and a picture of 1024x768 is answered in 6 s of speech; decode rates of thinker and talker at
@@ -13,9 +12,7 @@ alone.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +25,11 @@ from omniport.export.synthetic.geometries import SIZES, geometry_config
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.manifest import SamplingConfig
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.generation.decoder import Decoder
 from omniport.runtime.session import OmniSession
-from omniport.runtime.system.host import resident_memory
+from omniport.runtime.system.host import cpu_name, resident_memory, usable_cpus
 
-from benchmarks.harness import RESULTS, own_process
+from benchmarks.decoding import FixedTokens
+from benchmarks.harness import command_line, own_process, record, table
 
 CONTEXT = 2048
 DECODED_AT = (128, 1024)
@@ -112,31 +109,17 @@ def decoding(folder: str) -> dict[str, Any]:
 def _decode(root: Path, name: str) -> dict[str, Any]:
     """By context, of every round: bytes and operations a second of this machine, and the best step after them."""
     bundle = Bundle.open(root)
-    graph = OrtBackend(bundle).graph(name)
-    table = bundle.embedding(name)
-    rows = table.rows(np.random.default_rng(0).integers(0, table.vocab_size, max(DECODED_AT) + STEPS))
-    decoder = Decoder(graph, graph.new_cache(CONTEXT))
+    tokens = FixedTokens(bundle, OrtBackend(bundle), name, max(DECODED_AT) + STEPS, capacity=CONTEXT)
     found: dict[str, Any] = {}
     for context in DECODED_AT:
-        _feed(decoder, rows, decoder.length, context)
+        tokens.feed(0, context)
         rounds = []
         for _ in range(ROUNDS):
             rates = measure_rates(0.3)
-            decoder.truncate(context)
-            step = min(_feed(decoder, rows, index, index + 1) for index in range(context, context + STEPS))
+            step = min(tokens.feed(index, index + 1)[0] for index in range(context, context + STEPS))
             rounds.append([rates.bandwidth, rates.products, step])
         found[str(context)] = rounds
-        decoder.truncate(context)
     return found
-
-
-def _feed(decoder: Decoder, rows: Any, start: int, stop: int) -> float:
-    """Seconds."""
-    begun = time.perf_counter()
-    for first in range(start, stop, 512):
-        last = min(stop, first + 512)
-        decoder.forward(rows[first:last], np.repeat(np.arange(first, last)[None], 3, axis=0))
-    return time.perf_counter() - begun
 
 
 def memory(root: str) -> dict[str, Any]:
@@ -155,11 +138,6 @@ def memory(root: str) -> dict[str, Any]:
     for event in session.reply(messages, thinker=limits[0], talker=limits[1]):
         heard += len(getattr(event, "samples", ()))
     return {"loaded": loaded, "peak": resident_memory("VmHWM"), "samples": heard}
-
-
-def _measure(root: Path) -> dict[str, Any]:
-    found: dict[str, Any] = own_process(memory, str(root)) | own_process(decoding, str(root))
-    return found
 
 
 def predicted(model: ModelShape, recipe: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -228,76 +206,53 @@ def _says(bundles: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory_table(bundles: dict[str, Any]) -> list[str]:
-    lines = [
-        "| bundle | loaded MB | of it anonymous | peak MB | predicted peak | deviation | held |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, says in _says(bundles).items():
         loaded, peak = bundles[name]["loaded"], bundles[name]["peak"]
         off = says["memory"] / peak - 1
         cells = (loaded["VmRSS"], loaded["RssAnon"], peak, says["memory"])
-        numbers = " | ".join(f"{cell / 1e6:,.0f}" for cell in cells)
-        lines.append(f"| {name} | {numbers} | {off:+.1%} | {_held(off, MEMORY_LIMIT)} |")
-    return lines
+        rows.append((name, *(f"{cell / 1e6:,.0f}" for cell in cells), f"{off:+.1%}", _held(off, MEMORY_LIMIT)))
+    columns = ("loaded MB", "of it anonymous", "peak MB", "predicted peak", "deviation", "held")
+    return table(("bundle", *columns), rows)
 
 
 def _decode_table(bundles: dict[str, Any]) -> list[str]:
-    lines = [
-        "| bundle | decoder | context | read GB/s | GFLOPS | step ms | tokens/s | deviation of the plan | held |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, says in _says(bundles).items():
-        for (part, context), (bandwidth, products, step, off) in says["decode"].items():
-            lines.append(
-                f"| {name} | {part} | {context} | {bandwidth / 1e9:.1f} | {products / 1e9:.0f} | {1e3 * step:.1f} "
-                f"| {1 / step:.1f} | {off:+.1%} | {_held(off, DECODE_LIMIT)} |"
-            )
-    return lines
+        for case, (bandwidth, products, step, off) in says["decode"].items():
+            rates = (f"{bandwidth / 1e9:.1f}", f"{products / 1e9:.0f}", f"{1e3 * step:.1f}", f"{1 / step:.1f}")
+            rows.append((name, *case, *rates, f"{off:+.1%}", _held(off, DECODE_LIMIT)))
+    columns = ("context", "read GB/s", "GFLOPS", "step ms", "tokens/s", "deviation of the plan", "held")
+    return table(("bundle", "decoder", *columns), rows)
 
 
 def _published_table() -> list[str]:
-    lines = [
-        "| device | model | recipe | published | predicted | deviation | source |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    return lines + [
-        f"| {row['device']} | {row['model']} | {row['recipe']} | {row['measured']} | {row['predicted']} "
-        f"| {row['deviation']:+.1%} | {row['source']} |"
-        for row in published()
-    ]
+    names = ("device", "model", "recipe", "measured", "predicted", "deviation", "source")
+    rows = [row | {"deviation": f"{row['deviation']:+.1%}"} for row in published()]
+    head = ("published" if name == "measured" else name for name in names)
+    return table(tuple(head), ([row[name] for name in names] for row in rows))
 
 
 def _held(deviation: float, limit: float) -> str:
     return "yes" if abs(deviation) <= limit else "**no**"
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(names)} cores"
+def measure(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Bundles, beside those that were measured before."""
+    import onnxruntime
+
+    machine = {"machine": f"{cpu_name()}, {len(usable_cpus())} cores", "onnxruntime": onnxruntime.__version__}
+    for root in options.bundles:
+        one = own_process(memory, str(root)) | own_process(decoding, str(root))
+        found = found | machine | {"bundles": found.get("bundles", {}) | {one["recipe"]: one}}
+        yield found
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Hold omniport plan against measurements.")
-    parser.add_argument("bundles", nargs="*", type=Path)
-    parser.add_argument("--page", action="store_true", help="write the page from what was measured")
-    options = parser.parse_args()
-    path = RESULTS / "plan.json"
-    results = json.loads(path.read_text()) if path.exists() else {"bundles": {}}
-    for root in options.bundles:
-        import onnxruntime
-
-        results |= {"machine": _processor(), "onnxruntime": onnxruntime.__version__}
-        found = _measure(root)
-        results["bundles"][found["recipe"]] = found
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "plan.md").write_text(page(results))
-    for row in published():
-        print(
-            f"{row['device']:22} {row['model']:10} {row['recipe']:5} {row['measured']:6} {row['predicted']:6} "
-            f"{row['deviation']:+.1%}"
-        )
+    parser = command_line(__doc__)
+    parser.add_argument("bundles", nargs="+", type=Path)
+    record("plan", page, measure, parser)
 
 
 if __name__ == "__main__":

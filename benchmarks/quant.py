@@ -1,7 +1,6 @@
 """Measure quantized bundles beside the bundle they were made from; writes docs/results/quant.md and quant.json.
 
     python -m benchmarks.quant BUNDLE FOLDER --calib FILE [--recipes int8,w8,int4] [--steps 12] [--rounds 4]
-    python -m benchmarks.quant --page
 
 FOLDER takes the quantized bundles; those that are there are used. ``RECIPE-alone`` is a recipe without the
 calibration. One process measures everything, and speed in turns, one bundle after the other, so that whatever else the
@@ -13,8 +12,7 @@ rounds. Of the DiT it is the SQNR of the mel for random codes, of the vocoder th
 from __future__ import annotations
 
 import argparse
-import json
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.calib.calibration_file import Calibration
 from omniport.calib.quantize import quantize_bundle
+from omniport.export.evaluation.speech_metrics import snr_db
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.generation.decoder import Decoder
-from omniport.runtime.system.host import physical_cores
+from omniport.runtime.system.host import cpu_name, physical_cores
 
-from benchmarks.harness import RESULTS
-from benchmarks.speech_loss import measure_speech, sqnr
+from benchmarks.decoding import FixedTokens
+from benchmarks.harness import command_line, record, table
+from benchmarks.speech_loss import measure_speech
 
 LM_PARTS = ("thinker", "talker")
 PREFILL = 256
@@ -38,52 +37,25 @@ CODES = 36
 ASKED = {"w8": (None, 2.5, None, 35.0), "int8": (None, 2.8, 1.5, 22.0), "int4": (0.20, 3.5, None, None)}
 
 
-class Part:
-    """One decoder of one bundle, fed with embeddings of fixed tokens."""
-
-    def __init__(self, root: Path, name: str, threads: int, count: int) -> None:
-        self.bundle = Bundle.open(root)
-        self._graph = OrtBackend(self.bundle, threads=threads).graph(name)
-        # the talker reads rows of the thinker's width; its own table has them
-        table = self.bundle.embedding("thinker" if name == "thinker" else "talker")
-        ids = np.random.default_rng(0).integers(0, table.vocab_size, count)
-        self._rows = table.rows(ids)
-        self._decoder = Decoder(self._graph, self._graph.new_cache(count))
-
-    def prefill(self) -> float:
-        """Feed the prompt; seconds."""
-        self._decoder.truncate(0)
-        return self._feed(0, PREFILL)[0]
-
-    def step(self, index: int) -> tuple[float, NDArray[Any], NDArray[Any] | None]:
-        """Feed one more token: seconds, logits, hidden."""
-        return self._feed(PREFILL + index, PREFILL + index + 1)
-
-    def _feed(self, start: int, stop: int) -> tuple[float, NDArray[Any], NDArray[Any] | None]:
-        positions = np.repeat(np.arange(start, stop)[None], 3, axis=0)
-        begun = time.perf_counter()
-        logits, hidden = self._decoder.forward(self._rows[start:stop], positions)
-        return time.perf_counter() - begun, logits, hidden
-
-
 def measure_part(roots: dict[str, Path], name: str, threads: int, steps: int, rounds: int) -> dict[str, Any]:
     """Speed and loss of one decoder in every bundle, in turns."""
-    parts = {key: Part(root, name, threads, PREFILL + steps) for key, root in roots.items()}
-    result: dict[str, Any] = {key: {"prefill": [], "decode": []} for key in parts}
-    logits: dict[str, list[NDArray[Any]]] = {}
+    bundles = {key: Bundle.open(root) for key, root in roots.items()}
+    parts = {
+        key: FixedTokens(bundle, OrtBackend(bundle, threads=threads), name, PREFILL + steps)
+        for key, bundle in bundles.items()
+    }
+    times: dict[str, tuple[list[float], list[float]]] = {key: ([], []) for key in parts}
+    logits: dict[str, NDArray[Any]] = {}
     for _ in range(rounds):
         for key, part in parts.items():
-            result[key]["prefill"].append(part.prefill())
-            rows = [part.step(index) for index in range(steps)]
-            result[key]["decode"] += [seconds for seconds, _, _ in rows]
-            logits[key] = [row for _, row, _ in rows]
-    for key in parts:
-        found = result[key]
-        found["prefill"], found["decode"] = min(found["prefill"]), min(found["decode"])
-        if key != "base":
-            found["sqnr"] = sqnr(np.asarray(logits[key]), np.asarray(logits["base"]))
-            equal = np.asarray(logits[key]).argmax(-1) == np.asarray(logits["base"]).argmax(-1)
-            found["same_choice"] = float(equal.mean())
+            times[key][0].append(part.feed(0, PREFILL)[0])
+            fed = [part.feed(index, index + 1) for index in range(PREFILL, PREFILL + steps)]
+            times[key][1].extend(seconds for seconds, _ in fed)
+            logits[key] = np.asarray([row for _, row in fed])
+    result: dict[str, Any] = {key: {"prefill": min(first), "decode": min(step)} for key, (first, step) in times.items()}
+    for key in parts.keys() - {"base"}:
+        result[key]["sqnr"] = snr_db(logits[key], logits["base"])
+        result[key]["same_choice"] = float((logits[key].argmax(-1) == logits["base"].argmax(-1)).mean())
     return result
 
 
@@ -106,24 +78,24 @@ def make(base: Path, out: Path, recipe: str, calibration: Calibration | None) ->
     return round(quantize_bundle(base, out, name, calibration=used).seconds, 1)
 
 
-def measure(
-    base: Path, folder: Path, recipes: list[str], calibration: Calibration | None, steps: int, rounds: int
-) -> dict[str, Any]:
+def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:
     """Everything that the page shows."""
     import onnxruntime
 
+    base, steps, rounds = options.bundle, options.steps, options.rounds
+    calibration = Calibration.load(options.calib) if options.calib else None
     roots = {"base": base}
     seconds = {}
-    for recipe in recipes:
-        roots[recipe] = folder / f"{base.name}-{recipe}"
+    for recipe in options.recipes.split(","):
+        roots[recipe] = options.folder / f"{base.name}-{recipe}"
         seconds[recipe] = make(base, roots[recipe], recipe, calibration)
     threads = physical_cores()
-    return {
-        "bundle": Bundle.open(base).manifest.source.name,
+    yield {
+        "bundle": options.name or Bundle.open(base).manifest.source.name,
         "precision": Bundle.open(base).manifest.precision,
         "onnxruntime": onnxruntime.__version__,
         "threads": threads,
-        "processor": processor(),
+        "processor": cpu_name(),
         "steps": steps,
         "rounds": rounds,
         "quantize_seconds": seconds,
@@ -131,15 +103,6 @@ def measure(
         "parts": {name: measure_part(roots, name, threads, steps, rounds) for name in LM_PARTS},
         "speech": measure_speech(roots, threads, CODES),
     }
-
-
-def processor() -> str:
-    """The name of this machine's processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def page(found: dict[str, Any]) -> str:
@@ -153,86 +116,73 @@ recipe does not say *alone*. ONNX Runtime {found["onnxruntime"]} on {found["thre
 {found["processor"]}. All bundles in one process, in turns; times are the best of {found["rounds"]} rounds.
 Logits: {found["steps"]} steps after a prefill of {PREFILL} tokens, against the bundle that was quantized.
 
-| part | recipe | size, ratio | prefill {PREFILL}, ms | step, ms | times as fast | logits SQNR, dB | same choice |
-|---|---|---|---|---|---|---|---|
 """
     base_sizes = found["sizes"]["base"]
     rows = []
     for part, results in found["parts"].items():
         for key, row in results.items():
             ratio = found["sizes"][key][part] / base_sizes[part]
-            loss = f"{row['sqnr']:.1f} | {row['same_choice']:.0%}" if key != "base" else "- | -"
+            loss = (f"{row['sqnr']:.1f}", f"{row['same_choice']:.0%}") if key != "base" else ("-", "-")
             faster = results["base"]["decode"] / row["decode"]
             name = found["precision"] if key == "base" else key
             size = f"{found['sizes'][key][part] / 1e6:,.0f} MB, {ratio:.3f}"
-            times = f"{row['prefill'] * 1e3:,.0f} | {row['decode'] * 1e3:.1f} | {faster:.2f}"
-            rows.append(f"| {part} | {name} | {size} | {times} | {loss} |")
-    return head + "\n".join(rows) + "\n\n" + _speech(found) + "\n" + _asked(found)
+            times = (f"{row['prefill'] * 1e3:,.0f}", f"{row['decode'] * 1e3:.1f}", f"{faster:.2f}")
+            rows.append((part, name, size, *times, *loss))
+    measured = ("size, ratio", f"prefill {PREFILL}, ms", "step, ms", "times as fast", "logits SQNR, dB", "same choice")
+    lines = [*table(("part", "recipe", *measured), rows), "", *_speech(found), "", *_asked(found)]
+    return head + "\n".join(lines) + "\n"
 
 
-def _speech(found: dict[str, Any]) -> str:
-    lines = [
-        "Graphs outside the decoders, and the whole bundle, embeddings included. Mel and samples: each graph alone,",
-        f"{CODES} random codec tokens, SQNR in dB; a dash where the recipe leaves the graph as it is.",
-        "",
-        "| recipe | audio encoder | vision encoder | DiT | vocoder | six graphs | bundle | mel | samples |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def _speech(found: dict[str, Any]) -> list[str]:
     base = found["sizes"]["base"]
+    graphs = [name for name in base if name != "all"]
+    rows = []
     for key, row in found["speech"].items():
         sizes = found["sizes"][key]
-        graphs = [name for name in base if name != "all"]
         ratios = [sizes[n] / base[n] for n in ("audio_encoder", "vision_encoder", "dit", "bigvgan")]
         ratios += [sum(sizes[n] for n in graphs) / sum(base[n] for n in graphs), sizes["all"] / base["all"]]
         losses = [f"{row[name]:.1f}" if name in row else "-" for name in ("mel", "wave")]
-        lines.append(f"| {key} | " + " | ".join([*(f"{ratio:.3f}" for ratio in ratios), *losses]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _asked(found: dict[str, Any]) -> str:
-    lines = [
-        "| recipe | thinker and talker, ratio | thinker decode | thinker prefill | thinker logits SQNR |",
-        "|---|---|---|---|---|",
+        rows.append((key, *(f"{ratio:.3f}" for ratio in ratios), *losses))
+    names = ("audio encoder", "vision encoder", "DiT", "vocoder", "six graphs", "bundle", "mel", "samples")
+    return [
+        "Graphs outside the decoders, and the whole bundle, embeddings included. Mel and samples: each graph alone,",
+        f"{CODES} random codec tokens, SQNR in dB; a dash where the recipe leaves the graph as it is.",
+        "",
+        *table(("recipe", *names), rows),
     ]
+
+
+def _asked(found: dict[str, Any]) -> list[str]:
     thinker, sizes = found["parts"]["thinker"], found["sizes"]
-    for key in sizes:
-        if key == "base":
-            continue
+    rows = []
+    for key in (key for key in sizes if key != "base"):
         size, decode, prefill, loss = ASKED.get(key, (None, None, None, None))
         both = [sum(sizes[k][part] for part in LM_PARTS) for k in (key, "base")]
         faster = [thinker["base"][what] / thinker[key][what] for what in ("decode", "prefill")]
-        cells = (
-            f"{both[0] / both[1]:.3f}" + (f" (asked: at most {size})" if size else ""),
-            f"{faster[0]:.2f}x" + (f" (asked: {decode}x)" if decode else ""),
-            f"{faster[1]:.2f}x" + (f" (asked: {prefill}x)" if prefill else ""),
-            f"{thinker[key]['sqnr']:.1f} dB" + (f" (asked: {loss} dB)" if loss else ""),
+        rows.append(
+            (
+                key,
+                f"{both[0] / both[1]:.3f}" + (f" (asked: at most {size})" if size else ""),
+                f"{faster[0]:.2f}x" + (f" (asked: {decode}x)" if decode else ""),
+                f"{faster[1]:.2f}x" + (f" (asked: {prefill}x)" if prefill else ""),
+                f"{thinker[key]['sqnr']:.1f} dB" + (f" (asked: {loss} dB)" if loss else ""),
+            )
         )
-        lines.append(f"| {key} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    figures = ("thinker and talker, ratio", "thinker decode", "thinker prefill", "thinker logits SQNR")
+    return table(("recipe", *figures), rows)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure quantized bundles.")
-    parser.add_argument("bundle", nargs="?", type=Path)
-    parser.add_argument("folder", nargs="?", type=Path)
+    parser = command_line(__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--recipes", default="int8,w8,int4,int8-plain,w8-alone,int4-alone")
     parser.add_argument("--calib", type=Path)
     parser.add_argument("--name", help="what the page calls the checkpoint; the bundle's name for it otherwise")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--page", action="store_true", help="only write the page from quant.json")
-    options = parser.parse_args()
-    place = RESULTS / "quant.json"
-    if not options.page:
-        if options.bundle is None or options.folder is None:
-            parser.error("give BUNDLE and FOLDER, or --page")
-        recipes = options.recipes.split(",")
-        calibration = Calibration.load(options.calib) if options.calib else None
-        found = measure(options.bundle, options.folder, recipes, calibration, options.steps, options.rounds)
-        found["bundle"] = options.name or found["bundle"]
-        place.write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "quant.md").write_text(page(json.loads(place.read_text())))
+    record("quant", page, measure, parser)
 
 
 if __name__ == "__main__":

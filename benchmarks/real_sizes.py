@@ -7,11 +7,11 @@
     python -m benchmarks.real_sizes let-go 3b FOLDER [--rounds 3]
     python -m benchmarks.real_sizes quantize 3b FOLDER [--recipe int4] [--graph-recipe GRAPH=RECIPE]
     python -m benchmarks.real_sizes run 3b FOLDER [--recipe int4]
-    python -m benchmarks.real_sizes page
+    python -m benchmarks.real_sizes --page
 
 FOLDER takes the checkpoint, ``3b``, and the bundles, ``3b-bf16`` and ``3b-int4``: 12 to 45 GB. Every step runs in a
-process of its own and adds its figures to docs/results/real-sizes.json; ``page`` writes real-sizes.md from it. Before a
-step its input is dropped from the page cache, and after it what was written is flushed to the disk: both count as
+process of its own and adds its figures to docs/results/real-sizes.json, of which real-sizes.md is made. Before a step
+its input is dropped from the page cache, and after it what was written is flushed to the disk: both count as
 ``synced_seconds``, so that neither a copy nor an export gains from what the memory happens to hold.
 
 An export comes after a copy of the checkpoint, in turns if there are several rounds: a disk that others use as well
@@ -30,14 +30,15 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, own_process
+from omniport.runtime.system.host import peak_memory, resident_memory
+
+from benchmarks.harness import StageMeter, command_line, own_process, record
 from benchmarks.real_sizes_page import FIELDS, SIZES, page
 
-STEPS = ("make", "hollow", "copy", "let-go", "trace", "export", "quantize", "run")
 BLOCK = 8 << 20
 QUESTION_SECONDS = 3.0
 
@@ -126,16 +127,18 @@ def _trace(options: argparse.Namespace) -> dict[str, Any]:
 def _export(options: argparse.Namespace) -> dict[str, Any]:
     from omniport.export.exporter import export_checkpoint
 
-    clock = _StageClock()
+    meter = StageMeter()
     out = options.folder / f"{options.size}-{options.precision}"
     graphs = options.graphs.split(",") if options.graphs else None
     report = export_checkpoint(
-        _checkpoint(options), out, precision=options.precision, graphs=graphs, progress=clock.progress
+        _checkpoint(options), out, precision=options.precision, graphs=graphs, progress=meter.progress
     )
+    meter.stop()
     return {
         "path": out,
         "precision": options.precision,
-        "stages": clock.stop(),
+        "stages": {stage: round(seconds, 2) for stage, seconds in meter.seconds.items()},
+        "peak_bytes": max(meter.peaks.values()),
         "weight_bytes": {graph.name: graph.weight_bytes for graph in report.graphs},
     }
 
@@ -196,27 +199,6 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-class _StageClock:
-    """Seconds spent in each stage that a progress callback names."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._stage, self._since = "start", time.perf_counter()
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._turn(stage)
-
-    def stop(self) -> dict[str, float]:
-        self._turn("end")
-        return {stage: round(seconds, 2) for stage, seconds in self._seconds.items()}
-
-    def _turn(self, stage: str) -> None:
-        now = time.perf_counter()
-        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._since
-        self._stage, self._since = stage, now
-
-
 def _checkpoint(options: argparse.Namespace) -> Path:
     return Path(options.folder) / str(options.size)
 
@@ -238,9 +220,7 @@ def _flush(files: Iterable[Path]) -> None:
             os.fsync(handle.fileno())
 
 
-def _memory() -> dict[str, int]:
-    from omniport.runtime.system.host import resident_memory
-
+def _memory() -> dict[str, int | None]:
     return {field: resident_memory(field) for field in FIELDS}
 
 
@@ -276,19 +256,17 @@ def done(step: str, given: dict[str, Any]) -> dict[str, Any]:
         found["bytes"] = sum(file.stat().st_size for file in _files(out))
     used = resource.getrusage(resource.RUSAGE_SELF)
     found["cpu_seconds"] = round(used.ru_utime + used.ru_stime, 1)
-    # in kB; it also covers the process that started this one, which is small
-    found["peak_bytes"] = used.ru_maxrss * 1024
+    found.setdefault("peak_bytes", peak_memory())
     return found
 
 
-def _measure(options: argparse.Namespace) -> None:
+def measure(options: argparse.Namespace, results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One step beside those that were measured before."""
     steps = ("copy", options.step) if options.step in ("export", "let-go") else (options.step,)
     found: dict[str, list[dict[str, Any]]] = {step: [] for step in steps}
     for _ in range(options.rounds):
         for step in steps:
             found[step].append(_in_process(step, options))
-    path = RESULTS / "real-sizes.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
     results["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     for step, rounds in found.items():
         middle = sorted(rounds, key=lambda one: float(one.get("synced_seconds", one["seconds"])))[len(rounds) // 2]
@@ -296,7 +274,7 @@ def _measure(options: argparse.Namespace) -> None:
             middle["rounds"] = [one["synced_seconds"] for one in rounds]
             middle["peak_bytes"] = max(one["peak_bytes"] for one in rounds)
         results.setdefault(options.size, {})[_key(step, options)] = middle
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    yield results
 
 
 def _in_process(step: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -325,10 +303,10 @@ def _variant(options: argparse.Namespace) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure the published models' sizes.")
-    parser.add_argument("step", choices=(*STEPS, "page"))
-    parser.add_argument("size", nargs="?", choices=SIZES)
-    parser.add_argument("folder", nargs="?", type=Path)
+    parser = command_line(__doc__)
+    parser.add_argument("step", choices=_STEPS)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", default="bf16", help="of the bundle that is exported or quantized")
     parser.add_argument("--graphs", default="", help="export these only, where the disk cannot hold all of them")
     parser.add_argument("--recipe", default="int4")
@@ -336,14 +314,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="of an export, each after a copy: medians, and all times")
     parser.add_argument("--tokens", type=int, default=12, help="most text tokens of the reply")
     parser.add_argument("--codes", type=int, default=50, help="most codec tokens of the reply")
-    options = parser.parse_args()
-    if options.step == "page":
-        found = json.loads((RESULTS / "real-sizes.json").read_text())
-        (RESULTS / "real-sizes.md").write_text(page(found))
-    elif options.folder is None:
-        parser.error("give a size and a folder")
-    else:
-        _measure(options)
+    record("real-sizes", page, measure, parser)
 
 
 if __name__ == "__main__":

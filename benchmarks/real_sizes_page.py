@@ -1,16 +1,31 @@
-"""docs/results/real-sizes.md from what benchmarks/real_sizes.py measured."""
+"""docs/results/real-sizes.md from what `benchmarks.real_sizes` measured."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+from benchmarks.harness import GIB, table
 
 SIZES = ("tiny", "small", "3b", "7b")
 FIELDS = ("VmRSS", "RssAnon", "RssFile")
-GIB = 1 << 30
+_COLUMNS = ("seconds", "of it tracing", "processor seconds", "times a copy", "peak memory")
+_FIGURES = (
+    "prompt_tokens",
+    "text_tokens",
+    "codec_tokens",
+    "tokens_per_second",
+    "codes_per_second",
+    "time_to_first_token",
+    "time_to_first_audio",
+    "total_time",
+    "real_time_factor",
+)
 
 
 def page(results: dict[str, Any]) -> str:
     """docs/results/real-sizes.md."""
+    rows = [row for size in SIZES for row in _rows(size, results.get(size, {}))]
     lines = [
         "# Real sizes",
         "",
@@ -23,11 +38,8 @@ def page(results: dict[str, Any]) -> str:
         "Limits: 2 GiB of resident memory, and twice the time of copying the checkpoint's files, tracing apart. Of",
         "several rounds, copy and export in turns, the seconds are the median, and every round's stand behind it.",
         "",
-        "| size | step | written | seconds | of it tracing | processor seconds | times a copy | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
+        *table(("size", "step", "written", *_COLUMNS), rows),
     ]
-    for size in SIZES:
-        lines += _size_lines(size, results.get(size, {}))
     hollow = [size for size in SIZES if "hollow" in results.get(size, {})]
     if hollow:
         lines += [
@@ -37,36 +49,40 @@ def page(results: dict[str, Any]) -> str:
         ]
     lines += _stage_lines(results)
     lines += _trace_lines(results)
-    lines += _run_lines(results)
+    for size, _, found in _steps(results, "run"):
+        lines += _answer_lines(size, found)
     return "\n".join(lines) + "\n"
 
 
-def _size_lines(size: str, steps: dict[str, Any]) -> list[str]:
+def _rows(size: str, steps: dict[str, Any]) -> Iterator[tuple[object, ...]]:
     copied = _copied(steps, "export bf16")
-    lines = []
     for name, found in steps.items():
         if name.startswith(("run", "trace")):
             continue
-        tracing = sum(seconds for stage, seconds in found.get("stages", {}).items() if stage.startswith("tracing"))
-        seconds = found["synced_seconds"]
+        tracing = _tracing(found.get("stages", {}))
         beside = _copied(steps, name) if name.startswith("export") else None
-        ratio = f"{(seconds - tracing) / beside:.2f}" if beside else "-"
-        traced = f"{tracing:.1f}" if "stages" in found else "-"
-        lines.append(
-            f"| {size} | {_title(name)} | {found['bytes'] / 1e9:.2f} GB | {_rounds(found)} | {traced} "
-            f"| {found.get('cpu_seconds', '-')} | {ratio} | {found['peak_bytes'] / GIB:.2f} GiB |"
+        yield (
+            size,
+            _title(name),
+            f"{found['bytes'] / 1e9:.2f} GB",
+            _rounds(found),
+            f"{tracing:.1f}" if "stages" in found else "-",
+            found.get("cpu_seconds", "-"),
+            f"{(found['synced_seconds'] - tracing) / beside:.2f}" if beside else "-",
+            f"{found['peak_bytes'] / GIB:.2f} GiB",
         )
     halves = [found for name, found in steps.items() if name.startswith("export bf16 ")]
     if len(halves) > 1 and copied:
-        tracing = sum(s for half in halves for stage, s in half["stages"].items() if stage.startswith("tracing"))
+        tracing = sum(_tracing(half["stages"]) for half in halves)
         seconds = sum(half["synced_seconds"] for half in halves)
         cpu = round(sum(half["cpu_seconds"] for half in halves), 1)
         peak = max(half["peak_bytes"] for half in halves) / GIB
-        lines.append(
-            f"| {size} | export bf16, both runs | | {seconds:.1f} | {tracing:.1f} | {cpu} "
-            f"| {(seconds - tracing) / copied:.2f} | {peak:.2f} GiB |"
-        )
-    return lines
+        times = (f"{seconds:.1f}", f"{tracing:.1f}", cpu, f"{(seconds - tracing) / copied:.2f}", f"{peak:.2f} GiB")
+        yield size, "export bf16, both runs", "", *times
+
+
+def _tracing(stages: dict[str, float]) -> float:
+    return sum(seconds for stage, seconds in stages.items() if stage.startswith("tracing"))
 
 
 def _copied(steps: dict[str, Any], export: str) -> float | None:
@@ -93,59 +109,45 @@ def _rounds(found: dict[str, Any]) -> str:
 
 
 def _stage_lines(results: dict[str, Any]) -> list[str]:
-    lines = [
-        "",
-        "Where the seconds of an export go:",
-        "",
-        "| size | export | "
-        + " | ".join(("tracing", "writing the thinker", "writing the others", "embeddings", "the rest"))
-        + " |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for size in SIZES:
-        for name, found in results.get(size, {}).items():
-            if not name.startswith("export"):
-                continue
-            stages = found["stages"]
-            tracing = sum(seconds for stage, seconds in stages.items() if stage.startswith("tracing"))
-            thinker = stages.get("writing thinker", 0.0)
-            others = sum(s for stage, s in stages.items() if stage.startswith("writing")) - thinker
-            embeddings = stages.get("embeddings", 0.0)
-            rest = sum(stages.values()) - tracing - thinker - others - embeddings
-            cells = " | ".join(f"{seconds:.1f}" for seconds in (tracing, thinker, others, embeddings, rest))
-            lines.append(f"| {size} | {name.removeprefix('export ').replace(',', ', ')} | {cells} |")
-    return lines
+    rows = []
+    for size, name, found in _steps(results, "export"):
+        stages = found["stages"]
+        tracing = _tracing(stages)
+        thinker = stages.get("writing thinker", 0.0)
+        others = sum(s for stage, s in stages.items() if stage.startswith("writing")) - thinker
+        embeddings = stages.get("embeddings", 0.0)
+        rest = sum(stages.values()) - tracing - thinker - others - embeddings
+        parts = (tracing, thinker, others, embeddings, rest)
+        rows.append((size, name.removeprefix("export ").replace(",", ", "), *(f"{seconds:.1f}" for seconds in parts)))
+    columns = ("tracing", "writing the thinker", "writing the others", "embeddings", "the rest")
+    return ["", "Where the seconds of an export go:", "", *table(("size", "export", *columns), rows)]
 
 
 def _trace_lines(results: dict[str, Any]) -> list[str]:
-    if not any(name.startswith("trace") for size in SIZES for name in results.get(size, {})):
-        return []
-    lines = [
-        "",
-        "Tracing depends on the geometry alone and its result is cached, so that it is a constant of the first export:",
-        "",
-        "| size | graph | seconds |",
-        "|---|---|---|",
-    ]
-    for size in SIZES:
-        for name, found in results.get(size, {}).items():
-            if name.startswith("trace"):
-                lines += [f"| {size} | {graph} | {seconds:.1f} |" for graph, seconds in found["traced"].items()]
-    return lines
+    traced = [(size, found["traced"]) for size, _, found in _steps(results, "trace")]
+    rows = [(size, graph, f"{seconds:.1f}") for size, graphs in traced for graph, seconds in graphs.items()]
+    head = (
+        "Tracing depends on the geometry alone and its result is cached, so that it is a constant of the first export:"
+    )
+    return ["", head, "", *table(("size", "graph", "seconds"), rows)] if rows else []
 
 
-def _run_lines(results: dict[str, Any]) -> list[str]:
-    lines = []
+def _steps(results: dict[str, Any], kind: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for size in SIZES:
         for name, found in results.get(size, {}).items():
-            if name.startswith("run"):
-                lines += _answer_lines(size, found)
-    return lines
+            if name.startswith(kind):
+                yield size, name, found
 
 
 def _answer_lines(size: str, found: dict[str, Any]) -> list[str]:
     memory, stats = found["memory"], found["stats"]
-    lines = [
+    loaded = [
+        (step, *(f"{sizes[field] / 1e6:,.0f} MB" for field in FIELDS), found["loading"].get(step, "-"))
+        for step, sizes in memory.items()
+    ]
+    figures = [(key, _number(stats[key])) for key in _FIGURES]
+    busy = [(f"busy, {stage}", _number(seconds)) for stage, seconds in stats["busy"].items()]
+    return [
         "",
         f"## A spoken question to the {size} in `{found['recipe']}`, on the CPU",
         "",
@@ -153,26 +155,13 @@ def _answer_lines(size: str, found: dict[str, Any]) -> list[str]:
         f"{stats['codec_tokens']} codec tokens ({found['samples'] / 24000:.2f} s of speech), with every stage.",
         f"Opening and loading all graphs took {found['load_seconds']:.0f} s.",
         "",
-        "| after | resident | anonymous | mapped files | seconds to load |",
-        "|---|---|---|---|---|",
-    ]
-    for step, sizes in memory.items():
-        cells = " | ".join(f"{sizes[field] / 1e6:,.0f} MB" for field in FIELDS)
-        lines.append(f"| {step} | {cells} | {found['loading'].get(step, '-')} |")
-    lines += [
+        *table(("after", "resident", "anonymous", "mapped files", "seconds to load"), loaded),
         "",
         f"Highest: {found['peak_bytes'] / 1e9:.2f} GB. Anonymous memory is weights that ONNX Runtime packs for its",
         "products, once; convolutions stay in the mapped file, of which the kernel holds what was touched.",
         "",
-        "| figure | value |",
-        "|---|---|",
+        *table(("figure", "value"), [*figures, *busy]),
     ]
-    for key in ("prompt_tokens", "text_tokens", "codec_tokens", "tokens_per_second", "codes_per_second"):
-        lines.append(f"| {key} | {_number(stats[key])} |")
-    for key in ("time_to_first_token", "time_to_first_audio", "total_time", "real_time_factor"):
-        lines.append(f"| {key} | {_number(stats[key])} |")
-    lines += [f"| busy, {stage} | {_number(seconds)} |" for stage, seconds in stats["busy"].items()]
-    return lines
 
 
 def _number(value: float | None) -> str:

@@ -8,7 +8,6 @@ other. A turn that was not cancelled has to give its text, codec tokens and soun
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -28,6 +27,8 @@ from omniport.runtime.pipeline.reply import Reply
 from omniport.runtime.pipeline.task import make_task
 from omniport.runtime.prompt.positions import Segment
 from omniport.runtime.reply_options import ReplyOptions
+
+from benchmarks.harness import command_line
 
 
 def soak(
@@ -178,7 +179,7 @@ def _oracle(
 
 def main() -> None:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(description="Talk to a bundle for hundreds of turns and compare each.")
+    parser = command_line(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

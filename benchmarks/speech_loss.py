@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
+from omniport.export.evaluation.recording import RecordingBackend
+from omniport.export.evaluation.speech_metrics import snr_db
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
-
-
-def sqnr(got: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """Energy of the reference over energy of the difference, in dB."""
-    wanted64 = wanted.astype(np.float64)
-    energy = float((wanted64**2).sum())
-    if energy == 0:
-        raise SystemExit("the reference has no energy: nothing is measured")
-    return 10 * float(np.log10(energy / ((got - wanted64) ** 2).sum()))
 
 
 class Voice:
@@ -32,7 +23,7 @@ class Voice:
 
     def mel(self, codes: list[int]) -> NDArray[np.float32]:
         """[80, T] for codes, from noise of seed 0."""
-        tap = _Tap(self._backend)
+        tap = RecordingBackend(self._backend)
         dit = self.bundle.manifest.dit
         assert dit is not None
         noise = NoiseStream(None, np.random.default_rng(0), dit.mel_dim)
@@ -40,40 +31,13 @@ class Voice:
         for code in codes:
             made.push(code)
         made.finish()
-        return tap.mel
+        mel: NDArray[np.float32] = tap.graph("bigvgan").calls[-1]["mel"][0]
+        return mel
 
     def wave(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
         """Samples for a mel [80, T]."""
         outputs = self._backend.graph("bigvgan").run({"mel": mel[None]})
         return np.concatenate([array.reshape(-1) for array in outputs.values()])
-
-
-class _Tap:
-    """A backend that keeps the mel the vocoder is given."""
-
-    name = "ort-cpu"
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.mel = np.zeros((80, 0), np.float32)
-
-    def graph(self, name: str) -> Graph:
-        return _Tapped(self, self._backend.graph(name)) if name == "bigvgan" else self._backend.graph(name)
-
-    def close(self) -> None:
-        """The backend is used again."""
-
-
-class _Tapped:
-    def __init__(self, tap: _Tap, graph: Graph) -> None:
-        self._tap, self._graph = tap, graph
-
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
-        self._tap.mel = np.array(feeds["mel"][0], np.float32)
-        return self._graph.run(feeds, cache)
-
-    def new_cache(self, capacity: int) -> KvCache:
-        return self._graph.new_cache(capacity)
 
 
 def measure_speech(roots: Mapping[str, Path], threads: int, count: int) -> dict[str, dict[str, float]]:
@@ -91,8 +55,8 @@ def measure_speech(roots: Mapping[str, Path], threads: int, count: int) -> dict[
         voice, graphs = Voice(root, threads), Bundle.open(root).manifest.graphs
         row = {}
         if graphs["dit"].compute:
-            row["mel"] = sqnr(voice.mel(codes) - mel.mean(), mel - mel.mean())
+            row["mel"] = snr_db(voice.mel(codes) - mel.mean(), mel - mel.mean())
         if graphs["bigvgan"].compute:
-            row["wave"] = sqnr(voice.wave(mel), wave)
+            row["wave"] = snr_db(voice.wave(mel), wave)
         found[key] = row
     return found

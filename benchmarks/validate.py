@@ -2,12 +2,11 @@
 
     python -m benchmarks.validate FOLDER
     python -m benchmarks.validate FOLDER --sizes tiny --suites quick
-    python -m benchmarks.validate --page
 
 FOLDER keeps checkpoints (``tiny``, ``small``), bundles (``tiny-fp16``, ...), references and reports; what is missing is
 made. Each run is the command itself, in a process of its own. ``empty cache`` computes every reference, ``cached``
 finds them in FOLDER.
-Runs that were measured before and are not measured now stay in the JSON; ``--page`` only writes the page.
+Runs that were measured before and are not measured now stay in the JSON.
 
 "Largest reference part": the parameters and buffers, in float32, of the largest of the six transformers modules that
 validation loads (one at a time). "Peak memory": VmHWM of the whole process: interpreter, torch and mapped files too.
@@ -16,7 +15,6 @@ validation loads (one at a time). "Peak memory": VmHWM of the whole process: int
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -37,7 +35,7 @@ from omniport.export.validation.summary import StageRow, stage_rows
 from omniport.export.validation.types import FAIL, NOT_RUN, ValidationReport
 from omniport.runtime.bundle.parts import PARTS
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import GIB, command_line, record, table
 
 SIZES, PRECISIONS, SUITES = ("tiny", "small"), ("fp32", "fp16", "bf16"), ("quick", "full")
 #: what the cache of references holds before a run. ``small`` computes each reference once: what a precision adds is in
@@ -48,7 +46,7 @@ CACHES = {
 }
 _STATES = ("empty cache", "cached")
 #: what the issue of validation asks for: seconds of the quick suite on tiny, bytes above the largest reference part
-QUICK_SECONDS, ROOM = 60, 1 << 30
+QUICK_SECONDS, ROOM = 60, GIB
 
 Result = dict[str, Any]
 
@@ -63,7 +61,7 @@ def prepare(folder: Path, size: str, precision: str) -> tuple[Path, Path]:
     return checkpoint, bundle
 
 
-def measure(folder: Path, size: str, suite: str, precisions: Sequence[str], cache: Path) -> Iterator[Result]:
+def run_suite(folder: Path, size: str, suite: str, precisions: Sequence[str], cache: Path) -> Iterator[Result]:
     """Run the suite for each precision, on the states of the cache that `CACHES` says.
 
     Args:
@@ -181,8 +179,8 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
         lines.append(f"- `--suite quick` on `tiny`: at most {max(quick):.0f} s (asked for: under {QUICK_SECONDS} s).")
     if small:
         lines.append(
-            f"- Peak memory on `small`: at most the largest reference part plus {max(small) / 2**30:.2f} GiB (asked "
-            f"for: plus {ROOM / 2**30:g} GiB)."
+            f"- Peak memory on `small`: at most the largest reference part plus {max(small) / GIB:.2f} GiB (asked "
+            f"for: plus {ROOM / GIB:g} GiB)."
         )
     return lines
 
@@ -200,20 +198,26 @@ def _runs(results: Sequence[Result]) -> list[str]:
     """Time and memory of one checkpoint's runs."""
     parts = results[0]["reference_bytes"]
     name, threads = max(parts, key=parts.get), results[0]["environment"]["threads"]
-    lines = [
-        f"Largest reference part: `{name}`, {parts[name] / 2**30:.2f} GiB. Threads: {threads}.",
-        "",
-        "| suite | precision | references | checks | passes | wall | processor time | peak memory | above the part |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        emulated = " (emulated)" if result["emulated"] else ""
-        lines.append(
-            f"| {result['suite']} | {result['precision']}{emulated} | {result['cache']} | {result['checks']} | "
-            f"{'yes' if result['ok'] else 'NO'} | {result['seconds']:.0f} s | {result['processor_seconds']:.0f} s | "
-            f"{result['peak_bytes'] / 2**30:.2f} GiB | {_above(result) / 2**30:.2f} GiB |"
+    rows = [
+        (
+            result["suite"],
+            result["precision"] + (" (emulated)" if result["emulated"] else ""),
+            result["cache"],
+            result["checks"],
+            "yes" if result["ok"] else "NO",
+            f"{result['seconds']:.0f} s",
+            f"{result['processor_seconds']:.0f} s",
+            f"{result['peak_bytes'] / GIB:.2f} GiB",
+            f"{_above(result) / GIB:.2f} GiB",
         )
-    return lines
+        for result in results
+    ]
+    runs = ("suite", "precision", "references", "checks", "passes")
+    return [
+        f"Largest reference part: `{name}`, {parts[name] / GIB:.2f} GiB. Threads: {threads}.",
+        "",
+        *table((*runs, "wall", "processor time", "peak memory", "above the part"), rows),
+    ]
 
 
 def _limits(results: Sequence[Result]) -> list[str]:
@@ -221,16 +225,12 @@ def _limits(results: Sequence[Result]) -> list[str]:
     suite = max((result["suite"] for result in results), key=SUITES.index)
     chosen = {r["precision"]: r for r in results if r["suite"] == suite}
     order = list(dict.fromkeys(stage for result in chosen.values() for stage in result["nearest"]))
-    lines = [
+    nearest = [result["nearest"] for result in chosen.values()]
+    return [
         f"Figure closest to its limit by stage, suite {suite} (BF16: emulated, DiT and vocoder stay float32):",
         "",
-        f"| stage | {' | '.join(chosen)} |",
-        f"|---{'|---' * len(chosen)}|",
+        *table(("stage", *chosen), ((stage, *(_nearest_text(row.get(stage)) for row in nearest)) for stage in order)),
     ]
-    for stage in order:
-        cells = [_nearest_text(result["nearest"].get(stage)) for result in chosen.values()]
-        lines.append(f"| {stage} | {' | '.join(cells)} |")
-    return lines
 
 
 def _nearest_text(nearest: Result | None) -> str:
@@ -245,35 +245,25 @@ def _key(result: Result) -> tuple[int, ...]:
     )
 
 
-def _write(results: dict[tuple[int, ...], Result]) -> None:
-    ordered = [results[key] for key in sorted(results)]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "validate.json").write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "validate.md").write_text(page(ordered), encoding="utf-8")
+def measure(options: argparse.Namespace, found: Sequence[Result]) -> Iterator[list[Result]]:
+    """Every run that is asked for, beside those that were measured before."""
+    results = {_key(result): result for result in found}
+    for size in options.sizes.split(","):
+        for suite in options.suites.split(","):
+            cache = options.folder / f"{size}-{suite}-references"
+            for result in run_suite(options.folder, size, suite, options.precisions.split(","), cache):
+                results[_key(result)] = result
+                yield [results[key] for key in sorted(results)]
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure omniport validate, and write the page of its figures.")
-    parser.add_argument("folder", type=Path, nargs="?", help="checkpoints and bundles; what is missing is made")
+    parser = command_line(__doc__)
+    parser.add_argument("folder", type=Path, help="checkpoints and bundles; what is missing is made")
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--suites", default=",".join(SUITES))
-    parser.add_argument("--page", action="store_true", help="measure nothing, write the page from validate.json")
-    options = parser.parse_args()
-    if options.page == bool(options.folder):
-        parser.error("give a folder, or --page")
-    stored = RESULTS / "validate.json"
-    results = {_key(r): r for r in json.loads(stored.read_text(encoding="utf-8"))} if stored.exists() else {}
-    if options.page:
-        _write(results)
-        return
-    for size in options.sizes.split(","):
-        for suite in options.suites.split(","):
-            cache = options.folder / f"{size}-{suite}-references"
-            for result in measure(options.folder, size, suite, options.precisions.split(","), cache):
-                results[_key(result)] = result
-                _write(results)
+    record("validate", page, measure, parser)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Measure a vocoder beside quantized ones: loss, speed, and where the time goes; writes docs/results/vocoder.md.
 
     python -m benchmarks.vocoder BUNDLE NAME=QUANTIZED ... [--frames 116,250] [--rounds 6] [--name small]
-    python -m benchmarks.vocoder --page
 
 One process measures everything, in turns, one vocoder after the other; times are the best of all rounds. The mel is
 the one that BUNDLE's DiT makes of random codes with a fixed seed, loss the SQNR of the samples against BUNDLE's.
@@ -16,18 +15,19 @@ import tempfile
 import textwrap
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omniport.export.evaluation.speech_metrics import snr_db
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.system.host import physical_cores
+from omniport.runtime.system.host import cpu_name, physical_cores
 
-from benchmarks.harness import RESULTS
-from benchmarks.quant import processor
-from benchmarks.speech_loss import Voice, sqnr
+from benchmarks.harness import command_line, record, table
+from benchmarks.speech_loss import Voice
 
 #: runs that are profiled
 _PROFILED = 3
@@ -35,10 +35,12 @@ _PROFILED = 3
 _NAMED = 10
 
 
-def measure(roots: dict[str, Path], frames: list[int], rounds: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:
     """Everything that the page shows; the first bundle is the one that the others are compared with."""
     import onnxruntime
 
+    roots = {"FP32": options.bundle} | {name: Path(root) for name, root in options.quantized}
+    frames = [int(count) for count in options.frames.split(",")]
     threads, base = physical_cores(), next(iter(roots))
     first = Voice(roots[base], threads)
     dit = first.bundle.manifest.dit
@@ -50,19 +52,19 @@ def measure(roots: dict[str, Path], frames: list[int], rounds: int) -> dict[str,
     found: dict[str, Any] = {name: {"seconds": {}} for name in voices}
     for name, voice in voices.items():
         if name != base:
-            found[name]["sqnr"] = sqnr(voice.wave(mel), wanted)
+            found[name]["sqnr"] = snr_db(voice.wave(mel), wanted)
     for count in frames:
-        for name, seconds in _times(voices, mel[:, :count], rounds).items():
+        for name, seconds in _times(voices, mel[:, :count], options.rounds).items():
             found[name]["seconds"][str(count)] = seconds
     del voices, first
     for name, root in roots.items():
         found[name] |= _operators(root, threads, mel[:, : frames[0]])
-    return {
-        "bundle": Bundle.open(roots[base]).manifest.source.name,
+    yield {
+        "bundle": options.name or Bundle.open(roots[base]).manifest.source.name,
         "onnxruntime": onnxruntime.__version__,
         "threads": threads,
-        "processor": processor(),
-        "rounds": rounds,
+        "processor": cpu_name(),
+        "rounds": options.rounds,
         "rms": float(np.sqrt(np.mean(np.square(wanted, dtype=np.float64)))),
         "vocoders": found,
     }
@@ -112,6 +114,12 @@ def page(found: dict[str, Any]) -> str:
         f"threads of {found['processor']}. All in one process, in turns; the best of {found['rounds']} rounds. The "
         f"samples that SQNR is measured against have an RMS of {found['rms']:.3f}."
     )
+    rows = []
+    for name, row in vocoders.items():
+        times = [(row["seconds"][count], vocoders[base]["seconds"][count]) for count in frames]
+        cells = [cell for ours, first in times for cell in (f"{1e3 * ours:,.0f}", f"{first / ours:.2f}")]
+        rows.append((name, *cells, f"{row['sqnr']:.1f}" if name in others else "-"))
+    columns = [title for count in frames for title in (f"{count} frames, ms", "times as fast")]
     lines = [
         "# The vocoder in INT8",
         "",
@@ -119,19 +127,11 @@ def page(found: dict[str, Any]) -> str:
         "",
         *textwrap.wrap(about, 118),
         "",
-        "| vocoder | "
-        + " | ".join(f"{count} frames, ms | times as fast" for count in frames)
-        + " | samples SQNR, dB |",
-        "|---|" + "---|---|" * len(frames) + "---|",
+        *table(("vocoder", *columns, "samples SQNR, dB"), rows),
+        "",
+        *_shares(found, frames[0]),
     ]
-    for name, row in vocoders.items():
-        cells = []
-        for count in frames:
-            seconds, reference = row["seconds"][count], vocoders[base]["seconds"][count]
-            cells += [f"{1e3 * seconds:,.0f}", f"{reference / seconds:.2f}"]
-        loss = f"{row['sqnr']:.1f}" if name in others else "-"
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {loss} |")
-    return "\n".join([*lines, "", *_shares(found, frames[0])]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _shares(found: dict[str, Any], frames: str) -> list[str]:
@@ -139,39 +139,34 @@ def _shares(found: dict[str, Any], frames: str) -> list[str]:
     named = Counter[str]()
     for row in vocoders.values():
         named |= Counter(row["milliseconds"])
-    lines = [
+    rows: list[tuple[str, ...]] = [
+        (kind, *(f"{r['milliseconds'].get(kind, 0):,.0f} ({r['nodes'].get(kind, 0)})" for r in vocoders.values()))
+        for kind, _ in named.most_common(_NAMED)
+    ]
+    rows.append(("all", *(f"{sum(row['milliseconds'].values()):,.0f}" for row in vocoders.values())))
+    return [
         f"Milliseconds by operator, {frames} frames, in ONNX Runtime's profile: number of nodes in brackets.",
         "",
-        "| operator | " + " | ".join(vocoders) + " |",
-        "|---|" + "---|" * len(vocoders),
+        *table(("operator", *vocoders), rows),
     ]
-    for kind, _ in named.most_common(_NAMED):
-        cells = [f"{r['milliseconds'].get(kind, 0):,.0f} ({r['nodes'].get(kind, 0)})" for r in vocoders.values()]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    whole = " | ".join(f"{sum(row['milliseconds'].values()):,.0f}" for row in vocoders.values())
-    return [*lines, f"| all | {whole} |"]
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, root = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError("NAME=QUANTIZED was expected")
+    return name, root
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure a vocoder beside quantized ones.")
-    parser.add_argument("bundle", nargs="?", type=Path)
-    parser.add_argument("quantized", nargs="*", metavar="NAME=QUANTIZED")
+    parser = command_line(__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("quantized", nargs="*", type=_named, metavar="NAME=QUANTIZED")
     parser.add_argument("--frames", default="116,250")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--name", help="what the page calls the checkpoint; the bundle's name for it otherwise")
-    parser.add_argument("--page", action="store_true", help="only write the page from vocoder.json")
-    options = parser.parse_args()
-    place = RESULTS / "vocoder.json"
-    if not options.page:
-        if options.bundle is None or not all("=" in pair for pair in options.quantized):
-            parser.error("give BUNDLE and NAME=QUANTIZED, or --page")
-        pairs = (pair.partition("=") for pair in options.quantized)
-        roots = {"FP32": options.bundle} | {name: Path(root) for name, _, root in pairs}
-        found = measure(roots, [int(count) for count in options.frames.split(",")], options.rounds)
-        found["bundle"] = options.name or found["bundle"]
-        place.write_text(json.dumps(found, indent=1) + "\n")
-    place.with_suffix(".md").write_text(page(json.loads(place.read_text())))
+    record("vocoder", page, measure, parser)
 
 
 if __name__ == "__main__":
