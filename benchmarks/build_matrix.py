@@ -164,8 +164,8 @@ def fp8_rows() -> list[Row]:
     return rows
 
 
-def render(document: dict[str, Any]) -> str:
-    """The page."""
+def page(document: dict[str, Any]) -> str:
+    """docs/results/build-matrix.md."""
     rows: list[Row] = [row for row in document["engines"] if "failed" not in row]
     over = [row["engine_bytes"] - row["weights_bytes"] for row in rows]
     ratios = [row["engine_bytes"] / row["weights_bytes"] for row in rows]
@@ -258,7 +258,7 @@ def _write(out: Path, rows: list[Row]) -> None:
         "fp8": [{**row, "sm": find_target(row["target"]).sm} for row in fp8_rows()],
     }
     (out / "build-matrix.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (out / "build-matrix.md").write_text(render(document), encoding="utf-8")
+    (out / "build-matrix.md").write_text(page(document), encoding="utf-8")
 
 
 def _names(text: str) -> tuple[str, ...]:

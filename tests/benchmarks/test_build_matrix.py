@@ -54,7 +54,7 @@ def test_a_table_made_in_several_calls(built: list[tuple[str, str, str]], tmp_pa
     assert len(built) == len(set(built)) == 9
     assert build_matrix.Matrix(tmp_path, 0).rows(bundles) == rows
 
-    page = build_matrix.render({"builder": "b", "machine": "m", "engines": rows, "fp8": []})
+    page = build_matrix.page({"builder": "b", "machine": "m", "engines": rows, "fp8": []})
     assert "6 engines." in page
     assert page.count("| it lacks fp9 |") == 3
     assert "| fp32 | rtx-3090 | dit | 0.0 | 0.0 | 0.0 | 1.5 | 2.00 | 1.50 | 0 | 4 | 0 |" in page

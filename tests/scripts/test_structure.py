@@ -1,8 +1,7 @@
-"""scripts/structure.py counts what it says, and docs/results/structure.md is of its JSON file."""
+"""scripts/structure.py counts what it says."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,3 @@ def test_a_revision_is_counted_as_it_was(
     (tmp_path / "runtime" / "c.py").write_text("later\n")
     assert structure.at_revision("HEAD") == figures
     assert structure.count(tmp_path)["product: files"] == figures["product: files"] + 1
-
-
-def test_the_page_is_fresh() -> None:
-    columns = json.loads((structure.RESULTS / "structure.json").read_text())
-    assert (structure.RESULTS / "structure.md").read_text() == structure.page(columns)
