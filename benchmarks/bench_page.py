@@ -7,10 +7,10 @@ python -m benchmarks.bench_page
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from omniport.export.evaluation.bench_picture import draw
-from omniport.runtime.bench.results import BenchReport, Timing, read_report
+from omniport.runtime.bench.results import BenchReport, Figure, Timing, read_report
 
 from benchmarks.harness import RESULTS, table
 
@@ -20,7 +20,7 @@ NOTES = RESULTS / "bench-notes.md"
 #: bundle, its file of results
 QUANTIZED = {"int8": "bench-int8.json", "int4, int8": "bench-int4-int8.json"}
 #: stage, figure (the largest if empty), what is asked for, how it is read off
-ASKED = (
+ASKED: tuple[tuple[str, str, str, Callable[[Figure], str]], ...] = (
     ("decode", "1024", "80 % of the roofline", lambda f: _percent(f.share)),
     ("decode", "1024", "1.5 times as fast", lambda f: _times(f.faster)),
     ("prefill", "512", "1.2 times as fast", lambda f: _times(f.faster)),

@@ -55,7 +55,7 @@ class Matrix:
 
     def rows(self, bundles: dict[str, Path]) -> list[Row] | None:
         """One row for each engine, under the first bundle that has it; None if some were left for the next call."""
-        engines = {}
+        engines: dict[str, tuple[Path, str, str]] = {}
         for bundle, target, graph in _engines(bundles):
             engines.setdefault(self._key(bundle, target, graph), (bundle, target, graph))
         found = [self._row(key, *engine) for key, engine in engines.items()]
@@ -113,7 +113,7 @@ def fp8_model() -> tuple[ModelProto, GraphSpec]:
     from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec, TensorSpec
     from onnx import TensorProto, helper, numpy_helper
 
-    scale = numpy_helper.from_array(np.float32(0.1), "scale")
+    scale = numpy_helper.from_array(np.array(0.1, np.float32), "scale")
     zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0])
     packed = helper.make_tensor("packed", TensorProto.FLOAT8E4M3FN, [64, 64], bytes(range(64)) * 64, raw=True)
     nodes = [
@@ -123,8 +123,8 @@ def fp8_model() -> tuple[ModelProto, GraphSpec]:
         helper.make_node("MatMul", ["xq", "wq"], ["y"], name="layers.0/MatMul"),
     ]
     x, y = (TensorSpec(name, "float32", ("batch", 64)) for name in ("x", "y"))
-    ends = [[helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape)] for t in (x, y)]
-    graph = helper.make_graph(nodes, "g", *ends, [scale, zero, packed])
+    start, end = ([helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape)] for t in (x, y))
+    graph = helper.make_graph(nodes, "g", start, end, [scale, zero, packed])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
     dims = {"batch": DimRange(1, 1, 4)}
     spec = GraphSpec(

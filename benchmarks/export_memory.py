@@ -110,7 +110,7 @@ def main() -> None:
     if options.checkpoint:
         print(json.dumps(measure(options.checkpoint, options.out, options.graphs, options.precision), indent=2))
         return
-    from omniport.export.synthetic.make_checkpoint import SIZES
+    from omniport.export.synthetic.geometries import SIZES
 
     results = []
     for layers in map(int, options.layers.split(",")):

@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, SamplingConfig, TextDelta
+from omniport.runtime.backends.onnxruntime.backend import import_onnxruntime
 from omniport.runtime.bench.reply_timing import QUESTION
 from omniport.runtime.generation.sampling import Sampler
 from omniport.runtime.prompt.builder import build_prompt
@@ -56,14 +57,12 @@ def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:
 
 def environment() -> dict[str, Any]:
     """What it ran on."""
-    import onnxruntime
-
     return {
         "processor": cpu_name(),
         "cores": physical_cores(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": import_onnxruntime().__version__,
     }
 
 

@@ -22,7 +22,7 @@ from omniport.export.planning.machines import Rates, cpu_machine, machine_of, me
 from omniport.export.planning.plan import TargetPlan, make_plan
 from omniport.export.planning.shapes import DecoderShape, ModelShape, decoder_graph, find_model, shape_of_config
 from omniport.export.synthetic.geometries import SIZES, geometry_config
-from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, import_onnxruntime
 from omniport.runtime.bundle.manifest import SamplingConfig
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.session import OmniSession
@@ -239,9 +239,7 @@ def _held(deviation: float, limit: float) -> str:
 
 def measure(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Bundles, beside those that were measured before."""
-    import onnxruntime
-
-    machine = {"machine": f"{cpu_name()}, {len(usable_cpus())} cores", "onnxruntime": onnxruntime.__version__}
+    machine = {"machine": f"{cpu_name()}, {len(usable_cpus())} cores", "onnxruntime": import_onnxruntime().__version__}
     for root in options.bundles:
         one = own_process(memory, str(root)) | own_process(decoding, str(root))
         found = found | machine | {"bundles": found.get("bundles", {}) | {one["recipe"]: one}}

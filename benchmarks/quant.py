@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from omniport.calib.calibration_file import Calibration
 from omniport.calib.quantize import quantize_bundle
 from omniport.export.evaluation.speech_metrics import snr_db
-from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, import_onnxruntime
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.system.host import cpu_name, physical_cores
 
@@ -80,8 +80,6 @@ def make(base: Path, out: Path, recipe: str, calibration: Calibration | None) ->
 
 def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:
     """Everything that the page shows."""
-    import onnxruntime
-
     base, steps, rounds = options.bundle, options.steps, options.rounds
     calibration = Calibration.load(options.calib) if options.calib else None
     roots = {"base": base}
@@ -93,7 +91,7 @@ def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:
     yield {
         "bundle": options.name or Bundle.open(base).manifest.source.name,
         "precision": Bundle.open(base).manifest.precision,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": import_onnxruntime().__version__,
         "threads": threads,
         "processor": cpu_name(),
         "steps": steps,

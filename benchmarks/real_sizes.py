@@ -295,7 +295,7 @@ def _key(step: str, options: argparse.Namespace) -> str:
 
 def _variant(options: argparse.Namespace) -> str:
     if options.step == "let-go":
-        return options.step
+        return "let-go"
     if options.step in ("export", "trace", "copy"):
         return f"{options.precision} {options.graphs}".strip()
     return str(options.recipe)

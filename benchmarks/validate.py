@@ -40,7 +40,7 @@ from benchmarks.harness import GIB, command_line, record, table
 SIZES, PRECISIONS, SUITES = ("tiny", "small"), ("fp32", "fp16", "bf16"), ("quick", "full")
 #: what the cache of references holds before a run. ``small`` computes each reference once: what a precision adds is in
 #: its graphs, which follow the references and are never in memory with them
-CACHES = {
+CACHES: dict[str, dict[str, tuple[str, ...]]] = {
     "tiny": dict.fromkeys(PRECISIONS, ("empty cache", "cached")),
     "small": {"fp32": ("empty cache",), "fp16": ("cached",), "bf16": ("cached",)},
 }
@@ -191,7 +191,8 @@ def _name(result: Result) -> str:
 
 def _above(result: Result) -> int:
     """Peak memory above the largest reference part, in bytes."""
-    return int(result["peak_bytes"]) - max(result["reference_bytes"].values())
+    parts: dict[str, int] = result["reference_bytes"]
+    return int(result["peak_bytes"]) - max(parts.values())
 
 
 def _runs(results: Sequence[Result]) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from omniport.export.evaluation.speech_metrics import snr_db
-from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, import_onnxruntime
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.system.host import cpu_name, physical_cores
 
@@ -37,8 +37,6 @@ _NAMED = 10
 
 def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:
     """Everything that the page shows; the first bundle is the one that the others are compared with."""
-    import onnxruntime
-
     roots = {"FP32": options.bundle} | {name: Path(root) for name, root in options.quantized}
     frames = [int(count) for count in options.frames.split(",")]
     threads, base = physical_cores(), next(iter(roots))
@@ -61,7 +59,7 @@ def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:
         found[name] |= _operators(root, threads, mel[:, : frames[0]])
     yield {
         "bundle": options.name or Bundle.open(roots[base]).manifest.source.name,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": import_onnxruntime().__version__,
         "threads": threads,
         "processor": cpu_name(),
         "rounds": options.rounds,

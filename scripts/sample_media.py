@@ -39,7 +39,7 @@ def speak(text: str, path: Path) -> None:
     if program is not None:
         subprocess.run([program, "-s", "150", "-w", str(path), text], check=True, capture_output=True)
         return
-    import soundfile
+    import soundfile  # type: ignore[import-untyped]
 
     soundfile.write(path, vowels(2.5), RATE, subtype="PCM_16")
 
@@ -57,7 +57,7 @@ def vowels(seconds: float) -> NDArray[np.float32]:
         voice += gain * np.sin(harmonic * phase) / harmonic
     syllables = np.clip(np.sin(2 * np.pi * 2.2 * time), 0, 1) ** 0.5
     voice *= syllables
-    return (0.5 * voice / np.abs(voice).max()).astype(np.float32)
+    return np.asarray(0.5 * voice / np.abs(voice).max(), np.float32)
 
 
 def picture(width: int, height: int, shift: float = 0.0) -> Any:
