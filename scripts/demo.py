@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omniport.cli.commands.validate import print_report
 from omniport.cli.common import log_console, print_table, progress_bar
 from omniport.cli.show_reply import Replier
 
 from scripts.sample_media import QUESTION, make_media
 
 if TYPE_CHECKING:
-    from omniport.export.evaluation.cases import ParityRow
+    from omniport.export.validation.types import ValidationReport
     from omniport.runtime.events import Stats
 
 MAX_NEW_TOKENS = 48
@@ -40,12 +41,13 @@ def prepare(out: Path) -> tuple[Path, Path]:
     return checkpoint, bundle
 
 
-def check(bundle: Path, checkpoint: Path) -> list[ParityRow]:
+def check(bundle: Path, checkpoint: Path) -> ValidationReport:
     """Every graph against its PyTorch module."""
-    from omniport.export.evaluation.cases import check_bundle
+    from omniport.export.validation.validate import validate
+    from omniport.runtime.bundle.parts import PARTS
 
     with progress_bar(quiet=False) as progress:
-        return check_bundle(bundle, checkpoint, progress=progress)
+        return validate(bundle, checkpoint, graphs=tuple(PARTS), progress=progress)[0]
 
 
 def answer(bundle: Path, media: dict[str, Path], speech: Path) -> Stats:
@@ -95,15 +97,8 @@ def main() -> int:
             ("whole demo", seconds(time.perf_counter() - start)),
         ],
     )
-    print_table(
-        "Parity with PyTorch (relative RMS error)",
-        ("graph", "case", "error", "tolerance", ""),
-        [
-            (row.graph, row.case, f"{row.rel_rms:.1e}", f"{row.tolerance:.0e}", "ok" if row.ok else "FAILED")
-            for row in parity
-        ],
-    )
-    return 0 if all(row.ok for row in parity) else 1
+    print_report(parity)
+    return 0 if parity.ok else 1
 
 
 if __name__ == "__main__":

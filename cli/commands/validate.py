@@ -100,7 +100,7 @@ def command(
         sys.stdout.write(encode(report).decode())
         sys.stdout.flush()
     else:
-        _print(report)
+        print_report(report)
     if html is not None:
         log_console(quiet).print(f"Report: {html}", markup=False)
     if not report.ok:
@@ -115,7 +115,7 @@ def _require_folder(path: Path | None) -> None:
         raise UsageError(f"cannot write {path}: it is a folder or its folder does not exist; give a file name")
 
 
-def _print(report: ValidationReport) -> None:
+def print_report(report: ValidationReport) -> None:
     """The summary table, then what failed and what did not run."""
     from omniport.export.validation.summary import failures, stage_rows
     from omniport.export.validation.types import NOT_RUN

@@ -1,4 +1,4 @@
-"""Compare each exported graph with its transformers module, one part in memory at a time.
+"""Comparisons of exported graphs with their transformers modules.
 
 The reference is transformers' own class with the checkpoint's weights loaded by name; it shares no code with the
 modules that are exported.
@@ -6,36 +6,23 @@ modules that are exported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omniport.runtime.backends import open_backend
-from omniport.runtime.backends.base import Backend, Graph
-from omniport.runtime.bundle.manifest import DitGeometry, Manifest, SolverSpec
+from omniport.runtime.backends.base import Graph
+from omniport.runtime.bundle.manifest import Manifest, SolverSpec
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.errors import UsageError
-from omniport.runtime.media.image import VisionInput, image_input, video_input
+from omniport.runtime.media.image import VisionInput
 from omniport.runtime.media.log_mel import audio_tokens, chunk_mel, log_mel
 from torch import nn
 
-from ..checkpoint.checkpoint import Checkpoint
-from ..models.voices import Speaker, load_speakers
-from .reference_modules import load_reference
+from ..models.voices import Speaker
 
 Array = NDArray[Any]
-
-#: relative RMS error allowed by the precision of a graph's weights: float32 differs by the order of summation only;
-#: float16 and bfloat16 round every activation to 11 and 8 bits.
-TOLERANCES: Mapping[str, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
-
-#: below this root mean square a reference proves nothing
-MIN_ENERGY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -53,114 +40,6 @@ class Case:
     ours: Callable[[Graph], Array]
     reference: Callable[[nn.Module], torch.Tensor]
     inputs: tuple[Array, ...] = ()
-
-
-@dataclass(frozen=True)
-class ParityRow:
-    """Result of one comparison. ``rel_rms``: RMS of the difference over RMS of the reference."""
-
-    graph: str
-    case: str
-    rel_rms: float
-    max_abs: float
-    energy: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether the reference has energy and the error is finite and within tolerance."""
-        return self.energy > MIN_ENERGY and bool(np.isfinite(self.rel_rms)) and self.rel_rms <= self.tolerance
-
-
-def check_bundle(
-    bundle: str | Path,
-    checkpoint: str | Path,
-    *,
-    backend: str = "ort-cpu",
-    cases: Callable[[Bundle, Checkpoint], Sequence[Case]] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> list[ParityRow]:
-    """Compare every graph of a bundle with its transformers module.
-
-    Args:
-        bundle: bundle folder.
-        checkpoint: the checkpoint it was exported from.
-        cases: makes the comparisons; random inputs of several shapes by default.
-        progress: called with the case, and the number done and in total.
-
-    Raises:
-        UsageError: the bundle was exported from another checkpoint.
-    """
-    opened, ckpt = Bundle.open(bundle), Checkpoint.open(checkpoint)
-    manifest = opened.manifest
-    if manifest.source.fingerprint != ckpt.fingerprint:
-        raise UsageError(
-            f"{bundle} was exported from {manifest.source.name} with fingerprint {manifest.source.fingerprint[:12]}, "
-            f"and {checkpoint} has {ckpt.fingerprint[:12]}. Give the checkpoint it was exported from, or export again."
-        )
-    listed = list((cases or standard_cases)(opened, ckpt))
-    rows: list[ParityRow] = []
-    engine = open_backend(backend, opened)
-    try:
-        for name in dict.fromkeys(case.graph for case in listed):
-            reference = load_reference(ckpt, name)
-            for case in (c for c in listed if c.graph == name):
-                if progress is not None:
-                    progress(f"{name}: {case.name}", len(rows), len(listed))
-                rows.append(_compare(case, engine, reference, TOLERANCES[manifest.graphs[name].precision]))
-            del reference
-    finally:
-        engine.close()
-    return rows
-
-
-def _compare(case: Case, engine: Backend, reference: nn.Module, tolerance: float) -> ParityRow:
-    with torch.no_grad():
-        wanted = case.reference(reference).double().numpy()
-    got = case.ours(engine.graph(case.graph)).astype(np.float64)
-    if got.shape != wanted.shape:
-        raise AssertionError(f"{case.graph} {case.name}: shape {got.shape}, the reference has {wanted.shape}")
-    difference = got - wanted
-    energy = float(np.sqrt(np.mean(wanted**2)))
-    return ParityRow(
-        graph=case.graph,
-        case=case.name,
-        rel_rms=float(np.sqrt(np.mean(difference**2)) / max(energy, 1e-30)),
-        max_abs=float(np.abs(difference).max()),
-        energy=energy,
-        tolerance=tolerance,
-    )
-
-
-def standard_cases(bundle: Bundle, ckpt: Checkpoint) -> list[Case]:
-    """Random inputs in realistic ranges, several shapes per graph."""
-    rng, manifest = np.random.default_rng(0), bundle.manifest
-    cases: list[Case] = []
-    if "audio_encoder" in manifest.graphs:
-        for seconds in (0.31, 2.0, 7.03):
-            cases.append(audio_case(f"{seconds:g} s of noise", _noise(rng, seconds), manifest))
-    if "vision_encoder" in manifest.graphs:
-        for height, width in ((112, 112), (210, 87)):
-            image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            cases.append(vision_case(f"image {height}x{width}", image_input(image, manifest.vision)))
-        frames = rng.integers(0, 256, (4, 64, 100, 3), dtype=np.uint8)
-        cases.append(vision_case("video of 4 frames", video_input(frames, manifest.vision)))
-    if "thinker" in manifest.graphs:
-        cases += [case for length in (1, 17, 200) for case in thinker_cases(length, ckpt, rng)]
-    if "talker" in manifest.graphs:
-        cases += [talker_case(length, ckpt, rng) for length in (1, 17, 200)]
-    if "dit" in manifest.graphs:
-        voices = load_speakers(ckpt.path / "spk_dict.pt")
-        last = len(_solver(manifest).table) - 1
-        for name, length, step in zip(cycle(voices), (12, 13, 61), (0, last // 2, last), strict=False):
-            codes = rng.integers(0, _dit(manifest).num_embeds, (1, length))
-            x = rng.standard_normal((1, length * _dit(manifest).repeats, _dit(manifest).mel_dim), np.float32)
-            cases.append(dit_case(f"{length} codes, {name}, step {step}", x, codes, step, name, bundle, voices[name]))
-    if "bigvgan" in manifest.graphs:
-        for length in (7, 60):
-            mel = rng.normal(-5, 2, (1, 80, length)).astype(np.float32)
-            cases.append(bigvgan_case(f"{length} mel frames", mel))
-    return cases
 
 
 def audio_case(name: str, samples: NDArray[np.float32], manifest: Manifest) -> Case:
@@ -207,31 +86,6 @@ def _decoder_feeds(embeds: Array, positions: Array) -> dict[str, Array]:
         "kv_positions": np.arange(length, dtype=np.int64),
         "write_index": np.zeros(1, np.int64),
     }
-
-
-def _positions(length: int, rng: np.random.Generator) -> Array:
-    """Three unequal, growing components, as multimodal prompts have: [3, 1, length]."""
-    return np.cumsum(rng.integers(0, 3, (3, 1, length)), axis=-1).astype(np.int64)
-
-
-def _embeddings(part: str, length: int, ckpt: Checkpoint, rng: np.random.Generator) -> Array:
-    """Rows of the token-embedding table: the range that the decoder was made for. [1, length, width]."""
-    key = f"{part}.model.embed_tokens.weight"
-    rows = [ckpt.read(key, int(i), int(i) + 1) for i in rng.integers(0, ckpt.shape(key)[0], length)]
-    return np.concatenate(rows).astype(np.float32)[None]
-
-
-def thinker_cases(length: int, ckpt: Checkpoint, rng: np.random.Generator) -> Iterator[Case]:
-    """Prefill of random tokens: hidden states of every token, and the last token's logits."""
-    embeds, positions = _embeddings("thinker", length, ckpt, rng), _positions(length, rng)
-    yield from decoder_cases("thinker", f"{length} tokens", embeds, positions, length + 7)
-
-
-def talker_case(length: int, ckpt: Checkpoint, rng: np.random.Generator) -> Case:
-    """Prefill of random tokens: the last token's logits."""
-    embeds, positions = _embeddings("talker", length, ckpt, rng), _positions(length, rng)
-    (case,) = decoder_cases("talker", f"{length} tokens", embeds, positions, length + 7)
-    return case
 
 
 def decoder_cases(
@@ -321,15 +175,6 @@ def bigvgan_case(name: str, mel: NDArray[np.float32]) -> Case:
     )
 
 
-def _noise(rng: np.random.Generator, seconds: float) -> NDArray[np.float32]:
-    return (0.1 * rng.standard_normal(int(16000 * seconds))).astype(np.float32)
-
-
 def _solver(manifest: Manifest) -> SolverSpec:
     assert manifest.solver is not None
     return manifest.solver
-
-
-def _dit(manifest: Manifest) -> DitGeometry:
-    assert manifest.dit is not None
-    return manifest.dit

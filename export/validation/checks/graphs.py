@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,11 @@ _LARGEST = {"chunks": 15, "units": 1024, "new_tokens": 512, "codes": 300, "frame
 
 def graph_checks(context: Context) -> Iterator[Check]:
     """One check for every output of every case of every graph; stages are the graphs' names."""
-    cases = {name: graph_cases(context, name) for name in context.graphs}
+    return case_checks(context, {name: graph_cases(context, name) for name in context.graphs})
+
+
+def case_checks(context: Context, cases: Mapping[str, Sequence[Case]]) -> Iterator[Check]:
+    """One check for each of the cases, given by graph."""
     wanted: dict[tuple[str, str], Array] = {}
     for graph, listed in cases.items():
         for case in listed:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from omniport.cli import main
 from omniport.export.checkpoint.checkpoint import Checkpoint
-from omniport.export.evaluation.cases import decoder_cases, load_reference
+from omniport.export.evaluation.cases import decoder_cases
+from omniport.export.evaluation.reference_modules import load_reference
 from omniport.export.exporter import export_checkpoint
 from omniport.export.validation.types import PASS
 from omniport.export.validation.validate import validate

@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from omniport.cli.main import run
 from omniport.export.devices.detect import find_target
-from omniport.export.evaluation.cases import TOLERANCES, check_bundle
 from omniport.export.evaluation.half_emulation import EmulatedBackend
 from omniport.export.evaluation.measure_ranges import measure_ranges, store_ranges
 from omniport.export.evaluation.recording import RecordingBackend
 from omniport.export.exporter import ExportReport, export_checkpoint
 from omniport.export.graphs.fingerprint import file_record
 from omniport.export.tensorrt.build import build_bundle, require_ranges
+from omniport.export.validation.checks.graphs import graph_checks
+from omniport.export.validation.tolerances import LIMITS
 from omniport.export.validation.types import FAIL
 from omniport.export.validation.validate import validate
 from omniport.runtime import OmniSession, SamplingConfig
@@ -30,6 +31,7 @@ from omniport.runtime.bundle.manifest import encode_manifest
 from omniport.runtime.bundle.reader import Bundle, read_manifest
 from omniport.runtime.errors import BuildError, BundleError, CheckFailed, ExportError, UsageError
 from support.checkpoints import rewritten
+from support.comparison import assert_all_pass, context_of
 
 DOWN = "model.layers.1.mlp.down_proj/MatMul:0"
 MESSAGES = [{"role": "user", "content": "What can you tell me about the sea?"}]
@@ -108,8 +110,8 @@ def test_an_export_with_ranges_does_not_overflow(
     assert "model.layers.1/Add_1" in row.overflowing
     assert "model.layers.0.mlp.down_proj/MatMul" not in row.overflowing
     got = hidden(kept)
-    assert float(np.linalg.norm(got - exact) / np.linalg.norm(exact)) < TOLERANCES["float16"]
-    assert all(r.rel_rms <= TOLERANCES["float16"] and r.energy > 1e-3 for r in check_bundle(kept, loud))
+    assert float(np.linalg.norm(got - exact) / np.linalg.norm(exact)) < LIMITS["graph.rel_rms", "float16"].value
+    assert_all_pass(list(graph_checks(context_of(kept, loud))))
 
     opened = Bundle.open(kept, verify=True)
     assert opened.manifest.ranges_file == "ranges.json"

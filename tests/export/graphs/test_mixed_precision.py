@@ -13,16 +13,17 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from omniport.export.checkpoint.checkpoint import Checkpoint
-from omniport.export.evaluation.cases import TOLERANCES, check_bundle
 from omniport.export.exporter import export_checkpoint
 from omniport.export.graphs.mixed_precision import FLOAT32_OPS, KeepFloatPass, mix, module_path, ranged_values
 from omniport.export.graphs.trace import trace
 from omniport.export.models.parts import graph_definitions
+from omniport.export.validation.checks.graphs import graph_checks
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import ExportError
 from omniport.runtime.speech.ode import rk4_schedule
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from support.comparison import assert_all_pass, context_of
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LAYER = "talker/model.layers.1.mlp"
@@ -191,7 +192,7 @@ def test_keep_fp32(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert "model.layers.1.mlp.down_proj/MatMul:0" not in spec.float32_values, "the residual sum is float16"
     assert "model.layers.1.mlp/Mul:0" in spec.float32_values
     assert "model.layers.0.mlp/Mul:0" not in spec.float32_values
-    assert all(row.rel_rms <= TOLERANCES["float16"] and row.energy > 1e-3 for row in check_bundle(out, tiny_checkpoint))
+    assert_all_pass(list(graph_checks(context_of(out, tiny_checkpoint))))
 
     (row,) = export_checkpoint(tiny_checkpoint, out, keep_fp32=[LAYER], **options).graphs
     assert row.skipped

@@ -16,19 +16,16 @@ import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
-from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.evaluation.half_emulation import EmulatedBackend, EmulateHalfPass
-from omniport.export.evaluation.metrics import MIN_ENERGY
 from omniport.export.evaluation.signals import log_mel_like, picture, voice
 from omniport.export.validation.checks import decoding as decode_module
 from omniport.export.validation.checks.decoding import decode_checks
 from omniport.export.validation.checks.graphs import array_check, graph_checks
 from omniport.export.validation.checks.layers import trace_layers
-from omniport.export.validation.context import Context
 from omniport.export.validation.reference import Reference
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check
 from omniport.runtime.backends import open_backend
-from omniport.runtime.backends.base import Backend, Graph
+from omniport.runtime.backends.base import Graph
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.backends.onnxruntime.kv_cache import OrtCache
 from omniport.runtime.bundle.manifest import FileRecord
@@ -37,43 +34,12 @@ from omniport.runtime.bundle.reader import Bundle, read_manifest
 from omniport.runtime.errors import BackendError, BundleError, UsageError
 from omniport.runtime.generation.decoder import Decoder
 from onnx import TensorProto, helper, numpy_helper
+from support.comparison import assert_all_pass, context_of
 from torch import nn
 
 HALF_GRAPHS = ("thinker", "audio_encoder")
 COPIED = "in-place optimization not activated"
 Change = Callable[[onnx.GraphProto, Path], None]
-
-
-def context_of(
-    bundle: Path, checkpoint: Path, graphs: Sequence[str] | None = None, backend: Backend | None = None
-) -> Context:
-    opened, ckpt = Bundle.open(bundle), Checkpoint.open(checkpoint)
-    specs = opened.manifest.graphs
-    if backend is None:
-        brain = any(spec.precision == "bfloat16" for spec in specs.values())
-        backend = EmulatedBackend(opened, threads=1) if brain else open_backend("ort-cpu", opened, threads=1)
-    return Context(
-        bundle=opened,
-        checkpoint=ckpt,
-        backend=backend,
-        reference=Reference(ckpt),
-        suite="quick",
-        graphs=tuple(specs if graphs is None else graphs),
-        precision={name: spec.precision for name, spec in specs.items()},
-        progress=lambda line: None,
-    )
-
-
-def assert_all_pass(checks: Sequence[Check]) -> None:
-    assert checks
-    for check in checks:
-        assert check.status == PASS, f"{check.stage} {check.name}: {check.message}"
-        energy = check.figures["energy"]
-        assert isinstance(energy, float)
-        assert energy > MIN_ENERGY
-        assert check.limits
-        assert check.reasons.keys() == check.limits.keys()
-    assert len({(check.stage, check.name) for check in checks}) == len(checks)
 
 
 def failed(checks: Sequence[Check]) -> list[str]:
