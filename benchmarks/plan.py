@@ -46,13 +46,13 @@ _MODELS = {
 }
 #: device, model, recipe, decode tokens/s, source
 _DECODE = (
-    ("jetson-agx-orin-64gb", "3B", "fp16", 27.0, "docs/design.md, section 6"),
-    ("jetson-agx-orin-64gb", "3B", "w8", 45.0, "docs/design.md, section 6"),
-    ("jetson-agx-orin-64gb", "3B", "int4", 72.0, "docs/design.md, section 6"),
-    ("jetson-agx-orin-64gb", "4B", "int4", 53.0, "docs/design.md, section 6 (Edge-LLM)"),
-    ("jetson-agx-orin-64gb", "8B", "int4", 32.5, "docs/design.md, section 6 (Edge-LLM)"),
-    ("jetson-orin-nx-16gb", "4B", "int4", 31.6, "docs/design.md, section 6 (Edge-LLM)"),
-    ("jetson-orin-nx-16gb", "8B", "int4", 19.0, "docs/design.md, section 6 (Edge-LLM)"),
+    ("jetson-agx-orin-64gb", "3B", "fp16", 27.0, "[published](published.md)"),
+    ("jetson-agx-orin-64gb", "3B", "w8", 45.0, "[published](published.md)"),
+    ("jetson-agx-orin-64gb", "3B", "int4", 72.0, "[published](published.md)"),
+    ("jetson-agx-orin-64gb", "4B", "int4", 53.0, "[published](published.md) (Edge-LLM)"),
+    ("jetson-agx-orin-64gb", "8B", "int4", 32.5, "[published](published.md) (Edge-LLM)"),
+    ("jetson-orin-nx-16gb", "4B", "int4", 31.6, "[published](published.md) (Edge-LLM)"),
+    ("jetson-orin-nx-16gb", "8B", "int4", 19.0, "[published](published.md) (Edge-LLM)"),
     ("jetson-agx-thor", "4B", "int4", 76.4, "TensorRT Edge-LLM 0.4.0, performance benchmarks"),
     ("jetson-agx-thor", "Llama 8B", "int4", 50.8, "TensorRT Edge-LLM 0.4.0, performance benchmarks"),
 )
@@ -68,7 +68,7 @@ def published() -> list[dict[str, Any]]:
         rows.append(_row(device, model, recipe, measured, source, _speed(plan, recipe).decode))
     phone = cpu_machine(Rates(_PHONE_BANDWIDTH, 1e15), memory=16 << 30)
     speed = _speed(make_plan(find_model("3b"), phone, 256), "int4")
-    where = "docs/design.md, section 6 (MNN)"
+    where = "[published](published.md) (MNN)"
     rows.append(_row("Snapdragon 8 Elite", "3B thinker", "int4", _PHONE_THINKER, where, speed.decode))
     rows.append(_row("Snapdragon 8 Elite", "3B talker", "int4", _PHONE_TALKER, where, speed.codes or 0.0))
     return rows

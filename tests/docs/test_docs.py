@@ -156,6 +156,29 @@ def test_paths_that_a_page_names_exist(page: str) -> None:
         assert (REPOSITORY / path).exists(), f"{page} names {path}"
 
 
+def found_in_tree(dotted: str) -> bool:
+    """Whether `omniport.runtime.session.OmniSession` is a package, a module, or a name that a module defines."""
+    at, names = REPOSITORY, dotted.split(".")[1:]
+    while names and (at / names[0]).is_dir():
+        at /= names.pop(0)
+    if names and (module := at / f"{names[0]}.py").is_file():
+        at, names = module, names[1:]
+    module = at / "__init__.py" if at.is_dir() else at
+    return not names or re.search(rf"\b{names[0]}\b", module.read_text(encoding="utf-8")) is not None
+
+
+def test_names_and_pages_that_are_mentioned_exist() -> None:
+    """In pages and in the product's own text: `omniport.export.graphs.trace`, and docs/build.md."""
+    sources = [path for modules in module_map.packages().values() for path in modules]
+    for path in [*sources, *(REPOSITORY / page for page in PAGES)]:
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"`(omniport\.[\w.]*\w)(?:\(\))?`", text):
+            assert found_in_tree(name), f"{path} names {name}"
+        if path.suffix == ".py":
+            for page in re.findall(r"\bdocs/[\w/.-]+\.(?:md|json|svg)\b", text):
+                assert (REPOSITORY / page).exists(), f"{path} names {page}"
+
+
 def test_every_walk_is_short_and_names_its_place() -> None:
     """CONTRIBUTING says for each change where a newcomer begins, in under 60 words."""
     text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -204,7 +227,7 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
 
 
 def test_makefile_and_ci_agree() -> None:
-    assert "make test" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
+    assert "make test" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     for page in ("README.md", "CONTRIBUTING.md"):
         for block in blocks(page, "sh"):

@@ -312,7 +312,10 @@ def test_release_lets_go() -> None:
 
 
 def test_windows_and_lead_are_those_that_were_simulated(root: Path) -> None:
-    """With these no reply that keeps up gets another gap (docs/design.md); others have to be simulated again."""
+    """With these no reply that keeps up gets another gap; others have to be simulated again.
+
+    See docs/decisions/first-sound-first.md.
+    """
     windows = speech_windows(root)
     assert windows.first_window == (24, 100.0)
     assert (windows._windows.chunks, windows._windows.behind) == ((12, 24, 48), 240)
