@@ -6,10 +6,13 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.bundles import make_bundle
+from support.command_line import Omniport
 
 # The models here are tiny: a second thread only waits for the first, and fights with other processes for the core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -92,3 +95,36 @@ def tiny_half_bundles(tiny_checkpoint: Path) -> dict[str, Path]:
         return lambda out: export_checkpoint(tiny_checkpoint, out, precision=precision, max_context=4096)
 
     return {precision: _once(f"tiny-{precision}", make(precision)) for precision in ("fp16", "bf16")}
+
+
+@pytest.fixture
+def omniport(capsys: pytest.CaptureFixture[str]) -> Omniport:
+    """Run a command in this process; gives (exit code, stdout, stderr)."""
+    from omniport.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """Threads that a test started end with it."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in left:
+        thread.join(5)
+    assert [thread for thread in left if thread.is_alive()] == []
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A bundle folder made by hand, with stand-ins for the graph files."""
+    return make_bundle(tmp_path / "bundle")

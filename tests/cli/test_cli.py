@@ -28,39 +28,12 @@ from omniport.cli.wav import WavWriter
 from omniport.runtime.backends import BACKENDS
 from omniport.runtime.errors import CheckFailed, UsageError
 from support.bundles import make_manifest
+from support.command_line import Omniport, refused
 from support.paths import REPOSITORY
 
 from scripts.sample_media import make_media
 
 COMMANDS = ("make-checkpoint", "export", "inspect", "voices", "run", "talk", "doctor")
-
-Omniport = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def omniport(capsys: pytest.CaptureFixture[str]) -> Omniport:
-    """Run a command in this process; gives (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main.run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, captured.out, captured.err
-
-    return call
-
-
-def refused(result: tuple[int, str, str], *words: str) -> str:
-    """Assert exit code 2, an empty stdout, no traceback, and the words in the message; gives the message."""
-    code, out, err = result
-    assert code == 2, err
-    assert out == ""
-    assert "Traceback" not in err
-    for word in words:
-        assert word in err
-    return err
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from omniport.runtime import (
     Event,
     MediaError,
     OmniportError,
-    OmniSession,
     PromptError,
     PromptTooLong,
     SamplingConfig,
@@ -24,49 +23,18 @@ from omniport.runtime import (
     UnknownVoice,
     UsageError,
 )
-from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.prompt.builder import build_prompt
 from support.bundles import CODES, edit, make_bundle
-from support.fake_backend import FakeBackend, FakeDecoder, FakeEncoder
+from support.fake_backend import FakeDecoder, FakeEncoder
+from support.live_turns import Live
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 GREEDY = SamplingConfig(max_new_tokens=40)
 
 
-def letters(text: str, session: OmniSession) -> list[int]:
-    return session.text_codec.encode(text)
-
-
-class Setup:
-    """A session over fake graphs, with its decoders at hand."""
-
-    def __init__(self, root: Path, **changes: Any) -> None:
-        self.bundle = Bundle.open(root)
-        manifest = self.bundle.manifest
-        self.backend = FakeBackend(manifest, changes)
-        self.session = OmniSession(self.bundle, self.backend)
-        self.stop = manifest.chat.stop[0]
-
-    def decoder(self, name: str) -> FakeDecoder:
-        graph = self.backend.graphs[name]
-        assert isinstance(graph, FakeDecoder)
-        return graph
-
-    def script(self, text: str, codes: list[int] | None = None, stop: bool = True) -> None:
-        """Let the thinker say ``text`` and the talker ``codes``, greedily."""
-        self.decoder("thinker").script = letters(text, self.session) + ([self.stop] if stop else [])
-        if codes is not None:
-            self.decoder("talker").script = codes
-
-
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return make_bundle(tmp_path / "bundle")
-
-
-@pytest.fixture
-def setup(root: Path) -> Setup:
-    return Setup(root)
+def live(root: Path) -> Live:
+    return Live(root)
 
 
 def split(events: Iterator[Event]) -> tuple[list[TextDelta], list[AudioChunk], Done]:
@@ -79,12 +47,12 @@ def split(events: Iterator[Event]) -> tuple[list[TextDelta], list[AudioChunk], D
     return texts, chunks, done
 
 
-def test_a_spoken_reply(setup: Setup) -> None:
+def test_a_spoken_reply(live: Live) -> None:
     codes = [k % CODES for k in range(30)]
-    setup.script("Grüße 你好", [*codes, 52])
-    texts, chunks, done = split(setup.session.reply(HELLO, talker=GREEDY, thinker=GREEDY))
+    live.script("Grüße 你好", [*codes, 52])
+    texts, chunks, done = split(live.session.reply(HELLO, talker=GREEDY, thinker=GREEDY))
     assert done.text == "Grüße 你好" == "".join(t.text for t in texts)
-    assert done.token_ids == letters("Grüße 你好", setup.session) == [t.token_id for t in texts]
+    assert done.token_ids == live.encode("Grüße 你好") == [t.token_id for t in texts]
     assert "" in [t.text for t in texts]  # the first bytes of a character
     assert done.codec_ids == codes
     assert [c.index for c in chunks] == list(range(len(chunks)))
@@ -95,12 +63,12 @@ def test_a_spoken_reply(setup: Setup) -> None:
     assert 0.05 < np.sqrt(np.mean(samples**2)) < 1
 
 
-def test_stats(setup: Setup) -> None:
-    setup.script("hello", [*range(30), 52])
-    _, _, done = split(setup.session.reply(HELLO, talker=GREEDY))
+def test_stats(live: Live) -> None:
+    live.script("hello", [*range(30), 52])
+    _, _, done = split(live.session.reply(HELLO, talker=GREEDY))
     stats = done.stats
     assert (stats.backend, stats.text_tokens, stats.codec_tokens) == ("fake", 5, 30)
-    assert stats.prompt_tokens == len(build_prompt(HELLO, setup.session.manifest, setup.session.text_codec).token_ids)
+    assert stats.prompt_tokens == len(build_prompt(HELLO, live.session.manifest, live.session.text_codec).token_ids)
     assert stats.audio_seconds == pytest.approx(0.6)
     assert stats.time_to_first_token is not None
     assert stats.time_to_first_audio is not None
@@ -118,29 +86,29 @@ def test_stats(setup: Setup) -> None:
     assert stats.peak_memory_bytes > 1 << 20
 
 
-def test_text_only(setup: Setup) -> None:
-    setup.script("hi")
-    texts, chunks, done = split(setup.session.reply(HELLO, speak=False))
+def test_text_only(live: Live) -> None:
+    live.script("hi")
+    texts, chunks, done = split(live.session.reply(HELLO, speak=False))
     assert (done.text, chunks, done.codec_ids) == ("hi", [], [])
     assert len(texts) == 2
-    assert setup.decoder("talker").calls == []
+    assert live.decoder("talker").calls == []
     assert (done.stats.time_to_first_audio, done.stats.real_time_factor) == (None, None)
 
 
-def test_sound_leaves_before_the_text_is_complete(setup: Setup) -> None:
-    setup.script("a" * 300, [k % CODES for k in range(250)] + [52])
+def test_sound_leaves_before_the_text_is_complete(live: Live) -> None:
+    live.script("a" * 300, [k % CODES for k in range(250)] + [52])
     long = SamplingConfig(max_new_tokens=400)
-    kinds = [type(e) for e in setup.session.reply(HELLO, talker=long, thinker=long)]
+    kinds = [type(e) for e in live.session.reply(HELLO, talker=long, thinker=long)]
     first_sound = kinds.index(AudioChunk)
     # The thinker is held back 64 rows ahead of the talker, and the talker a window ahead of the sound.
     assert TextDelta in kinds[first_sound:]
     assert kinds.count(TextDelta) == 300
 
 
-def test_windows_agree_and_whole_comes_at_the_end(setup: Setup) -> None:
-    setup.script("hello", [*range(30), 52])
-    _, stream, _ = split(setup.session.reply(HELLO, talker=GREEDY, seed=3))
-    texts, whole, done = split(setup.session.reply(HELLO, talker=GREEDY, seed=3, window="whole"))
+def test_windows_agree_and_whole_comes_at_the_end(live: Live) -> None:
+    live.script("hello", [*range(30), 52])
+    _, stream, _ = split(live.session.reply(HELLO, talker=GREEDY, seed=3))
+    texts, whole, done = split(live.session.reply(HELLO, talker=GREEDY, seed=3, window="whole"))
     assert len(stream) == 2
     assert len(whole) == 1
     assert len(texts) == 5
@@ -151,18 +119,18 @@ def test_windows_agree_and_whole_comes_at_the_end(setup: Setup) -> None:
 # --- what the talker is given -------------------------------------------------------------------------------------
 
 
-def expected_talker_embeds(setup: Setup, prompt: Any, token_ids: list[int], codes: list[int]) -> NDArray[np.float32]:
+def expected_talker_embeds(live: Live, prompt: Any, token_ids: list[int], codes: list[int]) -> NDArray[np.float32]:
     """Every embedding the talker should have been fed, built as the reference builds whole tensors: rows [n, E].
 
     ``token_ids``: everything the thinker generated, stop token included; ``codes``: everything the talker picked.
     """
-    bundle, manifest = setup.bundle, setup.bundle.manifest
+    bundle, manifest = live.bundle, live.bundle.manifest
     text, codec = manifest.text_tokens, manifest.codec
     assert text is not None
     assert codec is not None
     thinker, talker = bundle.embedding("thinker"), bundle.embedding("talker")
     count = len(prompt.token_ids)
-    hidden = np.stack(setup.decoder("thinker").hidden_rows)
+    hidden = np.stack(live.decoder("thinker").hidden_rows)
     assert len(hidden) == count + len(token_ids) - 1  # the last generated token is not consumed
     prompt_embeds = thinker.rows(prompt.token_ids)
     prompt_embeds[prompt.media_mask] = 0
@@ -182,62 +150,62 @@ def fed(decoder: FakeDecoder, key: str) -> NDArray[Any]:
 @pytest.mark.parametrize("stop", [True, False], ids=["stop token", "max_new_tokens"])
 @pytest.mark.parametrize("length", [2, 3, 6])
 @pytest.mark.parametrize("speech", [1, 4, 12])
-def test_talker_conditioning(setup: Setup, length: int, stop: bool, speech: int) -> None:
+def test_talker_conditioning(live: Live, length: int, stop: bool, speech: int) -> None:
     text = "abcdef"[: length - 1] if stop else "abcdef"[:length]
-    setup.script(text, [*range(speech), 52], stop=stop)
-    prompt = build_prompt(HELLO, setup.session.manifest, setup.session.text_codec)
-    _, _, done = split(setup.session.reply(HELLO, thinker=SamplingConfig(max_new_tokens=length), talker=GREEDY))
+    live.script(text, [*range(speech), 52], stop=stop)
+    prompt = build_prompt(HELLO, live.session.manifest, live.session.text_codec)
+    _, _, done = split(live.session.reply(HELLO, thinker=SamplingConfig(max_new_tokens=length), talker=GREEDY))
     assert done.text == text
-    generated = done.token_ids + ([setup.stop] if stop else [])
+    generated = done.token_ids + ([live.stop] if stop else [])
     assert len(generated) == length
-    found = fed(setup.decoder("talker"), "inputs_embeds")[0]
-    expected = expected_talker_embeds(setup, prompt, generated, done.codec_ids)
+    found = fed(live.decoder("talker"), "inputs_embeds")[0]
+    expected = expected_talker_embeds(live, prompt, generated, done.codec_ids)
     assert done.codec_ids == list(range(speech))
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_talker_positions_continue_the_prompt(setup: Setup) -> None:
-    setup.script("abc", [1, 2, 3, 52])
-    prompt = build_prompt(HELLO, setup.session.manifest, setup.session.text_codec)
-    list(setup.session.reply(HELLO, talker=GREEDY))
+def test_talker_positions_continue_the_prompt(live: Live) -> None:
+    live.script("abc", [1, 2, 3, 52])
+    prompt = build_prompt(HELLO, live.session.manifest, live.session.text_codec)
+    list(live.session.reply(HELLO, talker=GREEDY))
     count = len(prompt.token_ids)
-    thinker, talker = (fed(setup.decoder(name), "position_ids")[:, 0] for name in ("thinker", "talker"))
+    thinker, talker = (fed(live.decoder(name), "position_ids")[:, 0] for name in ("thinker", "talker"))
     np.testing.assert_array_equal(thinker, np.tile(np.arange(count + 3), (3, 1)))
     np.testing.assert_array_equal(talker, np.tile(np.arange(count + 2 + 3), (3, 1)))
 
 
-def test_one_token_says_nothing(setup: Setup) -> None:
+def test_one_token_says_nothing(live: Live) -> None:
     for config, script in ((SamplingConfig(max_new_tokens=1), "a"), (GREEDY, "")):
-        setup.script(script)
-        _, chunks, done = split(setup.session.reply(HELLO, thinker=config))
+        live.script(script)
+        _, chunks, done = split(live.session.reply(HELLO, thinker=config))
         assert (done.text, done.codec_ids, chunks) == (script, [], [])
-        starts = [int(call["write_index"][0]) for call in setup.decoder("talker").calls]
+        starts = [int(call["write_index"][0]) for call in live.decoder("talker").calls]
         assert set(starts) == {0}, "the talker may read the prompt ahead, no more"
 
 
-def test_talker_that_stops_at_once(setup: Setup) -> None:
-    setup.script("abc", [50])
-    texts, chunks, done = split(setup.session.reply(HELLO, talker=GREEDY))
+def test_talker_that_stops_at_once(live: Live) -> None:
+    live.script("abc", [50])
+    texts, chunks, done = split(live.session.reply(HELLO, talker=GREEDY))
     assert (done.text, done.codec_ids, chunks, len(texts)) == ("abc", [], [], 3)
 
 
-def test_talker_that_ends_before_the_text(setup: Setup) -> None:
-    setup.script("a" * 200, [1, 2, 52])  # more than the talker's queue holds
+def test_talker_that_ends_before_the_text(live: Live) -> None:
+    live.script("a" * 200, [1, 2, 52])  # more than the talker's queue holds
     long = SamplingConfig(max_new_tokens=400)
-    texts, chunks, done = split(setup.session.reply(HELLO, talker=GREEDY, thinker=long))
+    texts, chunks, done = split(live.session.reply(HELLO, talker=GREEDY, thinker=long))
     assert (len(texts), len(chunks), done.codec_ids) == (200, 1, [1, 2])
     assert done.text == "a" * 200
 
 
-def test_talker_limit(setup: Setup) -> None:
-    setup.script("abc", [*range(30)])
-    _, chunks, done = split(setup.session.reply(HELLO, talker=SamplingConfig(max_new_tokens=7)))
+def test_talker_limit(live: Live) -> None:
+    live.script("abc", [*range(30)])
+    _, chunks, done = split(live.session.reply(HELLO, talker=SamplingConfig(max_new_tokens=7)))
     assert done.codec_ids == list(range(7))
     assert sum(len(c.samples) for c in chunks) == 7 * 480
 
 
-def test_repetition_penalty_sees_the_prompt_ids(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repetition_penalty_sees_the_prompt_ids(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, list[int]]] = []
     from omniport.runtime.generation.sampling import Sampler
 
@@ -248,22 +216,22 @@ def test_repetition_penalty_sees_the_prompt_ids(setup: Setup, monkeypatch: pytes
         return pick(self, logits, history)
 
     monkeypatch.setattr(Sampler, "pick", spy)
-    setup.script("ab", [5, 6, 52])
-    prompt = build_prompt(HELLO, setup.session.manifest, setup.session.text_codec).token_ids.tolist()
-    list(setup.session.reply(HELLO, talker=GREEDY))
+    live.script("ab", [5, 6, 52])
+    prompt = build_prompt(HELLO, live.session.manifest, live.session.text_codec).token_ids.tolist()
+    list(live.session.reply(HELLO, talker=GREEDY))
     thinker = [history for size, history in seen if size != 64]
     talker = [history for size, history in seen if size == 64]
-    a, b = letters("ab", setup.session)
+    a, b = live.encode("ab")
     assert thinker == [prompt, [*prompt, a], [*prompt, a, b]]
     opening = [53] * len(prompt) + [50, 51]
     assert talker == [opening, [*opening, 5], [*opening, 5, 6]]
 
 
-def test_seed_streams_are_separate(setup: Setup) -> None:
+def test_seed_streams_are_separate(live: Live) -> None:
     loose = SamplingConfig(max_new_tokens=30, temperature=1.0, top_p=0.95)
 
     def ids(seed: int, talker: SamplingConfig) -> tuple[list[int], list[int]]:
-        _, _, done = split(setup.session.reply(HELLO, thinker=loose, talker=talker, seed=seed))
+        _, _, done = split(live.session.reply(HELLO, thinker=loose, talker=talker, seed=seed))
         return done.token_ids, done.codec_ids
 
     first = ids(1, loose)
@@ -274,11 +242,11 @@ def test_seed_streams_are_separate(setup: Setup) -> None:
     assert len(set(first[1])) > 5
 
 
-def test_voices_change_what_is_heard(setup: Setup) -> None:
-    setup.script("abc", [1, 2, 52])
+def test_voices_change_what_is_heard(live: Live) -> None:
+    live.script("abc", [1, 2, 52])
     samples = {}
     for voice in (None, "Chelsie", "Ethan"):
-        _, chunks, _ = split(setup.session.reply(HELLO, voice=voice, talker=GREEDY))
+        _, chunks, _ = split(live.session.reply(HELLO, voice=voice, talker=GREEDY))
         samples[voice] = chunks[0].samples
     np.testing.assert_array_equal(samples[None], samples["Chelsie"])
     assert np.abs(samples["Ethan"] - samples["Chelsie"]).max() > 1e-3
@@ -287,19 +255,19 @@ def test_voices_change_what_is_heard(setup: Setup) -> None:
 # --- media and prefill --------------------------------------------------------------------------------------------
 
 
-def test_media_embeddings_go_to_their_places(setup: Setup) -> None:
+def test_media_embeddings_go_to_their_places(live: Live) -> None:
     rng = np.random.default_rng(0)
     sound = (rng.standard_normal(16000 * 5 + 800).astype(np.float32) * 0.1, 16000)
     pictures = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((56, 84), (84, 56))]
     content: list[dict[str, Any]] = [{"type": "image", "image": p} for p in pictures]
     content += [{"type": "audio", "audio": sound}, {"type": "text", "text": "what?"}]
     messages = [{"role": "user", "content": content}]
-    setup.script("abc", [1, 2, 52])
-    _, _, done = split(setup.session.reply(messages, talker=GREEDY))
-    prompt = build_prompt(messages, setup.session.manifest, setup.session.text_codec)
-    encoders = {name: setup.backend.graphs[f"{name}_encoder"] for name in ("audio", "vision")}
+    live.script("abc", [1, 2, 52])
+    _, _, done = split(live.session.reply(messages, talker=GREEDY))
+    prompt = build_prompt(messages, live.session.manifest, live.session.text_codec)
+    encoders = {name: live.backend.graphs[f"{name}_encoder"] for name in ("audio", "vision")}
     assert all(isinstance(graph, FakeEncoder) for graph in encoders.values())
-    embeds = setup.bundle.embedding("thinker").rows(prompt.token_ids)
+    embeds = live.bundle.embedding("thinker").rows(prompt.token_ids)
     assert [len(graph.calls) for graph in encoders.values()] == [1, 2]  # type: ignore[attr-defined]
     for span in prompt.media:
         if span.vision is not None:
@@ -312,46 +280,46 @@ def test_media_embeddings_go_to_their_places(setup: Setup) -> None:
             assert span.frames.tolist() == [200, 200, 105]
             rows = encoders["audio"].run({"mel": span.chunks, "frames": span.frames})["embeds"]
             embeds[span.indices] = np.concatenate([rows[0], rows[1], rows[2][:26]])
-    found = fed(setup.decoder("thinker"), "inputs_embeds")[0]
+    found = fed(live.decoder("thinker"), "inputs_embeds")[0]
     np.testing.assert_array_equal(found[: len(embeds)], embeds)
     assert prompt.media_mask.sum() > 100
     # ... and the talker sees hidden states alone there
-    talker = fed(setup.decoder("talker"), "inputs_embeds")[0]
-    generated = [*done.token_ids, setup.stop]
-    np.testing.assert_allclose(talker, expected_talker_embeds(setup, prompt, generated, done.codec_ids), atol=1e-6)
+    talker = fed(live.decoder("talker"), "inputs_embeds")[0]
+    generated = [*done.token_ids, live.stop]
+    np.testing.assert_allclose(talker, expected_talker_embeds(live, prompt, generated, done.codec_ids), atol=1e-6)
     assert done.stats.busy["audio_encoder"] > 0
     assert done.stats.busy["vision_encoder"] > 0
 
 
-def test_long_prompts_are_prefilled_in_chunks(setup: Setup) -> None:
+def test_long_prompts_are_prefilled_in_chunks(live: Live) -> None:
     messages = [{"role": "user", "content": "x" * 1200}]
-    setup.script("abc", [1, 52])
-    _, _, done = split(setup.session.reply(messages, talker=GREEDY))
+    live.script("abc", [1, 52])
+    _, _, done = split(live.session.reply(messages, talker=GREEDY))
     assert done.text == "abc"
-    sizes = [call["inputs_embeds"].shape[1] for call in setup.decoder("thinker").calls]
+    sizes = [call["inputs_embeds"].shape[1] for call in live.decoder("thinker").calls]
     assert sizes[:2] == [512, 512]
     assert 0 < sizes[2] < 512
     assert sizes[3:] == [1, 1, 1]
     assert sum(sizes[:3]) == done.stats.prompt_tokens
-    starts = [int(call["write_index"][0]) for call in setup.decoder("talker").calls]
+    starts = [int(call["write_index"][0]) for call in live.decoder("talker").calls]
     assert starts == [0, 512, 1024, done.stats.prompt_tokens, done.stats.prompt_tokens + 2]
 
 
 def test_prompt_too_long(tmp_path: Path) -> None:
-    setup = Setup(make_bundle(tmp_path / "b", max_context=80))
+    live = Live(make_bundle(tmp_path / "b", max_context=80))
     base = len(
-        build_prompt([{"role": "user", "content": "x"}], setup.session.manifest, setup.session.text_codec).token_ids
+        build_prompt([{"role": "user", "content": "x"}], live.session.manifest, live.session.text_codec).token_ids
     )
 
     def ask(size: int, speak: bool) -> Any:
-        return setup.session.reply([{"role": "user", "content": "x" * (1 + size - base)}], speak=speak)
+        return live.session.reply([{"role": "user", "content": "x" * (1 + size - base)}], speak=speak)
 
     for size, speak in ((80, False), (79, True), (80, True)):
         with pytest.raises(PromptTooLong, match=rf"{size} tokens.*holds 80.*--max-context"):
             ask(size, speak)
     with pytest.raises(PromptTooLong, match=r"81 tokens.*holds 80"):
         ask(81, False)
-    setup.script("abcdef", [1, 2, 3])
+    live.script("abcdef", [1, 2, 3])
     # 79 tokens leave room for one: it is consumed to pick a second, and the reply ends there.
     _, _, done = split(ask(79, False))
     assert done.text == "ab"
@@ -387,83 +355,83 @@ def test_prompt_too_long(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_input_is_refused_at_once(setup: Setup, options: dict[str, Any], error: type, match: str) -> None:
+def test_bad_input_is_refused_at_once(live: Live, options: dict[str, Any], error: type, match: str) -> None:
     with pytest.raises(error, match=match):
-        setup.session.reply(**{"messages": HELLO, **options})
-    assert setup.decoder("thinker").calls == []
-    setup.script("fine", [1, 52])
-    assert split(setup.session.reply(HELLO, talker=GREEDY))[2].text == "fine"
+        live.session.reply(**{"messages": HELLO, **options})
+    assert live.decoder("thinker").calls == []
+    live.script("fine", [1, 52])
+    assert split(live.session.reply(HELLO, talker=GREEDY))[2].text == "fine"
 
 
 def test_a_bundle_without_talker_says_so(tmp_path: Path) -> None:
-    setup = Setup(make_bundle(tmp_path / "b", speak=False))
+    live = Live(make_bundle(tmp_path / "b", speak=False))
     with pytest.raises(UsageError, match=r"cannot speak.*speak=False"):
-        setup.session.reply(HELLO)
-    setup.script("hi")
-    assert split(setup.session.reply(HELLO, speak=False))[2].text == "hi"
+        live.session.reply(HELLO)
+    live.script("hi")
+    assert split(live.session.reply(HELLO, speak=False))[2].text == "hi"
 
 
 @pytest.mark.parametrize(("graph", "options"), [("thinker", {"speak": False}), ("dit", {}), ("bigvgan", {})])
 def test_a_bundle_with_some_graphs_only(root: Path, graph: str, options: dict[str, Any]) -> None:
     edit(root, lambda m: m["graphs"].pop(graph))
     with pytest.raises(UsageError, match=rf"'{graph}'.*export it again"):
-        Setup(root).session.reply(HELLO, **options)
+        Live(root).session.reply(HELLO, **options)
 
 
 def test_media_without_its_encoder(root: Path) -> None:
     edit(root, lambda m: m["graphs"].pop("vision_encoder"))
     content = [{"type": "image", "image": np.zeros((56, 56, 3), np.uint8)}]
     with pytest.raises(UsageError, match="the image needs the graph 'vision_encoder'"):
-        Setup(root).session.reply([{"role": "user", "content": content}])
+        Live(root).session.reply([{"role": "user", "content": content}])
 
 
 # --- the session afterwards ---------------------------------------------------------------------------------------
 
 
-def test_usable_after_an_error_in_the_middle(setup: Setup) -> None:
-    setup.script("hello", [*range(30), 52])
-    good = split(setup.session.reply(HELLO, talker=GREEDY))
-    events = setup.session.reply(HELLO, talker=GREEDY, noise=np.zeros((50, 80), np.float32))
+def test_usable_after_an_error_in_the_middle(live: Live) -> None:
+    live.script("hello", [*range(30), 52])
+    good = split(live.session.reply(HELLO, talker=GREEDY))
+    events = live.session.reply(HELLO, talker=GREEDY, noise=np.zeros((50, 80), np.float32))
     with pytest.raises(UsageError, match="noise has 50 mel frames"):
         list(events)
-    again = split(setup.session.reply(HELLO, talker=GREEDY))
+    again = split(live.session.reply(HELLO, talker=GREEDY))
     assert again[2].token_ids == good[2].token_ids
     np.testing.assert_array_equal(again[1][0].samples, good[1][0].samples)
 
 
-def test_code_without_sound(setup: Setup) -> None:
-    setup.script("hello", [1, 2, CODES + 5])
+def test_code_without_sound(live: Live) -> None:
+    live.script("hello", [1, 2, CODES + 5])
     config = SamplingConfig(max_new_tokens=9)
-    setup.decoder("talker")  # suppressed in this bundle, so a manifest that does not suppress it is needed
-    edit(setup.bundle.root, lambda m: m["codec"].update(suppress=[51]))
-    other = Setup(setup.bundle.root)
+    live.decoder("talker")  # suppressed in this bundle, so a manifest that does not suppress it is needed
+    edit(live.bundle.root, lambda m: m["codec"].update(suppress=[51]))
+    other = Live(live.bundle.root)
     other.script("hello", [1, 2, CODES + 5])
     with pytest.raises(OmniportError, match=f"codec token {CODES + 5}"):
         list(other.session.reply(HELLO, talker=config))
 
 
-def test_abandoned_replies_give_their_caches_back(setup: Setup) -> None:
-    setup.script("hello", [*range(30), 52])
+def test_abandoned_replies_give_their_caches_back(live: Live) -> None:
+    live.script("hello", [*range(30), 52])
     made: list[int] = []
     for name in ("thinker", "talker"):
-        graph = setup.decoder(name)
+        graph = live.decoder(name)
         new = graph.new_cache
         graph.new_cache = lambda capacity, new=new: (made.append(capacity), new(capacity))[1]  # type: ignore[method-assign,misc]
     for count in (0, 1, 3, 6):
-        events = setup.session.reply(HELLO, talker=GREEDY)
+        events = live.session.reply(HELLO, talker=GREEDY)
         for _ in range(count):
             next(events)
         del events
         gc.collect()
-    assert split(setup.session.reply(HELLO, talker=GREEDY))[2].text == "hello"
+    assert split(live.session.reply(HELLO, talker=GREEDY))[2].text == "hello"
     assert made == [2048, 2048]
 
 
-def test_two_replies_at_once_do_not_mix(setup: Setup) -> None:
+def test_two_replies_at_once_do_not_mix(live: Live) -> None:
     loose = SamplingConfig(max_new_tokens=20, temperature=1.0)
     other = [{"role": "user", "content": "Something else entirely"}]
-    alone = [split(setup.session.reply(m, thinker=loose, talker=loose)) for m in (HELLO, other)]
-    streams = [setup.session.reply(m, thinker=loose, talker=loose) for m in (HELLO, other)]
+    alone = [split(live.session.reply(m, thinker=loose, talker=loose)) for m in (HELLO, other)]
+    streams = [live.session.reply(m, thinker=loose, talker=loose) for m in (HELLO, other)]
     listed: list[list[Event]] = [[], []]
     for _ in range(200):
         for stream, events in zip(streams, listed, strict=True):
@@ -477,24 +445,24 @@ def test_two_replies_at_once_do_not_mix(setup: Setup) -> None:
         )
 
 
-def test_closing(setup: Setup) -> None:
-    setup.script("hello", [1, 52])
-    with setup.session as session:
+def test_closing(live: Live) -> None:
+    live.script("hello", [1, 52])
+    with live.session as session:
         events = session.reply(HELLO, talker=GREEDY)
         next(events)
     session.close()
-    assert setup.backend.closed
+    assert live.backend.closed
     with pytest.raises(UsageError, match="session is closed"):
         session.reply(HELLO)
     _, _, done = split(events)
     assert done.finish_reason == done.speech_finish_reason == "cancelled"
 
 
-def test_unfinished_character_at_the_end(setup: Setup) -> None:
-    half = letters("你", setup.session)[:2]
+def test_unfinished_character_at_the_end(live: Live) -> None:
+    half = live.encode("你")[:2]
     for stop in (True, False):
-        setup.decoder("thinker").script = [*letters("a", setup.session), *half] + ([setup.stop] if stop else [])
+        live.decoder("thinker").script = [*live.encode("a"), *half] + ([live.stop] if stop else [])
         config = SamplingConfig(max_new_tokens=9 if stop else 3)
-        texts, _, done = split(setup.session.reply(HELLO, thinker=config, speak=False))
+        texts, _, done = split(live.session.reply(HELLO, thinker=config, speak=False))
         assert done.text == "a\ufffd" == "".join(t.text for t in texts)
-        assert done.token_ids == [*letters("a", setup.session), *half]
+        assert done.token_ids == [*live.encode("a"), *half]

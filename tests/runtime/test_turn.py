@@ -26,11 +26,6 @@ GREEDY = SamplingConfig(max_new_tokens=60)
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return make_bundle(tmp_path / "bundle")
-
-
-@pytest.fixture
 def live(root: Path) -> Live:
     return Live(root)
 

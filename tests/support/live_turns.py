@@ -23,15 +23,19 @@ class Live:
         self.bundle = Bundle.open(root)
         self.backend = FakeBackend(self.bundle.manifest, changes, room)
         self.session = OmniSession(self.bundle, self.backend)
+        self.stop = self.bundle.manifest.chat.stop[0]
 
     def decoder(self, name: str) -> FakeDecoder:
         graph = self.backend.graphs[name]
         assert isinstance(graph, FakeDecoder)
         return graph
 
-    def script(self, text: str, codes: list[int] | None = None) -> None:
+    def encode(self, text: str) -> list[int]:
+        return self.session.text_codec.encode(text)
+
+    def script(self, text: str, codes: list[int] | None = None, stop: bool = True) -> None:
         """Let the thinker say ``text`` and the talker ``codes``, greedily."""
-        self.decoder("thinker").script = [*self.session.text_codec.encode(text), self.bundle.manifest.chat.stop[0]]
+        self.decoder("thinker").script = self.encode(text) + ([self.stop] if stop else [])
         if codes is not None:
             self.decoder("talker").script = codes
 

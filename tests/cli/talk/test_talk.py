@@ -37,30 +37,13 @@ from omniport.runtime import (
 from rich.console import Console
 from support.bundles import make_bundle
 from support.live_turns import Live
+from support.sound import read_speech, tone
 
 Samples = NDArray[np.float32]
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 LONG = SamplingConfig(max_new_tokens=700)
 TEXT = "the quick brown fox"
 CODES = [k % 48 for k in range(15 * len(TEXT))]
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)
-        assert not thread.is_alive(), thread
-
-
-def tone(seconds: float, rate: int = 16000) -> Samples:
-    return (0.3 * np.sin(2 * np.pi * 220 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
-
-
-def read(path: Path) -> Samples:
-    samples, rate = soundfile.read(path, dtype="float32")
-    assert rate == 24000
-    return np.asarray(samples)
 
 
 # --- playback -----------------------------------------------------------------------------------------------------
@@ -242,7 +225,7 @@ def test_speech_cuts_what_is_played_and_the_conversation_knows(live: Live, tmp_p
     assert (cut.finish_reason, full.finish_reason) == ("cancelled", "stop")
     assert cut.text == "the quick brown fox"[: int(0.3 * 50 / 15)], "15 codes are taken for a token"
     assert full.text == "the quick brown fox"
-    sound = read(tmp_path / "out.wav")
+    sound = read_speech(tmp_path / "out.wav")
     assert len(sound) == (0.3 + 0.7) * 24000 + len(CODES) * 480
     assert np.abs(sound[: round(0.3 * 24000)]).max() > 0.01
     assert not sound[round(0.3 * 24000) : round(1.0 * 24000)].any(), "silent from the moment of the interruption on"

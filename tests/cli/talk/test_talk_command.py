@@ -9,10 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +18,18 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
-from omniport.cli import main
 from omniport.cli.talk import playback
 from omniport.cli.talk.audio_devices import DeviceLoudspeaker, DeviceMicrophone
 from omniport.cli.talk.playback import WavLoudspeaker
 from omniport.runtime import SamplingConfig, UsageError
+from support.command_line import Omniport
 from support.paths import REPOSITORY
+from support.sound import read_speech, tone
 
 PAGE = REPOSITORY / "docs" / "talk.md"
 Samples = NDArray[np.float32]
-Omniport = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 FAST = ("--max-new-tokens", "4", "--max-speech", "0.5", "--greedy")
-
-
-@pytest.fixture
-def omniport(capsys: pytest.CaptureFixture[str]) -> Omniport:
-    """Run a command in this process; gives (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main.run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)
-        assert not thread.is_alive(), thread
-
-
-def tone(seconds: float, rate: int = 16000) -> Samples:
-    return (0.3 * np.sin(2 * np.pi * 220 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
-
-
-def read(path: Path) -> Samples:
-    samples, rate = soundfile.read(path, dtype="float32")
-    assert rate == 24000
-    return np.asarray(samples)
 
 
 # --- devices ------------------------------------------------------------------------------------------------------
@@ -243,7 +208,7 @@ def test_push_to_talk_through_files(
     assert out.strip()
     assert "heard 1.0 s" in err
     assert "TTFA" in err
-    sound = read(target)
+    sound = read_speech(target)
     (at,) = np.nonzero(sound)
     assert at[0] / 24000 > 1.0, "the reply begins when the question has ended"
     assert (at[-1] - at[0]) / 24000 >= 0.45
@@ -282,7 +247,7 @@ def test_hands_free_through_files(omniport: Omniport, tiny_bundle: Path, tmp_pat
         assert line["time"] <= line["at"] < line["time"] + 1.5
     assert committed["time"] < soundfile.info(spoken).duration - 0.3, "silence ends the turn, not the recording's end"
     first = next(line for line in told if line["event"] == "audio_chunk")
-    sound = read(target)
+    sound = read_speech(target)
     (at,) = np.nonzero(sound)
     assert at[0] / 24000 == pytest.approx(first["at"], abs=0.1), "the file has the sound when it was there"
     assert sum(line.get("samples", 0) for line in told) == 0.5 * 24000
@@ -332,7 +297,7 @@ def test_speech_in_a_recording_cuts_a_reply_off(
     began, committed, done = ([e for e in told if e["event"] == n] for n in ("turn_began", "turn_committed", "done"))
     assert [line["interrupted"] for line in began] == [False, True]
     assert (len(committed), len(done)) == (2, 2)
-    sound = read(target)
+    sound = read_speech(target)
     cut, again = (round(line["at"] * 24000) for line in (began[1], committed[1]))
     assert not sound[cut + 1200 : again].any(), "silent while the user speaks"
     assert sound[again:].any()
@@ -345,8 +310,8 @@ def test_silence_is_answered_by_nothing(omniport: Omniport, tiny_bundle: Path, t
     code, out, err = omniport("talk", tiny_bundle, "--input-wav", tmp_path / "silence.wav", "--output-wav", target)
     assert (code, out) == (0, "")
     assert "heard" not in err
-    assert 0.4 < len(read(target)) / 24000 < 1.5
-    assert not read(target).any()
+    assert 0.4 < len(read_speech(target)) / 24000 < 1.5
+    assert not read_speech(target).any()
 
 
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from omniport.cli import main
 from omniport.export.validation.checks import decoding as decode_checks
 from omniport.export.validation.checks import end_to_end as end_to_end_checks
 from omniport.export.validation.checks import graphs as graph_checks
@@ -25,24 +24,9 @@ from omniport.export.validation.validate import group_names, validate
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import BackendError, PromptError, UsageError
 from support.bundles import edit
+from support.command_line import Omniport
 
-Omniport = Callable[..., tuple[int, str, str]]
 Group = Callable[..., Iterator[Check]]
-
-
-@pytest.fixture
-def omniport(capsys: pytest.CaptureFixture[str]) -> Omniport:
-    """Run a command in this process; gives (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main.run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, captured.out, captured.err
-
-    return call
 
 
 class StandIns:

@@ -17,11 +17,6 @@ from omniport.runtime.errors import BundleError, UnknownVoice, UsageError
 from support.bundles import VOCABULARY, WIDTH, edit, make_bundle, make_manifest, write_manifest
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return make_bundle(tmp_path / "bundle")
-
-
 def refused(root: Path, match: str, **options: Any) -> None:
     with pytest.raises(BundleError, match=match) as caught:
         Bundle.open(root, **options)

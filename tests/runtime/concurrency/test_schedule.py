@@ -20,7 +20,6 @@ from omniport.runtime.concurrency.schedule import Pace, Turns
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.pipeline.reply import Reply
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
-from support.bundles import make_bundle
 from support.fake_backend import FakeBackend
 from support.live_turns import Live, sort
 
@@ -55,11 +54,6 @@ class Slow(Watched):
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, Any]:
         time.sleep(0.004)
         return super().run(feeds, cache)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return make_bundle(tmp_path / "bundle")
 
 
 @pytest.fixture

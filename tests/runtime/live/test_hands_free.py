@@ -38,6 +38,7 @@ STEP = CHUNK / RATE
 TEXT = "the quick brown fox jumps over the lazy dog"
 CODES = [*(k % 48 for k in range(15 * len(TEXT))), 52]  # the pace that is supposed before the first reply
 ALSA = Path("/usr/share/sounds/alsa")
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 class Loudness:
@@ -91,22 +92,10 @@ class Table:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return make_bundle(tmp_path / "bundle")
-
-
-@pytest.fixture
 def table(root: Path) -> Iterator[Table]:
     made = Table(root)
     yield made
     made.ears.close()
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert not [t for t in threading.enumerate() if t not in before and t.is_alive()]
 
 
 # --- the gate -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import gc
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from omniport.runtime.concurrency.channel import Channel
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.events import underruns
 from omniport.runtime.pipeline.reply import Reply
-from support.bundles import make_bundle
 from support.live_turns import Live, sort, voice
 
 LONG = SamplingConfig(max_new_tokens=400)
 TEXT = "the quick brown fox jumps over the lazy dog"
 CODES = [k % 48 for k in range(200)]
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 class Gate:
@@ -48,21 +48,6 @@ class Gate:
 
     def new_cache(self, capacity: int) -> KvCache:
         return self.inner.new_cache(capacity)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return make_bundle(tmp_path / "bundle")
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    left = [t for t in threading.enumerate() if t not in before]
-    for thread in left:
-        thread.join(5)
-    assert not [t for t in left if t.is_alive()]
 
 
 @pytest.fixture(params=[None, 1], ids=["at once", "in turns"])

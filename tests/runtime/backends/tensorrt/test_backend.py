@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,6 @@ from support.live_turns import film, sort, voice
 
 THINKER = SamplingConfig(max_new_tokens=12)
 TALKER = SamplingConfig(max_new_tokens=26, temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """``tiny`` with stand-ins for all six engines, whose KV caches hold 1,024 tokens."""
-    return with_engines(tiny_bundle, tmp_path_factory.mktemp("engines") / "bundle")
-
-
-@pytest.fixture
-def driver() -> FakeDriver:
-    return FakeDriver()
-
-
-@pytest.fixture
-def backend(bundle: Bundle, driver: FakeDriver) -> Iterator[TrtBackend]:
-    made = TrtBackend(bundle, "tensorrt-rtx", runtime=FakeRuntime(bundle, driver), driver=driver)
-    yield made
-    made.close()
 
 
 def parts(folder: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,6 @@ from omniport.runtime.backends.tensorrt.backend import TrtBackend, TrtGraph
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, OmniportError, UsageError
 from support.fake_device import VERSION, FakeDriver, FakeRuntime, feeds_of, with_engines
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """``tiny`` with stand-ins for all six engines, whose KV caches hold 1,024 tokens."""
-    return with_engines(tiny_bundle, tmp_path_factory.mktemp("engines") / "bundle")
-
-
-@pytest.fixture
-def driver() -> FakeDriver:
-    return FakeDriver()
-
-
-@pytest.fixture
-def backend(bundle: Bundle, driver: FakeDriver) -> Iterator[TrtBackend]:
-    made = opened(bundle, driver)
-    yield made
-    made.close()
 
 
 def opened(bundle: Bundle, driver: FakeDriver, version: str = VERSION) -> TrtBackend:
