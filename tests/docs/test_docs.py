@@ -164,7 +164,8 @@ def found_in_tree(dotted: str) -> bool:
     if names and (module := at / f"{names[0]}.py").is_file():
         at, names = module, names[1:]
     module = at / "__init__.py" if at.is_dir() else at
-    return not names or re.search(rf"\b{names[0]}\b", module.read_text(encoding="utf-8")) is not None
+    defined = rf"^(?:def|class) {names[0]}\b|^{names[0]}\b.*=|\"{names[0]}\"" if names else ""
+    return re.search(defined, module.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def test_names_and_pages_that_are_mentioned_exist() -> None:
