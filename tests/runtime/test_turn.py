@@ -214,9 +214,7 @@ def test_what_came_before_the_turn_does_not_wait_for_a_piece(live: Live) -> None
 
 def history(live: Live, upto: int | None = None) -> list[int]:
     """What the session's conversation holds."""
-    conversation = live.session._conversation
-    assert conversation is not None
-    return [int(i) for i in conversation.ids]
+    return [int(i) for i in live.conversation.ids]
 
 
 def test_a_second_turn_prefills_only_what_is_new(live: Live) -> None:

@@ -31,7 +31,7 @@ from omniport.runtime.bundle.manifest import (
 from omniport.runtime.speech.ode import rk4_schedule
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-CONTROL = {
+CONTROLS = {
     "endoftext": "<|endoftext|>",
     "im_start": "<|im_start|>",
     "im_end": "<|im_end|>",
@@ -54,7 +54,7 @@ def tokenizer() -> Tokenizer:
     made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(content, special=True) for content in CONTROL.values()])
+    made.add_special_tokens([AddedToken(content, special=True) for content in CONTROLS.values()])
     return made
 
 
@@ -79,7 +79,7 @@ def decoder(embedding_file: str, dtype: str, vocabulary: int, width: int = WIDTH
 def make_manifest(speak: bool = True, max_context: int = 2048) -> Manifest:
     """Every field but ``files``."""
     made = tokenizer()
-    ids = {name: made.token_to_id(content) for name, content in CONTROL.items()}
+    ids = {name: made.token_to_id(content) for name, content in CONTROLS.items()}
     graphs = ["audio_encoder", "vision_encoder", "thinker"] + (["talker", "dit", "bigvgan"] if speak else [])
     speech: dict[str, Any] = {}
     if speak:

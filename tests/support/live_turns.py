@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, TextDelta, Turn, TurnsDropped
 from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.generation.conversation import Conversation
 from omniport.runtime.media.audio import open_av, read_track
 from support.fake_backend import FakeBackend, FakeDecoder
 
@@ -29,6 +30,13 @@ class Live:
         graph = self.backend.graphs[name]
         assert isinstance(graph, FakeDecoder)
         return graph
+
+    @property
+    def conversation(self) -> Conversation:
+        """The session's, which has begun."""
+        conversation = self.session._conversation
+        assert conversation is not None
+        return conversation
 
     def encode(self, text: str) -> list[int]:
         return self.session.text_codec.encode(text)

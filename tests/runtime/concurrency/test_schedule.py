@@ -77,6 +77,11 @@ def say(live: Live, **options: Any) -> Done:
     return sort(live.session.reply(ASKED, thinker=LONG, talker=LONG, **options))[2]
 
 
+def waiting(turns: Turns) -> int:
+    """Runs that wait for their turn."""
+    return len(turns._waiting)
+
+
 def until(reached: Callable[[], bool]) -> None:
     """Wait for other threads to get somewhere; a test that waits in vain fails."""
     end = time.perf_counter() + 20
@@ -100,7 +105,7 @@ def test_the_nearest_to_the_sound_goes_first() -> None:
     with turns.take("vision_encoder"):
         for count, thread in enumerate(threads, start=1):
             thread.start()
-            until(lambda count=count: len(turns._waiting) == count)  # type: ignore[misc]
+            until(lambda count=count: waiting(turns) == count)  # type: ignore[misc]
         assert order == []
     for thread in threads:
         thread.join(20)
@@ -120,8 +125,8 @@ def test_as_many_at_once_as_there_is_room_for() -> None:
     threads = [threading.Thread(target=run, args=(name,)) for name in ("thinker", "dit", "talker")]
     for count, thread in enumerate(threads, start=1):
         thread.start()
-        until(lambda count=count: len(inside) + len(turns._waiting) == count)  # type: ignore[misc]
-    assert (inside, len(turns._waiting)) == (["thinker", "dit"], 1)
+        until(lambda count=count: len(inside) + waiting(turns) == count)  # type: ignore[misc]
+    assert (inside, waiting(turns)) == (["thinker", "dit"], 1)
     go.set()
     for thread in threads:
         thread.join(20)
@@ -166,11 +171,11 @@ def test_cancelling_wakes_who_waits_and_a_failed_run_ends_its_turn() -> None:
     thread = threading.Thread(target=run)
     with turns.take("talker"):
         thread.start()
-        until(lambda: len(turns._waiting) == 1)
+        until(lambda: waiting(turns) == 1)
         token.cancel()
         thread.join(20)
         assert woken == ["cancelled"]
-    assert (turns._waiting, turns._running) == ([], 0)
+    assert (waiting(turns), turns._running) == (0, 0)
 
 
 def test_waiting_for_a_turn_is_no_work() -> None:
@@ -194,7 +199,7 @@ def test_waiting_for_a_turn_is_no_work() -> None:
     thread = threading.Thread(target=run)
     with turns.take("talker"):
         thread.start()
-        until(lambda: len(turns._waiting) == 1)
+        until(lambda: waiting(turns) == 1)
         began = time.perf_counter()
         until(lambda: time.perf_counter() > began + 0.01)
     thread.join(20)

@@ -257,9 +257,7 @@ def test_speech_during_a_reply_cuts_it(root: Path, heard: float | None) -> None:
         assert len(table.of(TurnBegan)) == 1
         ears.feed(np.concatenate([loud(1.0, seed=1), hum(0.7)]), RATE)
         ears.wait()
-        conversation = table.live.session._conversation
-        assert conversation is not None
-        text = table.live.session.text_codec.decode([int(i) for i in conversation.ids])
+        text = table.live.session.text_codec.decode([int(i) for i in table.live.conversation.ids])
     assert [event.interrupted for event in table.of(TurnBegan)] == [False, True]
     assert table.names() == ["TurnBegan", "TurnCommitted", "TurnBegan", "Done", "TurnCommitted", "Done"]
     cut, full = table.of(Done)
@@ -375,9 +373,7 @@ def test_an_error_of_the_encoder_takes_the_turn_back(table: Table) -> None:
     spoken_to(table)
     table.ears.wait()
     assert table.names() == ["TurnBegan", "TurnCommitted", "TurnBegan", "TurnCommitted", "Done"]
-    conversation = table.live.session._conversation
-    assert conversation is not None
-    assert len(conversation.turns) == 2, "the system message, and the turn that was answered"
+    assert len(table.live.conversation.turns) == 2, "the system message, and the turn that was answered"
 
 
 def test_more_than_the_cache_holds(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from omniport.runtime.media.video import VideoClip, load_video
 from omniport.runtime.prompt import builder as module
 from omniport.runtime.prompt.builder import Prompt, build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
+from support.bundles import CONTROLS
 from support.timing import ratio
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
@@ -41,18 +42,6 @@ from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5Omni
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import _get_feat_extract_output_lengths
 
 SYSTEM = "You are a test. Speak plainly."
-CONTROLS = {
-    "endoftext": "<|endoftext|>",
-    "im_start": "<|im_start|>",
-    "im_end": "<|im_end|>",
-    "audio": "<|AUDIO|>",
-    "audio_bos": "<|audio_bos|>",
-    "audio_eos": "<|audio_eos|>",
-    "vision_bos": "<|vision_bos|>",
-    "vision_eos": "<|vision_eos|>",
-    "image": "<|IMAGE|>",
-    "video": "<|VIDEO|>",
-}
 REAL_IDS = dict(
     zip(CONTROLS, (151643, 151644, 151645, 151646, 151647, 151648, 151652, 151653, 151655, 151656), strict=True)
 )

@@ -24,22 +24,11 @@ from omniport.export.checkpoint.tokenizer_json import tokenizer_from_vocab
 from omniport.runtime.bundle.manifest import SpecialTokens
 from omniport.runtime.errors import BundleError, PromptError
 from omniport.runtime.prompt.tokenizer import TextCodec
+from support.bundles import CONTROLS
 from support.timing import ratio
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 
 REGULAR = 151_643
-CONTROLS = {
-    "endoftext": "<|endoftext|>",
-    "im_start": "<|im_start|>",
-    "im_end": "<|im_end|>",
-    "audio": "<|AUDIO|>",
-    "audio_bos": "<|audio_bos|>",
-    "audio_eos": "<|audio_eos|>",
-    "vision_bos": "<|vision_bos|>",
-    "vision_eos": "<|vision_eos|>",
-    "image": "<|IMAGE|>",
-    "video": "<|VIDEO|>",
-}
 
 SAMPLES = {
     "english": "The quick brown fox doesn't jump; it's THE dog's turn, they'll say. We'd I'm you've o'clock",
