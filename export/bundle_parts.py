@@ -13,14 +13,11 @@ from typing import Any
 import numpy as np
 from omniport.runtime.bundle.graph_spec import DTYPES
 from omniport.runtime.bundle.manifest import (
-    DecoderGeometry,
-    DitGeometry,
     FileRecord,
     KvSpec,
     Manifest,
     SolverSpec,
     Source,
-    VocoderGeometry,
     VoiceSpec,
 )
 
@@ -30,7 +27,7 @@ from .checkpoint.tokenizer_json import tokenizer_json
 from .export_options import ExportOptions
 from .graphs.data_file import DataFile
 from .models.module import blocks
-from .models.parts import decoder_config
+from .models.registry import parts_of
 from .models.voices import Speaker, Vector, load_speakers, speaker_vectors, write_voice
 from .weights_check import embedding_keys
 
@@ -44,36 +41,22 @@ def base_manifest(
         CheckpointError: a tokenizer, processor or generation file that is missing or contradicts config.json.
     """
     config = ckpt.config
-    thinker_sampling, talker_sampling = frontends.sampling_defaults(ckpt)
-    speech: dict[str, Any] = {}
-    if ckpt.has_speech:
-        speech = {
-            "talker": _decoder_geometry(ckpt, config.talker_config, "talker", config.talker_config.embedding_size),
-            "talker_sampling": talker_sampling,
-            "text_tokens": frontends.text_tokens(ckpt),
-            "codec": frontends.codec_tokens(ckpt),
-            "dit": _dit_geometry(config.token2wav_config.dit_config),
-            "vocoder": VocoderGeometry(hop=int(np.prod(config.token2wav_config.bigvgan_config.upsample_rates))),
-            "solver": solver,
-            "voices": voices,
-        }
-    text = config.thinker_config.text_config
+    described: dict[str, Any] = {}
+    for part in parts_of(config).values():
+        described |= part.describe(ckpt, solver)
     return Manifest(
         created_by=f"omniport {importlib.metadata.version('omniport')}",
         source=Source(name=ckpt.name, fingerprint=ckpt.fingerprint),
         precision=options.precision,
-        audio=frontends.audio_frontend(ckpt),
-        vision=frontends.vision_frontend(ckpt),
         tokens=frontends.special_tokens(ckpt),
         chat=frontends.chat_spec(ckpt),
         position_id_per_seconds=config.thinker_config.position_id_per_seconds,
         seconds_per_chunk=float(config.thinker_config.seconds_per_chunk),
-        thinker=_decoder_geometry(ckpt, text, "thinker", text.hidden_size),
-        thinker_sampling=thinker_sampling,
         kv=KvSpec(form=options.kv, dtype="float32", max_context=options.max_context),
         graphs={},
         files={},
-        **speech,
+        voices=voices,
+        **described,
     )
 
 
@@ -158,35 +141,3 @@ def _write_table(ckpt: Checkpoint, key: str, path: Path, advance: Callable[[int]
             file.append(block)
             advance(block.nbytes)
         return file.finish()
-
-
-def _decoder_geometry(ckpt: Checkpoint, config: Any, part: str, embedding_size: int) -> DecoderGeometry:
-    sizes = decoder_config(config)
-    return DecoderGeometry(
-        hidden_size=sizes.hidden_size,
-        embedding_size=embedding_size,
-        num_layers=sizes.num_layers,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        intermediate_size=sizes.intermediate_size,
-        vocab_size=sizes.vocab_size,
-        rope_theta=sizes.rope_theta,
-        mrope_section=sizes.mrope_section,
-        rms_norm_eps=sizes.rms_norm_eps,
-        embedding_file=_embedding_file(part),
-        embedding_dtype=ckpt.dtype(embedding_keys(ckpt)[part]),
-    )
-
-
-def _dit_geometry(config: Any) -> DitGeometry:
-    return DitGeometry(
-        mel_dim=config.mel_dim,
-        repeats=config.repeats,
-        block_size=config.block_size,
-        look_back_blocks=max(1, len(config.look_backward_layers)),
-        look_ahead_blocks=max(1, len(config.look_ahead_layers)),
-        num_embeds=config.num_embeds,
-        speaker_dim=config.enc_emb_dim,
-        reference_dim=config.enc_dim,
-    )

@@ -13,7 +13,8 @@ from omniport.runtime.errors import ExportError
 
 from .graphs.lowering import OPS
 from .graphs.packed_weights import ZERO_POINTS
-from .models.parts import PRECISIONS, GraphDefinition
+from .models.part import GraphDefinition
+from .models.registry import PRECISIONS
 
 
 @dataclass(frozen=True)

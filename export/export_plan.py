@@ -11,6 +11,7 @@ import msgspec
 from omniport.runtime.bundle.activation_ranges import RANGES_FILE, Ranges, limit, read_ranges
 from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.manifest import FileRecord, Manifest, SolverSpec
+from omniport.runtime.bundle.parts import decoders
 from omniport.runtime.bundle.staging import previous_manifest, unlisted
 from omniport.runtime.errors import ExportError
 from omniport.runtime.speech.ode import rk4_schedule
@@ -22,7 +23,8 @@ from .export_options import ExportOptions
 from .graphs.fingerprint import file_record, graph_key, graph_whole, source_key
 from .graphs.lowering import OPSETS
 from .graphs.packed_weights import OPSET as PACKED_OPSET
-from .models.parts import PRECISIONS, GraphDefinition, graph_definitions
+from .models.part import GraphDefinition
+from .models.registry import PRECISIONS, graph_definitions
 from .weights_check import check_weights
 
 
@@ -111,7 +113,8 @@ def plan_export(
     kept = {} if previous is None else _kept(origin, wanted, ranges, out, previous)
     new = {name: _new(origin, definitions[name], ranges) for name in wanted if name not in kept}
     chosen = {name: (kept | new)[name] for name in definitions if name in kept or name in new}
-    dtype = kept["thinker"].spec.compute_dtype if "thinker" in kept else definitions["thinker"].precision
+    writer = decoders()[0].name
+    dtype = kept[writer].spec.compute_dtype if writer in kept else definitions[writer].precision
     attached = ranges or (None if previous is None else _held_ranges(ckpt, options, out, previous))
     return ExportPlan(
         checkpoint=ckpt,
@@ -159,7 +162,7 @@ class _Origin:
         if definition.precision == "float16" and ranges is not None:
             measured = ranges.graphs.get(definition.name, {})
             kept.append(sorted(name for name, top in measured.items() if top > limit()))
-        return graph_key(definition, self.solver, source_key(self.ckpt), kept)
+        return graph_key(definition, source_key(self.ckpt), kept)
 
 
 def _check_packing(ckpt: Checkpoint, options: ExportOptions) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,13 @@ from omniport.runtime.errors import CheckpointError
 from .checkpoint.checkpoint import Checkpoint
 from .graphs.packed_weights import check_scales, packed_rules, stored_bytes
 from .models.module import Compute, Constant, Copy, Rule
-from .models.parts import GraphDefinition
-from .models.voices import speaker_keys
+from .models.part import GraphDefinition
+from .models.registry import parts_of
 
 
 def embedding_keys(ckpt: Checkpoint) -> dict[str, str]:
     """Decoder -> key of its token-embedding table, which the bundle holds outside the graphs."""
-    parts = ("thinker", "talker") if ckpt.has_speech else ("thinker",)
-    return {part: f"{part}.model.embed_tokens.weight" for part in parts}
+    return {name: part.decoder.table for name, part in parts_of(ckpt.config).items() if part.decoder is not None}
 
 
 def check_weights(ckpt: Checkpoint, definitions: Iterable[GraphDefinition]) -> dict[str, int]:
@@ -44,22 +43,14 @@ def check_weights(ckpt: Checkpoint, definitions: Iterable[GraphDefinition]) -> d
             check_scales(weight, definition.precision)
         floats = sum(tensor.nbytes for name, tensor in tensors.items() if name not in packed)
         sizes[definition.name] = floats + sum(map(stored_bytes, packed.values()))
-    shapes = _embedding_shapes(ckpt)
-    for part, key in embedding_keys(ckpt).items():
-        ckpt.expect(key, shapes[part])
-        used.add(key)
-    if ckpt.has_speech:
-        used |= speaker_keys(ckpt)
+    for part in parts_of(ckpt.config).values():
+        used |= part.also_reads(ckpt)
+        if part.decoder is not None:
+            decoder = part.decoder.sizes(ckpt.config, "static")
+            ckpt.expect(part.decoder.table, (decoder.vocab_size, decoder.embedding_size))
+            used.add(part.decoder.table)
     _refuse_extra(ckpt, ckpt.unused(used))
     return sizes
-
-
-def _embedding_shapes(ckpt: Checkpoint) -> Mapping[str, tuple[int, int]]:
-    text, talker = ckpt.config.thinker_config.text_config, ckpt.config.talker_config
-    shapes = {"thinker": (text.vocab_size, text.hidden_size)}
-    if ckpt.has_speech:
-        shapes["talker"] = (talker.vocab_size, talker.embedding_size)
-    return shapes
 
 
 def _check_rule(ckpt: Checkpoint, rule: Rule, tensor: torch.Tensor) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from omniport.export.models.audio_encoder import GeluConv
 from omniport.export.models.bigvgan import BigVgan
 from omniport.export.models.module import ExportModule, WeightReader
 from omniport.export.models.ops import snake_inputs
-from omniport.export.models.parts import GraphDefinition
+from omniport.export.models.part import GraphDefinition
 from omniport.export.models.stack import Stack
 from omniport.export.models.talker import Talker
 from torch import Tensor

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.export.evaluation.signals import RATE, picture, voice
+from omniport.export.models.signals import RATE, picture, voice
 from omniport.runtime.errors import UsageError
 from omniport.runtime.media.source import require
 

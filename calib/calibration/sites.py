@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 from omniport.export.graphs.trace import trace
-from omniport.export.models.parts import GraphDefinition
+from omniport.export.models.part import GraphDefinition
 
 from ..calibration_file import site_name
 from ..weights.tensors import CHANNELS_LAST, Weight, find_weights

@@ -27,7 +27,7 @@ from omniport.runtime.prompt.builder import build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
 
 from ..checkpoint.frontends import SPEECH_PROMPT
-from .signals import RATE, picture, voice
+from ..models.signals import RATE, picture, voice
 
 _FPS = 2.0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,42 +11,24 @@ from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..models.module import blocks
-
-_PARTS: Mapping[str, tuple[str, str, str]] = {
-    # graph: (transformers class, path of its configuration, prefix of its weights)
-    "audio_encoder": ("Qwen2_5OmniAudioEncoder", "thinker_config.audio_config", "thinker.audio_tower."),
-    "vision_encoder": ("Qwen2_5OmniVisionEncoder", "thinker_config.vision_config", "thinker.visual."),
-    "thinker": ("Qwen2_5OmniThinkerTextModel", "thinker_config.text_config", "thinker.model."),
-    "talker": ("Qwen2_5OmniTalkerForConditionalGeneration", "talker_config", "talker."),
-    "dit": ("Qwen2_5OmniToken2WavDiTModel", "token2wav_config.dit_config", "token2wav.code2wav_dit_model."),
-    "bigvgan": (
-        "Qwen2_5OmniToken2WavBigVGANModel",
-        "token2wav_config.bigvgan_config",
-        "token2wav.code2wav_bigvgan_model.",
-    ),
-}
+from ..models.registry import MODEL_PARTS
 
 
 def load_reference(ckpt: Checkpoint, graph: str) -> nn.Module:
-    """The transformers module behind a graph, float32, with the checkpoint's weights.
-
-    The thinker's module also carries ``lm_head`` (a plain Linear), so that logits can be compared.
+    """The reference's module behind a graph, float32, with the checkpoint's weights.
 
     Raises:
         CheckpointError: a weight of the module is not in the checkpoint.
     """
-    class_name, _, prefix = _PARTS[graph]
-    module = _without_weights(ckpt, graph)
+    reference = MODEL_PARTS[graph].reference
+    module, keys = reference.make(ckpt.config), reference.keys(ckpt)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            key = prefix + name
-            if name == "lm_head.weight":
-                key = "thinker.model.embed_tokens.weight" if ckpt.tied_embeddings else "thinker.lm_head.weight"
-            if key not in ckpt:
-                if name.startswith("audio_bos_eos_token"):  # a parameter that forward never uses
-                    continue
-                raise CheckpointError(f"{ckpt.name} has no {key!r}, which {class_name} needs")
-            _fill(parameter, ckpt, key)
+            key = keys.get(name, reference.prefix + name)
+            if key in ckpt:
+                _fill(parameter, ckpt, key)
+            elif not name.startswith(reference.unused):
+                raise CheckpointError(f"{ckpt.name} has no {key!r}, which {type(module).__name__} needs")
     return module
 
 
@@ -58,25 +39,8 @@ def cache_keyword(decoder: nn.Module) -> str:
 
 def reference_bytes(ckpt: Checkpoint, graph: str) -> int:
     """Size of what `load_reference` holds: the module's parameters and buffers in float32. No weight is read."""
-    module = _without_weights(ckpt, graph)
+    module = MODEL_PARTS[graph].reference.make(ckpt.config)
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _without_weights(ckpt: Checkpoint, graph: str) -> nn.Module:
-    """The module as its class makes it, its parameters not yet written: memory that nothing has touched is not used."""
-    from transformers.initialization import no_init_weights
-    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as reference
-
-    class_name, path, _ = _PARTS[graph]
-    config = ckpt.config
-    for part in path.split("."):
-        config = getattr(config, part)
-    config._attn_implementation = "sdpa"
-    with torch.no_grad(), no_init_weights():
-        module: nn.Module = getattr(reference, class_name)(config).float().eval()
-        if graph == "thinker":
-            module.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    return module
 
 
 def _fill(parameter: torch.Tensor, ckpt: Checkpoint, key: str) -> None:

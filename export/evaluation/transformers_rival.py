@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omniport.runtime.bench.workloads import GRAPH_OF, Job
+from omniport.runtime.bench.workloads import Job
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..models.voices import load_speakers
-from .cases import dit_case, reference_logits, vision_case
+from ..models.decoder import reference_input, reference_logits, reference_stack
+from ..models.part import ModelPart
+from ..models.registry import MODEL_PARTS
 from .reference_modules import cache_keyword, load_reference
 
 Array = NDArray[Any]
@@ -57,18 +59,15 @@ class TransformersRival:
 
     def runner(self, job: Job) -> Callable[[], Array] | None:
         """See `omniport.runtime.bench.workloads.Rival`."""
-        makers: dict[str, Callable[[Job, Any], Callable[[], torch.Tensor]]] = {
-            "audio_encoder": self._audio,
-            "vision_encoder": self._vision,
-            "prefill": self._decoder,
-            "decode": self._decoder,
-            "talker": self._decoder,
-            "dit": self._dit,
-            "bigvgan": self._bigvgan,
-        }
-        if job.stage not in makers:
+        part = MODEL_PARTS[job.graph]
+        module = self._module(part.name)
+        if part.decoder is not None:
+            run = self._decoder(job, part, module)
+        elif part.ask is not None:
+            asked = part.ask(job.given, self._bundle, self._checkpoint)
+            run = partial(asked, module)
+        else:
             return None
-        run = makers[job.stage](job, self._module(GRAPH_OF[job.stage]))
 
         def computed() -> Array:
             with torch.inference_mode():
@@ -111,32 +110,15 @@ class TransformersRival:
             self._part = (graph, load_reference(self._checkpoint, graph))
         return self._part[1]
 
-    def _audio(self, job: Job, module: Any) -> Callable[[], torch.Tensor]:
-        mel = job.given["mel"]
-
-        def run() -> torch.Tensor:
-            output = module(input_features=torch.from_numpy(mel), feature_lens=torch.tensor([mel.shape[1]]))
-            return torch.as_tensor(output.last_hidden_state)
-
-        return run
-
-    def _vision(self, job: Job, module: Any) -> Callable[[], torch.Tensor]:
-        case = vision_case(job.name, job.given["vision"])
-        return lambda: case.reference(module)
-
-    def _decoder(self, job: Job, module: Any) -> Callable[[], torch.Tensor]:
+    def _decoder(self, job: Job, part: ModelPart, module: nn.Module) -> Callable[[], torch.Tensor]:
         """The tokens after ``context``, over a cache that holds those before, and the last one's logits."""
         rows, context = torch.from_numpy(job.given["rows"]), job.given["context"]
-        graph, cache = GRAPH_OF[job.stage], self._cache(context)
-        decoder: Any = module
-        project: Any = nn.Identity()
-        if graph == "talker":
-            decoder, project = module.model, module.thinker_to_talker_proj
+        cache, decoder = self._cache(context), reference_stack(module, part)
         places = torch.arange(len(rows))[None, None].expand(3, 1, -1)
 
         def feed(start: int, stop: int) -> torch.Tensor:
             output = decoder(
-                inputs_embeds=project(rows[None, start:stop]),
+                inputs_embeds=reference_input(module, part, rows[None, start:stop]),
                 position_ids=places[..., start:stop],
                 use_cache=True,
                 **{cache_keyword(decoder): cache},
@@ -149,7 +131,7 @@ class TransformersRival:
 
         def run() -> torch.Tensor:
             _cut(cache, context)
-            return reference_logits(module, graph, feed(context, len(rows))[0, -1])
+            return reference_logits(module, part, feed(context, len(rows))[0, -1])
 
         return run
 
@@ -162,16 +144,6 @@ class TransformersRival:
             self._filled = made()
         _cut(self._filled, context)
         return self._filled
-
-    def _dit(self, job: Job, module: Any) -> Callable[[], torch.Tensor]:
-        feeds, voice = job.given["feeds"], job.given["voice"]
-        speaker = load_speakers(self._checkpoint.path / "spk_dict.pt")[voice]
-        step = int(feeds["step"][0])
-        case = dit_case(job.name, feeds["x"], feeds["codes"], step, voice, self._bundle, speaker)
-        return lambda: case.reference(module)
-
-    def _bigvgan(self, job: Job, module: Any) -> Callable[[], torch.Tensor]:
-        return lambda: torch.as_tensor(module(torch.from_numpy(job.given["mel"])))
 
 
 def _cut(cache: Any, tokens: int) -> None:

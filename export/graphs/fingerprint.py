@@ -14,10 +14,10 @@ from pathlib import Path
 
 import msgspec
 from omniport.runtime.bundle.graph_spec import GraphSpec
-from omniport.runtime.bundle.manifest import FileRecord, Manifest, SolverSpec
+from omniport.runtime.bundle.manifest import FileRecord, Manifest
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..models.parts import GraphDefinition
+from ..models.part import GraphDefinition
 from ..source_code import package_digest
 
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir")
@@ -29,7 +29,7 @@ def source_key(ckpt: Checkpoint) -> str:
     return _sha256_of([ckpt.fingerprint, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in shards]])
 
 
-def graph_key(definition: GraphDefinition, solver: SolverSpec, source: str, kept: Sequence[object] = ()) -> str:
+def graph_key(definition: GraphDefinition, source: str, kept: Sequence[object] = ()) -> str:
     """sha256 over everything that a graph is made from.
 
     Args:
@@ -43,7 +43,6 @@ def graph_key(definition: GraphDefinition, solver: SolverSpec, source: str, kept
             definition.geometry,
             definition.ops,
             msgspec.to_builtins((definition.inputs, definition.outputs, definition.dims, definition.aliases)),
-            msgspec.to_builtins(solver) if definition.name == "dit" else None,
             source,
             kept,
             package_digest("models", "graphs", "checkpoint"),

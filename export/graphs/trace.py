@@ -25,7 +25,7 @@ from omniport.runtime.system.files import cache_folder, replace_file
 from torch.export import Dim
 
 from ..models.module import Constant, Rule
-from ..models.parts import GraphDefinition
+from ..models.part import GraphDefinition
 from ..source_code import package_digest
 from .lowering import OPSETS, lowered_translations
 from .passes import FOLD_BYTES, finish

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from omniport.runtime.backends.base import Graph
+from omniport.runtime.bundle.graph_spec import DimRange
+from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.parts import PARTS
+from omniport.runtime.media.log_mel import audio_tokens, chunk_mel, log_mel
 from torch import Tensor, nn
 
+from ..checkpoint.frontends import audio_frontend
 from .layers import LayerNorm
 from .module import ExportModule, Linear
 from .ops import attention, merge_heads, split_heads
+from .part import (
+    Array,
+    Asked,
+    Case,
+    GraphDefinition,
+    ModelPart,
+    ReferenceModule,
+    Settings,
+    Subject,
+    f32,
+    i64,
+    largest,
+    qwen_module,
+)
+from .signals import generator, voice
 from .stack import Context, Stack
 
 
@@ -134,3 +158,73 @@ class AudioEncoder(Stack):
         x = x.unflatten(1, (-1, 2))
         x = (x[:, :, 0] + x[:, :, 1]) / 2
         return self.proj(self.ln_post(x)).float()
+
+
+def _define(config: Any, settings: Settings) -> GraphDefinition:
+    c = config.thinker_config.audio_config
+    sizes = AudioEncoderConfig(
+        n_mels=c.num_mel_bins,
+        width=c.d_model,
+        num_layers=c.encoder_layers,
+        num_heads=c.encoder_attention_heads,
+        ffn=c.encoder_ffn_dim,
+        output_size=c.output_dim,
+        chunk_frames=c.n_window * 2,
+    )
+    frames = sizes.chunk_frames
+    return GraphDefinition(
+        name=PART.name,
+        precision=settings.precision,
+        geometry=repr(sizes),
+        build=lambda: AudioEncoder(sizes),
+        inputs=(f32("mel", "chunks", sizes.n_mels, frames), i64("frames", "chunks")),
+        outputs=(f32("embeds", "chunks", frames // 4, sizes.output_size),),
+        dims={"chunks": DimRange(1, 1, 150)},
+    )
+
+
+def audio_case(name: str, samples: NDArray[np.float32], manifest: Manifest) -> Case:
+    """16 kHz samples through log-mel and the encoder, padding rows dropped."""
+    mel = log_mel(samples, manifest.audio)
+
+    def ours(graph: Graph) -> Array:
+        chunks, frames = chunk_mel(mel, manifest.audio)
+        rows = graph.run({"mel": chunks, "frames": frames})["embeds"]
+        return rows.reshape(-1, rows.shape[-1])[: audio_tokens(mel.shape[1])]
+
+    return Case(PART.name, name, ours, _asked(mel), (mel,))
+
+
+def _asked(mel: NDArray[np.float32]) -> Asked:
+    """The reference over a whole clip, float32 [n_mels, T]."""
+
+    def run(module: nn.Module) -> Tensor:
+        output = module(input_features=torch.from_numpy(mel), feature_lens=torch.tensor([mel.shape[1]]))
+        return torch.as_tensor(output.last_hidden_state)
+
+    return run
+
+
+def _cases(subject: Subject) -> Iterator[Case]:
+    manifest = subject.bundle.manifest
+    for seconds in (0.31, 2.0, *((13.37,) if subject.full else ())):
+        noise = 0.1 * generator(f"noise {seconds}").standard_normal(int(16000 * seconds))
+        yield audio_case(f"{seconds:g} s of noise", noise.astype(np.float32), manifest)
+    chunk = manifest.audio.chunk_frames * manifest.audio.hop_length / manifest.audio.sampling_rate
+    # the reference's attention is dense: minutes of sound, which the spec allows, are out of its reach
+    for seconds in (*(chunk * count for count in largest(subject, PART.name, "chunks", 15)), 0.05, chunk, 5.03):
+        yield audio_case(f"{seconds:g} s of voice", voice(seconds), manifest)
+
+
+PART: ModelPart = ModelPart(
+    PARTS["audio_encoder"],
+    define=_define,
+    reference=ReferenceModule(
+        qwen_module("Qwen2_5OmniAudioEncoder", "thinker_config.audio_config"),
+        AudioEncoder.prefix,
+        unused=("audio_bos_eos_token",),
+    ),
+    cases=_cases,
+    describe=lambda ckpt, _: {"audio": audio_frontend(ckpt)},
+    ask=lambda given, _bundle, _ckpt: _asked(given["mel"]),
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,10 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from omniport.runtime.bundle.graph_spec import DimRange
+from omniport.runtime.bundle.manifest import VocoderGeometry
+from omniport.runtime.bundle.parts import PARTS
 from torch import Tensor, nn
 
 from .module import Compute, ExportModule, WeightReader
 from .ops import anti_aliased_snake
+from .part import Asked, Case, GraphDefinition, ModelPart, ReferenceModule, Settings, Subject, f32, largest, qwen_module
+from .signals import generator, log_mel_like
 from .stack import Context, Stack
 
 TAPS = 12
@@ -187,3 +193,57 @@ class BigVgan(Stack):
     def leave(self, x: Tensor, context: Context) -> Tensor:
         x = self.conv_post(self.activation_post(x, self._pairs(self.depth - 1)))
         return torch.clamp(x.float(), -1, 1).squeeze(1)
+
+
+def _define(config: Any, settings: Settings) -> GraphDefinition:
+    c = config.token2wav_config.bigvgan_config
+    sizes = BigVganConfig(
+        mel_dim=c.mel_dim,
+        channels=c.upsample_initial_channel,
+        upsample_rates=tuple(c.upsample_rates),
+        upsample_kernel_sizes=tuple(c.upsample_kernel_sizes),
+        resblock_kernel_sizes=tuple(c.resblock_kernel_sizes),
+        resblock_dilation_sizes=tuple(tuple(d) for d in c.resblock_dilation_sizes),
+    )
+    return GraphDefinition(
+        name=PART.name,
+        precision=settings.precision,
+        geometry=repr(sizes),
+        build=lambda: BigVgan(sizes),
+        inputs=(f32("mel", "batch", sizes.mel_dim, "frames"),),
+        outputs=(f32("wav", "batch", f"{math.prod(sizes.upsample_rates)}*frames"),),
+        dims={"batch": DimRange(1, 1, 1), "frames": DimRange(2, 116, 8192)},
+    )
+
+
+def _case(name: str, mel: NDArray[np.float32]) -> Case:
+    """mel float32 [1, 80, T] to samples."""
+    return Case(PART.name, name, lambda graph: graph.run({"mel": mel})["wav"], _asked(mel), (mel,))
+
+
+def _asked(mel: NDArray[np.float32]) -> Asked:
+    return lambda module: torch.as_tensor(module(torch.from_numpy(mel))).reshape(1, -1)
+
+
+def _cases(subject: Subject) -> Iterator[Case]:
+    frames, rng = subject.bundle.manifest.graphs[PART.name].dims["frames"], generator("mel")
+    for length in (frames.min, 7):
+        yield _case(f"{length} frames, noise", rng.normal(-5, 2, (1, 80, length)).astype(np.float32))
+    # the reference takes ten seconds for one of sound: minutes, which the spec allows, are out of its reach
+    large = (*largest(subject, PART.name, "frames", 480), frames.opt, 301) if subject.full else ()
+    for length in (*large, 37, 60):
+        yield _case(f"{length} frames, speech-like", log_mel_like(length))
+
+
+PART: ModelPart = ModelPart(
+    PARTS["bigvgan"],
+    define=_define,
+    reference=ReferenceModule(
+        qwen_module("Qwen2_5OmniToken2WavBigVGANModel", "token2wav_config.bigvgan_config"), BigVgan.prefix
+    ),
+    cases=_cases,
+    describe=lambda ckpt, _: {
+        "vocoder": VocoderGeometry(hop=math.prod(ckpt.config.token2wav_config.bigvgan_config.upsample_rates))
+    },
+    ask=lambda given, _bundle, _ckpt: _asked(given["mel"]),
+)

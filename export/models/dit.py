@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -12,11 +12,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from omniport.runtime.backends.base import Graph
+from omniport.runtime.bundle.graph_spec import DimRange
+from omniport.runtime.bundle.manifest import DitGeometry, SolverSpec
+from omniport.runtime.bundle.parts import PARTS
+from omniport.runtime.bundle.reader import Bundle
 from torch import Tensor, nn
 
+from ..checkpoint.checkpoint import Checkpoint
 from .module import Compute, ExportModule, Linear, Rule, WeightReader
 from .ops import attention, merge_heads, pad_to_blocks, reshape_like, rotary_embedding, split_blocks, split_heads
+from .part import (
+    Array,
+    Asked,
+    Case,
+    GraphDefinition,
+    ModelPart,
+    ReferenceModule,
+    Settings,
+    Subject,
+    f32,
+    i64,
+    largest,
+    qwen_module,
+)
+from .signals import generator, log_mel_like
 from .stack import Context, Stack
+from .voices import Speaker, load_speakers, null_reference, speaker_keys
 
 EPS = 1e-6  # the reference fixes the layer norms' epsilon
 TIME_FREQUENCIES = 256
@@ -84,9 +106,6 @@ def _final_table(reader: WeightReader, *, prefix: str, times: Sequence[float]) -
 
 
 def _null_reference(reader: WeightReader) -> NDArray[Any]:
-    from ..checkpoint.checkpoint import Checkpoint
-    from .voices import null_reference
-
     return null_reference(cast(Checkpoint, reader))[None]
 
 
@@ -254,3 +273,139 @@ class Dit(Stack):
         timbre = torch.cat((reference, self.null_reference.expand(batch, -1)), dim=0)
         timbre = timbre.unsqueeze(1).expand(-1, frames, -1)
         return torch.cat((torch.cat((x, x), dim=0), timbre, code, voice), dim=-1)
+
+
+def _define(config: Any, settings: Settings) -> GraphDefinition:
+    c, solver = config.token2wav_config.dit_config, settings.solver
+    sizes = DitConfig(
+        mel_dim=c.mel_dim,
+        width=c.hidden_size,
+        num_layers=c.num_hidden_layers,
+        num_heads=c.num_attention_heads,
+        head_dim=c.head_dim,
+        ff_mult=c.ff_mult,
+        block_size=c.block_size,
+        look_ahead_layers=tuple(c.look_ahead_layers),
+        look_backward_layers=tuple(c.look_backward_layers),
+        repeats=c.repeats,
+        num_embeds=c.num_embeds,
+        code_width=c.emb_dim,
+        speaker_dim=c.enc_emb_dim,
+        reference_dim=c.enc_dim,
+        rope_theta=float(c.rope_parameters["rope_theta"]),
+        times=solver.table,
+        guidance_scale=solver.guidance_scale,
+    )
+    frames = f"{sizes.repeats}*codes"
+    return GraphDefinition(
+        name=PART.name,
+        precision=settings.precision,
+        geometry=repr(sizes),
+        build=lambda: Dit(sizes),
+        inputs=(
+            f32("x", "batch", frames, sizes.mel_dim),
+            i64("codes", "batch", "codes"),
+            f32("speaker", "batch", sizes.speaker_dim),
+            f32("reference", "batch", sizes.reference_dim),
+            i64("step", 1),
+        ),
+        outputs=(f32("velocity", "batch", frames, sizes.mel_dim),),
+        dims={"batch": DimRange(1, 1, 1), "codes": DimRange(1, 60, 4096)},
+    )
+
+
+def _describe(ckpt: Checkpoint, solver: SolverSpec) -> Mapping[str, Any]:
+    c = ckpt.config.token2wav_config.dit_config
+    geometry = DitGeometry(
+        mel_dim=c.mel_dim,
+        repeats=c.repeats,
+        block_size=c.block_size,
+        look_back_blocks=max(1, len(c.look_backward_layers)),
+        look_ahead_blocks=max(1, len(c.look_ahead_layers)),
+        num_embeds=c.num_embeds,
+        speaker_dim=c.enc_emb_dim,
+        reference_dim=c.enc_dim,
+    )
+    return {"dit": geometry, "solver": solver}
+
+
+def _case(subject: Subject, what: str, x: NDArray[np.float32], codes: Array, step: int, voice: str) -> Case:
+    """Guided velocity at one time point of the schedule; the voice's vectors are the bundle's.
+
+    Args:
+        x: [1, T, mel]. codes: int64 [1, T/2]. step: index into the solver's table.
+    """
+    speaker, solver = _speaker(subject.checkpoint, voice), _solver(subject.bundle)
+    feeds: dict[str, Array] = {
+        "x": x,
+        "codes": codes,
+        "step": np.array([step], np.int64),
+        **subject.bundle.voice(voice).feeds(),
+    }
+
+    def ours(graph: Graph) -> Array:
+        return graph.run(feeds)["velocity"]
+
+    name = f"{codes.shape[1]} codes, {voice}, step {step}, {what}"
+    settings = np.array([solver.table[step], solver.guidance_scale])
+    inputs = (x, codes, speaker.ref_mel, speaker.cond, settings)
+    return Case(PART.name, name, ours, _asked(feeds, solver, speaker), inputs)
+
+
+def _asked(feeds: Mapping[str, Array], solver: SolverSpec, speaker: Speaker) -> Asked:
+    """The reference's guided velocity for what the graph is fed, with the voice as the checkpoint stores it."""
+
+    def run(module: nn.Module) -> Tensor:
+        output = module(
+            hidden_states=torch.from_numpy(feeds["x"]),
+            condition_vector=torch.from_numpy(speaker.ref_mel)[None],
+            speaker_embedding=torch.from_numpy(speaker.cond)[None, None].expand(-1, feeds["x"].shape[1], -1),
+            quantized_code=torch.from_numpy(feeds["codes"]),
+            time_step=torch.tensor(solver.table[int(feeds["step"][0])]),
+        )
+        guided, null = output.chunk(2, dim=0)
+        return torch.as_tensor(guided + (guided - null) * solver.guidance_scale)
+
+    return run
+
+
+def _cases(subject: Subject) -> Iterator[Case]:
+    geometry, dim = subject.bundle.manifest.dit, subject.bundle.manifest.graphs[PART.name].dims["codes"]
+    assert geometry is not None
+    names, last = sorted(load_speakers(subject.checkpoint.path / "spk_dict.pt")), len(_solver(subject.bundle).table) - 1
+    plan = [(dim.min, 0), (12, last // 3), (13, last // 2), (dim.opt, last - 1), (61, last)]
+    plan += [(36, step) for step in range(last + 1)] * subject.full
+    plan += [(length, last // 4) for length in largest(subject, PART.name, "codes", 300)]
+    for i, (length, step) in enumerate(plan):
+        rng = generator(f"codes {length} {step}")
+        codes = rng.integers(0, geometry.num_embeds, (1, length))
+        x = rng.standard_normal((1, length * geometry.repeats, geometry.mel_dim), np.float32)
+        yield _case(subject, "noise", x, codes, step, names[i % len(names)])
+    # half way between noise and a mel, with codes that are held as speech holds them
+    length, step = 30, last // 2
+    rng = generator("codes, real")
+    codes = np.repeat(rng.integers(0, geometry.num_embeds, (1, length // 3)), 3, axis=1)
+    mel = log_mel_like(length * geometry.repeats)[:, : geometry.mel_dim].transpose(0, 2, 1)
+    time = _solver(subject.bundle).table[step]
+    x = ((1 - time) * rng.standard_normal(mel.shape) + time * mel).astype(np.float32)
+    yield _case(subject, "mel", x, codes, step, names[-1])
+
+
+def _solver(bundle: Bundle) -> SolverSpec:
+    assert bundle.manifest.solver is not None
+    return bundle.manifest.solver
+
+
+def _speaker(ckpt: Checkpoint, voice: str) -> Speaker:
+    return load_speakers(ckpt.path / "spk_dict.pt")[voice]
+
+
+PART: ModelPart = ModelPart(
+    PARTS["dit"],
+    define=_define,
+    reference=ReferenceModule(qwen_module("Qwen2_5OmniToken2WavDiTModel", "token2wav_config.dit_config"), Dit.prefix),
+    cases=_cases,
+    describe=_describe,
+    also_reads=speaker_keys,
+    ask=lambda given, bundle, ckpt: _asked(given["feeds"], _solver(bundle), _speaker(ckpt, given["voice"])),
+)

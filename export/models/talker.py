@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from omniport.runtime.bundle.manifest import SolverSpec
+from omniport.runtime.bundle.parts import PARTS
 from torch import Tensor
 
-from .layers import Decoder, DecoderConfig
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.frontends import codec_tokens, sampling_defaults, text_tokens
+from .decoder import (
+    Decoder,
+    DecoderConfig,
+    DecoderPart,
+    decoder_config,
+    decoder_geometry,
+    define_decoder,
+    prefill_cases,
+)
 from .module import Linear
+from .part import GraphDefinition, ModelPart, ReferenceModule, Settings, qwen_module
 from .stack import Context, Stack
 
 
@@ -16,9 +30,9 @@ class Talker(Stack):
 
     prefix = "talker."
 
-    def __init__(self, config: DecoderConfig, embedding_size: int) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.thinker_to_talker_proj = Linear(embedding_size, config.hidden_size)
+        self.thinker_to_talker_proj = Linear(config.embedding_size, config.hidden_size)
         self.model = Decoder(config)
         self.codec_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -55,3 +69,37 @@ class Talker(Stack):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [B, S, E] -> float32 logits [B, V] of the last token."""
         return self.codec_head(hidden[:, -1]).float()
+
+
+def _sizes(config: Any, kv_form: str) -> DecoderConfig:
+    return decoder_config(config.talker_config, kv_form, config.talker_config.embedding_size)
+
+
+def _define(config: Any, settings: Settings) -> GraphDefinition:
+    sizes = _sizes(config, settings.kv_form)
+    return define_decoder(PART.name, settings, sizes, lambda: Talker(sizes))
+
+
+def _describe(ckpt: Checkpoint, _solver: SolverSpec) -> Mapping[str, Any]:
+    return {
+        "talker": decoder_geometry(PART, ckpt),
+        "talker_sampling": sampling_defaults(ckpt)[1],
+        "text_tokens": text_tokens(ckpt),
+        "codec": codec_tokens(ckpt),
+    }
+
+
+PART: ModelPart = ModelPart(
+    PARTS["talker"],
+    define=_define,
+    reference=ReferenceModule(qwen_module("Qwen2_5OmniTalkerForConditionalGeneration", "talker_config"), Talker.prefix),
+    cases=lambda subject: prefill_cases(PART, subject),
+    describe=_describe,
+    decoder=DecoderPart(
+        _sizes,
+        "talker.model.embed_tokens.weight",
+        head="codec_head",
+        stack="model",
+        projection="thinker_to_talker_proj",
+    ),
+)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from omniport.runtime.bundle.manifest import SolverSpec
+from omniport.runtime.bundle.parts import PARTS
+from torch import Tensor, nn
 
-from .layers import Decoder, DecoderConfig
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.frontends import sampling_defaults
+from .decoder import (
+    Decoder,
+    DecoderConfig,
+    DecoderPart,
+    decoder_config,
+    decoder_geometry,
+    define_decoder,
+    prefill_cases,
+)
 from .module import Linear, Transpose
+from .part import GraphDefinition, ModelPart, ReferenceModule, Settings, qwen_module
 from .stack import Context, Stack
 
 
@@ -60,3 +74,42 @@ class Thinker(Stack):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [B, S, E] -> float32 logits [B, V] of the last token."""
         return self.lm_head(hidden[:, -1]).float()
+
+
+_TABLE = "thinker.model.embed_tokens.weight"
+
+
+def _sizes(config: Any, kv_form: str) -> DecoderConfig:
+    text = config.thinker_config.text_config
+    return decoder_config(text, kv_form, text.hidden_size)
+
+
+def _define(config: Any, settings: Settings) -> GraphDefinition:
+    sizes = _sizes(config, settings.kv_form)
+    return define_decoder(PART.name, settings, sizes, lambda: Thinker(sizes, settings.tied), gives_hidden=True)
+
+
+def _describe(ckpt: Checkpoint, _solver: SolverSpec) -> Mapping[str, Any]:
+    return {"thinker": decoder_geometry(PART, ckpt), "thinker_sampling": sampling_defaults(ckpt)[0]}
+
+
+def _reference(config: Any) -> nn.Module:
+    """transformers' text model with a head, a plain Linear, so that logits can be compared."""
+    module = qwen_module("Qwen2_5OmniThinkerTextModel", "thinker_config.text_config")(config)
+    text = config.thinker_config.text_config
+    module.lm_head = nn.utils.skip_init(nn.Linear, text.hidden_size, text.vocab_size, bias=False)
+    return module
+
+
+PART: ModelPart = ModelPart(
+    PARTS["thinker"],
+    define=_define,
+    reference=ReferenceModule(
+        _reference,
+        "thinker.model.",
+        keys=lambda ckpt: {"lm_head.weight": _TABLE if ckpt.tied_embeddings else "thinker.lm_head.weight"},
+    ),
+    cases=lambda subject: prefill_cases(PART, subject),
+    describe=_describe,
+    decoder=DecoderPart(_sizes, _TABLE, head="lm_head", gives_hidden=True),
+)

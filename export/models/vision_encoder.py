@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from omniport.runtime.backends.base import Graph
+from omniport.runtime.bundle.graph_spec import DimRange, TensorSpec
+from omniport.runtime.bundle.parts import PARTS
+from omniport.runtime.media.image import VisionInput, image_input, video_input
 from torch import Tensor, nn
 
+from ..checkpoint.frontends import vision_frontend
 from .layers import GatedMlp, RmsNorm
 from .module import ExportModule, Linear
 from .ops import attention, merge_heads, rotary_embedding, split_heads
+from .part import (
+    Array,
+    Asked,
+    Case,
+    GraphDefinition,
+    ModelPart,
+    ReferenceModule,
+    Settings,
+    Subject,
+    f32,
+    i64,
+    largest,
+    qwen_module,
+)
+from .signals import generator, picture
 from .stack import Context, Stack
 
 EPS = 1e-6  # the reference fixes the vision norms' epsilon
@@ -189,3 +213,94 @@ class VisionEncoder(Stack):
         order = torch.zeros(count // self.unit + 1, dtype=torch.int64, device=unit.device)
         first = order.scatter(0, unit, place)[: count // self.unit] * self.unit
         return (first[:, None] + torch.arange(self.unit, device=unit.device)).flatten()
+
+
+def _define(config: Any, settings: Settings) -> GraphDefinition:
+    c = config.thinker_config.vision_config
+    window = c.window_size // c.patch_size // c.spatial_merge_size * c.spatial_merge_size
+    sizes = VisionEncoderConfig(
+        patch_values=c.in_channels * c.temporal_patch_size * c.patch_size**2,
+        width=c.hidden_size,
+        num_layers=c.depth,
+        num_heads=c.num_heads,
+        ffn=c.intermediate_size,
+        output_size=c.out_hidden_size,
+        merge=c.spatial_merge_size,
+        window_patches=window**2,
+        full_attention_layers=tuple(c.fullatt_block_indexes),
+        rope_theta=float(c.rope_parameters["rope_theta"]),
+    )
+    unit, slots = sizes.merge**2, sizes.window_patches
+    return GraphDefinition(
+        name=PART.name,
+        precision=settings.precision,
+        geometry=repr(sizes),
+        build=lambda: VisionEncoder(sizes),
+        inputs=(
+            f32("patches", "frames", f"{unit}*units", sizes.patch_values),
+            i64("grid_hw", f"{unit}*units", 2),
+            i64("window_index", f"{slots}*windows"),
+            TensorSpec("window_valid", "bool", ("windows", slots)),
+        ),
+        outputs=(f32("embeds", "tokens", sizes.output_size),),
+        dims={
+            "frames": DimRange(1, 1, 384),
+            "units": DimRange(1, 256, 16384),
+            "windows": DimRange(1, 16, 1200),
+            "tokens": DimRange(1, 256, 32768),
+        },
+    )
+
+
+def vision_case(name: str, vision: VisionInput) -> Case:
+    """One image or one video."""
+
+    def ours(graph: Graph) -> Array:
+        feeds: dict[str, Array] = {
+            "patches": vision.patches,
+            "grid_hw": vision.grid_hw,
+            "window_index": vision.window_index,
+            "window_valid": vision.window_valid,
+        }
+        return graph.run(feeds)["embeds"]
+
+    return Case(PART.name, name, ours, _asked(vision), (vision.patches, np.array(vision.grid_thw)))
+
+
+def _asked(vision: VisionInput) -> Asked:
+    def run(module: nn.Module) -> Tensor:
+        patches = torch.from_numpy(vision.patches).flatten(0, 1)
+        return torch.as_tensor(module(patches, grid_thw=torch.tensor([vision.grid_thw])).pooler_output)
+
+    return run
+
+
+def _cases(subject: Subject) -> Iterator[Case]:
+    manifest, rng = subject.bundle.manifest, generator("pixels")
+    frontend, typical = manifest.vision, manifest.graphs[PART.name].dims["units"].opt
+    unit = frontend.patch_size * frontend.merge_size
+    for height, width in ((unit, unit), (210, 87)):
+        noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        yield vision_case(f"{height}x{width} noise", image_input(noise, frontend))
+    sizes = [(112, 112), (252, 336), (61, 230)]
+    if subject.full:
+        # the reference's attention is dense: pictures of 12 megapixels, which the spec allows, are out of its reach
+        squares = [unit * math.isqrt(count) for count in (typical, *largest(subject, PART.name, "units", 1024))]
+        sizes += [(620, 413), (56, 1008), *((side, side) for side in squares)]
+    for height, width in sizes:
+        yield vision_case(f"{height}x{width} picture", image_input(picture(height, width), frontend))
+    for count in (4, *((10,) if subject.full else ())):
+        clip = np.stack([picture(96, 132, i / count) for i in range(count)])
+        yield vision_case(f"video of {count} frames", video_input(clip, frontend))
+
+
+PART: ModelPart = ModelPart(
+    PARTS["vision_encoder"],
+    define=_define,
+    reference=ReferenceModule(
+        qwen_module("Qwen2_5OmniVisionEncoder", "thinker_config.vision_config"), VisionEncoder.prefix
+    ),
+    cases=_cases,
+    describe=lambda ckpt, _: {"vision": vision_frontend(ckpt)},
+    ask=lambda given, _bundle, _ckpt: _asked(given["vision"]),
+)

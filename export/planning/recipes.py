@@ -65,7 +65,7 @@ class PlanRecipe:
     first: Mapping[Kind, Storage] | None = None
 
     def graph_precision(self, graph: str, own: str) -> str:
-        """fp32, fp16 or bf16: token2wav stays FP32 where the rest is BF16 (export/models/parts.py)."""
+        """fp32, fp16 or bf16: token2wav stays FP32 where the rest is BF16 (`Part.bfloat16`)."""
         chosen = self.precision or own
         return "fp32" if chosen == "bf16" and graph in _TOKEN2WAV else chosen
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import msgspec
 from omniport.runtime.bundle.engines import Profile, ShapeRange
-from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec, TensorSpec
+from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec
 from omniport.runtime.bundle.manifest import DitGeometry, Manifest
 from omniport.runtime.errors import UsageError
 from omniport.runtime.generation.encoders import AUDIO_CHUNKS, VISION_FRAMES
 from omniport.runtime.speech.windows import STREAM_CODES
-
-_End = Literal["min", "opt", "max"]
 
 #: pixels of the largest image of each class; what is larger is one class more
 IMAGE_CLASSES = (1 << 18, 1 << 20)
@@ -158,24 +155,12 @@ def _image_class(dims: Mapping[str, DimRange], least: int, most: int) -> dict[st
 def _profile(name: str, spec: GraphSpec, dims: Mapping[str, DimRange]) -> Profile:
     inputs = {
         tensor.name: ShapeRange(
-            min=shape_of(tensor, dims, "min"), opt=shape_of(tensor, dims, "opt"), max=shape_of(tensor, dims, "max")
+            min=tensor.sized(dims, "min"), opt=tensor.sized(dims, "opt"), max=tensor.sized(dims, "max")
         )
         for tensor in spec.inputs
         if any(isinstance(dim, str) for dim in tensor.shape)
     }
     return Profile(name=name, dims=dict(dims), inputs=inputs)
-
-
-def shape_of(tensor: TensorSpec, dims: Mapping[str, DimRange], end: _End) -> tuple[int, ...]:
-    """The tensor's shape with every symbolic dimension at one end of its range."""
-    return tuple(_size(dim, dims, end) for dim in tensor.shape)
-
-
-def _size(dim: int | str, dims: Mapping[str, DimRange], end: _End) -> int:
-    if isinstance(dim, int):
-        return dim
-    factor, _, name = dim.rpartition("*")
-    return int(factor or 1) * int(getattr(dims[name], end))
 
 
 def _capped(span: DimRange, most: int) -> DimRange:

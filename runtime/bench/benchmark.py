@@ -16,20 +16,18 @@ from ..bundle.reader import Bundle
 from ..errors import UsageError
 from ..system.host import physical_cores, resident_memory
 from .reply_timing import measure_reply
-from .results import STAGES, BenchReport, Figure, Machine, StageResult, Work
+from .results import REPLY, BenchReport, Figure, Machine, StageResult, Work, measured_parts
 from .roofline import environment, measure_machine
 from .solvers import measure_solvers
 from .timing import CLOCKS, Clock, alternate, ratio_of, spread
 from .work import Profile, profile_run, weight_bytes
-from .workloads import GRAPH_OF, Job, Rival, Sizes, stage_jobs
+from .workloads import Job, Rival, Sizes, stage_jobs
 
 Progress = Callable[[str, int, int], None]
 
 #: two programs that do the same differ by the order of sums only; INT4 weights differ more than that
 _SAME = 0.5
 _REPLY_ROUNDS = 3
-#: stages whose inputs are the same step at several contexts
-_GROWING = ("decode", "talker")
 
 
 def bench(
@@ -46,7 +44,7 @@ def bench(
     """Measure a bundle on this machine's CPU.
 
     Args:
-        stages: of ``STAGES``; all that the bundle has graphs for if none are named.
+        stages: those of `measured_parts`, and ``reply``; all that the bundle has graphs for if none are named.
         rival: opens what each stage is measured beside.
         sizes: of inputs. rounds: of each figure; whole replies are measured in fewer.
         threads: of one operator, for both; the physical cores if None.
@@ -91,17 +89,18 @@ def bench(
 
 
 def chosen_stages(bundle: Bundle, stages: Sequence[str]) -> list[str]:
-    """Those named, or all that the bundle has graphs for, in the order of ``STAGES``.
+    """Those named, or all that the bundle has graphs for, in the order in which they are run.
 
     Raises:
         UsageError: a stage that there is not.
     """
-    unknown = [name for name in stages if name not in STAGES]
+    known = (*measured_parts(), REPLY)
+    unknown = [name for name in stages if name not in known]
     if unknown:
-        raise UsageError(f"there is no stage {unknown[0]!r}; known stages: {', '.join(STAGES)}")
-    graphs = bundle.manifest.graphs
-    able = [name for name in STAGES if GRAPH_OF.get(name, "bigvgan") in graphs]
-    return [name for name in STAGES if name in (stages or able)]
+        raise UsageError(f"there is no stage {unknown[0]!r}; known stages: {', '.join(known)}")
+    able = [name for name, part in measured_parts().items() if part.name in bundle.manifest.graphs]
+    able += [REPLY] * bundle.manifest.speaks
+    return [name for name in known if name in (stages or able)]
 
 
 class _Run:
@@ -114,7 +113,7 @@ class _Run:
     def stage(self, name: str) -> StageResult:
         machine = measure_machine(self.threads, clock=self.clock)
         before = resident_memory()
-        if name == "reply":
+        if name == REPLY:
             figures, chunks = measure_reply(
                 self.bundle, self.sizes, self.rival, min(self.rounds, _REPLY_ROUNDS), self.threads
             )
@@ -133,7 +132,7 @@ class _Run:
         jobs: list[Job] = []
         profile = Profile(0.0, {})
         for job in stage_jobs(name, self.bundle, backend, self.sizes):
-            profile = profile_run(self.bundle, GRAPH_OF[name], self.threads, job.profiled)
+            profile = profile_run(self.bundle, job.graph, self.threads, job.profiled)
             if resident is None:
                 job.run()
                 now = resident_memory()
@@ -143,7 +142,7 @@ class _Run:
             machine = _better(machine, figure.machine)
             figures.append(figure)
             jobs.append(job)
-        if name in _GROWING and len(jobs) > 1:
+        if len(jobs) > 1 and jobs[0].grows:
             figures[-1] = msgspec.structs.replace(figures[-1], values={"growth": self._growth(jobs[0], jobs[-1])})
         backend.close()
         return StageResult(
@@ -165,7 +164,7 @@ class _Run:
         before = measure_machine(self.threads, clock=self.clock)
         ours, theirs = alternate(job.run, runner, self.rounds, clock=self.clock)
         machine = _better(before, measure_machine(self.threads, clock=self.clock))
-        moved = weight_bytes(self.bundle, GRAPH_OF[job.stage]) + job.cache_bytes
+        moved = weight_bytes(self.bundle, job.graph) + job.cache_bytes
         work = Work(operations=profile.operations, bytes=float(moved))
         least = max(work.operations / machine.matmul_rate, work.bytes / machine.read_bandwidth)
         seconds = spread(ours)

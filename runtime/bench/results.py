@@ -11,23 +11,19 @@ from pathlib import Path
 
 import msgspec
 
+from ..bundle.parts import PARTS, Part
 from ..errors import UsageError
 from ..system.files import replace_file
 
 SCHEMA = 1
 
-#: what can be measured, in the order in which it is
-STAGES = (
-    "audio_encoder",
-    "vision_encoder",
-    "prefill",
-    "decode",
-    "talker",
-    "dit",
-    "solver",
-    "bigvgan",
-    "reply",
-)
+#: the stage that measures a whole spoken reply
+REPLY = "reply"
+
+
+def measured_parts() -> dict[str, Part]:
+    """Stage -> the part that it measures, in the order in which they are run; `REPLY` comes last."""
+    return {stage: part for part in PARTS.values() for stage in part.benchmarks or (part.name,)}
 
 
 class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -193,7 +189,7 @@ def merged(before: BenchReport, now: BenchReport) -> BenchReport:
             "reference go into one file. Give another file"
         )
     stages = before.stages | now.stages
-    ordered = {name: stages[name] for name in STAGES if name in stages}
+    ordered = {name: stages[name] for name in (*measured_parts(), REPLY) if name in stages}
     return msgspec.structs.replace(now, stages=ordered)
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..backends.base import Backend
 from ..bundle.manifest import SolverSpec
+from ..bundle.parts import giving
 from ..bundle.reader import Bundle
 from ..errors import UsageError
 from ..speech.ode import solve, with_method
@@ -69,7 +70,7 @@ def _mel(bundle: Bundle, backend: Backend, schedule: SolverSpec, count: int) -> 
         **bundle.voice().feeds(),
     }
     noise = rng.standard_normal((1, count * geometry.repeats, geometry.mel_dim), np.float32)
-    graph = backend.graph("dit")
+    graph = backend.graph(giving("velocity").name)
 
     def velocity(step: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return graph.run({**feeds, "x": x, "step": np.asarray([step], np.int64)})["velocity"]

@@ -6,8 +6,8 @@ A stage is a sequence of jobs. A job holds what it was made from, so that someth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..backends.base import Backend, Graph
 from ..bundle.graph_spec import DTYPES
+from ..bundle.parts import PARTS
 from ..bundle.reader import Bundle
 from ..concurrency.timing import StageTimer
 from ..errors import UsageError
@@ -22,19 +23,9 @@ from ..generation.decoder import Decoder
 from ..generation.encoders import Encoders
 from ..media.image import image_input
 from ..media.log_mel import chunk_mel, log_mel
+from .results import measured_parts
 
 Array = NDArray[Any]
-
-#: graph that a stage measures
-GRAPH_OF: Mapping[str, str] = {
-    "audio_encoder": "audio_encoder",
-    "vision_encoder": "vision_encoder",
-    "prefill": "thinker",
-    "decode": "thinker",
-    "talker": "talker",
-    "dit": "dit",
-    "bigvgan": "bigvgan",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +57,10 @@ class Job:
         profiled: the same over a graph that is given, for counting.
         given: what it is made from, by name.
         cache_bytes: live part of the KV cache, which is read as well.
+        grows: the jobs of its stage are the same step, ``size`` being what it has to look back on.
+        stage, graph: what it belongs to, and the graph that it runs.
     """
 
-    stage: str
     name: str
     size: int
     of: str
@@ -78,6 +70,9 @@ class Job:
     profiled: Callable[[Graph], object]
     given: dict[str, Any] = field(default_factory=dict)
     cache_bytes: int = 0
+    grows: bool = False
+    stage: str = ""
+    graph: str = ""
 
 
 class Rival(Protocol):
@@ -97,31 +92,64 @@ class Rival(Protocol):
         """Free what the last stage needed."""
 
 
+#: makes the jobs of a stage, smallest first, for the graph of that name
+Maker = Callable[[str, Bundle, Backend, Sizes], Iterator[Job]]
+
+_MAKERS: dict[str, Maker] = {}
+
+
+def workload(stage: str) -> Callable[[Maker], Maker]:
+    """Decorate what makes the jobs of a stage. A stage without measures steps of a decoder, or one typical call."""
+
+    def keep(maker: Maker) -> Maker:
+        _MAKERS[stage] = maker
+        return maker
+
+    return keep
+
+
 def stage_jobs(stage: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
     """The jobs of a stage, smallest first. Each is prepared when it is asked for.
 
     Raises:
         UsageError: the bundle has no graph for this stage.
     """
-    graph = GRAPH_OF[stage]
-    if graph not in bundle.manifest.graphs:
+    part = measured_parts()[stage]
+    if part.name not in bundle.manifest.graphs:
         raise UsageError(
-            f"stage {stage!r} needs the graph {graph!r}, which {bundle.root} does not have (it has "
+            f"stage {stage!r} needs the graph {part.name!r}, which {bundle.root} does not have (it has "
             f"{', '.join(bundle.manifest.graphs)}); leave it out with --stages"
         )
-    makers: dict[str, Callable[[Bundle, Backend, Sizes], Iterator[Job]]] = {
-        "audio_encoder": _audio,
-        "vision_encoder": _vision,
-        "prefill": _prefill,
-        "decode": lambda *given: _decode("thinker", "decode", "token", *given),
-        "talker": lambda *given: _decode("talker", "talker", "code", *given),
-        "dit": _dit,
-        "bigvgan": _bigvgan,
-    }
-    return makers[stage](bundle, backend, sizes)
+    maker = _MAKERS.get(stage) or (_decode if part.decodes else _call)
+    return (replace(job, stage=stage, graph=part.name) for job in maker(part.name, bundle, backend, sizes))
 
 
-def _audio(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+def _call(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+    """One call at the typical shape of the graph's spec: random numbers, and zeros for what is no float."""
+    spec, rng = bundle.manifest.graphs[graph], np.random.default_rng(0)
+    feeds: dict[str, Array] = {}
+    for tensor in spec.inputs:
+        shape = tensor.sized(spec.dims, "opt")
+        floats = tensor.dtype == "float32"
+        feeds[tensor.name] = rng.standard_normal(shape, np.float32) if floats else np.zeros(shape, tensor.dtype)
+
+    def run(given: Graph | None = None) -> Array:
+        return (given or backend.graph(graph)).run(feeds)[PARTS[graph].output]
+
+    yield Job(
+        name="typical",
+        size=1,
+        of="calls",
+        count=1,
+        unit="call",
+        run=run,
+        profiled=run,
+        given={"feeds": feeds},
+    )
+
+
+@workload("audio_encoder")
+def _audio(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
     frontend = bundle.manifest.audio
     for seconds in sizes.audio:
         rng = np.random.default_rng(seconds)
@@ -133,7 +161,6 @@ def _audio(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
             return Encoders(backend, StageTimer()).audio(chunks, frames)
 
         yield Job(
-            stage="audio_encoder",
             name=f"{seconds} s",
             size=seconds,
             of="seconds of sound",
@@ -145,7 +172,8 @@ def _audio(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
         )
 
 
-def _vision(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+@workload("vision_encoder")
+def _vision(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
     for height, width in sizes.images:
         pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         vision = image_input(pixels, bundle.manifest.vision)
@@ -154,7 +182,6 @@ def _vision(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
             return Encoders(backend, StageTimer()).vision(vision)
 
         yield Job(
-            stage="vision_encoder",
             name=f"{width}x{height}",
             size=len(vision.window_valid),
             of="attention windows",
@@ -187,10 +214,11 @@ def _fitting(bundle: Bundle, lengths: tuple[int, ...]) -> list[int]:
     return [length for length in lengths if length <= bundle.manifest.kv.max_context]
 
 
-def _prefill(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+@workload("prefill")
+def _prefill(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
     lengths = _fitting(bundle, sizes.prefill)
-    rows = _rows(bundle, "thinker", max(lengths))
-    decoder = _decoder(backend.graph("thinker"), max(lengths))
+    rows = _rows(bundle, graph, max(lengths))
+    decoder = _decoder(backend.graph(graph), max(lengths))
     for length in lengths:
 
         def run(decoder: Decoder = decoder, length: int = length) -> Array:
@@ -198,7 +226,6 @@ def _prefill(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
             return decoder.forward(rows[:length], _places(0, length))[0]
 
         yield Job(
-            stage="prefill",
             name=str(length),
             size=length,
             of="tokens",
@@ -207,11 +234,12 @@ def _prefill(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
             run=run,
             profiled=lambda graph, run=run, length=length: run(_decoder(graph, length)),  # type: ignore[misc]
             given={"rows": rows[:length], "context": 0},
-            cache_bytes=_cache_bytes(bundle, "thinker", length),
+            cache_bytes=_cache_bytes(bundle, graph, length),
         )
 
 
-def _decode(graph: str, stage: str, unit: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+@workload("decode")
+def _decode(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
     """One step at each context, over a cache that was filled by prefilling: memory that was never written to is not
     memory that has to be read. Steps may be run in any order once all are there: each writes what it finds."""
     lengths = _fitting(bundle, sizes.context)
@@ -230,16 +258,16 @@ def _decode(graph: str, stage: str, unit: str, bundle: Bundle, backend: Backend,
             return run(other)
 
         yield Job(
-            stage=stage,
             name=str(length),
             size=length,
             of="tokens in context",
             count=1,
-            unit=unit,
+            unit="code" if PARTS[graph].speaks else "token",
             run=run,
             profiled=profiled,
             given={"rows": rows[:length], "context": length - 1},
             cache_bytes=_cache_bytes(bundle, graph, length),
+            grows=True,
         )
         decoder.truncate(length - 1)
 
@@ -248,7 +276,8 @@ def _decoder(graph: Graph, capacity: int) -> Decoder:
     return Decoder(graph, graph.new_cache(capacity))
 
 
-def _dit(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+@workload("dit")
+def _dit(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
     geometry = bundle.manifest.dit
     assert geometry is not None
     voice = bundle.voice()
@@ -261,12 +290,10 @@ def _dit(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
             **voice.feeds(),
         }
 
-        def run(graph: Graph | None = None, feeds: Any = feeds) -> Array:
-            return (graph or backend.graph("dit")).run(feeds)["velocity"]
+        def run(given: Graph | None = None, feeds: Any = feeds) -> Array:
+            return (given or backend.graph(graph)).run(feeds)["velocity"]
 
-        given = {"feeds": feeds, "voice": voice.spec.name}
         yield Job(
-            stage="dit",
             name=f"{count} codes",
             size=count,
             of="codes",
@@ -274,11 +301,12 @@ def _dit(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
             unit="evaluation",
             run=run,
             profiled=run,
-            given=given,
+            given={"feeds": feeds, "voice": voice.spec.name},
         )
 
 
-def _bigvgan(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
+@workload("bigvgan")
+def _bigvgan(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
     vocoder, dit = bundle.manifest.vocoder, bundle.manifest.dit
     assert vocoder is not None
     assert dit is not None
@@ -286,11 +314,10 @@ def _bigvgan(bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
         mel = np.random.default_rng(frames).normal(-5, 2, (1, dit.mel_dim, frames)).astype(np.float32)
         seconds = frames * vocoder.hop / vocoder.sample_rate
 
-        def run(graph: Graph | None = None, mel: Any = mel) -> Array:
-            return (graph or backend.graph("bigvgan")).run({"mel": mel})["wav"]
+        def run(given: Graph | None = None, mel: Any = mel) -> Array:
+            return (given or backend.graph(graph)).run({"mel": mel})["wav"]
 
         yield Job(
-            stage="bigvgan",
             name=f"{frames} frames",
             size=frames,
             of="mel frames",

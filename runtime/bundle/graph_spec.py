@@ -7,6 +7,7 @@ of every input and output, the range of every symbolic dimension, and which outp
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 
@@ -28,6 +29,17 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    def sized(self, dims: Mapping[str, DimRange], end: Literal["min", "opt", "max"]) -> tuple[int, ...]:
+        """The shape with every symbolic dimension at one end of its range."""
+
+        def size(dim: int | str) -> int:
+            if isinstance(dim, int):
+                return dim
+            factor, _, name = dim.rpartition("*")
+            return int(factor or 1) * int(getattr(dims[name], end))
+
+        return tuple(map(size, self.shape))
 
 
 class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

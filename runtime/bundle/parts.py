@@ -20,6 +20,7 @@ class Part:
             name in the manifest.
         speaks: replies that are only read do without it.
         often: it runs hundreds of times a reply.
+        benchmarks: stages of a benchmark that measure it, where that is not one of its own name.
         bfloat16: bfloat16 is precise enough for it, and runtimes have its operators in that precision.
     """
 
@@ -29,6 +30,7 @@ class Part:
     decodes: bool = False
     speaks: bool = False
     often: bool = False
+    benchmarks: tuple[str, ...] = ()
     bfloat16: bool = True
 
     @property
@@ -44,9 +46,9 @@ PARTS: dict[str, Part] = {
     for part in (
         Part("audio_encoder", "embeds", media=("audio",)),
         Part("vision_encoder", "embeds", media=("image", "video")),
-        Part("thinker", "logits", decodes=True, often=True),
+        Part("thinker", "logits", decodes=True, often=True, benchmarks=("prefill", "decode")),
         Part("talker", "logits", decodes=True, speaks=True, often=True),
-        Part("dit", "velocity", speaks=True, often=True, bfloat16=False),
+        Part("dit", "velocity", speaks=True, often=True, benchmarks=("dit", "solver"), bfloat16=False),
         Part("bigvgan", "wav", speaks=True, bfloat16=False),
     )
 }

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.exporter import ExportReport, export_checkpoint
 from omniport.export.graphs import fingerprint as reuse
-from omniport.export.models.parts import graph_definitions
+from omniport.export.models.registry import graph_definitions
 from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.manifest import Manifest
 from omniport.runtime.bundle.parts import PARTS
@@ -418,7 +418,7 @@ def test_keys_follow_what_a_graph_is_made_from(tiny_checkpoint: Path) -> None:
 
     def keys(precision: str = "fp32", context: int = 4096, source: str = "a") -> dict[str, str]:
         definitions = graph_definitions(ckpt.config, precision, context, solver, ckpt.tied_embeddings)
-        return {name: reuse.graph_key(definition, solver, source) for name, definition in definitions.items()}
+        return {name: reuse.graph_key(definition, source) for name, definition in definitions.items()}
 
     def changed(other: dict[str, str]) -> set[str]:
         return {name for name, key in keys().items() if other[name] != key}
@@ -428,8 +428,9 @@ def test_keys_follow_what_a_graph_is_made_from(tiny_checkpoint: Path) -> None:
     assert changed(keys(context=2048)) == {"thinker", "talker"}
     assert changed(keys(precision="fp16")) == set(PARTS)
     assert changed(keys(precision="bf16")) == set(PARTS) - {"dit", "bigvgan"}
-    dit = graph_definitions(ckpt.config, "fp32", 4096, solver, False)["dit"]
-    assert reuse.graph_key(dit, msgspec.structs.replace(solver, guidance_scale=0.7), "a") != keys()["dit"]
+    other = msgspec.structs.replace(solver, guidance_scale=0.7)
+    dit = graph_definitions(ckpt.config, "fp32", 4096, other, False)["dit"]
+    assert reuse.graph_key(dit, "a") != keys()["dit"]
 
 
 def test_keys_cover_the_code_of_a_graph() -> None:

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import skimage.data
 from numpy.typing import NDArray
-from omniport.export.evaluation.cases import Case, audio_case, vision_case
+from omniport.export.models.audio_encoder import audio_case
+from omniport.export.models.part import Case
+from omniport.export.models.vision_encoder import vision_case
 from omniport.export.validation.checks.graphs import case_checks, graph_checks
 from omniport.runtime.backends import open_backend
 from omniport.runtime.bundle.parts import PARTS

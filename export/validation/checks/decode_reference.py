@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ...evaluation.cases import reference_hidden, reference_logits
-from ...evaluation.signals import generator, random_positions, random_tokens
+from ...models.decoder import decoder_of, reference_hidden, reference_logits
+from ...models.registry import MODEL_PARTS
+from ...models.signals import generator, random_positions, random_tokens
 from ..context import Context
 from ..reference import array_key
 
@@ -40,8 +41,7 @@ class Trail:
 
 def decoder_references(context: Context, graph: str) -> dict[str, Trail]:
     """The reference's hidden states after every token and logits after the last `WHOLE`, for each token sequence."""
-    found = {}
-    gives_hidden = any(output.name == "hidden" for output in context.bundle.manifest.graphs[graph].outputs)
+    found, part = {}, MODEL_PARTS[graph]
     for name, tokens in token_sequences(context, graph).items():
         embeds, positions = tokens.embeds[None], tokens.positions[:, None]
         context.progress(f"{graph}: reference, {len(tokens.embeds)} tokens one by one")
@@ -49,13 +49,13 @@ def decoder_references(context: Context, graph: str) -> dict[str, Trail]:
         def run(
             module: nn.Module, embeds: Array = embeds, positions: NDArray[np.int64] = positions
         ) -> Mapping[str, torch.Tensor]:
-            hidden = reference_hidden(module, graph, embeds, positions)
-            return {"hidden": hidden[0], "logits": reference_logits(module, graph, hidden[0, -WHOLE:])}
+            hidden = reference_hidden(module, part, embeds, positions)
+            return {"hidden": hidden[0], "logits": reference_logits(module, part, hidden[0, -WHOLE:])}
 
         result = context.reference.result(graph, f"every token {array_key(embeds, positions)}", run)
         rows = result["logits"]
         logits = {len(tokens.embeds) - len(rows) + i + 1: row for i, row in enumerate(rows)}
-        found[name] = Trail(logits, result["hidden"] if gives_hidden else None)
+        found[name] = Trail(logits, result["hidden"] if decoder_of(part).gives_hidden else None)
     return found
 
 
@@ -64,7 +64,7 @@ def token_sequences(context: Context, graph: str) -> dict[str, Tokens]:
     rng = generator(f"decode {graph}")
 
     def tokens(length: int) -> Tokens:
-        return Tokens(random_tokens(context.checkpoint, graph, length, rng), random_positions(length, rng))
+        return Tokens(random_tokens(context.bundle, graph, length, rng), random_positions(length, rng))
 
     kept, other = tokens(WHOLE), tokens(REWRITTEN - CUT)
     positions = np.concatenate([kept.positions[:, :CUT], kept.positions[:, CUT - 1 : CUT] + 1 + other.positions], 1)

@@ -22,9 +22,10 @@ from omniport.runtime.errors import BackendError, ExportError, OmniportError, Us
 from omniport.runtime.system.host import physical_cores
 from torch import nn
 
-from ...evaluation.cases import reference_hidden
 from ...evaluation.half_emulation import is_bfloat16, load_copy, open_graph
-from ...evaluation.signals import generator, random_positions, random_tokens
+from ...models.decoder import reference_hidden, reference_stack
+from ...models.registry import MODEL_PARTS
+from ...models.signals import generator, random_positions, random_tokens
 from ..context import Context
 from ..reference import array_key
 from ..types import FAIL, NOT_RUN, Check
@@ -54,7 +55,7 @@ def trace_layers(context: Context, graph: str | None = None) -> Iterator[Check]:
             f"cannot trace {name or 'this bundle'!r}: {' and '.join(traceable)} are traced, if the bundle holds them"
         )
     rng = generator(f"trace {name}")
-    embeds = random_tokens(context.checkpoint, name, LENGTH, rng)[None]
+    embeds = random_tokens(context.bundle, name, LENGTH, rng)[None]
     positions = random_positions(LENGTH, rng)[:, None]
     context.progress(f"{name}: reference, layer by layer")
     wanted = _reference(context, name, embeds, positions)
@@ -80,6 +81,8 @@ def trace_layers(context: Context, graph: str | None = None) -> Iterator[Check]:
 
 
 def _reference(context: Context, graph: str, embeds: Array, positions: NDArray[np.int64]) -> dict[str, Array]:
+    part = MODEL_PARTS[graph]
+
     def run(module: nn.Module) -> Mapping[str, torch.Tensor]:
         states: dict[str, torch.Tensor] = {}
 
@@ -89,12 +92,13 @@ def _reference(context: Context, graph: str, embeds: Array, positions: NDArray[n
 
             return hook
 
-        layers = module.get_submodule("layers" if graph == "thinker" else "model.layers")
+        layers = reference_stack(module, part).get_submodule("layers")
         hooks = [layer.register_forward_hook(keep(_place(i))) for i, layer in enumerate(layers.children())]
-        if graph == "talker":
-            hooks.append(module.get_submodule("thinker_to_talker_proj").register_forward_hook(keep("projection")))
+        if part.decoder is not None and part.decoder.projection:
+            projection = module.get_submodule(part.decoder.projection)
+            hooks.append(projection.register_forward_hook(keep("projection")))
         try:
-            states["final norm"] = reference_hidden(module, graph, embeds, positions)
+            states["final norm"] = reference_hidden(module, part, embeds, positions)
         finally:
             for handle in hooks:
                 handle.remove()

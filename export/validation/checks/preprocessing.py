@@ -23,7 +23,7 @@ from omniport.runtime.prompt.builder import Prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
 
 from ...evaluation.conversations import Conversation, standard_conversations
-from ...evaluation.signals import RATE, generator, picture, voice
+from ...models.signals import RATE, generator, picture, voice
 from ..context import Context
 from ..reference_inputs import Inputs, Processor, open_processor
 from ..types import FAIL, NOT_RUN, PASS, Check

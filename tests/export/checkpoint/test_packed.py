@@ -16,9 +16,10 @@ import pytest
 import torch
 from omniport.cli import main
 from omniport.export.checkpoint.checkpoint import Checkpoint
-from omniport.export.evaluation.cases import decoder_cases
 from omniport.export.evaluation.reference_modules import load_reference
 from omniport.export.exporter import export_checkpoint
+from omniport.export.models.decoder import decoder_cases
+from omniport.export.models.registry import MODEL_PARTS
 from omniport.export.validation.types import PASS
 from omniport.export.validation.validate import validate
 from omniport.runtime.bundle.reader import Bundle
@@ -146,9 +147,7 @@ def parity(checkpoint: Path, bundle: Bundle) -> float:
     ckpt, rng = Checkpoint.open(checkpoint), np.random.default_rng(3)
     width = bundle.manifest.thinker.hidden_size
     embeds = rng.standard_normal((1, 9, width)).astype(np.float32)
-    case = next(
-        c for c in decoder_cases("thinker", "x", embeds, np.tile(np.arange(9), (3, 1, 1)), 16) if c.name == "x, logits"
-    )
+    _, case = decoder_cases(MODEL_PARTS["thinker"], "x", embeds, np.tile(np.arange(9), (3, 1, 1)), 16)
     with torch.no_grad():
         wanted = case.reference(load_reference(ckpt, "thinker")).numpy()
     options = ort.SessionOptions()

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from omniport.cli.main import run
-from omniport.export.evaluation.signals import picture, voice
 from omniport.export.exporter import export_checkpoint
+from omniport.export.models.signals import picture, voice
 from omniport.export.validation.checks.graphs import graph_checks
 from omniport.export.validation.types import FAIL
 from omniport.export.validation.validate import validate

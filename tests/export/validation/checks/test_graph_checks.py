@@ -17,7 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from omniport.export.evaluation.half_emulation import EmulatedBackend, EmulateHalfPass
-from omniport.export.evaluation.signals import log_mel_like, picture, voice
+from omniport.export.models.signals import log_mel_like, picture, voice
 from omniport.export.validation.checks import decoding as decode_module
 from omniport.export.validation.checks.decoding import decode_checks
 from omniport.export.validation.checks.graphs import array_check, graph_checks

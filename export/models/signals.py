@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omniport.runtime.bundle.parts import PARTS, decoders
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.prompt.builder import build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
 
-from ..checkpoint.checkpoint import Checkpoint
-from ..validation.context import Context
+from .part import Subject
 
 RATE = 16000
 
@@ -64,25 +65,20 @@ def random_positions(length: int, rng: np.random.Generator) -> NDArray[np.int64]
     return np.cumsum(rng.integers(0, 3, (3, length)), axis=-1).astype(np.int64)
 
 
-def token_rows(ckpt: Checkpoint, part: str, ids: NDArray[np.int64]) -> Floats:
-    """Rows [n, width] of a decoder's token-embedding table, from the checkpoint: alike for bundles of any precision."""
-    key = f"{part}.model.embed_tokens.weight"
-    return np.concatenate([ckpt.read(key, int(i), int(i) + 1) for i in ids]).astype(np.float32)
+def random_tokens(bundle: Bundle, part: str, length: int, rng: np.random.Generator) -> Floats:
+    """Embeddings [length, width] of random tokens of a decoder. Tables are alike in bundles of any precision."""
+    table = bundle.embedding(part)
+    return table.rows(rng.integers(0, table.vocab_size, length))
 
 
-def random_tokens(ckpt: Checkpoint, part: str, length: int, rng: np.random.Generator) -> Floats:
-    """Embeddings [length, width] of random tokens."""
-    return token_rows(ckpt, part, rng.integers(0, ckpt.shape(f"{part}.model.embed_tokens.weight")[0], length))
-
-
-def prompt_inputs(context: Context, graph: str) -> tuple[Floats, NDArray[np.int64]]:
+def prompt_inputs(subject: Subject, graph: str) -> tuple[Floats, NDArray[np.int64]]:
     """Embeddings [S, E] and positions [3, S] of a prompt with text, a picture and a question spoken by `voice`.
 
     Media rows are random with the energy of the text's. The talker's rows have a random hidden state added to the
     text's embedding, as its conditioning has.
     """
-    manifest = context.bundle.manifest
-    codec = TextCodec.from_file(context.bundle.path(manifest.tokenizer_file), manifest.tokens)
+    manifest = subject.bundle.manifest
+    codec = TextCodec.from_file(subject.bundle.path(manifest.tokenizer_file), manifest.tokens)
     parts: list[dict[str, Any]] = [
         {"type": "text", "text": "Look at this picture, please. 请看这张图。"},
         {"type": "image", "image": picture(140, 112)},
@@ -94,9 +90,9 @@ def prompt_inputs(context: Context, graph: str) -> tuple[Floats, NDArray[np.int6
     ]
     prompt = build_prompt(messages, manifest, codec)
     rng, mask = generator("prompt"), prompt.media_mask
-    rows = token_rows(context.checkpoint, "thinker", prompt.token_ids)
+    rows = subject.bundle.embedding(decoders()[0].name).rows(prompt.token_ids)
     noise = rng.standard_normal(rows.shape).astype(np.float32)
-    if graph == "talker":
+    if PARTS[graph].speaks:
         rows = np.where(mask[:, None], 0, rows) + noise
     else:
         rows[mask] = noise[mask] * float(np.sqrt(np.mean(rows[~mask] ** 2)))
