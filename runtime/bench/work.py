@@ -20,6 +20,7 @@ _PRODUCTS = {
     "MatMul",
     "FusedMatMul",
     "Gemm",
+    "FusedGemm",
     "MatMulNBits",
     "MatMulInteger",
     "MatMulIntegerToFloat",
