@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from omniport.export.tensorrt.engine_store import EngineStore, file_record
-from omniport.export.tensorrt.profiles import Limits, fixed_dims, graph_dims, make_profiles, shape_of
+from omniport.export.tensorrt.profiles import Limits, fixed_dims, graph_dims, make_profiles
 from omniport.runtime.backends.tensorrt.runtime_api import EngineTensor
 from omniport.runtime.bundle.engines import EngineRecord, Profile, engine_path, graph_files, list_engines
 from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec
@@ -271,7 +271,7 @@ class FakeContext:
 
     def shape(self, name: str) -> tuple[int, ...]:
         dims = self._dims()
-        return shape_of(self.engine.spec.output(name), dims, "min")
+        return self.engine.spec.output(name).sized(dims, "min")
 
     def scratch_bytes(self) -> int:
         return 64 * max(self._dims().get("new_tokens", DimRange(1, 1, 1)).min, 1)
