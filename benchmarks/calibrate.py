@@ -33,9 +33,9 @@ MB = 1e6
 def calibrated(checkpoint: str, samples: int, max_codes: int) -> dict[str, Any]:
     """Calibrate in this process, which has to be a fresh one; sizes in bytes, peaks above imports by stage."""
     import torch
-    from omniport.calib.calibrate import calibrate
     from omniport.calib.calibration.sample_data import write_samples
     from omniport.calib.calibration.scale_search import AWQ_BLOCKS, awq_factors
+    from omniport.calib.calibrator import calibrate
 
     awq_factors(torch.ones(1, 32), torch.ones(1, 32), AWQ_BLOCKS[0])  # imports Model Optimizer
     imports = resident_memory() or 0

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from omniport.calib.calibration_file import Calibration
-from omniport.calib.quantize import quantize_bundle
+from omniport.calib.quantizer import quantize
 from omniport.export.evaluation.speech_metrics import snr_db
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend, import_onnxruntime
 from omniport.runtime.bundle.reader import Bundle
@@ -75,7 +75,7 @@ def make(base: Path, out: Path, recipe: str, calibration: Calibration | None) ->
         return 0.0
     name = recipe.removesuffix("-alone")
     used = calibration if name == recipe else None
-    return round(quantize_bundle(base, out, name, calibration=used).seconds, 1)
+    return round(quantize(base, out, name, calibration=used).seconds, 1)
 
 
 def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:

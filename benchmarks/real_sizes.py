@@ -144,12 +144,12 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _quantize(options: argparse.Namespace) -> dict[str, Any]:
-    from omniport.calib.quantize import quantize_bundle
+    from omniport.calib.quantizer import quantize
 
     source = options.folder / f"{options.size}-{options.precision}"
     out = options.folder / f"{options.size}-{options.recipe}"
     chosen = dict(text.split("=") for text in options.graph_recipe)
-    report = quantize_bundle(source, out, options.recipe, graph_recipes=chosen)
+    report = quantize(source, out, options.recipe, graph_recipes=chosen)
     return {
         "path": out,
         "precision": options.precision,

@@ -1,7 +1,7 @@
 """The calibration file OUT.calib: observed tensors, and the scales chosen from them.
 
 One safetensors file: arrays, and a JSON header under the metadata key ``omniport-calib``. It is read here and written
-by `omniport.calib.calibrate`; `omniport.calib.quantize` needs nothing else of a calibration run.
+by `omniport.calib.calibrator`; `omniport.calib.quantizer` needs nothing else of a calibration run.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from omniport.runtime.errors import UsageError
+from omniport.runtime.system.progress import Progress
 
 from .report.recorded_calls import Loss
 
@@ -19,7 +20,7 @@ Measure = Callable[[frozenset[str]], Loss]
 
 
 @dataclass(frozen=True)
-class Target:
+class Goal:
     """What may be lost: the least SQNR in dB, or the largest KL divergence in nats. One of them is given."""
 
     sqnr_db: float | None = None
@@ -33,7 +34,7 @@ class Target:
             raise UsageError(f"--max-kl {self.kl}: more than 0 was expected")
 
     def met(self, loss: Loss) -> bool:
-        """Whether a loss is within the target."""
+        """Whether a loss is within the goal."""
         if self.sqnr_db is not None:
             return loss.sqnr_db >= self.sqnr_db
         assert self.kl is not None
@@ -94,21 +95,19 @@ def parts_of(weights: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {part: tuple(names) for part, names in parts.items()}
 
 
-def search(
-    parts: Sequence[str], measure: Measure, target: Target, progress: Callable[[str, int, int], None] | None = None
-) -> SearchResult:
+def search(parts: Sequence[str], measure: Measure, goal: Goal, progress: Progress | None = None) -> SearchResult:
     """Find the fewest parts to keep.
 
     Every part is measured alone, then all of them with a quarter, a half and three quarters kept, and by halving where
-    the target begins to be met: some ``len(parts) + 3 + log2(len(parts))`` measurements. The number found meets the
-    target as measured; one fewer, taken in the same order, does not.
+    the goal begins to be met: some ``len(parts) + 3 + log2(len(parts))`` measurements. The number found meets the
+    goal as measured; one fewer, taken in the same order, does not.
 
     Args:
         parts: that the recipe quantizes; at least one.
         progress: called with what is measured, and measurements done and in all.
 
     Raises:
-        UsageError: the target is not met even with one part quantized.
+        UsageError: the goal is not met even with one part quantized.
     """
     count = len(parts)
     steps = _Steps(count + 3 + count.bit_length(), progress)
@@ -118,7 +117,7 @@ def search(
         steps.next(f"{part} alone")
         damages.append(Damage(part, measure(everything - {part})))
     # equal damages in the order of the graph: the same search every time
-    damages.sort(key=lambda damage: -target.damage(damage.loss))
+    damages.sort(key=lambda damage: -goal.damage(damage.loss))
     order = [damage.part for damage in damages]
     measured: dict[int, Loss] = {count - 1: damages[-1].loss}  # all but the least damaging kept
 
@@ -128,16 +127,16 @@ def search(
             measured[kept] = measure(frozenset(order[:kept]))
         return measured[kept]
 
-    if not target.met(measured[count - 1]):
+    if not goal.met(measured[count - 1]):
         raise UsageError(
             f"the recipe cannot meet it: with {order[-1]} alone quantized, which does the least damage, the loss is "
-            f"{_text(measured[count - 1])}; {target} was asked for. Ask for less, or leave the graph unquantized with "
+            f"{_text(measured[count - 1])}; {goal} was asked for. Ask for less, or leave the graph unquantized with "
             "--graph-recipe GRAPH=none"
         )
     low, high = -1, count - 1  # too few, enough
     while high - low > 1:
         middle = 0 if low < 0 else (low + high) // 2
-        low, high = (low, middle) if target.met(loss(middle)) else (middle, high)
+        low, high = (low, middle) if goal.met(loss(middle)) else (middle, high)
     for quarter in (1, 2, 3):
         loss(min(count - 1, count * quarter // 4))
     curve = tuple(Point(kept, measured[kept]) for kept in sorted(measured))
@@ -151,7 +150,7 @@ def _text(loss: Loss) -> str:
 class _Steps:
     """Counts measurements."""
 
-    def __init__(self, total: int, progress: Callable[[str, int, int], None] | None) -> None:
+    def __init__(self, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress
 
     def next(self, what: str) -> None:

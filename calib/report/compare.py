@@ -98,7 +98,7 @@ class LossReport(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, str]
 
 
-def compare_bundles(
+def compare(
     base: Path,
     bundles: Sequence[Path],
     *,

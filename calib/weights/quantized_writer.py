@@ -16,7 +16,7 @@ from omniport.runtime.system.page_cache import WriteBehind
 
 from .qdq import QdqPass
 from .recipe import Choice
-from .rounding import quantize
+from .rounding import rounded_rows
 from .smoothing_pass import Factors
 from .tensors import Stored, row_blocks
 
@@ -78,7 +78,7 @@ class _DataFile:
         value, scales = (graph.initializers[name(choice.weight.name)] for name in (integers_name, scales_name))
         start, kept = self._aligned(), []
         self.end = start
-        for rows, found in quantize(choice, source, advance, factors):
+        for rows, found in rounded_rows(choice, source, advance, factors):
             self._append(pack_int4(rows) if choice.scheme.bits == 4 else rows)
             if found is not None:
                 kept.append(found)

@@ -31,7 +31,7 @@ def scale_shape(choice: Choice) -> tuple[int, ...]:
     return (shape[1] if choice.weight.layout == CHANNELS_LAST else shape[0],)
 
 
-def quantize(
+def rounded_rows(
     choice: Choice, source: Stored, advance: Callable[[int], None], factors: Factors = _NO_FACTORS
 ) -> Iterator[tuple[Array, Array | None]]:
     """(rows of numbers, int8 or E4M3; their scales) of a weight, in order.

@@ -37,11 +37,11 @@ def command(
     require_extra("export", *EXPORT_MODULES, *(("matplotlib", "jinja2") if html is not None else ()))
     _require_folder(html)
     from omniport.calib.calibration_file import Calibration
-    from omniport.calib.report.compare import compare_bundles
+    from omniport.calib.report.compare import compare
 
     calibration = None if calib is None else Calibration.load(calib)
     with progress_bar(quiet or json) as progress:
-        report, waves = compare_bundles(bundle, quantized, data=data, calibration=calibration, progress=progress)
+        report, waves = compare(bundle, quantized, data=data, calibration=calibration, progress=progress)
         if html is not None:
             from omniport.calib.report.quant_page import render
             from omniport.export.validation.summary import write_file

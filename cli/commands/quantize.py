@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,6 @@ import typer
 
 from ..common import (
     JsonFlag,
-    Progress,
     QuietFlag,
     log_console,
     print_json,
@@ -23,9 +21,10 @@ from ..common import (
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
-    from omniport.calib.quantize import Progress, QuantizeReport
-    from omniport.calib.quantize_to_goal import Quantizer, TargetReport
-    from omniport.calib.search import Target
+    from omniport.calib.calibration_file import Calibration
+    from omniport.calib.quantize_to_goal import GoalReport
+    from omniport.calib.quantizer import QuantizeReport
+    from omniport.calib.search import Goal
 
 NAME = "quantize"
 EXAMPLE = "omniport quantize bundle bundle-int8 --recipe int8 --calib model.calib"
@@ -98,18 +97,39 @@ def command(
     parts of thinker and talker are measured one by one and the worst stay as they are.
     """
     chosen = graph_choices(graph_recipe or [])
-    target = _target(target_sqnr, max_kl, data, curve)
+    goal = _goal(target_sqnr, max_kl, data, curve)
     require_extra("export", *QUANTIZE_MODULES)
-    make = _quantizer(bundle, recipe, calib)
+    calibration = _calibration(calib)
     with progress_bar(quiet or json) as progress:
-        if target is None:
-            report, found = make(out, keep or (), chosen, progress), None
+        if goal is None:
+            from omniport.calib.quantizer import quantize
+
+            found, report = (
+                None,
+                quantize(
+                    bundle,
+                    out,
+                    recipe.value,
+                    keep=keep or (),
+                    graph_recipes=chosen,
+                    calibration=calibration,
+                    progress=progress,
+                ),
+            )
         else:
             require_extra("export", *EXPORT_MODULES)
-            from omniport.calib.quantize_to_goal import quantize_to_target
+            from omniport.calib.quantize_to_goal import quantize_to_goal
 
-            found = quantize_to_target(
-                bundle, out, make, target, keep=keep or (), graph_recipes=chosen, data=data, progress=progress
+            found = quantize_to_goal(
+                bundle,
+                out,
+                recipe.value,
+                goal,
+                keep=keep or (),
+                graph_recipes=chosen,
+                calibration=calibration,
+                data=data,
+                progress=progress,
             )
             report = found.written
     if found is not None and curve is not None:
@@ -123,29 +143,10 @@ def command(
     log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav", markup=False)
 
 
-def _quantizer(bundle: Path, recipe: RecipeName, calib: Path | None) -> Quantizer:
-    """What quantizes the bundle by the recipe into a folder; the calibration is read first.
-
-    Raises:
-        BundleError: the calibration is damaged or missing.
-    """
+def _calibration(path: Path | None) -> Calibration | None:
     from omniport.calib.calibration_file import Calibration
-    from omniport.calib.quantize import quantize_bundle
 
-    calibration = None if calib is None else Calibration.load(calib)
-
-    def make(folder: Path, kept: Sequence[str], recipes: Mapping[str, str], told: Progress | None) -> QuantizeReport:
-        return quantize_bundle(
-            bundle,
-            folder,
-            recipe.value,
-            keep=kept,
-            graph_recipes=recipes,
-            calibration=calibration,
-            progress=told,
-        )
-
-    return make
+    return None if path is None else Calibration.load(path)
 
 
 def _print(report: QuantizeReport) -> None:
@@ -164,11 +165,11 @@ def _print(report: QuantizeReport) -> None:
     print_table(f"Quantized to {report.path} ({report.recipe})", columns, rows)
 
 
-def _target(sqnr: float | None, kl: float | None, data: Path | None, curve: Path | None) -> Target | None:
-    """The target asked for; None without one.
+def _goal(sqnr: float | None, kl: float | None, data: Path | None, curve: Path | None) -> Goal | None:
+    """The goal asked for; None without one.
 
     Raises:
-        UsageError: two targets, or options that go with one.
+        UsageError: two goals, or options that go with one.
     """
     from omniport.runtime.errors import UsageError
 
@@ -178,19 +179,19 @@ def _target(sqnr: float | None, kl: float | None, data: Path | None, curve: Path
         return None
     if curve is not None and not curve.absolute().parent.is_dir():
         raise UsageError(f"--curve {curve}: there is no folder {curve.parent}")
-    from omniport.calib.search import Target
+    from omniport.calib.search import Goal
 
-    return Target(sqnr, kl)
+    return Goal(sqnr, kl)
 
 
-def curve_dict(found: TargetReport) -> dict[str, Any]:
+def curve_dict(found: GoalReport) -> dict[str, Any]:
     """The trade-off as plain JSON values."""
     from omniport.calib.quantize_to_goal import curve_json
 
     return curve_json(found)
 
 
-def _write_curve(path: Path, found: TargetReport) -> None:
+def _write_curve(path: Path, found: GoalReport) -> None:
     import json
 
     from omniport.export.validation.summary import write_file
@@ -198,7 +199,7 @@ def _write_curve(path: Path, found: TargetReport) -> None:
     write_file(path, json.dumps(curve_dict(found), indent=1).encode() + b"\n")
 
 
-def _print_search(found: TargetReport) -> None:
+def _print_search(found: GoalReport) -> None:
     rows = []
     for name, result in found.searches.items():
         loss = found.reached[name]
@@ -206,7 +207,7 @@ def _print_search(found: TargetReport) -> None:
         shown = (f"{loss.sqnr_db:.1f}", f"{loss.kl:.3g}", f"{loss.agreement:.0%}")
         rows.append((name, f"{len(result.kept)} of {len(result.damages)}", *shown, kept))
     columns = ("decoder", "parts kept", "SQNR dB", "KL", "same choice", "kept")
-    print_table(f"Target: {found.target}", columns, rows)
+    print_table(f"Target: {found.goal}", columns, rows)
 
 
 def graph_choices(texts: list[str]) -> dict[str, str]:

@@ -12,7 +12,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from msgspec.structs import replace
-from omniport.calib.calibrate import calibrate
 from omniport.calib.calibration import calibrate_parts as stages_module
 from omniport.calib.calibration import layer_runner as engine_module
 from omniport.calib.calibration.dataset import read_samples
@@ -20,6 +19,7 @@ from omniport.calib.calibration.observers import BINS
 from omniport.calib.calibration.sample_data import write_samples
 from omniport.calib.calibration.sites import find_sites
 from omniport.calib.calibration_file import ARRAYS, CLIPS, Calibration
+from omniport.calib.calibrator import calibrate
 from omniport.calib.weights.tensors import find_weights
 from omniport.cli.main import run
 from omniport.export.evaluation.half_emulation import load_copy, open_graph

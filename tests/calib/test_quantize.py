@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from omniport.calib.quantize import quantize_bundle
+from omniport.calib.quantizer import quantize
 from omniport.calib.weights.recipe import SCHEMES, Choice, choose, find_recipe, resolve
-from omniport.calib.weights.rounding import quantize, scales_from
+from omniport.calib.weights.rounding import rounded_rows, scales_from
 from omniport.calib.weights.tensors import Stored, Weight, find_weights, row_blocks
 from omniport.cli import main
 from omniport.export.validation.types import FAIL, PASS
@@ -40,7 +40,7 @@ def quantized(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     room = tmp_path_factory.mktemp("quantized")
     made = {recipe: room / recipe for recipe in ("w8", "int4")}
     for recipe, out in made.items():
-        quantize_bundle(tiny_bundle, out, recipe)
+        quantize(tiny_bundle, out, recipe)
     return made
 
 
@@ -124,7 +124,7 @@ def test_odd_sizes_in_small_pieces(
     source = stored_file(tmp_path / "w", array, offset=64)
     choice = Choice(Weight("w", "matmul", "channels_last", shape), SCHEMES[scheme])
     read: list[int] = []
-    pieces = list(quantize(choice, source, read.append))
+    pieces = list(rounded_rows(choice, source, read.append))
     assert len(pieces) > 1 or shape[0] <= 32
     assert sum(read) == array.nbytes
     integers = np.concatenate([rows for rows, _ in pieces]).astype(dtype)
@@ -140,7 +140,7 @@ def test_odd_sizes_in_small_pieces(
 def test_convolutions_have_a_scale_for_each_output(tmp_path: Path) -> None:
     array = np.random.default_rng(0).standard_normal((6, 4, 3)).astype(np.float32)
     choice = Choice(Weight("w", "conv", "channels_first", array.shape), SCHEMES["w8"])
-    ((integers, scales),) = quantize(choice, stored_file(tmp_path / "w", array), lambda _: None)
+    ((integers, scales),) = rounded_rows(choice, stored_file(tmp_path / "w", array), lambda _: None)
     assert scales is not None
     np.testing.assert_array_equal(scales, np.abs(array).max((1, 2)) / np.float32(127))
     assert np.abs(integers * scales[:, None, None] - array).max() <= scales.max() / 2 * 1.001
@@ -175,7 +175,7 @@ def test_a_weight_that_is_not_finite_is_named(scheme: str, value: float, tmp_pat
     array[40, 2] = value
     choice = Choice(Weight("w", "matmul", "channels_last", array.shape), SCHEMES[scheme])
     with pytest.raises(BundleError, match=r"weight 'w'.*not finite"):
-        list(quantize(choice, stored_file(tmp_path / "w", array), lambda _: None))
+        list(rounded_rows(choice, stored_file(tmp_path / "w", array), lambda _: None))
 
 
 # the graph
@@ -211,7 +211,7 @@ def test_a_weight_of_two_products_is_stored_once(tmp_path: Path) -> None:
     ]
     x, y = tensor("x", "batch", 64), tensor("y", "batch", 64)
     root = external(tmp_path / "bundle", make_model(nodes, [x], [y], [value]), spec("dit", [x], [y]))
-    quantize_bundle(root, tmp_path / "out", "w8")
+    quantize(root, tmp_path / "out", "w8")
     model = load(tmp_path / "out", "dit")
     assert [node.op_type for node in model.graph.node].count("DequantizeLinear") == 1
     assert {t.name for t in model.graph.initializer} == {"w.integers", "w.scales"}
@@ -289,13 +289,13 @@ def test_engines_of_quantized_decoders_build(tiny_half_bundles: dict[str, Path],
     from omniport.export.devices.catalog import TARGETS
     from omniport.export.tensorrt.build import build_bundle
 
-    quantize_bundle(tiny_half_bundles["fp16"], tmp_path / "int4", "int4")
+    quantize(tiny_half_bundles["fp16"], tmp_path / "int4", "int4")
     report = build_bundle(Bundle.open(tmp_path / "int4"), TARGETS["rtx-4090"], graphs=LM_PARTS)
     assert [row.graph for row in report.graphs if row.built] == list(LM_PARTS)
 
 
 def test_the_same_bytes_again(quantized: dict[str, Path], tiny_bundle: Path, tmp_path: Path) -> None:
-    quantize_bundle(tiny_bundle, tmp_path / "again", "int4")
+    quantize(tiny_bundle, tmp_path / "again", "int4")
     assert (tmp_path / "again" / "bundle.json").read_bytes() == (quantized["int4"] / "bundle.json").read_bytes()
 
 
@@ -304,7 +304,7 @@ def test_keep_and_graph_recipes(tiny_bundle: Path, tmp_path: Path) -> None:
     (out / "notes").mkdir(parents=True)
     shutil.copytree(tiny_bundle, out, dirs_exist_ok=True)
     (out / "notes" / "mine.txt").write_text("kept")
-    report = quantize_bundle(
+    report = quantize(
         tiny_bundle,
         out,
         "w8",
@@ -349,22 +349,22 @@ def test_options_that_fit_nothing(
     options: dict[str, Any], error: type[Exception], words: str, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=words):
-        quantize_bundle(tiny_bundle, tmp_path / "out", **{"recipe": "w8", **options})
+        quantize(tiny_bundle, tmp_path / "out", **{"recipe": "w8", **options})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_places_that_are_refused(quantized: dict[str, Path], tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="quantized already"):
-        quantize_bundle(quantized["w8"], tmp_path / "out", "int4")
+        quantize(quantized["w8"], tmp_path / "out", "int4")
     for out in (tiny_bundle, tiny_bundle / "inside", tiny_bundle.parent):
         with pytest.raises(UsageError, match="lie in each other"):
-            quantize_bundle(tiny_bundle, out, "w8")
+            quantize(tiny_bundle, out, "w8")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(ExportError, match="holds no bundle"):
-        quantize_bundle(tiny_bundle, tmp_path / "mine", "w8")
+        quantize(tiny_bundle, tmp_path / "mine", "w8")
     with pytest.raises(BundleError, match=r"bundle\.json"):
-        quantize_bundle(tmp_path / "nothing", tmp_path / "out", "w8")
+        quantize(tmp_path / "nothing", tmp_path / "out", "w8")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -381,7 +381,7 @@ def test_damaged_bundles(change: Callable[[Path], object], words: str, tiny_bund
     shutil.copytree(tiny_bundle, root)
     change(root)
     with pytest.raises(BundleError, match=words):
-        quantize_bundle(root, tmp_path / "out", "int4")
+        quantize(root, tmp_path / "out", "int4")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -393,7 +393,7 @@ def test_a_data_file_that_ends_early(tiny_bundle: Path, tmp_path: Path) -> None:
     (root / file).write_bytes((root / file).read_bytes()[:100_000])
     edit(root, lambda m: m["files"][file].update(size=100_000))
     with pytest.raises(BundleError, match="ends before weight"):
-        quantize_bundle(root, tmp_path / "out", "int4")
+        quantize(root, tmp_path / "out", "int4")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -474,9 +474,9 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     for layers in (2, 12):
         root = deep(tmp_path / str(layers), layers)
         code = (
-            "import sys; from pathlib import Path; from omniport.calib.quantize import quantize_bundle; "
+            "import sys; from pathlib import Path; from omniport.calib.quantizer import quantize; "
             "from omniport.runtime.system.host import resident_memory; before = resident_memory(); "
-            "quantize_bundle(Path(sys.argv[1]), Path(sys.argv[2]), 'w8'); print(resident_memory('VmHWM') - before)"
+            "quantize(Path(sys.argv[1]), Path(sys.argv[2]), 'w8'); print(resident_memory('VmHWM') - before)"
         )
         command = [sys.executable, "-c", code, str(root), str(tmp_path / f"out-{layers}")]
         peaks[layers] = int(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)

@@ -17,11 +17,11 @@ import pytest
 from msgspec.structs import replace as restruct
 from numpy.typing import NDArray
 from omniport.calib.calibration_file import Calibration, Site
-from omniport.calib.quantize import quantize_bundle
+from omniport.calib.quantizer import quantize
 from omniport.calib.report.layer_loss import layer_losses
 from omniport.calib.report.recorded_calls import Calls
 from omniport.calib.weights.recipe import SCHEMES, Choice, choose, find_recipe
-from omniport.calib.weights.rounding import quantize
+from omniport.calib.weights.rounding import rounded_rows
 from omniport.calib.weights.scales import smoothing
 from omniport.calib.weights.smoothing_pass import Factors, SmoothPass
 from omniport.calib.weights.tensors import Stored, Weight, find_weights
@@ -59,7 +59,7 @@ def quantized(
         recipe, _, alone = name.partition("-alone") if name.endswith("-alone") else (name, "", "")
         used = None if name.endswith("-alone") else calibration
         made[name] = room / name
-        quantize_bundle(tiny_outlier_bundle, made[name], recipe or alone, calibration=used)
+        quantize(tiny_outlier_bundle, made[name], recipe or alone, calibration=used)
     return made
 
 
@@ -270,7 +270,7 @@ def test_products_of_a_half_bundle_share_what_they_round(
     tiny_half_bundles: dict[str, Path], tiny_bundle: Path, tmp_path: Path
 ) -> None:
     calibration = without_outputs(calibrate_bundle(tiny_bundle))
-    quantize_bundle(tiny_half_bundles["fp16"], tmp_path / "out", "int8", calibration=calibration)
+    quantize(tiny_half_bundles["fp16"], tmp_path / "out", "int8", calibration=calibration)
     made = onnx.load(tmp_path / "out/graphs/thinker.onnx", load_external_data=False)
     readers = Counter(name for node in made.graph.node if node.op_type == "MatMul" for name in node.input)
     shared = [node for node in made.graph.node if node.op_type == "DequantizeLinear" and readers[node.output[0]] == 3]
@@ -296,7 +296,7 @@ def test_factors_come_before_rounding(tmp_path: Path) -> None:
     source = Stored("w", tmp_path / "w", 0, array.shape, array.dtype)
     for scheme in ("w8", "int4-32", "fp8"):
         choice = Choice(Weight("w", "matmul", "channels_last", array.shape), SCHEMES[scheme])
-        ((numbers, scales),) = quantize(choice, source, lambda _: None, Factors(rows, columns))
+        ((numbers, scales),) = rounded_rows(choice, source, lambda _: None, Factors(rows, columns))
         assert scales is not None
         wide = numbers.astype(np.float32) * (np.repeat(scales, 32, 0) if scheme == "int4-32" else scales)
         wanted = array * rows[:, None] / columns
@@ -316,7 +316,7 @@ def test_the_bundle_says_by_which_calibration(
     }
     precisions = {g: s.precision for g, s in Bundle.open(quantized["fp8"]).manifest.graphs.items()}
     assert set(precisions.values()) == {"fp8", "float32"}
-    quantize_bundle(tiny_outlier_bundle, tmp_path / "again", "int8", calibration=calibration)
+    quantize(tiny_outlier_bundle, tmp_path / "again", "int8", calibration=calibration)
     assert (tmp_path / "again/bundle.json").read_bytes() == (quantized["int8"] / "bundle.json").read_bytes()
 
 
@@ -365,7 +365,7 @@ def test_calibrations_that_do_not_fit(
 ) -> None:
     change, words = CHANGES[what]
     with pytest.raises(UsageError, match=words):
-        quantize_bundle(tiny_outlier_bundle, tmp_path / "out", "int8", calibration=change(calibration))
+        quantize(tiny_outlier_bundle, tmp_path / "out", "int8", calibration=change(calibration))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -395,7 +395,7 @@ def test_engines_of_integer_products(tiny_half_bundles: dict[str, Path], tiny_bu
     pytest.importorskip("tensorrt_rtx")
     calibration = calibrate_bundle(tiny_bundle, ("text",))
     for recipe, target in (("int8", "rtx-3090"), ("fp8", "rtx-4090")):
-        quantize_bundle(
+        quantize(
             tiny_half_bundles["fp16"],
             tmp_path / recipe,
             recipe,

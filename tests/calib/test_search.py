@@ -1,4 +1,4 @@
-"""Quantizing to a target: which parts are kept, that the target is met as measured, and what cannot be."""
+"""Quantizing to a goal: which parts are kept, that the goal is met as measured, and what cannot be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omniport.calib.report.recorded_calls import Loss, loss_of
-from omniport.calib.search import Target, part_of, parts_of, search
+from omniport.calib.search import Goal, part_of, parts_of, search
 from omniport.cli import main
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckFailed, UsageError
@@ -38,12 +38,12 @@ class Decoder:
 )
 def test_the_fewest_parts_are_kept(noise: float, kept: str) -> None:
     decoder = Decoder()
-    for target in (Target(sqnr_db=-10 * math.log10(noise)), Target(kl=noise / 2)):
-        found = search(list(NOISE), decoder.measure, target)
+    for goal in (Goal(sqnr_db=-10 * math.log10(noise)), Goal(kl=noise / 2)):
+        found = search(list(NOISE), decoder.measure, goal)
         assert [damage.part for damage in found.damages] == list("bdfcae")
         assert found.kept == tuple(kept)
-        assert target.met(next(p.loss for p in found.curve if p.kept == len(kept)))
-        assert not any(target.met(p.loss) for p in found.curve if p.kept < len(kept))
+        assert goal.met(next(p.loss for p in found.curve if p.kept == len(kept)))
+        assert not any(goal.met(p.loss) for p in found.curve if p.kept < len(kept))
         assert {0, 1, 3, 4} <= {p.kept for p in found.curve} | {0}
         assert [p.kept for p in found.curve] == sorted({p.kept for p in found.curve})
 
@@ -51,30 +51,30 @@ def test_the_fewest_parts_are_kept(noise: float, kept: str) -> None:
 def test_what_parts_do_together_is_measured_and_not_added_up() -> None:
     """Alone c and a are harmless; a sum of the damages would keep b, d and f only."""
     decoder = Decoder(pair="ca", extra=0.05)
-    target = Target(sqnr_db=-10 * math.log10(0.03))
-    found = search(list(NOISE), decoder.measure, target)
+    goal = Goal(sqnr_db=-10 * math.log10(0.03))
+    found = search(list(NOISE), decoder.measure, goal)
     assert found.kept == tuple("bdfc")
-    assert target.met(decoder.measure(frozenset(found.kept)))
-    assert not target.met(decoder.measure(frozenset("bdf")))
+    assert goal.met(decoder.measure(frozenset(found.kept)))
+    assert not goal.met(decoder.measure(frozenset("bdf")))
 
 
 def test_measurements_are_told_and_none_is_made_twice() -> None:
     decoder, told = Decoder(), list[tuple[str, int, int]]()
-    search(list(NOISE), decoder.measure, Target(sqnr_db=10.0), lambda *step: told.append(step))
+    search(list(NOISE), decoder.measure, Goal(sqnr_db=10.0), lambda *step: told.append(step))
     assert len(set(decoder.measured)) == len(decoder.measured) == len(told)
     assert told[0] == ("measuring a alone", 0, 12)
     assert all(done < total for _, done, total in told)
 
 
-def test_a_target_that_cannot_be_met() -> None:
+def test_a_goal_that_cannot_be_met() -> None:
     with pytest.raises(UsageError, match=r"e alone quantized.*loss is 40\.0 dB, KL 5e-05; SQNR of at least 60 dB"):
-        search(list(NOISE), Decoder().measure, Target(sqnr_db=60.0))
+        search(list(NOISE), Decoder().measure, Goal(sqnr_db=60.0))
     with pytest.raises(UsageError, match="one target"):
-        Target()
+        Goal()
     with pytest.raises(UsageError, match="one target"):
-        Target(1.0, 1.0)
+        Goal(1.0, 1.0)
     with pytest.raises(UsageError, match="more than 0"):
-        Target(kl=0.0)
+        Goal(kl=0.0)
 
 
 def test_parts() -> None:
@@ -110,9 +110,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object,
     return stopped.value.code, captured.out, captured.err
 
 
-def test_a_bundle_is_quantized_to_a_target(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bundle_is_quantized_to_a_goal(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half of the talker's last layer, and its head: two parts, so that it takes seconds."""
     (tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "Tell me of the sea."}]}\n')
     out, curve, bundle = tmp_path / "out", tmp_path / "curve.json", tmp_path / "bundle"
@@ -138,7 +136,7 @@ def test_a_bundle_is_quantized_to_a_target(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "curve.json", "out", "talk.jsonl"]
 
 
-def test_bad_targets_leave_nothing(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_goals_leave_nothing(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, recipe = tmp_path / "out", ("--recipe", "w8")
     for options, message in [
         (("--target-sqnr", "20", "--max-kl", "1"), "give one target"),

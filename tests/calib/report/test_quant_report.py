@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 from omniport.calib.calibration_file import CLIPS, Calibration, Header, Site, SiteRecord
-from omniport.calib.quantize import quantize_bundle
-from omniport.calib.report.compare import BundleLoss, LossReport, compare_bundles
+from omniport.calib.quantizer import quantize
+from omniport.calib.report.compare import BundleLoss, LossReport, compare
 from omniport.calib.report.layer_loss import sqnr_db, unscaled
 from omniport.calib.report.quant_page import render
 from omniport.cli import main
@@ -29,7 +29,7 @@ Waves = dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]
 def room(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``tiny`` in INT4, its DiT in INT8, and a conversation."""
     folder = tmp_path_factory.mktemp("report")
-    quantize_bundle(tiny_bundle, folder / "int4", "int4", graph_recipes={"dit": "w8", "audio_encoder": "w8"})
+    quantize(tiny_bundle, folder / "int4", "int4", graph_recipes={"dit": "w8", "audio_encoder": "w8"})
     (folder / "talk.jsonl").write_text(ASKED)
     return folder
 
@@ -53,7 +53,7 @@ def calibration(bundle: Path) -> Calibration:
 
 @pytest.fixture(scope="module")
 def measured(tiny_bundle: Path, room: Path) -> tuple[LossReport, Waves]:
-    return compare_bundles(tiny_bundle, [room / "int4"], data=room / "talk.jsonl", calibration=calibration(tiny_bundle))
+    return compare(tiny_bundle, [room / "int4"], data=room / "talk.jsonl", calibration=calibration(tiny_bundle))
 
 
 def quantized(report: LossReport) -> BundleLoss:
@@ -172,7 +172,7 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Only what the command does: the figures are those measured above."""
-    monkeypatch.setattr("omniport.calib.report.compare.compare_bundles", lambda *_arguments, **_options: measured)
+    monkeypatch.setattr("omniport.calib.report.compare.compare", lambda *_arguments, **_options: measured)
     for options, code in (([], 0), (["--json"], 0), (["--html", str(tmp_path / "no" / "page.html")], 2)):
         with pytest.raises(SystemExit) as stopped:
             main.run(["quant-report", "a", "b", *options])
@@ -189,13 +189,13 @@ def test_the_command(
 
 def test_bundles_that_do_not_belong_together(tiny_bundle: Path, room: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is quantized: give the bundle that the others were made from first"):
-        compare_bundles(room / "int4", [room / "int4"])
+        compare(room / "int4", [room / "int4"])
     other = tmp_path / "other"
     shutil.copytree(room / "int4", other)
     text = (other / "bundle.json").read_text()
     fingerprint = Bundle.open(tiny_bundle).manifest.source.fingerprint
     (other / "bundle.json").write_text(text.replace(fingerprint, "f" * 64))
     with pytest.raises(UsageError, match="made from another checkpoint"):
-        compare_bundles(tiny_bundle, [other])
+        compare(tiny_bundle, [other])
     with pytest.raises(UsageError, match=r"cannot read .*none\.jsonl"):
-        compare_bundles(tiny_bundle, [room / "int4"], data=tmp_path / "none.jsonl")
+        compare(tiny_bundle, [room / "int4"], data=tmp_path / "none.jsonl")

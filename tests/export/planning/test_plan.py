@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omniport.calib.quantize import quantize_bundle
+from omniport.calib.quantizer import quantize
 from omniport.cli.commands.quantize import RecipeName
 from omniport.cli.main import app
 from omniport.export.planning.machines import Machine, Rates, cpu_machine, find_machines, measure_rates
@@ -49,7 +49,7 @@ def bundles(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     # a copy: quantize links what it does not change, and onnx's checker refuses files with several links
     shutil.copytree(tiny_bundle, room / "fp32")
     for recipe in ("w8", "int4"):
-        quantize_bundle(room / "fp32", room / recipe, recipe)
+        quantize(room / "fp32", room / recipe, recipe)
     return {name: room / name for name in ("fp32", "w8", "int4")}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from omniport.calib.quantize import quantize_bundle
+from omniport.calib.quantizer import quantize
 from omniport.export.checkpoint.safetensors import SafetensorsFile
 from omniport.export.graphs import writer as onnx_export
 from omniport.export.graphs.data_file import DataFile
@@ -89,7 +89,7 @@ def test_quantizing_forgets_every_weight_once(
 ) -> None:
     """Those that it rounds and those that it copies; graphs that it takes over as they are, it does not read."""
     monkeypatch.setattr(WriteBehind, "STEP", 1 << 40)  # what is written is not what this is about
-    quantize_bundle(tiny_bundle, tmp_path / "w8", "w8")
+    quantize(tiny_bundle, tmp_path / "w8", "w8")
     rewritten = Bundle.open(tmp_path / "w8").manifest.quantization.layers  # type: ignore[union-attr]
     assert {"thinker", "talker"} <= rewritten.keys()
     wanted = []
