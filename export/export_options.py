@@ -7,14 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omniport.runtime.bundle.manifest import KV_FORMS
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import ExportError
 
-from .graphs.lowering import OPS
-from .graphs.packed_weights import ZERO_POINTS
+from .choices import KV_FORMS, OPS, PRECISIONS, ZERO_POINTS
 from .models.part import GraphDefinition
-from .models.registry import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class ExportOptions:
         kv: form of the KV cache, ``static`` or ``concat``.
         keep_fp32: regular expressions searched for in ``GRAPH/module.path``: layers that stay float32.
         ranges: a ranges.json; float16 graphs keep in float32 what it shows to overflow.
-        zero_points: of a GPTQ or AWQ checkpoint (`omniport.export.graphs.packed_weights.ZERO_POINTS`).
+        zero_points: of a GPTQ or AWQ checkpoint (`omniport.export.choices.ZERO_POINTS`).
     """
 
     precision: str = "fp32"

@@ -5,8 +5,9 @@ Names are loaded on first use, so that ``import omniport.runtime`` costs next to
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .bundle.manifest import SamplingConfig
@@ -64,26 +65,30 @@ __all__ = [
     "UserError",
 ]
 
-_HOME = {
-    "Dialogue": "live.dialogue",
-    "HandsFree": "live.hands_free",
-    "OmniSession": "session",
-    "SamplingConfig": "bundle.manifest",
-    "SpeechLimits": "live.vad",
-    "SpeechWindows": "speech.windows",
-    "Turn": "turn",
-    "TurnBegan": "live.dialogue",
-    "TurnCommitted": "live.dialogue",
-} | dict.fromkeys(("AudioChunk", "Done", "Event", "Stats", "TextDelta", "TurnsDropped"), "events")
+_MODULES = {
+    ".bundle.manifest": ("SamplingConfig",),
+    ".errors": (
+        "BackendError",
+        "BundleError",
+        "CheckFailed",
+        "CheckpointError",
+        "ExportError",
+        "MediaError",
+        "OmniportError",
+        "PromptError",
+        "PromptTooLong",
+        "TurnEnded",
+        "UnknownVoice",
+        "UsageError",
+        "UserError",
+    ),
+    ".events": ("AudioChunk", "Done", "Event", "Stats", "TextDelta", "TurnsDropped"),
+    ".live.dialogue": ("Dialogue", "TurnBegan", "TurnCommitted"),
+    ".live.hands_free": ("HandsFree",),
+    ".live.vad": ("SpeechLimits",),
+    ".session": ("OmniSession",),
+    ".speech.windows": ("SpeechWindows",),
+    ".turn": ("Turn",),
+}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME.get(name, 'errors')}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

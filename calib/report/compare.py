@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -98,6 +99,13 @@ class LossReport(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, str]
 
 
+class Comparison(NamedTuple):
+    """What `compare` gives: the report, and a waveform float32 [n] of each bundle that speaks, by the bundle's name."""
+
+    report: LossReport
+    waves: dict[str, Wave]
+
+
 def compare(
     base: Path,
     bundles: Sequence[Path],
@@ -105,7 +113,7 @@ def compare(
     data: Path | None = None,
     calibration: Calibration | None = None,
     progress: Progress | None = None,
-) -> tuple[LossReport, dict[str, Wave]]:
+) -> Comparison:
     """Measure bundles beside the one that they were made from.
 
     Args:
@@ -114,9 +122,6 @@ def compare(
         data: JSON lines with ``messages``; built-in conversations without.
         calibration: whose ranges are shown.
         progress: called with what is measured, and bundles done and in all.
-
-    Returns:
-        the report, and a waveform of each bundle that speaks, by the bundle's name.
 
     Raises:
         UsageError: bundles of different checkpoints, an unquantized one among ``bundles``, or unusable ``data``.
@@ -149,7 +154,7 @@ def compare(
         missing={} if calibration is not None else {"ranges": "no calibration was given (--calib)"},
         environment=environment(usable_threads(opened)),
     )
-    return report, waves
+    return Comparison(report, waves)
 
 
 def _opened(path: Path, base: Bundle) -> Bundle:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..common import QuietFlag, print_table, progress_bar, require_extra, size_text
+from ..options import BundleArgument, words
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -21,15 +21,12 @@ NAME = "bench"
 EXAMPLE = "omniport bench bundle --against Qwen/Qwen2.5-Omni-3B --json bench.json"
 
 
-class ClockName(str, Enum):
-    """What time is measured (omniport.runtime.bench.timing.CLOCKS)."""
-
-    wall = "wall"
-    cpu = "cpu"
+#: what time is measured (omniport.runtime.bench.timing.CLOCKS)
+ClockName = words("ClockName", ("wall", "cpu"))
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
+    bundle: BundleArgument,
     against: Annotated[
         str,
         typer.Option(metavar="CHECKPOINT", help="Measure transformers beside it, on the checkpoint it was made from."),

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from omniport.export.choices import BUILDERS, PRECISIONS
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
+from ..options import words
 from .export import graph_list
 
 if TYPE_CHECKING:
-    from omniport.export.devices.catalog import Target
-    from omniport.export.tensorrt.build import BuildReport
-    from omniport.export.tensorrt.build_check import CheckReport
-    from omniport.export.tensorrt.profiles import Limits
+    from omniport.export import BuildReport, CheckReport
     from omniport.runtime.bundle.engines import EngineRecord
-    from omniport.runtime.bundle.reader import Bundle
 
 NAME = "build"
 EXAMPLE = "omniport build bundle --target rtx-4090"
 
 
-class Builder(str, Enum):
-    """The package that builds."""
-
-    auto = "auto"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
-class BundlePrecision(str, Enum):
-    """What a bundle can be of."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-    int8 = "int8"
-    w8 = "w8"
-    int4 = "int4"
-    fp8 = "fp8"
+Builder = words("Builder", BUILDERS)
+#: what a bundle can be of
+BundlePrecision = words("BundlePrecision", (*PRECISIONS, "int8", "w8", "int4", "fp8"))
 
 
 def command(
@@ -88,33 +70,23 @@ def command(
     """
     wanted = graph_list(graphs)
     from omniport.export.devices.detect import find_target
-    from omniport.export.tensorrt.profiles import limits_of
-    from omniport.runtime.bundle.reader import Bundle
 
-    opened, machine = Bundle.open(bundle), find_target(target)
-    require_extra("rtx" if machine.built_anywhere else "trt", "onnx")
-    limits = limits_of(opened.manifest, max_context, max_pixels, max_codes, _pixels(image_classes))
-    asked = precision.value if precision is not None else None
-    if check:
-        _check(opened, machine, asked, wanted, limits, json, quiet)
-        return
-    from omniport.export.tensorrt.build import build_bundle
+    require_extra("rtx" if find_target(target).built_anywhere else "trt", "onnx")
+    from omniport.export import EngineLimits, build_engines, check_engines
 
+    limits = EngineLimits(max_context, max_pixels, max_codes, _pixels(image_classes))
+    options: dict[str, Any] = {"graphs": wanted, "limits": limits, "precision": precision and precision.value}
     with progress_bar(quiet or json) as progress:
-        report = build_bundle(
-            opened,
-            machine,
-            builder=builder.value,
-            precision=asked,
-            graphs=wanted,
-            limits=limits,
-            force=force,
-            progress=progress,
-        )
-    if json:
-        print_json(report_dict(report))
+        if check:
+            found = check_engines(bundle, target, progress=progress, **options)
+        else:
+            made = build_engines(bundle, target, builder=builder.value, force=force, progress=progress, **options)
+    if check:
+        _show_check(found, json, quiet)
+    elif json:
+        print_json(report_dict(made))
     else:
-        _print(report)
+        _print(made)
 
 
 def _pixels(text: str) -> tuple[int, ...]:
@@ -141,26 +113,7 @@ def _print(report: BuildReport) -> None:
     print_table(title, ("graph", "engine", "weights", "seconds", "peak memory"), rows)
 
 
-def _check(
-    bundle: Bundle,
-    target: Target,
-    precision: str | None,
-    graphs: tuple[str, ...] | None,
-    limits: Limits,
-    json: bool,
-    quiet: bool,
-) -> None:
-    from omniport.export.tensorrt.build_check import check_bundle
-
-    with progress_bar(quiet or json) as progress:
-        report = check_bundle(
-            bundle,
-            target,
-            precision=precision,
-            graphs=graphs,
-            limits=limits,
-            progress=progress,
-        )
+def _show_check(report: CheckReport, json: bool, quiet: bool) -> None:
     if json:
         print_json(check_dict(report))
     else:

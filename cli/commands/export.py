@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from omniport.export.choices import KV_FORMS, OPS, PRECISIONS, ZERO_POINTS
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
+from ..options import words
 
 if TYPE_CHECKING:
     from omniport.export.exporter import ExportReport
@@ -20,33 +21,10 @@ EXAMPLE = "omniport export Qwen/Qwen2.5-Omni-3B bundle --precision fp16"
 EXPORT_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "ml_dtypes", "onnxruntime")
 
 
-class Precision(str, Enum):
-    """Dtype of weights and matrix products."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
-class Ops(str, Enum):
-    """Operators that the graphs are made of."""
-
-    native = "native"
-    decomposed = "decomposed"
-
-
-class ZeroPoints(str, Enum):
-    """Where zero points of packed checkpoints go."""
-
-    keep = "keep"
-    separate = "separate"
-
-
-class Kv(str, Enum):
-    """Form of the KV cache."""
-
-    static = "static"
-    concat = "concat"
+Precision = words("Precision", PRECISIONS)
+Ops = words("Ops", OPS)
+ZeroPoints = words("ZeroPoints", ZERO_POINTS)
+Kv = words("Kv", KV_FORMS)
 
 
 def command(

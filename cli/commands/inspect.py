@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, size_text
+from ..options import BundleArgument
 
 if TYPE_CHECKING:
     from omniport.runtime.bundle.engines import Engine, Engines
@@ -20,7 +20,7 @@ EXAMPLE = "omniport inspect bundle --verify"
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
+    bundle: BundleArgument,
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash every file and engine and compare with what is listed.")
     ] = False,

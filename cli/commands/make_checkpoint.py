@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from omniport.export.synthetic.geometries import SIZES
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, progress_bar, require_extra, size_text
+from ..options import words
 
 NAME = "make-checkpoint"
 EXAMPLE = "omniport make-checkpoint tiny-omni --size tiny --seed 0"
 
 
-class Size(str, Enum):
-    """Sizes that can be made."""
-
-    tiny = "tiny"
-    small = "small"
-    b3 = "3b"
-    b7 = "7b"
+Size = words("Size", SIZES)
 
 
 def command(

@@ -11,7 +11,7 @@ import typer
 from ..common import JsonFlag, print_json, print_table, require_extra, size_text
 
 if TYPE_CHECKING:
-    from omniport.export.planning.plan import RecipePlan, TargetPlan
+    from omniport.export import RecipePlan, TargetPlan
 
 NAME = "plan"
 EXAMPLE = "omniport plan 3b --target jetson-orin-nx-16gb"
@@ -42,18 +42,14 @@ def command(
     For each precision and recipe: what its weights, caches and activations take, whether they fit, and how fast it
     listens and speaks. docs/plan.md has the formulas, and how far they were from what was measured.
     """
-    from omniport.export.planning.machines import find_machines
-    from omniport.export.planning.plan import make_plan
-    from omniport.export.planning.shapes import find_model
+    from omniport.export import plan
     from omniport.runtime.errors import UsageError
 
     if sweep is not None:
         if sweep.suffix not in (".png", ".svg"):
             raise UsageError(f"--sweep {sweep}: a file that ends in .png or .svg was expected")
         require_extra("export", "matplotlib")
-    shape = find_model(model)
-    machines = find_machines(target, None if bandwidth is None else bandwidth * 1e9)
-    plans = [make_plan(shape, machine, context) for machine in machines]
+    plans = plan(model, target, context=context, bandwidth=None if bandwidth is None else bandwidth * 1e9)
     if sweep is not None:
         from omniport.export.planning.picture import draw_sweep
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,11 +17,12 @@ from ..common import (
     require_extra,
     size_text,
 )
+from ..options import words
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
     from omniport.calib.calibration_file import Calibration
-    from omniport.calib.quantize_to_goal import GoalReport
+    from omniport.calib.goal_quantizer import GoalReport
     from omniport.calib.quantizer import QuantizeReport
     from omniport.calib.search import Goal
 
@@ -33,16 +33,8 @@ EXAMPLE = "omniport quantize bundle bundle-int8 --recipe int8 --calib model.cali
 QUANTIZE_MODULES = ("onnx", "onnx_ir", "ml_dtypes", "safetensors")
 
 
-class RecipeName(str, Enum):
-    """A recipe of omniport.calib.weights.recipe."""
-
-    int8 = "int8"
-    w8 = "w8"
-    int4 = "int4"
-    fp8 = "fp8"
-    edge_8gb = "edge-8gb"
-    edge_16gb = "edge-16gb"
-    int8_plain = "int8-plain"
+#: names in omniport.calib.weights.recipe.RECIPES
+RecipeName = words("RecipeName", ("int8", "w8", "int4", "fp8", "edge-8gb", "edge-16gb", "int8-plain"))
 
 
 def command(
@@ -118,7 +110,7 @@ def command(
             )
         else:
             require_extra("export", *EXPORT_MODULES)
-            from omniport.calib.quantize_to_goal import quantize_to_goal
+            from omniport.calib.goal_quantizer import quantize_to_goal
 
             found = quantize_to_goal(
                 bundle,
@@ -186,7 +178,7 @@ def _goal(sqnr: float | None, kl: float | None, data: Path | None, curve: Path |
 
 def curve_dict(found: GoalReport) -> dict[str, Any]:
     """The trade-off as plain JSON values."""
-    from omniport.calib.quantize_to_goal import curve_json
+    from omniport.calib.goal_quantizer import curve_json
 
     return curve_json(found)
 

@@ -2,58 +2,41 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..common import JsonFlag, QuietFlag
+from ..options import BackendName, BackendOption, BundleArgument, GreedyFlag, SeedOption, SystemOption, words
 from ..show_reply import Replier, chat, user_message
 
 NAME = "run"
 EXAMPLE = "omniport run bundle --audio question.wav --image picture.png --speak reply.wav"
 
 
-class BackendName(str, Enum):
-    """What can be asked to run the graphs."""
-
-    auto = "auto"
-    ort_cpu = "ort-cpu"
-    ort_cuda = "ort-cuda"
-    ort_tensorrt_rtx = "ort-tensorrt-rtx"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
-class SolverName(str, Enum):
-    """Solvers of speech (omniport.runtime.speech.ode)."""
-
-    rk4 = "rk4"
-    midpoint = "midpoint"
-    euler = "euler"
+#: of speech (omniport.runtime.speech.ode)
+SolverName = words("SolverName", ("rk4", "midpoint", "euler"))
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
+    bundle: BundleArgument,
     text: Annotated[str, typer.Option(help="What the user writes.")] = "",
     audio: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Audio to send; may be repeated.")] = None,
     image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Image to send; may be repeated.")] = None,
     video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Video to send; may be repeated.")] = None,
     use_audio_in_video: Annotated[bool, typer.Option(help="Listen to the sound of each video.")] = True,
-    system: Annotated[
-        str | None, typer.Option(help="System message; without it the one that the talker was trained with is used.")
-    ] = None,
+    system: SystemOption = None,
     voice: Annotated[str | None, typer.Option(help="Voice of the spoken reply (see omniport voices).")] = None,
     speak: Annotated[Path | None, typer.Option(metavar="OUT.wav", help="Speak the reply into this WAV file.")] = None,
     solver: Annotated[
         SolverName, typer.Option(help="Solver of speech: rk4 as the reference, the others faster and less exact.")
     ] = SolverName.rk4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")] = 0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Pick the likeliest token, in speech too.")] = False,
+    seed: SeedOption = 0,
+    greedy: GreedyFlag = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens at most.")] = None,
     max_speech: Annotated[float | None, typer.Option(min=0.1, help="Seconds of speech at most.")] = None,
-    backend: Annotated[BackendName, typer.Option(help="What runs the graphs.")] = BackendName.auto,
+    backend: BackendOption = BackendName.auto,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:

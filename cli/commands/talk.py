@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common import JsonFlag, QuietFlag
-from .run import BackendName
+from ..options import BackendName, BackendOption, BundleArgument, GreedyFlag, SeedOption, SystemOption, sampling
 
 if TYPE_CHECKING:
     from omniport.runtime import OmniSession
@@ -23,12 +23,10 @@ EXAMPLE = "omniport talk bundle --input-wav question.wav --output-wav reply.wav 
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
+    bundle: BundleArgument,
     voice: Annotated[str | None, typer.Option(help="Voice of the replies (see omniport voices).")] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Show replies and do not speak them.")] = False,
-    system: Annotated[
-        str | None, typer.Option(help="System message; without it the one that the talker was trained with is used.")
-    ] = None,
+    system: SystemOption = None,
     hands_free: Annotated[
         bool,
         typer.Option(
@@ -58,11 +56,11 @@ def command(
     exact: Annotated[
         bool, typer.Option("--exact", help="Encode again, at the end of a turn, what its loudest moment changes.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")] = 0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Pick the likeliest token, in speech too.")] = False,
+    seed: SeedOption = 0,
+    greedy: GreedyFlag = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens of a reply at most.")] = None,
     max_speech: Annotated[float | None, typer.Option(min=0.1, help="Seconds of speech of a reply at most.")] = None,
-    backend: Annotated[BackendName, typer.Option(help="What runs the graphs.")] = BackendName.auto,
+    backend: BackendOption = BackendName.auto,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -82,7 +80,6 @@ def command(
     from omniport.runtime import Dialogue, HandsFree, OmniSession
     from omniport.runtime.live.vad import SpeechLimits
 
-    from ..options import sampling
     from ..talk.loop import PushToTalk, Stage, Talk, read_keys
 
     limits = SpeechLimits(threshold=threshold, silence_ms=silence_ms)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from omniport.export.choices import SUITES
+from omniport.runtime.bundle.parts import decoders
 
 from ..common import QuietFlag, log_console, print_table, progress_bar, require_extra, size_text
+from ..options import BackendName, BundleArgument, words
 from .export import EXPORT_MODULES
-from .run import BackendName
 
 if TYPE_CHECKING:
     from omniport.export.validation.types import ValidationReport
@@ -20,28 +21,19 @@ NAME = "validate"
 EXAMPLE = "omniport validate bundle Qwen/Qwen2.5-Omni-3B --html report.html"
 
 
-class Suite(str, Enum):
-    """How much is checked."""
-
-    quick = "quick"
-    full = "full"
-
-
-class Traced(str, Enum):
-    """Graphs whose layers can be compared one by one."""
-
-    thinker = "thinker"
-    talker = "talker"
+Suite = words("Suite", SUITES)
+#: graphs whose layers can be compared one by one
+Traced = words("Traced", [part.name for part in decoders()])
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
+    bundle: BundleArgument,
     checkpoint: Annotated[
         str, typer.Argument(help="The checkpoint it was exported from: folder, Hugging Face id, or modelscope:ID.")
     ],
     backend: Annotated[
         BackendName, typer.Option(help="What runs the graphs; one that cannot run here is reported as not run.")
-    ] = BackendName.ort_cpu,
+    ] = BackendName("ort-cpu"),
     suite: Annotated[Suite, typer.Option(help="quick: some cases of everything. full: all of them.")] = Suite.quick,
     graphs: Annotated[
         str,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json
+from ..options import BundleArgument
 
 NAME = "voices"
 EXAMPLE = "omniport voices bundle"
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")],
+    bundle: BundleArgument,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:

@@ -23,7 +23,6 @@ NATIVE_OPSET = 24
 LOWERED_OPSET = 18
 #: --ops -> opset of the graphs
 OPSETS = {"native": NATIVE_OPSET, "decomposed": LOWERED_OPSET}
-OPS = tuple(OPSETS)
 
 #: a score that no softmax gives any weight to, and that is finite: a row with nothing to attend to stays finite
 _MASKED = -1e30

@@ -6,6 +6,7 @@ against: memory is counted, a decode step reads every weight once, and prefill m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,9 +17,9 @@ from omniport.runtime.generation.encoders import AUDIO_CHUNKS
 from omniport.runtime.speech.windows import BEHIND_CODES, SpeechWindows, window_codes
 
 from ..devices.budget import BUILD_CONSTANT, BUILD_FACTOR
-from .machines import Machine
+from .machines import Machine, find_machines
 from .recipes import RECIPES, PlanRecipe, graph_bytes, matrix_bytes, storage_of
-from .shapes import DecoderShape, ModelShape
+from .shapes import DecoderShape, ModelShape, find_model
 from .weights import GraphShape, Matrix
 
 _DIT, _WINDOWS = DitGeometry(), SpeechWindows()
@@ -137,6 +138,29 @@ class TargetPlan:
         return min(working, key=_load).recipe.name if working else ""
 
 
+def plan(
+    model: str | os.PathLike[str], target: str = "all", *, context: int = 4096, bandwidth: float | None = None
+) -> tuple[TargetPlan, ...]:
+    """Predict memory and speed of a model on machines, by every recipe, without building anything.
+
+    Args:
+        model: a bundle, a checkpoint's folder, or ``3b`` or ``7b``, which need no files.
+        target: name of a machine (``omniport targets``), ``this`` for the GPU in here, ``cpu`` or ``all``.
+        context: tokens of the KV caches.
+        bandwidth: bytes a second at which the machine's memory is read, where that was measured.
+
+    Returns:
+        one plan for each machine.
+
+    Raises:
+        UsageError: no such model or target, or a context that the model has no room for.
+        BundleError, CheckpointError: a bundle or checkpoint that cannot be read.
+        BackendError: ``this`` where there is no GPU.
+    """
+    shape = find_model(os.fspath(model))
+    return tuple(make_plan(shape, machine, context) for machine in find_machines(target, bandwidth))
+
+
 def make_plan(model: ModelShape, machine: Machine, context: int = 4096) -> TargetPlan:
     """Plan every recipe.
 
@@ -158,13 +182,13 @@ def _plan(model: ModelShape, machine: Machine, recipe: PlanRecipe, context: int)
         return RecipePlan(recipe, f"{machine.name} has no {', '.join(lacking)}")
     if machine.target is None and any(_arithmetic(recipe)):
         return RecipePlan(recipe, "ONNX Runtime has no CPU kernels that pay for it: w8 computes in integers as well")
-    job = _Job(model, machine, recipe, context)
-    largest = max(job.file_bytes(graph) for graph in model.graphs.values())
+    estimate = _Estimate(model, machine, recipe, context)
+    largest = max(estimate.file_bytes(graph) for graph in model.graphs.values())
     build = int(BUILD_FACTOR * largest) + BUILD_CONSTANT if machine.target is not None else 0
     return RecipePlan(
         recipe,
-        memory=job.memory(),
-        speed=job.speed(),
+        memory=estimate.memory(),
+        speed=estimate.speed(),
         usable=machine.usable,
         build_bytes=build,
         builds=build <= machine.usable or not machine.builds_itself,
@@ -184,11 +208,14 @@ def _load(row: RecipePlan) -> float:
     return row.speed.speech if row.speed.speech is not None else 1 / row.speed.decode
 
 
-class _Job:
-    """One model, machine and recipe."""
+@dataclass(frozen=True)
+class _Estimate:
+    """Memory and speed of one model on one machine by one recipe."""
 
-    def __init__(self, model: ModelShape, machine: Machine, recipe: PlanRecipe, context: int) -> None:
-        self.model, self.machine, self.recipe, self.context = model, machine, recipe, context
+    model: ModelShape
+    machine: Machine
+    recipe: PlanRecipe
+    context: int
 
     def itemsize(self, graph: str) -> int:
         return _ITEMSIZE[self.recipe.graph_precision(graph, self.machine.precision)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,12 +24,13 @@ from omniport.runtime.system import host
 from omniport.runtime.system.files import cache_folder
 
 from ..devices.catalog import THIS, Target
+from ..devices.detect import find_target
 from ..source_code import package_digest
 from .builder_api import Api, installed_builders, load_api
 from .engine_builder import Built, Progress, build_engine
 from .engine_store import EngineStore, file_record
 from .interruptible import run_interruptible
-from .profiles import Limits, graph_dims, make_profiles
+from .profiles import EngineLimits, Limits, graph_dims, limits_of, make_profiles
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,49 @@ class BuildReport:
     seconds: float = 0.0
 
 
+def build_engines(
+    bundle: str | os.PathLike[str],
+    target: str,
+    *,
+    builder: str = "auto",
+    precision: str | None = None,
+    graphs: Sequence[str] | None = None,
+    limits: EngineLimits | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Build TensorRT engines from a bundle, those that are missing or out of date, into its folder ``engines``.
+
+    Args:
+        bundle: its folder.
+        target: name of the machine to build for (``omniport targets``); ``this`` is the GPU in here.
+        builder: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
+        precision: what the caller believes the bundle to be; the bundle decides.
+        graphs: these only; all by default.
+        limits: what engines are to take, where that is less than the bundle allows.
+        force: build also what did not change.
+        progress: called with the stage, and thousandths done and in all.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        UsageError: no such target, or a precision, graph or limit that does not go with the bundle.
+        BackendError: no builder for the target is installed, or the target's engines are built elsewhere.
+        BuildError: a graph cannot become the engine its spec describes (engines built before it stay), or one holds
+            values in float16 that were observed too large for it (nothing is built).
+    """
+    opened, machine = Bundle.open(bundle), find_target(target)
+    return build_bundle(
+        opened,
+        machine,
+        builder=builder,
+        precision=precision,
+        graphs=graphs,
+        limits=limits_of(opened.manifest, limits or EngineLimits()),
+        force=force,
+        progress=progress,
+    )
+
+
 def build_bundle(
     bundle: Bundle,
     target: Target,
@@ -64,20 +109,7 @@ def build_bundle(
     force: bool = False,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Build the engines of a bundle for a target, those that are missing or out of date.
-
-    Args:
-        precision: what the caller believes the bundle to be; the bundle decides.
-        graphs: these only; all by default.
-        force: build also what did not change.
-        progress: called with the stage, and thousandths done and in all.
-
-    Raises:
-        UsageError: a precision, graph or limit that does not go with the bundle.
-        BackendError: no builder for the target is installed, or the target's engines are built elsewhere.
-        BuildError: a graph cannot become the engine its spec describes (engines built before it stay), or one holds
-            values in float16 that were observed too large for it (nothing is built).
-    """
+    """As `build_engines`, of what is opened and found."""
     started = time.perf_counter()
     limits = limits or Limits()
     check_bundle_precision(bundle, precision)

@@ -5,6 +5,7 @@ Proves that graphs parse, that the nearest capability compiles, and that number 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .builder_api import Api, load_api, too_old_for
 from .engine_builder import Progress, build_engine, check_precision
 from .network import LOWERED
 from .onnx_file import open_onnx
-from .profiles import Limits, graph_dims
+from .profiles import EngineLimits, Limits, graph_dims, limits_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,37 @@ class CheckReport:
         return self.fits and self.builds_there and not any(graph.problem for graph in self.graphs)
 
 
+def check_engines(
+    bundle: str | os.PathLike[str],
+    target: str,
+    *,
+    precision: str | None = None,
+    graphs: Sequence[str] | None = None,
+    limits: EngineLimits | None = None,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Prove what can be proven here with tensorrt-rtx about a bundle's engines on a target; nothing is kept.
+
+    Args:
+        bundle: its folder.
+        target, precision, graphs, limits, progress: as for `omniport.export.tensorrt.build.build_engines`.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        UsageError: no such target, or a precision or limit that does not go with the bundle.
+        BackendError: tensorrt-rtx is not installed.
+    """
+    opened, machine = Bundle.open(bundle), find_target(target)
+    return check_bundle(
+        opened,
+        machine,
+        precision=precision,
+        graphs=graphs,
+        limits=limits_of(opened.manifest, limits or EngineLimits()),
+        progress=progress,
+    )
+
+
 def check_bundle(
     bundle: Bundle,
     target: Target,
@@ -88,12 +120,7 @@ def check_bundle(
     limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Prove what can be proven here with tensorrt-rtx; nothing is kept.
-
-    Raises:
-        UsageError: a precision or limit that does not go with the bundle.
-        BackendError: tensorrt-rtx is not installed.
-    """
+    """As `check_engines`, of what is opened and found."""
     limits = limits or Limits()
     check_bundle_precision(bundle, precision)
     api = load_api("tensorrt-rtx")

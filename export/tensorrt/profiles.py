@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 from omniport.runtime.bundle.engines import Profile, ShapeRange
@@ -24,13 +25,28 @@ IMAGE_CLASSES = (1 << 18, 1 << 20)
 _CLASS_UNITS = tuple(pixels // 28**2 for pixels in IMAGE_CLASSES)
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine may be asked for, where that is less than the bundle allows.
+@dataclass(frozen=True)
+class EngineLimits:
+    """What a user asks engines for, where that is less than the bundle allows.
 
     Attributes:
         max_context: capacity of the KV cache in tokens; the bundle's by default.
-        max_units: embeddings of the largest image; 4,096 are 3.2 megapixels in squares of 28 pixels.
+        max_pixels: of the largest image.
         max_codes: codec tokens of the longest window of speech; what the bundle allows by default.
+        image_classes: pixels of the largest image of each class below ``max_pixels``.
+    """
+
+    max_context: int | None = None
+    max_pixels: int = 3_211_264
+    max_codes: int | None = None
+    image_classes: Sequence[int] = IMAGE_CLASSES
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """`EngineLimits` in the graphs' units.
+
+    Attributes:
+        max_units: embeddings of the largest image; 4,096 are 3.2 megapixels in squares of 28 pixels.
         image_classes: embeddings of the largest image of each class below ``max_units``.
     """
 
@@ -40,29 +56,26 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     image_classes: tuple[int, ...] = _CLASS_UNITS
 
 
-def limits_of(
-    manifest: Manifest,
-    max_context: int | None,
-    max_pixels: int,
-    max_codes: int | None = None,
-    image_classes: Sequence[int] = IMAGE_CLASSES,
-) -> Limits:
-    """Limits with the images' sizes in pixels.
+def limits_of(manifest: Manifest, asked: EngineLimits) -> Limits:
+    """The limits asked for, with the images' sizes in embeddings.
 
     Raises:
         UsageError: not one embedding's worth of pixels, or too few codes to stream.
     """
-    if max_codes is not None and max_codes < STREAM_CODES:
-        raise UsageError(f"--max-codes {max_codes}: at least {STREAM_CODES} was expected, a window of streamed speech")
+    if asked.max_codes is not None and asked.max_codes < STREAM_CODES:
+        raise UsageError(
+            f"--max-codes {asked.max_codes}: at least {STREAM_CODES} was expected, a window of streamed speech"
+        )
     square = (manifest.vision.patch_size * manifest.vision.merge_size) ** 2
-    for option, pixels in (("--max-pixels", max_pixels), *(("--image-classes", edge) for edge in image_classes)):
+    classes = (("--image-classes", edge) for edge in asked.image_classes)
+    for option, pixels in (("--max-pixels", asked.max_pixels), *classes):
         if pixels < square:
             raise UsageError(f"{option} {pixels}: at least {square} was expected, the pixels of one embedding")
     return Limits(
-        max_context=max_context,
-        max_units=max_pixels // square,
-        max_codes=max_codes,
-        image_classes=tuple(sorted({edge // square for edge in image_classes})),
+        max_context=asked.max_context,
+        max_units=asked.max_pixels // square,
+        max_codes=asked.max_codes,
+        image_classes=tuple(sorted({edge // square for edge in asked.image_classes})),
     )
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from omniport.runtime.system.host import peak_memory
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import quiet_transformers
+from ..choices import SUITES
 from ..evaluation.machine import environment, is_large, limited_torch, usable_threads
 from .context import Context
 from .low_memory_backend import TurnsBackend
@@ -31,8 +32,6 @@ from .types import FAIL, NOT_RUN, Check, ValidationReport
 Artifacts = dict[str, NDArray[Any]]
 #: progress(what is being checked, groups done, groups in all)
 Progress = Callable[[str, int, int], None]
-
-SUITES = ("quick", "full")
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,13 @@ class _Group:
         yield from function(context, **self.options)
 
 
+class Validation(NamedTuple):
+    """What `validate` gives: the report, and the arrays that its checks name (waveforms, mels, ...)."""
+
+    report: ValidationReport
+    artifacts: Artifacts
+
+
 def validate(
     bundle: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str],
@@ -72,7 +78,7 @@ def validate(
     trace: str | None = None,
     asr: str | None = None,
     progress: Progress | None = None,
-) -> tuple[ValidationReport, Artifacts]:
+) -> Validation:
     """Compare a bundle, and the whole conversation, with transformers.
 
     Args:
@@ -85,9 +91,6 @@ def validate(
         trace: ``thinker`` or ``talker``: also compare its hidden states layer by layer.
         asr: command that prints the words it hears in the WAV file whose path it is given last.
         progress: called before each case.
-
-    Returns:
-        the report, and the arrays that its checks name.
 
     Raises:
         UsageError: wrong options, unusable ``data``, or a bundle that was exported from another checkpoint.
@@ -120,7 +123,7 @@ def validate(
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory() or 0,
     )
-    return report, job.artifacts
+    return Validation(report, job.artifacts)
 
 
 class _Job:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from omniport.cli.main import app
-from omniport.export.tensorrt.profiles import Limits, graph_dims, limits_of, make_profiles
+from omniport.export.tensorrt.profiles import EngineLimits, Limits, graph_dims, limits_of, make_profiles
 from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec
 from omniport.runtime.errors import UsageError
 from support.bundles import make_manifest
@@ -127,11 +127,13 @@ def test_classes_are_those_of_images_alone() -> None:
 def test_classes_in_pixels() -> None:
     manifest = make_manifest()
     square = (manifest.vision.patch_size * manifest.vision.merge_size) ** 2
-    assert limits_of(manifest, None, 3_211_264) == Limits(), "what the command builds is what the library builds"
-    made = limits_of(manifest, None, 10 * square, image_classes=(4 * square + 1, 2 * square, 2 * square))
+    assert limits_of(manifest, EngineLimits()) == Limits(), "what the command builds is what the library builds"
+    made = limits_of(
+        manifest, EngineLimits(max_pixels=10 * square, image_classes=(4 * square + 1, 2 * square, 2 * square))
+    )
     assert made.image_classes == (2, 4)
     with pytest.raises(UsageError, match=rf"--image-classes {square - 1}: at least {square}"):
-        limits_of(manifest, None, 10 * square, image_classes=(2 * square, square - 1))
+        limits_of(manifest, EngineLimits(max_pixels=10 * square, image_classes=(2 * square, square - 1)))
 
 
 def test_classes_on_the_command_line(tmp_path: Path) -> None:
