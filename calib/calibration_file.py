@@ -6,6 +6,7 @@ by `omniport.calib.calibrator`; `omniport.calib.quantizer` needs nothing else of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -132,12 +133,13 @@ class Calibration:
         return bytes(save(tensors, {HEADER_KEY: header}))
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read a file written by `encode`.
 
         Raises:
             BundleError: no such file, damaged, or of another schema version.
         """
+        path = Path(path)
         try:
             with safe_open(path, framework="numpy") as file:
                 text = (file.metadata() or {}).get(HEADER_KEY)

@@ -41,8 +41,8 @@ class CalibrateReport:
 
 def calibrate(
     checkpoint: str | os.PathLike[str],
-    data: Path,
-    out: Path,
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     samples: int | None = None,
     seed: int = 0,
@@ -68,6 +68,7 @@ def calibrate(
         CheckFailed: a value that is not finite; names the layer.
     """
     report = progress or (lambda *_: None)
+    data, out = Path(data), Path(out)
     _check(data, out)
     with work_folder(out) as work:
         report("reading checkpoint and data", 0, 1)

@@ -49,7 +49,7 @@ def quantize_to_goal(
     keep: Sequence[str] = (),
     graph_recipes: Mapping[str, str] | None = None,
     calibration: Calibration | None = None,
-    data: Path | None = None,
+    data: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> GoalReport:
     """Quantize, with the fewest parts of thinker and talker kept as they are that meet the goal.

@@ -62,7 +62,7 @@ class ExportReport:
 
 def export_checkpoint(
     checkpoint: str | os.PathLike[str],
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     precision: str = "fp32",
     graphs: Sequence[str] | None = None,
@@ -70,7 +70,7 @@ def export_checkpoint(
     ops: str = "native",
     kv: str = "static",
     keep_fp32: Sequence[str] = (),
-    ranges: Path | None = None,
+    ranges: str | os.PathLike[str] | None = None,
     zero_points: str = "keep",
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -102,7 +102,8 @@ def export_checkpoint(
         ExportError: wrong options, or a disk that is full; nothing is left behind.
     """
     started = time.perf_counter()
-    options = ExportOptions(precision, max_context, ops, kv, tuple(keep_fp32), ranges, zero_points)
+    measured = None if ranges is None else Path(ranges)
+    options = ExportOptions(precision, max_context, ops, kv, tuple(keep_fp32), measured, zero_points)
     plan = plan_export(checkpoint, Path(out), options, graphs, progress)
     check_space(plan.out, int(plan.weight_bytes * 1.02))
     with staging(plan.out) as folder:

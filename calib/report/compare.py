@@ -7,6 +7,7 @@ not be measured is named in ``missing`` with its reason, and never left out.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -107,10 +108,10 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    base: Path,
-    bundles: Sequence[Path],
+    base: str | os.PathLike[str],
+    bundles: Sequence[str | os.PathLike[str]],
     *,
-    data: Path | None = None,
+    data: str | os.PathLike[str] | None = None,
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -135,7 +136,7 @@ def compare(
         raise UsageError(f"{base} is quantized: give the bundle that the others were made from first")
     if calibration is not None:
         calibration.check(opened.manifest.source.fingerprint, base)
-    names = _names([base, *bundles])
+    names = _names([Path(path) for path in (base, *bundles)])
     recording = record(opened, data=data, progress=lambda what, _d, _t: told(what, 0, len(others) + 1))
     waves: dict[str, Wave] = {}
     rows, reference = [], _Sound(recording.codes)
@@ -157,7 +158,7 @@ def compare(
     return Comparison(report, waves)
 
 
-def _opened(path: Path, base: Bundle) -> Bundle:
+def _opened(path: str | os.PathLike[str], base: Bundle) -> Bundle:
     bundle = Bundle.open(path)
     if bundle.manifest.source.fingerprint != base.manifest.source.fingerprint:
         raise UsageError(f"{path} was made from another checkpoint than {base.root}: there is nothing to compare")

@@ -8,6 +8,7 @@ and a graph's error is its own, not that of the graphs before it.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +88,7 @@ class Loss:
 def record(
     bundle: Bundle,
     *,
-    data: Path | None = None,
+    data: str | os.PathLike[str] | None = None,
     max_new_tokens: int = 16,
     max_codes: int = 32,
     sound: bool = True,
@@ -170,9 +171,9 @@ def loss_of(name: str, outputs: Sequence[NDArray[np.float32]], wanted: Sequence[
     return Loss(sqnr, float(figures["kl"] or 0), float(figures["top1_agreement"] or 0))
 
 
-def _conversations(session: OmniSession, data: Path | None, folder: Path) -> Sequence[Conversation]:
+def _conversations(session: OmniSession, data: str | os.PathLike[str] | None, folder: Path) -> Sequence[Conversation]:
     if data is not None:
-        return read_conversations(data, session.manifest, session.text_codec)
+        return read_conversations(Path(data), session.manifest, session.text_codec)
     graphs = session.manifest.graphs
     found = standard_conversations(folder, _NAMES)
     return [c for c in found if all(encoder_of(medium.kind).name in graphs for medium in c.media)]

@@ -82,6 +82,7 @@ def test_the_readme_is_short_and_has_the_two_commands() -> None:
     assert {"export", "run"} <= set(commands)
 
 
+CALIB_SAMPLE = '{"messages": [{"role": "user", "content": "Tell me of the sea."}], "reply": "It is wide."}\n'
 PYTHON = [(page, number) for page in ("docs/python.md",) for number in range(len(blocks(page, "python")))]
 
 
@@ -90,6 +91,7 @@ PYTHON = [(page, number) for page in ("docs/python.md",) for number in range(len
 def test_python_blocks_run(
     page: str,
     number: int,
+    tiny_checkpoint: Path,
     tiny_bundle: Path,
     sample_media: dict[str, Path],
     tmp_path: Path,
@@ -98,6 +100,8 @@ def test_python_blocks_run(
 ) -> None:
     """Each block runs as it stands, in a folder that has the files it names."""
     (tmp_path / "bundle").symlink_to(tiny_bundle)
+    (tmp_path / "checkpoint").symlink_to(tiny_checkpoint)
+    (tmp_path / "calib.jsonl").write_text(CALIB_SAMPLE, encoding="utf-8")
     (tmp_path / "question.wav").symlink_to(sample_media["audio"])
     (tmp_path / "picture.png").symlink_to(sample_media["image"])
     monkeypatch.chdir(tmp_path)
@@ -107,7 +111,7 @@ def test_python_blocks_run(
 
 
 def test_there_is_python_to_run() -> None:
-    assert len(PYTHON) >= 3
+    assert len(PYTHON) >= 5
 
 
 def test_the_index_lists_every_command() -> None:

@@ -1,0 +1,118 @@
+"""The APIs for programs, from outside: what importing them costs, their names, and the whole way through them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import omniport.calib
+import omniport.export
+import omniport.runtime
+import pytest
+from support.paths import REPOSITORY
+
+PACKAGES = (omniport.runtime, omniport.export, omniport.calib)
+
+
+def folder_of(package: ModuleType) -> Path:
+    return REPOSITORY / package.__name__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("name", [package.__name__ for package in PACKAGES])
+def test_importing_a_package_loads_nothing_until_it_is_used(name: str) -> None:
+    code = (
+        "import json, sys, time\nstart = time.process_time()\n"
+        f"import {name}\nprint(json.dumps([time.process_time() - start, sorted(sys.modules)]))"
+    )
+    runs = [
+        json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(spent for spent, _ in runs) < 0.1
+    loaded = {module.partition(".")[0] for module in runs[0][1]}
+    assert not loaded & {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "numpy", "msgspec"}
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_every_public_name_is_there_and_documented(package: ModuleType) -> None:
+    for name in package.__all__:
+        value = getattr(package, name)
+        assert inspect.getdoc(value) or not callable(value), name
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="nonsense"):
+        package.nonsense  # noqa: B018 - it is asked for
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_a_public_name_is_no_module(package: ModuleType) -> None:
+    """Importing a module sets it in its package: a function of the same name would be gone."""
+    modules = {path.stem for path in folder_of(package).iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not set(package.__all__) & modules
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_names_for_types_and_for_running_are_the_same(package: ModuleType) -> None:
+    """Type checkers read one list of imports, Python another."""
+    tree = ast.parse((folder_of(package) / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == set(package.__all__) == {name for names in package._MODULES.values() for name in names}
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra() -> None:
+    code = (
+        "import sys\nsys.modules['torch'] = None\nimport omniport.export\n"
+        "try: omniport.export.export_checkpoint\nexcept ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (
+        "omniport.export.export_checkpoint needs torch, not installed here: pip install 'omniport[export]'"
+    )
+
+
+@pytest.mark.slow
+def test_the_whole_way(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Export, plan, prove, calibrate, quantize, compare and answer, by public names alone."""
+    from omniport.calib import Calibration, calibrate, compare, quantize
+    from omniport.export import export_checkpoint, plan, validate
+    from omniport.runtime import AudioChunk, OmniSession, SamplingConfig, UserError
+
+    bundle, file, smaller = tmp_path / "bundle", tmp_path / "tiny.calib", tmp_path / "int8"
+    exported = export_checkpoint(tiny_checkpoint, bundle, max_context=4096)
+    assert (exported.path, len(exported.graphs)) == (bundle, 6)
+
+    (orin,) = plan(bundle, "jetson-orin-nano-8gb")
+    assert orin.best in {row.recipe.name for row in orin.recipes if row.works}
+
+    checked = validate(bundle, tiny_checkpoint, graphs=["preprocess", "thinker", "bigvgan"])
+    assert checked.report.ok
+    assert {check.stage for check in checked.report.checks} >= {"preprocess", "thinker", "bigvgan"}
+
+    data = tmp_path / "calib.jsonl"
+    sample = {"messages": [{"role": "user", "content": "Tell me of the sea."}], "reply": "It is wide."}
+    data.write_text(json.dumps(sample) + "\n", encoding="utf-8")
+    found = calibrate(tiny_checkpoint, data, file, max_codes=10)
+    assert set(found.missing) == {"audio_encoder", "vision_encoder"}
+
+    recipes = dict.fromkeys(found.missing, "w8")
+    quantized = quantize(bundle, smaller, "int8", graph_recipes=recipes, calibration=Calibration.load(file))
+    assert all(row.bytes_after < row.bytes_before for row in quantized.graphs if row.name != "bigvgan")
+    with pytest.raises(UserError, match="quantized already"):
+        quantize(smaller, tmp_path / "twice", "w8")
+
+    compared = compare(bundle, [smaller], data=data)
+    assert [row.recipe for row in compared.report.bundles] == ["fp32", "int8"]
+    assert compared.report.bundles[1].graphs[0].bytes < compared.report.bundles[0].graphs[0].bytes
+
+    with OmniSession.open(smaller, backend="ort-cpu") as session:
+        greedy = SamplingConfig(max_new_tokens=4, temperature=0.0)
+        events = list(session.reply([{"role": "user", "content": "Hello"}], speak=True, thinker=greedy, talker=greedy))
+    samples = [event.samples for event in events if isinstance(event, AudioChunk)]
+    assert samples
+    assert np.isfinite(np.concatenate(samples)).all()
