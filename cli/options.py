@@ -1,11 +1,37 @@
-"""Apply a command's sampling options to a bundle's defaults."""
+"""Shared options: declared once, with the words that they take; sampling options applied to a bundle's defaults."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from omniport.runtime.backends import BACKENDS
 
 if TYPE_CHECKING:
     from omniport.runtime.bundle.manifest import Manifest, SamplingConfig
+
+
+def one_of(words: Iterable[str], **options: Any) -> Any:
+    """An option that takes one of these words."""
+    known = tuple(words)
+
+    def parse(word: str) -> str:
+        if word not in known:
+            raise typer.BadParameter(f"{word!r} is not one of {', '.join(map(repr, known))}.")
+        return word
+
+    return typer.Option(parser=parse, metavar="|".join(known), **options)
+
+
+BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")]
+BackendOption = Annotated[str, one_of(BACKENDS, help="What runs the graphs.")]
+SystemOption = Annotated[
+    str | None, typer.Option(help="System message; without it the one that the talker was trained with is used.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")]
+GreedyFlag = Annotated[bool, typer.Option("--greedy", help="Pick the likeliest token, in speech too.")]
 
 
 def sampling(

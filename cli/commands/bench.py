@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..common import QuietFlag, print_table, progress_bar, require_extra, size_text
-from ..options import BundleArgument, words
+from ..options import BundleArgument, one_of
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 NAME = "bench"
 EXAMPLE = "omniport bench bundle --against Qwen/Qwen2.5-Omni-3B --json bench.json"
-
-
-#: what time is measured (omniport.runtime.bench.timing.CLOCKS)
-ClockName = words("ClockName", ("wall", "cpu"))
 
 
 def command(
@@ -42,8 +38,8 @@ def command(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each figure: ours and the reference in turns.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator; the physical cores.")] = None,
     clock: Annotated[
-        ClockName, typer.Option(help="wall, or cpu: processor time, for busy machines, with --threads 1.")
-    ] = ClockName.wall,
+        str, one_of(("wall", "cpu"), help="wall, or cpu: processor time, for busy machines, with --threads 1.")
+    ] = "wall",
     json: Annotated[
         Path | None,
         typer.Option(
@@ -75,7 +71,7 @@ def command(
             rival=(lambda opened: _rival(opened, against, threads)) if against else None,
             rounds=rounds,
             threads=threads,
-            clock=clock.value,
+            clock=clock,
             progress=progress,
         )
     whole = report if before is None else merged(before, report)

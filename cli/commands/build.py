@@ -9,7 +9,7 @@ import typer
 from omniport.export.choices import BUILDERS, PRECISIONS
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
-from ..options import words
+from ..options import one_of
 from .export import graph_list
 
 if TYPE_CHECKING:
@@ -20,23 +20,21 @@ NAME = "build"
 EXAMPLE = "omniport build bundle --target rtx-4090"
 
 
-Builder = words("Builder", BUILDERS)
-#: what a bundle can be of
-BundlePrecision = words("BundlePrecision", (*PRECISIONS, "int8", "w8", "int4", "fp8"))
-
-
 def command(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder; engines are put into its folder engines.")],
     target: Annotated[
         str, typer.Option(metavar="NAME", help="Machine to build for: see omniport targets; this is the GPU in here.")
     ],
     precision: Annotated[
-        BundlePrecision | None,
-        typer.Option(help="What the bundle is of. It decides: another one is refused, with the way to make it."),
+        str | None,
+        one_of(
+            (*PRECISIONS, "int8", "w8", "int4", "fp8"),
+            help="What the bundle is of. It decides: another one is refused, with the way to make it.",
+        ),
     ] = None,
     builder: Annotated[
-        Builder, typer.Option(help="auto takes TensorRT-RTX for the GPUs it knows, and TensorRT for the others.")
-    ] = Builder.auto,
+        str, one_of(BUILDERS, help="auto takes TensorRT-RTX for the GPUs it knows, and TensorRT for the others.")
+    ] = "auto",
     graphs: Annotated[
         str, typer.Option(metavar="A,B", help="Build these graphs only, for example thinker,talker.")
     ] = "",
@@ -75,12 +73,12 @@ def command(
     from omniport.export import EngineLimits, build_engines, check_engines
 
     limits = EngineLimits(max_context, max_pixels, max_codes, _pixels(image_classes))
-    options: dict[str, Any] = {"graphs": wanted, "limits": limits, "precision": precision and precision.value}
+    options: dict[str, Any] = {"graphs": wanted, "limits": limits, "precision": precision}
     with progress_bar(quiet or json) as progress:
         if check:
             found = check_engines(bundle, target, progress=progress, **options)
         else:
-            made = build_engines(bundle, target, builder=builder.value, force=force, progress=progress, **options)
+            made = build_engines(bundle, target, builder=builder, force=force, progress=progress, **options)
     if check:
         _show_check(found, json, quiet)
     elif json:

@@ -9,7 +9,7 @@ import typer
 from omniport.export.choices import KV_FORMS, OPS, PRECISIONS, ZERO_POINTS
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
-from ..options import words
+from ..options import one_of
 
 if TYPE_CHECKING:
     from omniport.export.exporter import ExportReport
@@ -21,31 +21,25 @@ EXAMPLE = "omniport export Qwen/Qwen2.5-Omni-3B bundle --precision fp16"
 EXPORT_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "ml_dtypes", "onnxruntime")
 
 
-Precision = words("Precision", PRECISIONS)
-Ops = words("Ops", OPS)
-ZeroPoints = words("ZeroPoints", ZERO_POINTS)
-Kv = words("Kv", KV_FORMS)
-
-
 def command(
     checkpoint: Annotated[
         str, typer.Argument(help="Folder, Hugging Face id, or modelscope:ID of a Qwen2.5-Omni checkpoint.")
     ],
     out: Annotated[Path, typer.Argument(help="Bundle folder to write; a rerun skips graphs that did not change.")],
     precision: Annotated[
-        Precision, typer.Option(help="Weights and matrix products; norms and the ODE state stay in FP32.")
-    ] = Precision.fp32,
+        str, one_of(PRECISIONS, help="Weights and matrix products; norms and the ODE state stay in FP32.")
+    ] = "fp32",
     graphs: Annotated[
         str, typer.Option(metavar="A,B", help="Export these graphs only, for example thinker,talker.")
     ] = "",
     max_context: Annotated[int, typer.Option(min=64, help="KV cache capacity in tokens.")] = 8192,
     ops: Annotated[
-        Ops,
-        typer.Option(help="decomposed: opset 18, for TensorRT before 10.15 (JetPack 6); goes with --kv concat."),
-    ] = Ops.native,
+        str,
+        one_of(OPS, help="decomposed: opset 18, for TensorRT before 10.15 (JetPack 6); goes with --kv concat."),
+    ] = "native",
     kv: Annotated[
-        Kv, typer.Option(help="static: updated in place; concat: each step returns a longer cache.")
-    ] = Kv.static,
+        str, one_of(KV_FORMS, help="static: updated in place; concat: each step returns a longer cache.")
+    ] = "static",
     keep_fp32: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX", help="Layers that stay FP32, as in thinker/.*down_proj; may be repeated."),
@@ -55,9 +49,9 @@ def command(
         typer.Option(metavar="FILE", help="Ranges from omniport ranges: FP16 graphs keep in FP32 what overflows."),
     ] = None,
     zero_points: Annotated[
-        ZeroPoints,
-        typer.Option(help="Zero points of GPTQ/AWQ weights: keep, or separate into a second MatMul (TensorRT)."),
-    ] = ZeroPoints.keep,
+        str,
+        one_of(ZERO_POINTS, help="Zero points of GPTQ/AWQ weights: keep, or separate into a second MatMul (TensorRT)."),
+    ] = "keep",
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -74,14 +68,14 @@ def command(
         report = export_checkpoint(
             checkpoint,
             out,
-            precision=precision.value,
+            precision=precision,
             graphs=wanted,
             max_context=max_context,
-            ops=ops.value,
-            kv=kv.value,
+            ops=ops,
+            kv=kv,
             keep_fp32=tuple(keep_fp32 or ()),
             ranges=ranges,
-            zero_points=zero_points.value,
+            zero_points=zero_points,
             progress=progress,
         )
     if json:

@@ -9,24 +9,22 @@ import typer
 from omniport.export.synthetic.geometries import SIZES
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, progress_bar, require_extra, size_text
-from ..options import words
+from ..options import one_of
 
 NAME = "make-checkpoint"
 EXAMPLE = "omniport make-checkpoint tiny-omni --size tiny --seed 0"
 
 
-Size = words("Size", SIZES)
-
-
 def command(
     out: Annotated[Path, typer.Argument(help="Folder to make; it must not exist or be empty.")],
     size: Annotated[
-        Size,
-        typer.Option(
+        str,
+        one_of(
+            SIZES,
             help="tiny: under 10 M parameters. small: the 3B's layer widths, 4 layers a stack, about 1.4 B. "
-            "3b, 7b: the geometry of the published models, 11 and 22 GB."
+            "3b, 7b: the geometry of the published models, 11 and 22 GB.",
         ),
-    ] = Size.tiny,
+    ] = "tiny",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,
     outliers: Annotated[
         bool, typer.Option("--outliers", help="Plant large activation channels and K biases, as real checkpoints have.")
@@ -47,14 +45,14 @@ def command(
         def advance(_: str, done: int, total: int) -> None:  # the library names every tensor
             progress("writing weights", done, total)
 
-        path = make_checkpoint(out, size.value, seed=seed, outliers=outliers, progress=advance)
+        path = make_checkpoint(out, size, seed=seed, outliers=outliers, progress=advance)
     files = [file for file in path.rglob("*") if file.is_file()]
     total = sum(file.stat().st_size for file in files)
     if json:
         print_json(
             {
                 "path": str(path),
-                "size": size.value,
+                "size": size,
                 "seed": seed,
                 "outliers": outliers,
                 "files": len(files),

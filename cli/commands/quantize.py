@@ -17,7 +17,7 @@ from ..common import (
     require_extra,
     size_text,
 )
-from ..options import words
+from ..options import one_of
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -33,18 +33,15 @@ EXAMPLE = "omniport quantize bundle bundle-int8 --recipe int8 --calib model.cali
 QUANTIZE_MODULES = ("onnx", "onnx_ir", "ml_dtypes", "safetensors")
 
 
-#: names in omniport.calib.weights.recipe.RECIPES
-RecipeName = words("RecipeName", ("int8", "w8", "int4", "fp8", "edge-8gb", "edge-16gb", "int8-plain"))
-
-
 def command(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export; it is only read.")],
     out: Annotated[Path, typer.Argument(help="Bundle folder to write.")],
     recipe: Annotated[
-        RecipeName,
-        typer.Option(
+        str,
+        one_of(
+            ("int8", "w8", "int4", "fp8", "edge-8gb", "edge-16gb", "int8-plain"),
             help="int8: INT8 times INT8. w8: INT8 weights. int4: INT4 weights of thinker and talker. fp8: for SM89 and "
-            "later. edge-8gb, edge-16gb: for boards of that memory. See docs/quantize.md."
+            "later. edge-8gb, edge-16gb: for boards of that memory. See docs/quantize.md.",
         ),
     ],
     calib: Annotated[
@@ -101,7 +98,7 @@ def command(
                 quantize(
                     bundle,
                     out,
-                    recipe.value,
+                    recipe,
                     keep=keep or (),
                     graph_recipes=chosen,
                     calibration=calibration,
@@ -115,7 +112,7 @@ def command(
             found = quantize_to_goal(
                 bundle,
                 out,
-                recipe.value,
+                recipe,
                 goal,
                 keep=keep or (),
                 graph_recipes=chosen,

@@ -8,15 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from ..common import JsonFlag, QuietFlag
-from ..options import BackendName, BackendOption, BundleArgument, GreedyFlag, SeedOption, SystemOption, words
+from ..options import BackendOption, BundleArgument, GreedyFlag, SeedOption, SystemOption, one_of
 from ..show_reply import Replier, chat, user_message
 
 NAME = "run"
 EXAMPLE = "omniport run bundle --audio question.wav --image picture.png --speak reply.wav"
-
-
-#: of speech (omniport.runtime.speech.ode)
-SolverName = words("SolverName", ("rk4", "midpoint", "euler"))
 
 
 def command(
@@ -30,13 +26,17 @@ def command(
     voice: Annotated[str | None, typer.Option(help="Voice of the spoken reply (see omniport voices).")] = None,
     speak: Annotated[Path | None, typer.Option(metavar="OUT.wav", help="Speak the reply into this WAV file.")] = None,
     solver: Annotated[
-        SolverName, typer.Option(help="Solver of speech: rk4 as the reference, the others faster and less exact.")
-    ] = SolverName.rk4,
+        str,
+        one_of(
+            ("rk4", "midpoint", "euler"),
+            help="Solver of speech: rk4 as the reference, the others faster and less exact.",
+        ),
+    ] = "rk4",
     seed: SeedOption = 0,
     greedy: GreedyFlag = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens at most.")] = None,
     max_speech: Annotated[float | None, typer.Option(min=0.1, help="Seconds of speech at most.")] = None,
-    backend: BackendOption = BackendName.auto,
+    backend: BackendOption = "auto",
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -58,11 +58,11 @@ def command(
     from omniport.runtime import OmniSession
 
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
-    with OmniSession.open(bundle, backend=backend.value) as session:
+    with OmniSession.open(bundle, backend=backend) as session:
         if speak is not None:
             session.bundle.find_voice(voice)  # refused once and at the start, not at every turn of a conversation
         replier = Replier(
-            session, voice, seed, greedy, max_new_tokens, max_speech, solver=solver.value, json=json, quiet=quiet
+            session, voice, seed, greedy, max_new_tokens, max_speech, solver=solver, json=json, quiet=quiet
         )
         if message["content"]:
             replier.reply([*messages, message], speak)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common import JsonFlag, QuietFlag
-from ..options import BackendName, BackendOption, BundleArgument, GreedyFlag, SeedOption, SystemOption, sampling
+from ..options import BackendOption, BundleArgument, GreedyFlag, SeedOption, SystemOption, sampling
 
 if TYPE_CHECKING:
     from omniport.runtime import OmniSession
@@ -60,7 +60,7 @@ def command(
     greedy: GreedyFlag = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens of a reply at most.")] = None,
     max_speech: Annotated[float | None, typer.Option(min=0.1, help="Seconds of speech of a reply at most.")] = None,
-    backend: BackendOption = BackendName.auto,
+    backend: BackendOption = "auto",
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -85,7 +85,7 @@ def command(
     limits = SpeechLimits(threshold=threshold, silence_ms=silence_ms)
     with ExitStack() as stack:
         microphone = open_microphone(stack, input_wav, input_device)
-        session = stack.enter_context(OmniSession.open(bundle, backend=backend.value))
+        session = stack.enter_context(OmniSession.open(bundle, backend=backend))
         session.reset(system)
         speaker = None if text_only else open_speaker(stack, session, output_wav, output_device)
         view = open_view(json, quiet)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from omniport.export.choices import SUITES
+from omniport.runtime.backends import BACKENDS
 from omniport.runtime.bundle.parts import decoders
 
 from ..common import QuietFlag, log_console, print_table, progress_bar, require_extra, size_text
-from ..options import BackendName, BundleArgument, words
+from ..options import BundleArgument, one_of
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -21,20 +22,15 @@ NAME = "validate"
 EXAMPLE = "omniport validate bundle Qwen/Qwen2.5-Omni-3B --html report.html"
 
 
-Suite = words("Suite", SUITES)
-#: graphs whose layers can be compared one by one
-Traced = words("Traced", [part.name for part in decoders()])
-
-
 def command(
     bundle: BundleArgument,
     checkpoint: Annotated[
         str, typer.Argument(help="The checkpoint it was exported from: folder, Hugging Face id, or modelscope:ID.")
     ],
     backend: Annotated[
-        BackendName, typer.Option(help="What runs the graphs; one that cannot run here is reported as not run.")
-    ] = BackendName("ort-cpu"),
-    suite: Annotated[Suite, typer.Option(help="quick: some cases of everything. full: all of them.")] = Suite.quick,
+        str, one_of(BACKENDS, help="What runs the graphs; one that cannot run here is reported as not run.")
+    ] = "ort-cpu",
+    suite: Annotated[str, one_of(SUITES, help="quick: some cases of everything. full: all of them.")] = "quick",
     graphs: Annotated[
         str,
         typer.Option(
@@ -46,7 +42,8 @@ def command(
         typer.Option(metavar="JSONL", help='Own conversations to reply to: one object with "messages" a line.'),
     ] = None,
     trace: Annotated[
-        Traced | None, typer.Option(help="Compare this decoder's hidden states layer by layer as well.")
+        str | None,
+        one_of([part.name for part in decoders()], help="Compare this decoder's hidden states layer by layer as well."),
     ] = None,
     asr: Annotated[
         str, typer.Option(metavar="CMD", help="Speech recogniser: prints the words in the WAV file it is given last.")
@@ -73,11 +70,11 @@ def command(
         report, artifacts = validate(
             bundle,
             checkpoint,
-            backend=backend.value,
-            suite=suite.value,
+            backend=backend,
+            suite=suite,
             graphs=names,
             data=data,
-            trace=None if trace is None else trace.value,
+            trace=trace,
             asr=asr or None,
             progress=progress,
         )

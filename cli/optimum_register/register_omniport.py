@@ -8,6 +8,7 @@ imports stay out of this file: optimum loads it for every ``optimum-cli`` call.
 from __future__ import annotations
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo  # type: ignore[import-untyped]
 from optimum.commands.export.base import ExportCommand  # type: ignore[import-untyped]
@@ -23,38 +24,44 @@ class OmniportExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Add the options to optimum's parser."""
+        """Add the options of ``omniport export`` to optimum's parser."""
         parser.description = HELP
         parser.epilog = EPILOG
         parser.formatter_class = RawDescriptionHelpFormatter
-        parser.add_argument("checkpoint", help="folder, Hugging Face id, or modelscope:ID of a checkpoint")
-        parser.add_argument("out", help="bundle folder to write")
-        parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="weights' dtype")
-        parser.add_argument("--graphs", default="", metavar="A,B", help="export these graphs only")
-        parser.add_argument("--max-context", type=int, default=8192, metavar="N", help="KV cache capacity in tokens")
-        parser.add_argument("--ops", choices=("native", "decomposed"), default="native", help="operators of the graphs")
-        parser.add_argument("--kv", choices=("static", "concat"), default="static", help="form of the KV cache")
-        parser.add_argument("--keep-fp32", action="append", default=[], metavar="REGEX", help="layers that stay FP32")
-        parser.add_argument("--ranges", metavar="FILE", help="ranges.json: FP16 graphs keep in FP32 what overflows")
-        parser.add_argument(
-            "--zero-points", choices=("keep", "separate"), default="keep", help="where those of GPTQ and AWQ weights go"
-        )
-        parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of text")
-        parser.add_argument("--quiet", action="store_true", help="print no progress on stderr")
+        for option in _export_options():
+            plain = {"help": (option.help or "").replace("%", "%%")}
+            if option.param_type_name == "argument":
+                parser.add_argument(option.name, **plain)
+            elif option.is_flag:
+                parser.add_argument(*option.opts, dest=option.name, action="store_true", **plain)
+            else:
+                how = "append" if option.multiple else "store"
+                parser.add_argument(*option.opts, dest=option.name, action=how, metavar=option.metavar, **plain)
 
     def run(self) -> None:
         """Run ``omniport export``; exits with its exit code."""
         from omniport.cli.main import run
 
-        args = self.args
-        command = ["export", "--precision", args.precision, "--max-context", str(args.max_context)]
-        command += ["--ops", args.ops, "--kv", args.kv]
-        command += ["--graphs", args.graphs] if args.graphs else []
-        command += [f"--keep-fp32={pattern}" for pattern in args.keep_fp32]
-        command += ["--ranges", args.ranges] if args.ranges else []
-        command += ["--zero-points", args.zero_points]
-        command += [flag for flag, wanted in (("--json", args.json), ("--quiet", args.quiet)) if wanted]
-        run([*command, "--", args.checkpoint, args.out])
+        command, places = ["export"], []
+        for option in _export_options():
+            value = getattr(self.args, option.name)
+            if option.param_type_name == "argument":
+                places.append(value)
+            elif option.is_flag:
+                command += option.opts[:1] if value else []
+            else:
+                values = value if isinstance(value, list) else [value]
+                command += [f"{option.opts[0]}={given}" for given in values if given is not None]
+        run([*command, "--", *places])
+
+
+def _export_options() -> list[Any]:
+    """Arguments and options of ``omniport export``, as typer has made them; without ``--help``."""
+    from omniport.cli.main import app
+    from typer.main import get_command
+
+    commands: Any = get_command(app)
+    return [option for option in commands.commands["export"].params if option.name != "help"]
 
 
 REGISTER_COMMANDS = [(OmniportExportCommand, ExportCommand)]

@@ -32,7 +32,6 @@ from .writer import Pieces
 Array = NDArray[Any]
 #: DequantizeLinear has block_size and INT4 from here on
 OPSET = 21
-#: where zero points go: DequantizeLinear's third input, or a separate product
 #: bits -> type of integers in a graph, and how an int8 array of them is stored
 _INTEGERS: Mapping[int, tuple[ir.DataType, Callable[[Array], Array]]] = {
     4: (ir.DataType.INT4, pack_int4),

@@ -82,7 +82,7 @@ def test_the_readme_is_short_and_has_the_two_commands() -> None:
     assert {"export", "run"} <= set(commands)
 
 
-CALIB_SAMPLE = '{"messages": [{"role": "user", "content": "Tell me of the sea."}], "reply": "It is wide."}\n'
+QUESTION = '"messages": [{"role": "user", "content": "Tell me of the sea."}]'
 PYTHON = [(page, number) for page in ("docs/python.md",) for number in range(len(blocks(page, "python")))]
 
 
@@ -101,7 +101,8 @@ def test_python_blocks_run(
     """Each block runs as it stands, in a folder that has the files it names."""
     (tmp_path / "bundle").symlink_to(tiny_bundle)
     (tmp_path / "checkpoint").symlink_to(tiny_checkpoint)
-    (tmp_path / "calib.jsonl").write_text(CALIB_SAMPLE, encoding="utf-8")
+    (tmp_path / "asked.jsonl").write_text(f"{{{QUESTION}}}\n", encoding="utf-8")
+    (tmp_path / "calib.jsonl").write_text(f'{{{QUESTION}, "reply": "It is wide."}}\n', encoding="utf-8")
     (tmp_path / "question.wav").symlink_to(sample_media["audio"])
     (tmp_path / "picture.png").symlink_to(sample_media["image"])
     monkeypatch.chdir(tmp_path)

@@ -94,9 +94,10 @@ def test_the_whole_way(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert checked.report.ok
     assert {check.stage for check in checked.report.checks} >= {"preprocess", "thinker", "bigvgan"}
 
-    data = tmp_path / "calib.jsonl"
-    sample = {"messages": [{"role": "user", "content": "Tell me of the sea."}], "reply": "It is wide."}
-    data.write_text(json.dumps(sample) + "\n", encoding="utf-8")
+    data, asked = tmp_path / "calib.jsonl", tmp_path / "asked.jsonl"
+    question = {"messages": [{"role": "user", "content": "Tell me of the sea."}]}
+    data.write_text(json.dumps({**question, "reply": "It is wide."}) + "\n", encoding="utf-8")
+    asked.write_text(json.dumps(question) + "\n", encoding="utf-8")
     found = calibrate(tiny_checkpoint, data, file, max_codes=10)
     assert set(found.missing) == {"audio_encoder", "vision_encoder"}
 
@@ -106,7 +107,7 @@ def test_the_whole_way(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="quantized already"):
         quantize(smaller, tmp_path / "twice", "w8")
 
-    compared = compare(bundle, [smaller], data=data)
+    compared = compare(bundle, [smaller], data=asked)
     assert [row.recipe for row in compared.report.bundles] == ["fp32", "int8"]
     assert compared.report.bundles[1].graphs[0].bytes < compared.report.bundles[0].graphs[0].bytes
 
