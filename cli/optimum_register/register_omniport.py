@@ -29,14 +29,11 @@ class OmniportExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         parser.epilog = EPILOG
         parser.formatter_class = RawDescriptionHelpFormatter
         for option in _export_options():
-            plain = {"help": (option.help or "").replace("%", "%%")}
-            if option.param_type_name == "argument":
-                parser.add_argument(option.name, **plain)
-            elif option.is_flag:
-                parser.add_argument(*option.opts, dest=option.name, action="store_true", **plain)
-            else:
-                how = "append" if option.multiple else "store"
-                parser.add_argument(*option.opts, dest=option.name, action=how, metavar=option.metavar, **plain)
+            more: dict[str, Any] = {"help": (option.help or "").replace("%", "%%")}
+            if option.param_type_name == "option":
+                more |= {"dest": option.name, "action": "append" if option.multiple else "store"}
+                more |= {"action": "store_true"} if option.is_flag else {"metavar": option.metavar}
+            parser.add_argument(*option.opts, **more)
 
     def run(self) -> None:
         """Run ``omniport export``; exits with its exit code."""
