@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from omniport.runtime.speech.ode_methods import METHODS
 
 from ..common import JsonFlag, QuietFlag
 from ..options import BackendOption, BundleArgument, GreedyFlag, SeedOption, SystemOption, one_of
@@ -26,11 +27,7 @@ def command(
     voice: Annotated[str | None, typer.Option(help="Voice of the spoken reply (see omniport voices).")] = None,
     speak: Annotated[Path | None, typer.Option(metavar="OUT.wav", help="Speak the reply into this WAV file.")] = None,
     solver: Annotated[
-        str,
-        one_of(
-            ("rk4", "midpoint", "euler"),
-            help="Solver of speech: rk4 as the reference, the others faster and less exact.",
-        ),
+        str, one_of(METHODS, help="Solver of speech: rk4 as the reference, the others faster and less exact.")
     ] = "rk4",
     seed: SeedOption = 0,
     greedy: GreedyFlag = False,
