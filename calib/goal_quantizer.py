@@ -39,6 +39,21 @@ class GoalReport(msgspec.Struct, frozen=True, kw_only=True):
     keep: tuple[str, ...]
     written: QuantizeReport
 
+    def as_json(self) -> dict[str, Any]:
+        """As JSON values: each part's damage alone, the measured curve, what was kept and reached."""
+        return {
+            "target": self.goal,
+            "decoders": {
+                name: {
+                    "damages": [{"part": d.part, **msgspec.to_builtins(d.loss)} for d in found.damages],
+                    "curve": [{"kept": p.kept, **msgspec.to_builtins(p.loss)} for p in found.curve],
+                    "kept": list(found.kept),
+                    "reached": msgspec.to_builtins(self.reached[name]),
+                }
+                for name, found in self.searches.items()
+            },
+        }
+
 
 def quantize_to_goal(
     bundle: str | os.PathLike[str],
@@ -153,19 +168,3 @@ def _measure(root: Path, name: str, calls: Calls) -> Loss:
         return loss_of(name, replay(backend.graph(name), name, calls).outputs, calls.wanted)
     finally:
         backend.close()
-
-
-def curve_json(report: GoalReport) -> dict[str, Any]:
-    """The trade-off as plain JSON values: each part's damage alone, the measured curve, what was kept and reached."""
-    return {
-        "target": report.goal,
-        "decoders": {
-            name: {
-                "damages": [{"part": d.part, **msgspec.to_builtins(d.loss)} for d in found.damages],
-                "curve": [{"kept": p.kept, **msgspec.to_builtins(p.loss)} for p in found.curve],
-                "kept": list(found.kept),
-                "reached": msgspec.to_builtins(report.reached[name]),
-            }
-            for name, found in report.searches.items()
-        },
-    }

@@ -45,7 +45,7 @@ class GraphResult:
 
     name: str
     precision: str
-    schemes: Mapping[str, int]
+    weights: Mapping[str, int]
     bytes_before: int
     bytes_after: int
     seconds: float
@@ -57,8 +57,8 @@ class QuantizeReport:
 
     path: Path
     recipe: str
-    graphs: tuple[GraphResult, ...]
     seconds: float
+    graphs: tuple[GraphResult, ...]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def quantize(
     check_space(plan.out, plan.disk_bytes)
     with staging(plan.out) as folder:
         graphs = write_bundle(plan, folder, progress)
-    return QuantizeReport(plan.out, plan.recipe, graphs, time.perf_counter() - started)
+    return QuantizeReport(plan.out, plan.recipe, round(time.perf_counter() - started, 3), graphs)
 
 
 def plan_quantization(
@@ -202,10 +202,10 @@ def write_bundle(plan: QuantizationPlan, folder: Path, progress: Progress | None
             GraphResult(
                 name=name,
                 precision=specs[name].precision,
-                schemes=Counter(choice.scheme.name for choice in plan.choices[name]),
+                weights=Counter(choice.scheme.name for choice in plan.choices[name]),
                 bytes_before=_bytes(manifest.files, spec),
                 bytes_after=_bytes(files, specs[name]),
-                seconds=time.perf_counter() - started,
+                seconds=round(time.perf_counter() - started, 3),
             )
         )
     made = msgspec.structs.replace(

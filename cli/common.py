@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,9 +32,16 @@ def log_console(quiet: bool = False) -> Console:
     return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
 
+def as_json(value: Any) -> Any:
+    """Records and paths as plain JSON values."""
+    import msgspec
+
+    return msgspec.to_builtins(value, enc_hook=os.fspath)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on one line of stdout, flushed so that a reader at a pipe sees it at once."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(as_json(value), ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 PRECISIONS = ("fp32", "fp16", "bf16")
 #: operators of the graphs: those of the newest opset, or for parsers that are older
 OPS = ("native", "decomposed")
-#: form of the KV cache: updated in place, or a longer one from each step
-KV_FORMS = ("static", "concat")
 #: where zero points of GPTQ and AWQ weights go: with the weights, or into a product of their own for TensorRT
 ZERO_POINTS = ("keep", "separate")
 #: how much is validated

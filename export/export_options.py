@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from omniport.runtime.bundle.manifest import KV_FORMS
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import ExportError
 
-from .choices import KV_FORMS, OPS, PRECISIONS, ZERO_POINTS
+from .choices import OPS, PRECISIONS, ZERO_POINTS
 from .models.part import GraphDefinition
 
 

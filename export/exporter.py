@@ -39,7 +39,7 @@ class GraphReport:
     Attributes:
         skipped: it was taken over unchanged from the bundle that was there.
         overflowing: nodes that stay float32 because their measured range is too large for float16.
-        schemes: how the linear layers of a packed checkpoint are stored -> how many; empty where it packs none.
+        weights: how the linear layers of a packed checkpoint are stored -> how many; empty where it packs none.
     """
 
     name: str
@@ -48,7 +48,7 @@ class GraphReport:
     seconds: float
     skipped: bool
     overflowing: tuple[str, ...] = ()
-    schemes: Mapping[str, int] = field(default_factory=dict)
+    weights: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class ExportReport:
     """What an export wrote."""
 
     path: Path
-    graphs: tuple[GraphReport, ...]
     seconds: float
+    graphs: tuple[GraphReport, ...]
 
 
 def export_checkpoint(
@@ -108,7 +108,7 @@ def export_checkpoint(
     check_space(plan.out, int(plan.weight_bytes * 1.02))
     with staging(plan.out) as folder:
         rows = write_bundle(plan, folder, progress)
-    return ExportReport(plan.out, rows, time.perf_counter() - started)
+    return ExportReport(plan.out, round(time.perf_counter() - started, 3), rows)
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,10 @@ def _make(plan: ExportPlan, graph: NewGraph, folder: Path, told: StageProgress) 
         name=definition.name,
         nodes=len(model.graph),
         weight_bytes=sum(record.size for record in written.values()),
-        seconds=time.perf_counter() - started,
+        seconds=round(time.perf_counter() - started, 3),
         skipped=False,
         overflowing=mixed.overflowing,
-        schemes=Counter(schemes.values()),
+        weights=Counter(schemes.values()),
     )
     return _Written(spec, files, schemes, report)
 

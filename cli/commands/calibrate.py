@@ -11,7 +11,7 @@ from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, 
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
-    from omniport.calib.calibrator import CalibrateReport
+    from omniport.calib import CalibrateReport
 
 NAME = "calibrate"
 EXAMPLE = "omniport calibrate Qwen/Qwen2.5-Omni-3B --data calib.jsonl 3b.calib"
@@ -57,7 +57,7 @@ def command(
             "CHECKPOINT, OUT.calib and --data FILE are needed; omniport calibrate --sample-data DIR writes a small set"
         )
     require_extra("calib", *EXPORT_MODULES, *CALIB_MODULES)
-    from omniport.calib.calibrator import calibrate
+    from omniport.calib import calibrate
 
     with progress_bar(quiet or json) as progress:
         report = calibrate(

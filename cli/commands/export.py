@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from omniport.export.choices import KV_FORMS, OPS, PRECISIONS, ZERO_POINTS
+from omniport.export.choices import OPS, PRECISIONS, ZERO_POINTS
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
 from ..options import one_of
-
-if TYPE_CHECKING:
-    from omniport.export.exporter import ExportReport
 
 NAME = "export"
 EXAMPLE = "omniport export Qwen/Qwen2.5-Omni-3B bundle --precision fp16"
@@ -38,7 +35,7 @@ def command(
         one_of(OPS, help="decomposed: opset 18, for TensorRT before 10.15 (JetPack 6); goes with --kv concat."),
     ] = "native",
     kv: Annotated[
-        str, one_of(KV_FORMS, help="static: updated in place; concat: each step returns a longer cache.")
+        str, one_of(("static", "concat"), help="static: updated in place; concat: each step returns a longer cache.")
     ] = "static",
     keep_fp32: Annotated[
         list[str] | None,
@@ -62,7 +59,7 @@ def command(
     """
     wanted = graph_list(graphs)
     require_extra("export", *EXPORT_MODULES)
-    from omniport.export.exporter import export_checkpoint
+    from omniport.export import export_checkpoint
 
     with progress_bar(quiet or json) as progress:
         report = export_checkpoint(
@@ -79,7 +76,7 @@ def command(
             progress=progress,
         )
     if json:
-        print_json(report_dict(report))
+        print_json(report)
         return
     rows = (
         (row.name, "-", size_text(row.weight_bytes), "unchanged")
@@ -95,8 +92,8 @@ def command(
                 f"{', '.join(row.overflowing[:3])}{' ...' if len(row.overflowing) > 3 else ''}",
                 markup=False,
             )
-        if row.schemes:
-            counts = ", ".join(f"{count} {name}" for name, count in sorted(row.schemes.items()))
+        if row.weights:
+            counts = ", ".join(f"{count} {name}" for name, count in sorted(row.weights.items()))
             log_console(quiet).print(f"{row.name}: linear layers as the checkpoint packs them: {counts}", markup=False)
     log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav")
 
@@ -115,23 +112,3 @@ def graph_list(text: str) -> tuple[str, ...] | None:
     if unknown:
         raise UsageError(f"--graphs: no graph named {', '.join(unknown)}; known: {', '.join(PARTS)}")
     return names or None
-
-
-def report_dict(report: ExportReport) -> dict[str, Any]:
-    """The report as plain JSON values."""
-    return {
-        "path": str(report.path),
-        "seconds": round(report.seconds, 3),
-        "graphs": [
-            {
-                "name": graph.name,
-                "nodes": graph.nodes,
-                "weight_bytes": graph.weight_bytes,
-                "seconds": round(graph.seconds, 3),
-                "skipped": graph.skipped,
-                "overflowing": list(graph.overflowing),
-                "weights": dict(graph.schemes),
-            }
-            for graph in report.graphs
-        ],
-    }

@@ -66,8 +66,6 @@ def command(
 
 def summary(manifest: Manifest, verified: bool) -> dict[str, Any]:
     """What ``--json`` prints: sizes and KV memory worked out, and the whole manifest as ``manifest``."""
-    import msgspec
-
     decoders = {"thinker": manifest.thinker, "talker": manifest.talker}
     return {
         "source": manifest.source.name,
@@ -79,16 +77,14 @@ def summary(manifest: Manifest, verified: bool) -> dict[str, Any]:
             name: kv_bytes_per_1k(geometry, manifest.kv.dtype) for name, geometry in decoders.items() if geometry
         },
         "voices": [voice.name for voice in manifest.voices],
-        "manifest": msgspec.to_builtins(manifest),
+        "manifest": manifest,
     }
 
 
 def engine_facts(built: Engines) -> dict[str, Any]:
     """What ``--json`` prints about engines: each usable one's record by its path, and why others are not usable."""
-    import msgspec
-
     return {
-        "engines": {engine.name: msgspec.to_builtins(engine.record) for engine in built.usable},
+        "engines": {engine.name: engine.record for engine in built.usable},
         "unusable_engines": built.unusable,
     }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..common import JsonFlag, print_json, print_table, require_extra, size_text
+from ..common import JsonFlag, as_json, print_json, print_table, require_extra, size_text
 
 if TYPE_CHECKING:
     from omniport.export import RecipePlan, TargetPlan
@@ -85,14 +85,7 @@ def _recipe_dict(row: RecipePlan) -> dict[str, Any]:
         "builds": row.builds,
         "build_bytes": row.build_bytes,
         "real_time": speed.real_time,
-        "memory": {
-            "total": memory.total,
-            "weights": dict(memory.weights),
-            "caches": memory.caches,
-            "activations": memory.activations,
-            "runtime": memory.runtime,
-            "mapped": memory.mapped,
-        },
+        "memory": {"total": memory.total, **as_json(memory)},
         "prefill_tokens_per_second": speed.prefill,
         "decode_tokens_per_second": speed.decode,
         "codes_per_second": speed.codes,

@@ -11,7 +11,7 @@ from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, 
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
-    from omniport.calib.report.compare import BundleLoss, LossReport
+    from omniport.calib import BundleLoss, LossReport
 
 NAME = "quant-report"
 EXAMPLE = "omniport quant-report bundle bundle-w8 bundle-int4 --html report.html"
@@ -36,8 +36,7 @@ def command(
     """
     require_extra("export", *EXPORT_MODULES, *(("matplotlib", "jinja2") if html is not None else ()))
     _require_folder(html)
-    from omniport.calib.calibration_file import Calibration
-    from omniport.calib.report.compare import compare
+    from omniport.calib import Calibration, compare
 
     calibration = None if calib is None else Calibration.load(calib)
     with progress_bar(quiet or json) as progress:
@@ -49,9 +48,7 @@ def command(
             progress("drawing the report", 1, 1)
             write_file(html, render(report, waves).encode())
     if json:
-        import msgspec
-
-        print_json(msgspec.to_builtins(report))
+        print_json(report)
         return
     _print(report)
     if html is not None:

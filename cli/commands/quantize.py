@@ -10,6 +10,7 @@ import typer
 from ..common import (
     JsonFlag,
     QuietFlag,
+    as_json,
     log_console,
     print_json,
     print_table,
@@ -21,10 +22,7 @@ from ..options import one_of
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
-    from omniport.calib.calibration_file import Calibration
-    from omniport.calib.goal_quantizer import GoalReport
-    from omniport.calib.quantizer import QuantizeReport
-    from omniport.calib.search import Goal
+    from omniport.calib import Goal, GoalReport, QuantizeReport
 
 NAME = "quantize"
 EXAMPLE = "omniport quantize bundle bundle-int8 --recipe int8 --calib model.calib"
@@ -88,43 +86,22 @@ def command(
     chosen = graph_choices(graph_recipe or [])
     goal = _goal(target_sqnr, max_kl, data, curve)
     require_extra("export", *QUANTIZE_MODULES)
-    calibration = _calibration(calib)
+    from omniport import calib as library
+
+    options: dict[str, Any] = {"keep": keep or (), "graph_recipes": chosen}
+    options["calibration"] = None if calib is None else library.Calibration.load(calib)
+    found: GoalReport | None = None
     with progress_bar(quiet or json) as progress:
         if goal is None:
-            from omniport.calib.quantizer import quantize
-
-            found, report = (
-                None,
-                quantize(
-                    bundle,
-                    out,
-                    recipe,
-                    keep=keep or (),
-                    graph_recipes=chosen,
-                    calibration=calibration,
-                    progress=progress,
-                ),
-            )
+            report = library.quantize(bundle, out, recipe, progress=progress, **options)
         else:
             require_extra("export", *EXPORT_MODULES)
-            from omniport.calib.goal_quantizer import quantize_to_goal
-
-            found = quantize_to_goal(
-                bundle,
-                out,
-                recipe,
-                goal,
-                keep=keep or (),
-                graph_recipes=chosen,
-                calibration=calibration,
-                data=data,
-                progress=progress,
-            )
+            found = library.quantize_to_goal(bundle, out, recipe, goal, data=data, progress=progress, **options)
             report = found.written
     if found is not None and curve is not None:
         _write_curve(curve, found)
     if json:
-        print_json(report_dict(report) | ({} if found is None else {"search": curve_dict(found)}))
+        print_json(as_json(report) | ({} if found is None else {"search": found.as_json()}))
         return
     _print(report)
     if found is not None:
@@ -132,18 +109,12 @@ def command(
     log_console(quiet).print(f"Next: omniport run {report.path} --text 'Hello' --speak reply.wav", markup=False)
 
 
-def _calibration(path: Path | None) -> Calibration | None:
-    from omniport.calib.calibration_file import Calibration
-
-    return None if path is None else Calibration.load(path)
-
-
 def _print(report: QuantizeReport) -> None:
     rows = (
         (
             row.name,
             row.precision,
-            ", ".join(f"{count} {name}" for name, count in sorted(row.schemes.items())) or "-",
+            ", ".join(f"{count} {name}" for name, count in sorted(row.weights.items())) or "-",
             size_text(row.bytes_before),
             size_text(row.bytes_after),
             f"{row.bytes_after / row.bytes_before:.2f}",
@@ -168,16 +139,9 @@ def _goal(sqnr: float | None, kl: float | None, data: Path | None, curve: Path |
         return None
     if curve is not None and not curve.absolute().parent.is_dir():
         raise UsageError(f"--curve {curve}: there is no folder {curve.parent}")
-    from omniport.calib.search import Goal
+    from omniport.calib import Goal
 
     return Goal(sqnr, kl)
-
-
-def curve_dict(found: GoalReport) -> dict[str, Any]:
-    """The trade-off as plain JSON values."""
-    from omniport.calib.goal_quantizer import curve_json
-
-    return curve_json(found)
 
 
 def _write_curve(path: Path, found: GoalReport) -> None:
@@ -185,7 +149,7 @@ def _write_curve(path: Path, found: GoalReport) -> None:
 
     from omniport.export.validation.summary import write_file
 
-    write_file(path, json.dumps(curve_dict(found), indent=1).encode() + b"\n")
+    write_file(path, json.dumps(found.as_json(), indent=1).encode() + b"\n")
 
 
 def _print_search(found: GoalReport) -> None:
@@ -217,23 +181,3 @@ def graph_choices(texts: list[str]) -> dict[str, str]:
             )
         chosen[graph] = wanted
     return chosen
-
-
-def report_dict(report: QuantizeReport) -> dict[str, Any]:
-    """The report as plain JSON values."""
-    return {
-        "path": str(report.path),
-        "recipe": report.recipe,
-        "seconds": round(report.seconds, 3),
-        "graphs": [
-            {
-                "name": row.name,
-                "precision": row.precision,
-                "weights": dict(row.schemes),
-                "bytes_before": row.bytes_before,
-                "bytes_after": row.bytes_after,
-                "seconds": round(row.seconds, 3),
-            }
-            for row in report.graphs
-        ],
-    }

@@ -16,7 +16,7 @@ from ..options import BundleArgument, one_of
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
-    from omniport.export.validation.types import ValidationReport
+    from omniport.export import ValidationReport
 
 NAME = "validate"
 EXAMPLE = "omniport validate bundle Qwen/Qwen2.5-Omni-3B --html report.html"
@@ -62,8 +62,8 @@ def command(
         require_extra("export", "matplotlib", "jinja2")  # found out now, not when everything has been computed
     for path in (json, html):
         _require_folder(path)
+    from omniport.export import validate
     from omniport.export.validation.summary import encode, write_file
-    from omniport.export.validation.validate import validate
 
     names = tuple(name.strip() for name in graphs.split(",") if name.strip()) or None
     with progress_bar(quiet) as progress:

@@ -1,0 +1,46 @@
+"""Options take the words that the library takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import typer
+from omniport.calib.weights.recipe import RECIPES
+from omniport.cli.main import app
+from omniport.export.graphs.lowering import OPSETS
+from omniport.export.models.parts import PRECISIONS
+from omniport.runtime.backends import BACKENDS
+from omniport.runtime.bench.timing import CLOCKS
+from omniport.runtime.bundle.manifest import KV_FORMS
+from omniport.runtime.speech.ode_methods import METHODS
+
+
+def option(command: str, name: str) -> Any:
+    commands: Any = typer.main.get_command(app)
+    (found,) = (option for option in commands.commands[command].params if option.name == name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "words"),
+    [
+        ("export", "precision", PRECISIONS),
+        ("export", "ops", OPSETS),
+        ("export", "kv", KV_FORMS),
+        ("quantize", "recipe", RECIPES),
+        ("bench", "clock", CLOCKS),
+        ("run", "backend", BACKENDS),
+        ("run", "solver", METHODS),
+    ],
+)
+def test_words_of_an_option(command: str, name: str, words: Iterable[str]) -> None:
+    assert set(option(command, name).metavar.split("|")) == set(words)
+
+
+def test_another_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        app(["export", "checkpoint", "out", "--precision", "fp8"])
+    assert stopped.value.code == 2
+    assert "'fp8' is not one of 'fp32', 'fp16', 'bf16'." in " ".join(capsys.readouterr().err.split())
