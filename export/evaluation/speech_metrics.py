@@ -6,7 +6,7 @@ model's own mel, so that a fault in either side's mel cannot hide.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ _MEL_FLOOR = 1e-10
 _CEPSTRA = 13
 _CLIPPED = 0.999
 _SILENT_DBFS, _SILENCE_FRAME = -60.0, 0.02
+#: correlation above which a chunk is the same sound as another piece
+_SAME = 0.9
 
 
 def loudness_dbfs(wave: Wave) -> float:
@@ -212,3 +214,43 @@ def seam_figures(streamed: Wave, whole: Wave, seams: Iterable[int]) -> dict[str,
 def _filters(sample_rate: int) -> NDArray[np.float64]:
     """[513, 80]"""
     return mel_filters(_MELS, _N_FFT, sample_rate).T
+
+
+def misplaced_chunks(chunks: Sequence[Wave], whole: Wave) -> list[str]:
+    """For chunks that differ from the whole at their place: where in the whole their sound is, if it is anywhere.
+
+    Returns:
+        one sentence for each chunk that holds sound of another place, in order.
+    """
+    found: list[str] = []
+    start = 0
+    for index, chunk in enumerate(chunks):
+        own = whole[start : start + len(chunk)]
+        if len(own) < len(chunk) or _correlation(chunk, own) < _SAME:
+            place, match = _best_place(chunk, whole)
+            if match >= _SAME and place != start:
+                found.append(
+                    f"chunk {index} (samples {start} to {start + len(chunk)}) holds the sound of samples {place} to "
+                    f"{place + len(chunk)}"
+                )
+        start += len(chunk)
+    return found
+
+
+def _correlation(a: Wave, b: Wave) -> float:
+    scale = float(np.linalg.norm(a.astype(np.float64)) * np.linalg.norm(b.astype(np.float64)))
+    return float(a.astype(np.float64) @ b / scale) if scale > 0 else 0.0
+
+
+def _best_place(chunk: Wave, whole: Wave) -> tuple[int, float]:
+    """Where in ``whole`` a chunk fits best, and its correlation there."""
+    if len(chunk) > len(whole) or not len(chunk):
+        return 0, 0.0
+    size = 1 << (len(whole) + len(chunk) - 1).bit_length()
+    spectrum = np.fft.rfft(whole.astype(np.float64), size) * np.conj(np.fft.rfft(chunk.astype(np.float64), size))
+    products = np.fft.irfft(spectrum, size)[: len(whole) - len(chunk) + 1]
+    sums = np.concatenate([[0.0], np.cumsum(whole.astype(np.float64) ** 2)])
+    power = np.maximum(sums[len(chunk) :] - sums[: len(sums) - len(chunk)], 1e-12)
+    scores = products / np.sqrt(power)
+    best = int(scores.argmax())
+    return best, _correlation(chunk, whole[best : best + len(chunk)])

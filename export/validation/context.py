@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Backend, most_context
+from omniport.runtime.bundle.parts import Part
 from omniport.runtime.bundle.reader import Bundle
 
 from ..checkpoint.checkpoint import Checkpoint
 from .reference import Reference
+
+#: from the finest to the coarsest
+_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
 
 
 @dataclass
@@ -42,6 +46,11 @@ class Context:
     def full(self) -> bool:
         """Whether the long suite was asked for."""
         return self.suite == "full"
+
+    def coarsest(self, parts: Iterable[Part]) -> str:
+        """The coarsest precision among those of the parts that the bundle holds."""
+        found = (self.precision[part.name] for part in parts if part.name in self.precision)
+        return max(found, key=_PRECISIONS.index)
 
     @property
     def max_context(self) -> int:

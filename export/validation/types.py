@@ -33,6 +33,16 @@ class Check(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     message: str = ""
     artifacts: dict[str, str] = {}
 
+    @classmethod
+    def failed(cls, stage: str, name: str, message: str) -> Check:
+        """A check that found a fault before there were figures."""
+        return cls(stage=stage, name=name, status=FAIL, message=message)
+
+    @classmethod
+    def not_run(cls, stage: str, name: str, message: str) -> Check:
+        """A check that could not be made; ``message`` says why."""
+        return cls(stage=stage, name=name, status=NOT_RUN, message=message)
+
 
 class ValidationReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A whole run. ``ok``: no check failed, at least one ran, and no graph went without a check that ran."""

@@ -21,7 +21,7 @@ from omniport.runtime.events import AudioChunk, Done
 from omniport.runtime.session import OmniSession
 
 from ..context import Context
-from ..types import FAIL, NOT_RUN, PASS, Check
+from ..types import PASS, Check
 
 _QUESTION = "Say in one short sentence what the sea looks like."
 _TIMEOUT = 300.0
@@ -74,24 +74,24 @@ def asr_checks(
     needed = (graph for graph, part in PARTS.items() if part.speaks or part.decodes)
     if missing := [graph for graph in needed if graph not in context.graphs]:
         why = f"{', '.join(missing)}: not in the bundle, or left out by --graphs"
-        yield Check(stage="speech", name=name, status=NOT_RUN, message=why)
+        yield Check.not_run("speech", name, why)
         return
     context.progress("speech: a reply for the recogniser")
     try:
         text, samples, rate = _reply(context, text_tokens, codec_tokens)
     except OmniportError as error:
-        yield Check(stage="speech", name=name, status=FAIL, message=f"there is no spoken reply: {error}")
+        yield Check.failed("speech", name, f"there is no spoken reply: {error}")
         return
     if not words(text) or not samples.size:
         why = f"the reply {text!r} has {len(words(text))} words and {samples.size} samples: nothing to recognise"
-        yield Check(stage="speech", name=name, status=NOT_RUN, message=why)
+        yield Check.not_run("speech", name, why)
         return
     context.artifacts["speech/asr/reply.wav"] = samples
     context.progress(f"speech: {program[0]}")
     heard, problem = _recognise(program, samples, rate, timeout)
     if problem:
         why = f"the recogniser command {command!r} {problem}"
-        yield Check(stage="speech", name=name, status=NOT_RUN, message=why)
+        yield Check.not_run("speech", name, why)
         return
     yield Check(
         stage="speech",

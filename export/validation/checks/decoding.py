@@ -19,10 +19,11 @@ from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import OmniportError
 from omniport.runtime.generation.decoder import Decoder
 
+from ..comparison import array_check
 from ..context import Context
 from ..types import FAIL, PASS, Check
 from .decode_reference import CUT, FIRST, REWRITTEN, WHOLE, Tokens, Trail, decoder_references, token_sequences
-from .graphs import array_check, load_graph
+from .graphs import load_graph
 
 Array = NDArray[np.float32]
 
@@ -121,7 +122,7 @@ class _Ways:
             yield self._compare(way, case, got, single)
 
     def _refused(self, way: str, error: OmniportError) -> Check:
-        return Check(stage=self.graph, name=way, status=FAIL, message=f"the graph did not run: {error}")
+        return Check.failed(self.graph, way, f"the graph did not run: {error}")
 
     def _compare(self, way: str, case: str, got: Trail, single: Trail | None) -> Check:
         """With prefill in one piece, or with the reference if there is none. The worse of logits and hidden decides."""

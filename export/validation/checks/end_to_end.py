@@ -25,13 +25,13 @@ from omniport.runtime.session import OmniSession
 
 from ...evaluation.conversations import Conversation, read_conversations, standard_conversations
 from ...evaluation.recording import RecordingBackend, ReplayBackend, consumed
+from ..comparison import array_check, equal_check
 from ..context import Context
 from ..reference_inputs import Inputs, open_processor
 from ..reference_reply import Floats, ReplyLimits, StagedReply, staged_replies
-from ..types import FAIL, NOT_RUN, PASS, Check
-from .forced import coarsest, decisions_check, ids_check, speech_parts, talker_check, thinker_checks
-from .graphs import array_check
-from .preprocessing import equal_check, prompt_checks
+from ..types import PASS, Check
+from .forced import decisions_check, ids_check, speech_parts, talker_check, thinker_checks
+from .preprocessing import prompt_checks
 from .solver import known_flow_check, trajectory_checks
 
 _QUICK = ("text", "audio and image")
@@ -79,7 +79,7 @@ def end_to_end_checks(context: Context, data: Path | None = None) -> Iterator[Ch
             given = None if conversation.unsupported else processor.inputs(conversation)
             reason = conversation.unsupported if given is None else _no_room(context, given, settings)
             if given is None or reason:
-                yield _verdict("end_to_end", conversation.name, NOT_RUN, reason)
+                yield Check.not_run("end_to_end", conversation.name, reason)
             else:
                 able.append(conversation)
                 inputs.append(given)
@@ -135,9 +135,9 @@ def _unavailable(context: Context, settings: _Settings) -> Check | None:
         try:
             context.backend.graph(name)
         except BackendError as error:
-            return _verdict("end_to_end", "replies", NOT_RUN, f"{name}: {error}")
+            return Check.not_run("end_to_end", "replies", f"{name}: {error}")
         except OmniportError as error:
-            return _verdict(name, "load", FAIL, str(error))
+            return Check.failed(name, "load", str(error))
     return None
 
 
@@ -170,19 +170,19 @@ def _replayed(context: Context, conversation: Conversation, reply: StagedReply, 
         said = _say(context, backend, conversation, settings)
     except _HOST_ERRORS as error:
         message = f"the runtime broke down over the reference's own results: {type(error).__name__}: {error}"
-        yield _verdict("conditioning", f"{name}: host code", FAIL, message)
+        yield Check.failed("conditioning", f"{name}: host code", message)
         return
     for graph, trace in zip((part.name for part in decoders()), (reply.thinker, reply.talker), strict=True):
         if trace is None:
             continue
         if not backend.graph(graph).calls:
-            yield _verdict("conditioning", f"{name}: rows into the {graph}", FAIL, f"the {graph} was never run")
+            yield Check.failed("conditioning", f"{name}: rows into the {graph}", f"the {graph} was never run")
             continue
         rows, positions = consumed(backend.graph(graph))
         yield equal_check("positions", f"{name}: every step of the {graph}", positions, trace.positions)
         title = f"{name}: rows into the {graph}"
         yield _with_place(
-            array_check("conditioning", title, rows, trace.embeds, "float32", rule="conditioning.rel_rms"),
+            array_check("conditioning", title, rows, trace.embeds, rule="conditioning.rel_rms"),
             rows,
             trace.embeds,
             reply,
@@ -222,7 +222,7 @@ def _answered(context: Context, conversation: Conversation, reply: StagedReply, 
         recording = RecordingBackend(context.backend)
         said = _say(context, recording, conversation, settings)
     except _HOST_ERRORS as error:
-        yield _verdict("end_to_end", f"{name}: reply", FAIL, f"the runtime gave no reply: {error}")
+        yield Check.failed("end_to_end", f"{name}: reply", f"the runtime gave no reply: {error}")
         return
     yield from _media_rows(context, name, recording, reply)
     yield from _reply_ids(context, name, said, reply)
@@ -234,16 +234,16 @@ def _answered(context: Context, conversation: Conversation, reply: StagedReply, 
 def _reply_ids(context: Context, name: str, said: _Said, reply: StagedReply) -> Iterator[Check]:
     trace, codec = reply.thinker, _codec(context)
     assert trace is not None
-    text = coarsest(context, [part for part in PARTS.values() if not part.speaks])
+    text = context.coarsest([part for part in PARTS.values() if not part.speaks])
     got, wanted = said.done.token_ids, reply.token_ids
     yield ids_check(f"{name}: token ids", got, wanted, trace.logits, context.bundle.manifest.chat.stop, text, codec)
     if reply.talker is None:
         return
     if got != wanted and text != "float32":
         message = "the text differs, as its precision allows, so the speech does; see the talker over the same rows"
-        yield _verdict("end_to_end", f"{name}: codec ids", NOT_RUN, message)
+        yield Check.not_run("end_to_end", f"{name}: codec ids", message)
         return
-    precision = coarsest(context, [part for part in PARTS.values() if part.decodes or not part.speaks])
+    precision = context.coarsest([part for part in PARTS.values() if part.decodes or not part.speaks])
     manifest: Manifest = context.bundle.manifest
     stop = () if manifest.codec is None else manifest.codec.stop
     codes = said.done.codec_ids, reply.codec_ids
@@ -267,7 +267,3 @@ def _media_rows(context: Context, name: str, recording: RecordingBackend, reply:
 def _codec(context: Context) -> TextCodec:
     manifest = context.bundle.manifest
     return TextCodec.from_file(context.bundle.path(manifest.tokenizer_file), manifest.tokens)
-
-
-def _verdict(stage: str, name: str, status: str, message: str) -> Check:
-    return Check(stage=stage, name=name, status=status, message=message)

@@ -6,37 +6,29 @@ Teacher forcing keeps one difference from becoming all that follow: every step i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.bundle.manifest import SamplingConfig
-from omniport.runtime.bundle.parts import Part, decoders, giving
+from omniport.runtime.bundle.parts import decoders, giving
 from omniport.runtime.generation.decoder import Decoder
 from omniport.runtime.generation.sampling import Sampler
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 
-from ...evaluation.metrics import MIN_ENERGY, Figures, energy
+from ...evaluation.metrics import MIN_ENERGY, energy
 from ...evaluation.recording import RecordingBackend
+from ..comparison import Comparison, array_check
 from ..context import Context
 from ..reference_reply import Floats, StagedReply
 from ..tolerances import limit
-from ..types import FAIL, NOT_RUN, PASS, Check
-from .graphs import array_check
-from .speech_blame import blame_mel
-from .speech_verdict import Verdict
+from ..types import FAIL, NOT_RUN, Check
+from .solver import blame_mel
 
-#: from the finest to the coarsest
-_PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
 #: tokens shown on each side of the first difference
 _SHOWN = 6
-
-
-def coarsest(context: Context, parts: Iterable[Part]) -> str:
-    """The coarsest precision among those of the parts that the bundle holds."""
-    found = (context.precision[part.name] for part in parts if part.name in context.precision)
-    return max(found, key=_PRECISIONS.index)
 
 
 def thinker_checks(context: Context, name: str, reply: StagedReply) -> Iterator[Check]:
@@ -106,19 +98,17 @@ def _judge_choices(
 
 def decisions_check(name: str, pairs: Mapping[str, tuple[list[int], list[int]]]) -> Check:
     """Stop ids, penalty, suppression and choice over the very same logits: ids must be equal."""
-    faults, figures = [], {}
+    if not any(ids for pair in pairs.values() for ids in pair):
+        return Check.not_run("end_to_end", name, "the reference's reply is empty: there is nothing to compare")
+    found = Comparison("end_to_end", name)
     for kind, (got, wanted) in pairs.items():
         at = _parting(got, wanted)
-        figures[f"{kind}_ids_equal"] = got == wanted
+        found.figures[f"{kind}_ids_equal"] = got == wanted
         if got != wanted:
-            faults.append(
+            found.fault(
                 f"{kind} ids differ from number {at} on: {got[at : at + 4]}, the reference {wanted[at : at + 4]}"
             )
-    if not any(ids for pair in pairs.values() for ids in pair):
-        message = "the reference's reply is empty: there is nothing to compare"
-        return Check(stage="end_to_end", name=name, status=NOT_RUN, message=message)
-    status = FAIL if faults else PASS
-    return Check(stage="end_to_end", name=name, status=status, figures={**figures}, message="; ".join(faults))
+    return found.check()
 
 
 def _parting(got: Sequence[int], wanted: Sequence[int]) -> int:
@@ -142,18 +132,21 @@ def ids_check(
         got, wanted: ids without stop ids. scores: the reference's [n, V], one row for each id and for its stop id.
         codec: to show the ids as text.
     """
-    at, allowed = _parting(got, wanted), limit("choice.gap", precision)
+    found = Comparison("end_to_end", name)
+    at, allowed = _parting(got, wanted), found.bound("choice_gap", limit("choice.gap", precision))
     level = energy(scores[np.isfinite(scores)])
-    figures: Figures = {
+    figures = found.figures = {
         "energy": level,
         "count": len(wanted),
         "equal": at,
         "distinct": len(set(wanted)),
         "choice_gap": 0.0,
     }
-    message, status = "", PASS
-    if not got and not wanted:
-        message, status = "the reference's reply is empty: there is nothing to compare", NOT_RUN
+    if not level > MIN_ENERGY:
+        found.fault(f"the reference's logits are silent (RMS {level:.1e}), so they prove nothing")
+    elif not got and not wanted:
+        nothing = "the reference's reply is empty: there is nothing to compare"
+        return msgspec.structs.replace(found.check(), status=NOT_RUN, message=nothing)
     elif got != wanted and at < len(scores):
         ends = max(stop, key=lambda token: float(scores[at][token]))
         theirs, ours = (ids[at] if at < len(ids) else ends for ids in (wanted, got))
@@ -163,23 +156,13 @@ def ids_check(
         figures["tokens of the reference"] = _shown(wanted, at, codec)
         figures["tokens of the bundle"] = _shown(got, at, codec)
         if not gap <= allowed.value:
-            message = (
+            found.fault(
                 f"id number {at} is {ours}, the reference has {theirs} and prefers it by {gap:.3g} standard deviations "
                 f"of its logits; at most {allowed.value:g} is allowed"
             )
     elif got != wanted:
-        message = f"{len(got)} ids; the reference ends after {len(wanted)}"
-    if not level > MIN_ENERGY:
-        message, status = f"the reference's logits are silent (RMS {level:.1e}), so they prove nothing", FAIL
-    return Check(
-        stage="end_to_end",
-        name=name,
-        status=FAIL if message and status == PASS else status,
-        figures=figures,
-        limits={"choice_gap": allowed.value},
-        reasons={"choice_gap": allowed.reason},
-        message=message,
-    )
+        found.fault(f"{len(got)} ids; the reference ends after {len(wanted)}")
+    return found.check()
 
 
 def _shown(ids: Sequence[int], at: int, codec: TextCodec | None) -> str:
@@ -212,14 +195,13 @@ def speech_parts(context: Context, name: str, reply: StagedReply, noise: Floats,
     voiced = context.backend.graph(vocoder.name).run(feeds)[vocoder.output].reshape(-1)
     title, precision = f"{name}: waveform of the reference's mel", context.precision[vocoder.name]
     yield array_check(vocoder.name, title, voiced, wave, precision, rule="speech.wave.rel_rms")
-    verdict = Verdict(coarsest(context, (flow, vocoder)))
-    verdict.require_energy(wave, "the reference's waveform")
-    verdict.figures["codes"] = "the reference's" if own is None else "its own, which are equal"
+    found = Comparison("end_to_end", f"{name}: waveform", context.coarsest((flow, vocoder)))
+    found.require_signal(wave, "the reference's waveform")
+    found.figures["codes"] = "the reference's" if own is None else "its own, which are equal"
     got = forced if own is None else own
-    verdict.compare_waves(got, wave, "speech.wave")
+    found.compare_waves(got, wave, "speech.wave")
     context.artifacts |= {f"{name}/reference": wave, f"{name}/whole": got}
-    artifacts = {"reference": f"{name}/reference", "whole": f"{name}/whole"}
-    yield verdict.check("end_to_end", f"{name}: waveform", artifacts)
+    yield found.check({"reference": f"{name}/reference", "whole": f"{name}/whole"})
 
 
 def _to_sound(context: Context, codes: Sequence[int], noise: Floats) -> tuple[Floats, Floats]:

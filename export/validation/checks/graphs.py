@@ -17,13 +17,12 @@ from omniport.runtime.errors import BackendError, BundleError, OmniportError
 from omniport.runtime.system.files import cache_folder
 
 from ...evaluation.half_emulation import EmulatedBackend
-from ...evaluation.metrics import MAX_SATURATED, MIN_ENERGY, Figures, compare, logit_figures
 from ...models.part import Case
 from ...models.registry import MODEL_PARTS
+from ..comparison import array_check
 from ..context import Context
 from ..reference import array_key
-from ..tolerances import limit
-from ..types import FAIL, NOT_RUN, PASS, Check
+from ..types import Check
 from .decode_reference import decoder_references
 
 Array = NDArray[np.float32]
@@ -80,82 +79,14 @@ def load_graph(backend: Backend, name: str) -> Graph | Check:
     try:
         return backend.graph(name)
     except BackendError as error:
-        return Check(stage=name, name="load", status=NOT_RUN, message=str(error))
+        return Check.not_run(name, "load", str(error))
     except BundleError as error:
-        return Check(stage=name, name="load", status=FAIL, message=str(error))
+        return Check.failed(name, "load", str(error))
 
 
 def _check(context: Context, case: Case, graph: Graph, wanted: Array) -> Check:
     try:
         got = case.ours(graph)
     except OmniportError as error:  # loaded, but refuses an input that its spec allows: broken, not absent
-        return Check(stage=case.graph, name=case.name, status=FAIL, message=f"the graph did not run: {error}")
+        return Check.failed(case.graph, case.name, f"the graph did not run: {error}")
     return array_check(case.graph, case.name, got, wanted, context.precision[case.graph], logits=case.logits)
-
-
-def array_check(
-    stage: str,
-    name: str,
-    got: Array,
-    wanted: Array,
-    precision: str,
-    *,
-    rule: str = "graph.rel_rms",
-    logits: bool = False,
-) -> Check:
-    """Compare an array with its reference.
-
-    Passes if the reference is finite, varies, has energy and is not saturated, and ours is finite and within the
-    limits of ``rule`` and, for logits [N, V], of ``logits.kl``.
-    """
-    if got.shape != wanted.shape:
-        message = f"shape {got.shape}; the reference has {wanted.shape}"
-        return Check(stage=stage, name=name, status=FAIL, message=message)
-    if not np.isfinite(wanted).all():
-        return Check(stage=stage, name=name, status=FAIL, message="the reference is not finite, so it proves nothing")
-    figures = compare(got, wanted)
-    limits = {"rel_rms": limit(rule, precision)}
-    if logits:
-        figures |= logit_figures(got, wanted) if figures["finite"] else {"kl": float("inf")}
-        limits["kl"] = limit("logits.kl", precision)
-    problems = _problems(figures)
-    for figure, bound in limits.items():
-        value = figures[figure]
-        if not (isinstance(value, float) and value <= bound.value):
-            problems.append(f"{figure} is {value:.3g}, at most {bound.value:g} is allowed")
-    if problems:
-        problems.append(_where(got, wanted))
-    return Check(
-        stage=stage,
-        name=name,
-        status=FAIL if problems else PASS,
-        figures=figures,
-        limits={figure: bound.value for figure, bound in limits.items()},
-        reasons={figure: bound.reason for figure, bound in limits.items()},
-        message="; ".join(problems),
-    )
-
-
-def _problems(figures: Figures) -> list[str]:
-    problems = []
-    value = figures["energy"]
-    if not (isinstance(value, float) and value > MIN_ENERGY):
-        problems.append(
-            f"the reference is silent (RMS {value:.1e}; above {MIN_ENERGY:g} is needed), so it proves nothing"
-        )
-    elif not figures["varies"]:
-        problems.append("the reference is constant, so it proves nothing")
-    elif float(figures["saturation"] or 0) > MAX_SATURATED:
-        problems.append(f"{figures['saturation']:.0%} of the reference is at its largest value, so it proves nothing")
-    if not figures["finite"]:
-        problems.append("the output holds values that are not finite")
-    return problems
-
-
-def _where(got: Array, wanted: Array) -> str:
-    """The first value that is not finite, else the one that is furthest off."""
-    bad = ~np.isfinite(got)
-    flat = int(bad.argmax()) if bad.any() else int(np.abs(got - wanted).argmax())
-    at = tuple(int(i) for i in np.unravel_index(flat, got.shape))
-    what = "first at" if bad.any() else "furthest off at"
-    return f"{what} {list(at)}: {got[at]:.6g}, the reference has {wanted[at]:.6g}"

@@ -26,10 +26,10 @@ from ...evaluation.half_emulation import is_bfloat16, load_copy, open_graph
 from ...models.decoder import reference_hidden, reference_stack
 from ...models.registry import MODEL_PARTS
 from ...models.signals import generator, random_positions, random_tokens
+from ..comparison import array_check
 from ..context import Context
 from ..reference import array_key
-from ..types import FAIL, NOT_RUN, Check
-from .graphs import array_check
+from ..types import FAIL, Check
 
 Array = NDArray[np.float32]
 
@@ -64,8 +64,8 @@ def trace_layers(context: Context, graph: str | None = None) -> Iterator[Check]:
     try:
         got = _states(context, name, embeds, positions)
     except OmniportError as error:
-        status = NOT_RUN if isinstance(error, BackendError) else FAIL
-        yield Check(stage=name, name="trace", status=status, message=str(error))
+        refused = Check.not_run if isinstance(error, BackendError) else Check.failed
+        yield refused(name, "trace", str(error))
         return
     first = ""
     for place, state in wanted.items():

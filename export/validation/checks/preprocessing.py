@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from omniport.runtime import session as session_module
 from omniport.runtime.bundle.parts import encoder_of
 from omniport.runtime.errors import OmniportError, PromptTooLong
@@ -24,10 +23,10 @@ from omniport.runtime.prompt.tokenizer import TextCodec
 
 from ...evaluation.conversations import Conversation, standard_conversations
 from ...models.signals import RATE, generator, picture, voice
+from ..comparison import array_check, equal_check
 from ..context import Context
 from ..reference_inputs import Inputs, Processor, open_processor
-from ..types import FAIL, NOT_RUN, PASS, Check
-from .graphs import array_check
+from ..types import Check
 
 #: seconds of sound: less than one chunk, exactly one, and several with a partial last one
 _SECONDS = (0.31, 2.0, 4.33)
@@ -68,9 +67,9 @@ def prompt_checks(context: Context, conversation: Conversation, inputs: Inputs) 
     try:
         prompt = laid_out(context, conversation)
     except OmniportError as error:
-        status = NOT_RUN if isinstance(error, PromptTooLong) else FAIL
+        refused = Check.not_run if isinstance(error, PromptTooLong) else Check.failed
         for stage, what in (("preprocess", "token ids"), ("positions", "prompt")):
-            yield Check(stage=stage, name=f"{conversation.name}: {what}", status=status, message=str(error))
+            yield refused(stage, f"{conversation.name}: {what}", str(error))
         return
     yield equal_check("preprocess", f"{conversation.name}: token ids", prompt.token_ids, inputs.token_ids)
     got, wanted = prompt.position_ids, inputs.positions
@@ -90,31 +89,6 @@ def laid_out(context: Context, conversation: Conversation) -> Prompt:
     return session_module.build_prompt(conversation.messages(), manifest, codec)  # type: ignore[attr-defined]
 
 
-def equal_check(stage: str, name: str, got: NDArray[np.int64], wanted: NDArray[np.int64]) -> Check:
-    """Whole numbers that must be equal. The reference must hold more than one value."""
-    same_shape = got.shape == wanted.shape
-    different = int((got != wanted).sum()) if same_shape else max(got.size, wanted.size)
-    figures: dict[str, float | int | bool | str | None] = {"different": different, "count": int(wanted.size)}
-    message = ""
-    if not same_shape:
-        message = f"shape {got.shape}; the reference has {wanted.shape}"
-    elif different:
-        at = np.unravel_index(int((got != wanted).argmax()), got.shape)
-        where = [int(i) for i in at]
-        message = f"{different} of {got.size} differ, the first at {where}: {got[at]}, the reference has {wanted[at]}"
-    elif len(np.unique(wanted)) < 2:
-        message = "the reference is constant, so it proves nothing"
-    return Check(
-        stage=stage,
-        name=name,
-        status=FAIL if message else PASS,
-        figures=figures,
-        limits={"different": 0},
-        reasons={"different": "whole numbers: nothing is rounded"},
-        message=message,
-    )
-
-
 def _mel_checks(context: Context, processor: Processor) -> Iterator[Check]:
     frontend = context.bundle.manifest.audio
     clips = {f"{seconds:g} s of voice": voice(seconds) for seconds in _SECONDS}
@@ -124,7 +98,7 @@ def _mel_checks(context: Context, processor: Processor) -> Iterator[Check]:
         got = np.concatenate([chunk[:, :count] for chunk, count in zip(chunks, frames, strict=True)], axis=1)
         mel, mask = processor.mel(samples)
         wanted = mel[0][:, mask[0].bool()].numpy()
-        yield array_check("preprocess", f"log-mel, {name}", got, wanted, "float32", rule="preprocess.rel_rms")
+        yield array_check("preprocess", f"log-mel, {name}", got, wanted, rule="preprocess.rel_rms")
     from transformers.models.qwen2_5_omni import processing_qwen2_5_omni as processing
 
     counts = np.arange(3, 1201)
@@ -153,7 +127,7 @@ def _vision_checks(
     from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
     got = vision.patches.reshape(-1, vision.patches.shape[-1])
-    yield array_check("preprocess", f"pixels, {name}", got, patches.numpy(), "float32", rule="preprocess.rel_rms")
+    yield array_check("preprocess", f"pixels, {name}", got, patches.numpy(), rule="preprocess.rel_rms")
     yield equal_check("preprocess", f"grid, {name}", np.asarray(vision.grid_thw), np.asarray(grid))
     config = processor.config.vision_config
     merge, window, patch = config.spatial_merge_size, config.window_size, config.patch_size

@@ -17,16 +17,15 @@ from omniport.runtime.bundle.parts import giving
 from omniport.runtime.errors import BackendError, OmniportError
 
 from ...evaluation.metrics import compare, energy
-from ...evaluation.speech_metrics import seam_figures
+from ...evaluation.speech_metrics import misplaced_chunks, seam_figures
+from ..comparison import Comparison
 from ..context import Context
 from ..tolerances import limit
-from ..types import FAIL, NOT_RUN, Check
+from ..types import FAIL, Check
 from .asr import asr_checks, parse_command
-from .forced import coarsest
-from .speech_blame import blame_mel, misplaced_chunks
+from .solver import blame_mel
 from .speech_cases import SpeechCase, reference_mel, reference_wave, speech_cases
 from .speech_runs import SpeechRun, centred, mel_error, speak, streamed_mel, without_context
-from .speech_verdict import Verdict
 
 
 def speech_checks(context: Context, asr: str | None = None) -> Iterator[Check]:
@@ -46,7 +45,7 @@ def speech_checks(context: Context, asr: str | None = None) -> Iterator[Check]:
     if asr is not None:
         parse_command(asr)  # a mistyped command shows before the long work
     if reason := _why_not(context):
-        yield Check(stage="speech", name="spoken replies", status=NOT_RUN, message=reason)
+        yield Check.not_run("speech", "spoken replies", reason)
         return
     cases = speech_cases(context)
     longest = max(cases, key=lambda case: len(case.codes))
@@ -99,20 +98,19 @@ def _check_case(context: Context, case: SpeechCase, alone: bool) -> Iterator[Che
 def _mel_check(context: Context, case: SpeechCase, whole: SpeechRun) -> Check:
     """Our DiT and solver against the reference's: float32 [80, 2n]."""
     flow = giving("velocity").name
-    verdict = Verdict(context.precision[flow])
-    wanted = case.mel
+    found, wanted = Comparison(flow, f"mel of {case.name}", context.precision[flow]), case.mel
     got = whole.mels[0] if len(whole.mels) == 1 else None
-    verdict.require_energy(wanted - wanted.mean(), "the reference's mel, less its mean,")
+    found.require_signal(wanted - wanted.mean(), "the reference's mel, less its mean,")
     if got is None:
-        verdict.fault(whole.error or f"the vocoder was called {len(whole.mels)} times; once was expected")
+        found.fault(whole.error or f"the vocoder was called {len(whole.mels)} times; once was expected")
     elif got.shape != wanted.shape:
-        verdict.fault(f"the mel is {list(got.shape)}; {list(wanted.shape)} was expected")
+        found.fault(f"the mel is {list(got.shape)}; {list(wanted.shape)} was expected")
     else:
-        verdict.figures |= compare(*centred(got, wanted))
-        verdict.hold("rel_rms", "speech.mel.rel_rms")
-    stage = _blame(context, case) if verdict.faults else flow
-    kept = _keep(context, case, {"reference_mel": wanted, "whole_mel": got})
-    return verdict.check(stage, f"mel of {case.name}", kept)
+        found.figures |= compare(*centred(got, wanted))
+        found.hold("rel_rms", "speech.mel.rel_rms")
+    if found.faults:
+        found.stage = _blame(context, case)
+    return found.check(_keep(context, case, {"reference_mel": wanted, "whole_mel": got}))
 
 
 def _blame(context: Context, case: SpeechCase) -> str:
@@ -128,29 +126,30 @@ def _blame(context: Context, case: SpeechCase) -> str:
 def _vocoder_check(context: Context, case: SpeechCase) -> Check:
     """Our vocoder's graph against the reference's, both on the reference's mel."""
     vocoder = giving("wav")
-    verdict = Verdict(context.precision[vocoder.name])
-    verdict.require_energy(case.wave, "the reference's waveform")
+    title = f"waveform of the reference's mel, {case.name}"
+    found = Comparison(vocoder.name, title, context.precision[vocoder.name])
+    found.require_signal(case.wave, "the reference's waveform")
     try:
         feeds = {"mel": np.ascontiguousarray(case.mel[None])}
         got = context.backend.graph(vocoder.name).run(feeds)[vocoder.output].reshape(-1)
     except OmniportError as error:
-        verdict.fault(str(error))
+        found.fault(str(error))
     else:
-        verdict.compare_waves(got, case.wave, "speech.wave")
-    return verdict.check(vocoder.name, f"waveform of the reference's mel, {case.name}", {})
+        found.compare_waves(got, case.wave, "speech.wave")
+    return found.check()
 
 
 def _whole_check(context: Context, case: SpeechCase, whole: SpeechRun, stage: str) -> Check:
     """The whole reply against the reference's, samples counted."""
-    verdict = Verdict(coarsest(context, (giving("velocity"), giving("wav"))))
-    verdict.require_energy(case.wave, "the reference's waveform")
-    got = verdict.take_samples(whole, len(case.wave))
+    precision = context.coarsest((giving("velocity"), giving("wav")))
+    found = Comparison(whole.broken or stage, f"whole reply of {case.name}", precision)
+    found.require_signal(case.wave, "the reference's waveform")
+    got = _samples(found, whole, len(case.wave))
     if got is not None:
-        verdict.compare_waves(got, case.wave, "speech.wave")
+        found.compare_waves(got, case.wave, "speech.wave")
     named = {"reference": case.wave, "whole": got, "reference_mel": case.mel}
     named["whole_mel"] = whole.mels[0] if len(whole.mels) == 1 else None
-    stage = whole.broken or stage
-    return verdict.check(stage, f"whole reply of {case.name}", _keep(context, case, named))
+    return found.check(_keep(context, case, named))
 
 
 def _streamed_check(context: Context, case: SpeechCase, whole: SpeechRun, stage: str, alone: bool) -> Check:
@@ -158,33 +157,47 @@ def _streamed_check(context: Context, case: SpeechCase, whole: SpeechRun, stage:
 
     ``alone``: also against windows that are solved without context.
     """
-    verdict = Verdict(coarsest(context, (giving("velocity"), giving("wav"))))
-    streamed = speak(context, case, "stream")
-    wanted = whole.wave
-    verdict.require_energy(case.wave, "the reference's waveform")
-    verdict.require_energy(wanted, "the whole reply")
-    got, mel = verdict.take_samples(streamed, len(case.wave)), streamed_mel(context, streamed)
-    if got is not None and got.shape == wanted.shape and not verdict.faults:
-        verdict.compare_waves(got, wanted, "speech.streamed")
+    streamed, wanted = speak(context, case, "stream"), whole.wave
+    precision = context.coarsest((giving("velocity"), giving("wav")))
+    found = Comparison(streamed.broken or stage, f"streamed reply of {case.name}", precision)
+    found.require_signal(case.wave, "the reference's waveform")
+    found.require_signal(wanted, "the whole reply")
+    got, mel = _samples(found, streamed, len(case.wave)), streamed_mel(context, streamed)
+    if got is not None and got.shape == wanted.shape and not found.faults:
+        found.compare_waves(got, wanted, "speech.streamed")
         ends = np.cumsum([len(chunk) for chunk in streamed.chunks])
-        verdict.figures |= {"chunks": len(streamed.chunks), **seam_figures(got, wanted, ends[:-1].tolist())}
+        found.figures |= {"chunks": len(streamed.chunks), **seam_figures(got, wanted, ends[:-1].tolist())}
         for figure in ("seam_jump", "seam_error", "seam_mel_l1"):
-            verdict.hold(figure, f"speech.streamed.{figure}")
-        verdict.figures["mel_rel_rms"] = mel_error(mel, whole)
-        verdict.hold("mel_rel_rms", "speech.streamed.mel_rel_rms")
-        if alone and len(streamed.chunks) > 1 and not verdict.faults:
+            found.hold(figure, f"speech.streamed.{figure}")
+        found.figures["mel_rel_rms"] = mel_error(mel, whole)
+        found.hold("mel_rel_rms", "speech.streamed.mel_rel_rms")
+        if alone and len(streamed.chunks) > 1 and not found.faults:
             blind = speak(context, case, "stream", without_context(context))
             error = mel_error(streamed_mel(context, blind), whole)
-            gain = error / max(float(verdict.figures["mel_rel_rms"] or 0), 1e-12)
-            verdict.figures |= {"mel_rel_rms_without_context": error, "context_gain": min(gain, 1e6)}
-            verdict.hold("context_gain", "speech.streamed.context_gain")
-    if verdict.faults:
-        verdict.faults += misplaced_chunks(streamed.chunks, wanted)
+            gain = error / max(float(found.figures["mel_rel_rms"] or 0), 1e-12)
+            found.figures |= {"mel_rel_rms_without_context": error, "context_gain": min(gain, 1e6)}
+            found.hold("context_gain", "speech.streamed.context_gain")
+    if found.faults:
+        found.faults += misplaced_chunks(streamed.chunks, wanted)
     whole_mel = whole.mels[0] if len(whole.mels) == 1 else None
     named = {"reference": case.wave, "whole": wanted, "streamed": got, "reference_mel": case.mel}
     named |= {"whole_mel": whole_mel, "streamed_mel": mel}
-    stage = streamed.broken or stage
-    return verdict.check(stage, f"streamed reply of {case.name}", _keep(context, case, named))
+    return found.check(_keep(context, case, named))
+
+
+def _samples(found: Comparison, run: SpeechRun, expected: int) -> NDArray[np.float32] | None:
+    """The samples that came out, if they can be compared: none missing, none twice."""
+    wave = run.wave
+    found.figures |= {"samples": len(wave), "expected_samples": expected}
+    if run.error:
+        found.fault(run.error)
+        return None
+    if run.late:
+        found.fault(f"{run.late} samples came out again after the end")
+    if len(wave) != expected:
+        kind = "missing" if len(wave) < expected else "too many"
+        found.fault(f"{len(wave)} samples came out; {expected} were expected: {abs(len(wave) - expected)} {kind}")
+    return wave
 
 
 def _keep(context: Context, case: SpeechCase, arrays: Mapping[str, NDArray[Any] | None]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from omniport.export.evaluation.speech_metrics import (
     loudness_dbfs,
     mel_cepstral_distortion,
     mel_l1,
+    misplaced_chunks,
     seam_figures,
     silent_share,
     snr_db,
@@ -21,7 +22,6 @@ from omniport.export.evaluation.speech_metrics import (
     tone_share,
 )
 from omniport.export.validation.checks.asr import word_error_rate, words
-from omniport.export.validation.checks.speech_blame import misplaced_chunks
 
 RATE = 24000
 Wave = NDArray[np.float32]

@@ -303,7 +303,7 @@ def test_a_wrong_weight_in_the_solver(brief: Context, monkeypatch: pytest.Monkey
         return solve(spec, doubled, initial)
 
     monkeypatch.setattr(token2wav, "solve", wrong)
-    monkeypatch.setattr("omniport.export.validation.checks.speech_blame.solve", wrong)
+    monkeypatch.setattr("omniport.export.validation.checks.solver.solve", wrong)
     failed = stages(brief)
     assert failed["mel"] == failed["whole"] == "solver"
 
