@@ -10,7 +10,7 @@ import typer
 from omniport.calib.weights.recipe import RECIPES
 from omniport.cli.main import app
 from omniport.export.graphs.lowering import OPSETS
-from omniport.export.models.parts import PRECISIONS
+from omniport.export.models.registry import PRECISIONS
 from omniport.runtime.backends import BACKENDS
 from omniport.runtime.bench.timing import CLOCKS
 from omniport.runtime.bundle.manifest import KV_FORMS
