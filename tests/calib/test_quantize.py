@@ -18,7 +18,6 @@ from omniport.calib.quantizer import quantize
 from omniport.calib.weights.recipe import SCHEMES, Choice, choose, find_recipe, resolve
 from omniport.calib.weights.rounding import rounded_rows, scales_from
 from omniport.calib.weights.tensors import Stored, Weight, find_weights, row_blocks
-from omniport.cli import main
 from omniport.export.validation.types import FAIL, PASS
 from omniport.export.validation.validate import validate
 from omniport.runtime import Done, OmniSession, SamplingConfig
@@ -28,6 +27,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BundleError, ExportError, UsageError
 from onnx import TensorProto, helper, numpy_helper
 from support.bundles import edit, make_bundle, make_manifest
+from support.command_line import Omniport
 from support.onnx_graphs import make_model, put_graphs, spec, tensor
 
 LM_PARTS = ("thinker", "talker")
@@ -438,29 +438,22 @@ def test_records_of_quantization_are_checked(tmp_path: Path) -> None:
 # the command
 
 
-def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main.run(["quantize", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
-
-
-def test_the_command(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tiny_bundle: Path, tmp_path: Path, omniport: Omniport) -> None:
     out = tmp_path / "out"
     options = ("--recipe", "int4", "--graph-recipe", "dit=w8", "--keep", "lm_head", "--json")
-    code, text, _ = command(capsys, tiny_bundle, out, *options)
+    code, text, _ = omniport("quantize", tiny_bundle, out, *options)
     assert code == 0
     report = json.loads(text)
     assert {row["name"]: row["precision"] for row in report["graphs"]}["dit"] == "int8"
     assert next(row for row in report["graphs"] if row["name"] == "thinker")["weights"]["none"] == 1
-    code, text, _ = command(capsys, tiny_bundle, out, "--recipe", "w8", "--quiet")
+    code, text, _ = omniport("quantize", tiny_bundle, out, "--recipe", "w8", "--quiet")
     assert code == 0
     assert "vision_encoder   int8" in text
     for bad in ("dit", "dit=", "=w8", "decoder=w8"):
-        code, text, errors = command(capsys, tiny_bundle, out, "--recipe", "w8", "--graph-recipe", bad)
+        code, text, errors = omniport("quantize", tiny_bundle, out, "--recipe", "w8", "--graph-recipe", bad)
         assert (code, text) == (2, "")
         assert "GRAPH=RECIPE was expected" in errors
-    assert command(capsys, tiny_bundle, out, "--recipe", "int3")[0] == 2
+    assert omniport("quantize", tiny_bundle, out, "--recipe", "int3")[0] == 2
     assert Bundle.open(out).manifest.precision == "w8"
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from omniport.calib.report.recorded_calls import Loss, loss_of
 from omniport.calib.search import Goal, part_of, parts_of, search
-from omniport.cli import main
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckFailed, UsageError
+from support.command_line import Omniport
 
 NOISE = {"a": 0.001, "b": 0.3, "c": 0.02, "d": 0.1, "e": 0.0001, "f": 0.05}
 
@@ -103,21 +103,14 @@ def _choices() -> list[tuple[float, float]]:
     return [(p, q), (1 - p, 1 - q)]
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main.run(["quantize", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
-
-
-def test_a_bundle_is_quantized_to_a_goal(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bundle_is_quantized_to_a_goal(tiny_bundle: Path, tmp_path: Path, omniport: Omniport) -> None:
     """Half of the talker's last layer, and its head: two parts, so that it takes seconds."""
     (tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "Tell me of the sea."}]}\n')
     out, curve, bundle = tmp_path / "out", tmp_path / "curve.json", tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle)  # its thinker gets linked, and onnx does not load what has links
     options = ["--recipe", "int4", "--keep", r"talker/(model\.layers\.[012]|thinker_to|.*self_attn)", "--graph-recipe"]
     options += ["thinker=none", "--target-sqnr", "23", "--data", tmp_path / "talk.jsonl", "--curve", curve]
-    code, text, _ = run(capsys, bundle, out, *options, "--json")
+    code, text, _ = omniport("quantize", bundle, out, *options, "--json")
     assert code == 0
     found = json.loads(text)["search"]
     assert found == json.loads(curve.read_text())
@@ -136,7 +129,7 @@ def test_a_bundle_is_quantized_to_a_goal(tiny_bundle: Path, tmp_path: Path, caps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "curve.json", "out", "talk.jsonl"]
 
 
-def test_bad_goals_leave_nothing(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_goals_leave_nothing(tiny_bundle: Path, tmp_path: Path, omniport: Omniport) -> None:
     out, recipe = tmp_path / "out", ("--recipe", "w8")
     for options, message in [
         (("--target-sqnr", "20", "--max-kl", "1"), "give one target"),
@@ -145,6 +138,6 @@ def test_bad_goals_leave_nothing(tiny_bundle: Path, tmp_path: Path, capsys: pyte
         (("--max-kl", "0.1", "--graph-recipe", "thinker=none", "--graph-recipe", "talker=none"), "neither thinker nor"),
         (("--max-kl", "0.1", "--data", tmp_path / "none.jsonl", "--graph-recipe", "talker=none"), "cannot read"),
     ]:
-        code, _, said = run(capsys, tiny_bundle, out, *recipe, *options)
+        code, _, said = omniport("quantize", tiny_bundle, out, *recipe, *options)
         assert (code, message in " ".join(said.split())) == (2, True), said
         assert list(tmp_path.iterdir()) == []

@@ -37,22 +37,23 @@ def test_engines_for_other_machines_are_not_loaded(bundle: Bundle, driver: FakeD
 
 def test_a_changed_engine_is_not_loaded(bundle: Bundle, driver: FakeDriver, tmp_path: Path) -> None:
     changed = with_engines(bundle.root, tmp_path / "changed", ["dit"])
-    made = opened(changed, driver)
+    runtime = FakeRuntime(changed, driver)
+    made = TrtBackend(changed, "tensorrt-rtx", runtime=runtime, driver=driver)
     path = made.engines["dit"].path
     data = path.read_bytes()
     path.unlink()
     path.write_bytes(data[::-1])
     with pytest.raises(BundleError, match=r"sha256.*not loaded.*--force"):
         made.graph("dit")
-    assert "dit" not in made._runtime.loaded  # type: ignore[attr-defined]
+    assert "dit" not in runtime.loaded
     path.unlink()
     with pytest.raises(BackendError, match="no engine of dit"):
         opened(changed, driver).graph("dit")
 
 
 def test_an_engine_of_another_graph_is_not_run(bundle: Bundle, driver: FakeDriver) -> None:
-    made = opened(bundle, driver)
-    load = made._runtime.load
+    runtime = FakeRuntime(bundle, driver)
+    made, load = TrtBackend(bundle, "tensorrt-rtx", runtime=runtime, driver=driver), runtime.load
 
     def wrong(path: Path) -> Any:
         engine: Any = load(path)
@@ -61,7 +62,7 @@ def test_an_engine_of_another_graph_is_not_run(bundle: Bundle, driver: FakeDrive
         engine.tensors = tensors
         return engine
 
-    made._runtime.load = wrong  # type: ignore[method-assign]
+    runtime.load = wrong  # type: ignore[method-assign]
     with pytest.raises(BundleError, match=r"does not have the inputs and outputs of graph 'dit' \(step \(int64\)"):
         made.graph("dit")
 
@@ -70,7 +71,7 @@ def test_an_engine_of_another_graph_is_not_run(bundle: Bundle, driver: FakeDrive
         engine.aliased_input = lambda output: "past_value_0"
         return engine
 
-    made._runtime.load = swapped  # type: ignore[method-assign]
+    runtime.load = swapped  # type: ignore[method-assign]
     with pytest.raises(BundleError, match=r"writes 'present_key_0' over 'past_value_0'; 'past_key_0' was expected"):
         made.graph("thinker")
 
