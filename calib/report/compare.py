@@ -19,6 +19,7 @@ from omniport.export.evaluation.machine import environment, usable_threads
 from omniport.export.evaluation.recording import RecordingBackend
 from omniport.export.evaluation.speech_metrics import log_mel_power, mel_cepstral_distortion, mel_l1
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.bundle.parts import giving
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
@@ -249,7 +250,7 @@ class _Sound:
         noise = NoiseStream(None, np.random.default_rng(0), dit.mel_dim)
         vocal = Token2Wav(recording, bundle, bundle.voice(), noise, window="whole")
         chunks = [samples for code in self.codes for samples in vocal.push(code)] + vocal.finish()
-        mel: Wave = np.concatenate([call["mel"][0] for call in recording.graph("bigvgan").calls], axis=1)
+        mel: Wave = np.concatenate([call["mel"][0] for call in recording.graph(giving("wav").name).calls], axis=1)
         made = mel, np.concatenate(chunks)
         if self._first is None:
             self._first = made

@@ -66,7 +66,6 @@ def command(
 
 def summary(manifest: Manifest, verified: bool) -> dict[str, Any]:
     """What ``--json`` prints: sizes and KV memory worked out, and the whole manifest as ``manifest``."""
-    decoders = {"thinker": manifest.thinker, "talker": manifest.talker}
     return {
         "source": manifest.source.name,
         "precision": manifest.precision,
@@ -74,7 +73,7 @@ def summary(manifest: Manifest, verified: bool) -> dict[str, Any]:
         "bytes": sum(record.size for record in manifest.files.values()),
         "graph_bytes": {name: graph_bytes(manifest, name) for name in manifest.graphs},
         "kv_bytes_per_1k_tokens": {
-            name: kv_bytes_per_1k(geometry, manifest.kv.dtype) for name, geometry in decoders.items() if geometry
+            name: kv_bytes_per_1k(geometry, manifest.kv.dtype) for name, geometry in manifest.decoders.items()
         },
         "voices": [voice.name for voice in manifest.voices],
         "manifest": manifest,
@@ -136,9 +135,7 @@ def _overview(manifest: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]
     ]
     if manifest.quantization is not None:
         rows.append(("quantized", _quantization(manifest.quantization)))
-    for name, geometry in (("thinker", manifest.thinker), ("talker", manifest.talker)):
-        if geometry is None:
-            continue
+    for name, geometry in manifest.decoders.items():
         heads = f"{geometry.num_heads}/{geometry.num_kv_heads} heads of {geometry.head_dim}"
         shape = f"{geometry.num_layers} layers, {geometry.hidden_size} wide, {heads}, vocabulary {geometry.vocab_size}"
         rows.append((name, f"{shape}; KV {size_text(facts['kv_bytes_per_1k_tokens'][name])} per 1,000 tokens"))

@@ -64,14 +64,16 @@ def _print(report: LossReport) -> None:
 
 
 def _row(bundle: BundleLoss) -> list[str]:
+    from omniport.runtime.bundle.parts import decoders
+
     cells = [bundle.name, bundle.recipe, size_text(bundle.bytes)]
     losses = {graph.graph: graph.loss for graph in bundle.graphs}
-    for name in ("thinker", "talker"):
-        loss = losses.get(name)
+    for part in decoders():
+        loss = losses.get(part.name)
         agreement = None if loss is None else loss.agreement
         cells += ["-" if loss is None else _decibels(loss.sqnr_db), "-" if agreement is None else f"{agreement:.0%}"]
     cells.append("-" if bundle.sound is None else _decibels(bundle.sound.mel_sqnr_db))
-    step = next((graph.step_ms for graph in bundle.graphs if graph.graph == "thinker"), 0.0)
+    step = next((graph.step_ms for graph in bundle.graphs if graph.graph == decoders()[0].name), 0.0)
     return [*cells, f"{step:.1f}"]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniport.runtime.bench.results import BenchReport, Figure, StageResult
+from omniport.runtime.bench.results import BenchReport, Figure, StageResult, measured_parts
 from omniport.runtime.errors import UsageError
 
 from . import plots
@@ -76,7 +76,7 @@ def _latency(axes: Axes, report: BenchReport) -> None:
     for name, style in (("decode", "-"), ("talker", "--")):
         figures = report.stages[name].figures if name in report.stages else ()
         sizes = [figure.size for figure in figures]
-        label = {"decode": "thinker", "talker": "talker"}[name]
+        label = measured_parts()[name].name
         axes.plot(sizes, [1e3 * f.seconds.median for f in figures], "o" + style, color=_OURS, markersize=3, label=label)
         if figures and all(f.reference is not None for f in figures):
             times = [1e3 * f.reference.median for f in figures if f.reference is not None]

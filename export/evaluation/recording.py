@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, Backend, KvCache
 from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.parts import decoders, encoder_of, giving
 from omniport.runtime.errors import OmniportError
 
 from ..validation.reference_reply import Floats, StagedReply
@@ -108,12 +109,11 @@ class ReplayBackend(ScriptedBackend):
         self._taken: dict[str, int] = {}
         super().__init__(
             {
-                "audio_encoder": self._audio,
-                "vision_encoder": self._vision,
-                "thinker": self._thinker,
-                "talker": self._talker,
-                "dit": self._dit,
-                "bigvgan": self._bigvgan,
+                encoder_of("audio").name: self._audio,
+                encoder_of("image").name: self._vision,
+                **dict(zip((part.name for part in decoders()), (self._thinker, self._talker), strict=False)),
+                giving("velocity").name: self._flow,
+                giving("wav").name: self._vocoder,
             }
         )
 
@@ -167,7 +167,7 @@ class ReplayBackend(ScriptedBackend):
         piece = self._take("talker steps", feeds["inputs_embeds"].shape[1], len(trace.embeds))
         return {"logits": _after(trace.logits, piece.stop - len(trace.history))}
 
-    def _dit(self, feeds: Feeds) -> Outputs:
+    def _flow(self, feeds: Feeds) -> Outputs:
         solve = self._reply.solve
         assert solve is not None
         velocity = solve.velocity[self._take("velocities", 1, len(solve.velocity))]
@@ -175,7 +175,7 @@ class ReplayBackend(ScriptedBackend):
             raise OmniportError(f"the runtime solves for {feeds['x'].shape}; the reference for {velocity.shape}")
         return {"velocity": velocity.copy()}
 
-    def _bigvgan(self, feeds: Feeds) -> Outputs:
+    def _vocoder(self, feeds: Feeds) -> Outputs:
         """The reference's waveform for a whole mel; silence for any other."""
         vocoder, wave = self._manifest.vocoder, self._reply.waveform
         assert vocoder is not None

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from omniport.runtime.bundle.manifest import AudioFrontend, DitGeometry, VocoderGeometry
+from omniport.runtime.bundle.parts import decoders, encoder_of, giving
 from omniport.runtime.errors import UsageError
 from omniport.runtime.generation.decoder import PREFILL_CHUNK
 from omniport.runtime.generation.encoders import AUDIO_CHUNKS
@@ -256,35 +257,35 @@ class _Estimate:
             scores = int(SCORES * decoder.heads * rows * self.context * 4) if cpu else 0
             values = rows * (3 * shape.ffn + 6 * shape.width) * item
             return values + scores + (decoder.vocabulary + rows * shape.width) * 4
-        if shape.name == "audio_encoder":
+        if shape.name == encoder_of("audio").name:
             rows = AUDIO_ROWS_CPU if cpu else AUDIO_ROWS
             scores = int(SCORES * shape.heads * rows / 2 * 100 * 4) if cpu else 0
             return (2 * rows * shape.width + rows // 2 * (2 * shape.ffn + 4 * shape.width)) * item + scores
-        if shape.name == "vision_encoder":
+        if shape.name == encoder_of("image").name:
             scores = int(SCORES * shape.heads * PATCHES**2 * 4) if cpu else 0
             return PATCHES * (3 * shape.ffn + 6 * shape.width) * item + scores
         frames = FRAMES_PER_CODE * window_codes(NEW_CODES_BEHIND if cpu else NEW_CODES, _DIT)
-        if shape.name == "dit":
+        if shape.name == giving("velocity").name:
             return 2 * frames * (3 * shape.ffn + 8 * shape.width) * item
         # the widest stage of the vocoder, and its two phases
-        widest = max(m.n * m.steps for m in shape.matrices)
+        widest = max((m.n * m.steps for m in shape.matrices), default=0)
         return int(frames * widest * 2 * 4 * item)
 
     # --- time
 
     def speed(self) -> Speed:
-        thinker = self.model.graphs["thinker"]
-        decode = self.run("thinker", 1, self.context)
+        thinker, listening = decoders()[0].name, encoder_of("audio").name
+        decode = self.run(thinker, 1, self.context)
         rows = min(PREFILL_ROWS, self.context)
-        late = self.run("audio_encoder", 200) if "audio_encoder" in self.model.graphs else 0.0
-        late += self.run(thinker.name, LATE, PROMPT)
-        first = late + self.run("thinker", 1, PROMPT)
+        late = self.run(listening, 200) if listening in self.model.graphs else 0.0
+        late += self.run(thinker, LATE, PROMPT)
+        first = late + self.run(thinker, 1, PROMPT)
         codes = speech = audio = None
         if self.model.speaks:
-            step = self.run("talker", 1, self.context)
+            step = self.run(decoders()[1].name, 1, self.context)
             codes, speech = 1 / step, self._speech(decode, step)
             audio = first + self._first_window()
-        return Speed(rows / self.run("thinker", rows, rows), 1 / decode, codes, first, audio, speech)
+        return Speed(rows / self.run(thinker, rows, rows), 1 / decode, codes, first, audio, speech)
 
     def _speech(self, decode: float, step: float) -> float:
         """Work for one second of speech: thinker, talker, and windows of DiT and vocoder."""
@@ -295,18 +296,19 @@ class _Estimate:
 
     def _window(self, new: int) -> float:
         """Seconds of DiT and vocoder for a second of speech, in windows of that many new codes."""
-        vocoder = self.run("bigvgan", FRAMES_PER_CODE * new + 2 * VOCODER_CONTEXT)
+        vocoder = self.run(giving("wav").name, FRAMES_PER_CODE * new + 2 * VOCODER_CONTEXT)
         return (self._solving(window_codes(new, _DIT)) + vocoder) * CODES_PER_SECOND / new
 
     def _solving(self, codes: int) -> float:
         """Seconds of the whole solution of a window."""
-        return self.model.evaluations * self.run("dit", FRAMES_PER_CODE * codes)
+        return self.model.evaluations * self.run(giving("velocity").name, FRAMES_PER_CODE * codes)
 
     def _first_window(self) -> float:
         """From the first text token to the first sound; the talker's step i waits for the thinker's token i."""
-        both = self.run("thinker", 1, PROMPT) + self.run("talker", 1, PROMPT)
-        tail = self._solving(FIRST_CODES) + self.run("bigvgan", FRAMES_PER_CODE * FIRST_CODES)
-        return self.run("talker", PROMPT, PROMPT) + FIRST_CODES * both + tail
+        thinker, talker = (part.name for part in decoders()[:2])
+        both = self.run(thinker, 1, PROMPT) + self.run(talker, 1, PROMPT)
+        tail = self._solving(FIRST_CODES) + self.run(giving("wav").name, FRAMES_PER_CODE * FIRST_CODES)
+        return self.run(talker, PROMPT, PROMPT) + FIRST_CODES * both + tail
 
     def run(self, graph: str, rows: int, context: int = 0) -> float:
         """Seconds of one call: everything is read once, and multiplied by every row."""

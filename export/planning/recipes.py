@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from omniport.runtime.bundle.parts import PARTS
+
 from .weights import GraphShape, Kind, Matrix
 
 
@@ -35,7 +37,6 @@ _FP8 = Storage(8, 0, "fp8")
 
 _LM = ("thinker", "talker")
 _ENCODERS = ("audio_encoder", "vision_encoder")
-_TOKEN2WAV = ("dit", "bigvgan")
 _ALL_W8, _ALL_INT8, _ALL_FP8 = {Kind.PRODUCT: _W8}, {Kind.PRODUCT: _INT8}, {Kind.PRODUCT: _FP8}
 _SMALL = dict.fromkeys((*_ENCODERS, "dit"), _ALL_W8)
 _MIXED = {Kind.ATTENTION: _W8, Kind.PROJECTION: _W8, Kind.PRODUCT: _INT4}
@@ -67,7 +68,7 @@ class PlanRecipe:
     def graph_precision(self, graph: str, own: str) -> str:
         """fp32, fp16 or bf16: token2wav stays FP32 where the rest is BF16 (`Part.bfloat16`)."""
         chosen = self.precision or own
-        return "fp32" if chosen == "bf16" and graph in _TOKEN2WAV else chosen
+        return "fp32" if chosen == "bf16" and not PARTS[graph].bfloat16 else chosen
 
 
 _EXPORT = "omniport export CHECKPOINT BUNDLE --precision {}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omniport.runtime.bundle.manifest import DecoderGeometry
+from omniport.runtime.bundle.parts import speech_parts
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
 
@@ -67,7 +68,7 @@ class ModelShape:
     @property
     def speaks(self) -> bool:
         """Whether it has a voice."""
-        return "talker" in self.graphs
+        return all(part.name in self.graphs for part in speech_parts())
 
 
 def find_model(name: str) -> ModelShape:

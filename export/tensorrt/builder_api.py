@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from omniport.runtime.backends.tensorrt.trt_log import listen
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import BackendError
 from omniport.runtime.system import host
 
@@ -49,9 +50,6 @@ INTERESTING = (
 )
 
 Attributes = Mapping[str, Iterable[str]]
-
-#: graphs whose steps are captured into CUDA graphs
-_CAPTURED = ("thinker", "talker")
 
 
 @dataclass(frozen=True)
@@ -227,7 +225,7 @@ class Api:
         Only decoding is captured into CUDA graphs. The vision encoder cannot be built so without a GPU: the builder
         runs out of memory for its largest images (TensorRT-RTX 1.7.1).
         """
-        if self.features.user_allocation and graph in _CAPTURED:
+        if self.features.user_allocation and graph in PARTS and PARTS[graph].decodes:  # captured into a CUDA graph
             config.set_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
     def make_decomposable(self, layer: Any) -> None:
@@ -238,7 +236,7 @@ class Api:
     def flag_names(self, graph: str) -> tuple[str, ...]:
         """Flags that builds of a graph are made with, for the record."""
         flags = {"ATTENTION_DECOMPOSABLE": self.features.native_attention}
-        flags["REQUIRE_USER_ALLOCATION"] = self.features.user_allocation and graph in _CAPTURED
+        flags["REQUIRE_USER_ALLOCATION"] = self.features.user_allocation and graph in PARTS and PARTS[graph].decodes
         return ("STRONGLY_TYPED", *(name for name, is_set in flags.items() if is_set))
 
     def progress_monitor(self, step: Callable[[float], bool]) -> Any:

@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omniport.runtime.bundle.parts import Part, decoders, encoder_of, giving
 from omniport.runtime.errors import UnknownVoice
 from torch import nn
 
@@ -130,24 +131,24 @@ def staged_replies(
     checkpoint = reference.checkpoint
     speaker = None if limits.voice is None else _speaker(checkpoint, limits.voice)
 
-    def stage(name: str, run: Callable[[StagedReply], None], wanted: Sequence[StagedReply]) -> None:
+    def stage(part: Part, run: Callable[[StagedReply], None], wanted: Sequence[StagedReply]) -> None:
         if wanted:
-            progress(f"reference: {name}")
+            progress(f"reference: {part.name}")
         for reply in wanted:
             run(reply)
 
     heard = [reply for reply in replies if "input_features" in reply.inputs.features]
     seen = [reply for reply in replies if any("pixel" in name for name in reply.inputs.features)]
-    stage("audio_encoder", lambda reply: _listen(reference, reply), heard)
-    stage("vision_encoder", lambda reply: _look(reference, reply), seen)
-    stage("thinker", lambda reply: _think(reference, reply, limits), replies)
+    stage(encoder_of("audio"), lambda reply: _listen(reference, reply), heard)
+    stage(encoder_of("image"), lambda reply: _look(reference, reply), seen)
+    stage(decoders()[0], lambda reply: _think(reference, reply, limits), replies)
     if speaker is not None:
         # Without a consumed token generate has no row to speak from.
         talking = [reply for reply in replies if reply.thinker is not None and len(reply.thinker.tokens) > 1]
-        stage("talker", lambda reply: _talk(reference, reply, limits, speaker), talking)
+        stage(decoders()[1], lambda reply: _talk(reference, reply, limits, speaker), talking)
         sounding = [reply for reply in talking if reply.codec_ids]
-        stage("dit", lambda reply: _flow(reference, reply, speaker, noise), sounding)
-        stage("bigvgan", lambda reply: _vocode(reference, reply), sounding)
+        stage(giving("velocity"), lambda reply: _flow(reference, reply, speaker, noise), sounding)
+        stage(giving("wav"), lambda reply: _vocode(reference, reply), sounding)
     reference.release()
     return replies
 
@@ -169,7 +170,7 @@ def _listen(reference: Reference, reply: StagedReply) -> None:
         return {"embeds": module(frames, feature_lens=lengths, aftercnn_lens=after).last_hidden_state}
 
     case = f"reply {array_key(frames.numpy(), lengths.numpy())}"
-    reply.features["audio"] = reference.result("audio_encoder", case, run)["embeds"]
+    reply.features["audio"] = reference.result(encoder_of("audio").name, case, run)["embeds"]
 
 
 def _look(reference: Reference, reply: StagedReply) -> None:
@@ -182,7 +183,7 @@ def _look(reference: Reference, reply: StagedReply) -> None:
             return {"embeds": module(pixels, grid_thw=grid).pooler_output}
 
         case = f"reply {array_key(pixels.numpy(), grid.numpy())}"
-        reply.features[kind] = reference.result("vision_encoder", case, run)["embeds"]
+        reply.features[kind] = reference.result(encoder_of(kind).name, case, run)["embeds"]
 
 
 def _rows(checkpoint: Checkpoint, ids: NDArray[np.int64]) -> Floats:
@@ -223,7 +224,7 @@ def _think(reference: Reference, reply: StagedReply, limits: ReplyLimits) -> Non
 
     arrays = [embeds.numpy(), start.numpy()]
     case = f"reply {array_key(*arrays)} {reply.inputs.next_position} {limits.stop} {limits.text_tokens}"
-    kept = reference.result("thinker", case, run)
+    kept = reference.result(decoders()[0].name, case, run)
     reply.thinker = ThinkerTrace(
         kept["embeds"], np.ascontiguousarray(kept["positions"].T), kept["hidden"], kept["logits"], kept["tokens"]
     )
@@ -269,7 +270,7 @@ def _talk(reference: Reference, reply: StagedReply, limits: ReplyLimits, speaker
 
     arrays = array_key(prefill.numpy(), rest.numpy(), trace.positions, spoken)
     case = f"reply {arrays} {heard} {end} {limits.codec_tokens} {limits.repetition_penalty}"
-    kept = reference.result("talker", case, run)
+    kept = reference.result(decoders()[1].name, case, run)
     positions = np.ascontiguousarray(kept["positions"].T)
     reply.talker = TalkerTrace(kept["embeds"], positions, kept["logits"], kept["scores"], kept["codes"], history)
     reply.codec_ids = [int(code) for code in kept["codes"] if code not in end]
@@ -351,7 +352,7 @@ def _flow(reference: Reference, reply: StagedReply, speaker: Speaker, noise: Flo
         return {"x": torch.cat(states), "velocity": torch.cat(outputs), "times": torch.cat(times), "mel": mel[0]}
 
     case = f"reply {array_key(codes, noise[: 2 * codes.shape[1]], speaker.cond, speaker.ref_mel)}"
-    kept = reference.result("dit", case, run)
+    kept = reference.result(giving("velocity").name, case, run)
     reply.solve = Solve(kept["x"], kept["velocity"], kept["times"], kept["mel"])
 
 
@@ -362,7 +363,7 @@ def _vocode(reference: Reference, reply: StagedReply) -> None:
     def run(module: Any) -> dict[str, torch.Tensor]:
         return {"wav": module(torch.from_numpy(mel)[None]).reshape(-1)}
 
-    reply.waveform = reference.result("bigvgan", f"reply {array_key(mel)}", run)["wav"]
+    reply.waveform = reference.result(giving("wav").name, f"reply {array_key(mel)}", run)["wav"]
 
 
 def _dynamic_cache() -> Any:

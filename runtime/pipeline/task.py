@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..backends.base import Backend
 from ..bundle.manifest import VoiceSpec
-from ..bundle.parts import speech_parts
+from ..bundle.parts import decoders, speech_parts
 from ..bundle.reader import Bundle
 from ..concurrency.cancel import CancelToken, GuardedBackend
 from ..concurrency.timing import StageTimer
@@ -64,9 +64,10 @@ def make_task(bundle: Bundle, codec: TextCodec, backend: Backend, options: Reply
     Raises:
         UsageError, UnknownVoice: the bundle cannot reply like that.
     """
-    bundle.require_graph("thinker", "any reply")
+    writer = decoders()[0].name
+    bundle.require_graph(writer, "any reply")
     config = options.thinker or bundle.manifest.thinker_sampling
-    validate_sampling(config, "thinker")
+    validate_sampling(config, writer)
     timer, token = StageTimer(), CancelToken()
     guarded = GuardedBackend(backend, token, timer)
     speech = _speech_task(bundle, guarded, options, timer) if options.speak else None
