@@ -61,7 +61,7 @@ class QuantizeReport:
     graphs: tuple[GraphResult, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizationPlan:
     """What quantizing a bundle is going to write.
 

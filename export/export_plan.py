@@ -57,7 +57,7 @@ class KeptGraph:
     schemes: Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportPlan:
     """One export.
 

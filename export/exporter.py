@@ -32,7 +32,7 @@ from .graphs.trace import trace
 from .graphs.writer import write_model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GraphReport:
     """One graph of an export.
 
@@ -152,7 +152,8 @@ def _take_over(out: Path, graph: KeptGraph, folder: Path) -> _Written:
     for file in graph.files:
         take_over(out / file, folder / file)
     size = sum(graph.files[file].size for file in spec.data)
-    return _Written(spec, graph.files, graph.schemes, GraphReport(spec.name, 0, size, 0.0, True))
+    report = GraphReport(name=spec.name, nodes=0, weight_bytes=size, seconds=0.0, skipped=True)
+    return _Written(spec, graph.files, graph.schemes, report)
 
 
 def _make(plan: ExportPlan, graph: NewGraph, folder: Path, told: StageProgress) -> _Written:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from omniport.runtime.bundle.manifest import AudioFrontend, DitGeometry, VocoderGeometry
 from omniport.runtime.bundle.parts import decoders, encoder_of, giving
@@ -103,6 +103,7 @@ class RecipePlan:
 
     recipe: PlanRecipe
     problem: str = ""
+    _: KW_ONLY
     memory: Memory | None = None
     speed: Speed | None = None
     usable: int = 0

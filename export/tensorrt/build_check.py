@@ -46,7 +46,7 @@ class GraphCheck:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckReport:
     """What was found.
 

@@ -65,6 +65,19 @@ def test_names_for_types_and_for_running_are_the_same(package: ModuleType) -> No
     assert imported == set(package.__all__) == {name for names in package._MODULES.values() for name in names}
 
 
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_six_arguments_by_position_at_most(package: ModuleType) -> None:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    counts = {}
+    for name in package.__all__:
+        value = getattr(package, name)
+        if callable(value) and not (inspect.isclass(value) and issubclass(value, Exception)):
+            parameters = inspect.signature(value).parameters.values()
+            counts[name] = sum(parameter.kind in positional for parameter in parameters)
+    assert counts
+    assert not {name: count for name, count in counts.items() if count > 6}
+
+
 def test_a_package_that_is_missing_is_named_with_its_extra() -> None:
     code = (
         "import sys\nsys.modules['torch'] = None\nimport omniport.export\n"
