@@ -24,8 +24,18 @@ from ..tolerances import limit
 from ..types import FAIL, Check
 from .asr import asr_checks, parse_command
 from .solver import blame_mel
-from .speech_cases import SpeechCase, reference_mel, reference_wave, speech_cases
-from .speech_runs import SpeechRun, centred, mel_error, speak, streamed_mel, without_context
+from .speech_runs import (
+    SpeechCase,
+    SpeechRun,
+    centred,
+    mel_error,
+    reference_mel,
+    reference_wave,
+    speak,
+    speech_cases,
+    streamed_mel,
+    without_context,
+)
 
 
 def speech_checks(context: Context, asr: str | None = None) -> Iterator[Check]:

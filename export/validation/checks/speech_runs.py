@@ -1,23 +1,31 @@
-"""Run the runtime's Token2Wav for the speech checks, recording the graph calls."""
+"""Cases of the speech checks: codes to speak, what the reference makes of them, and what the runtime does, recorded."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
+from omniport.runtime.bundle.manifest import DitGeometry, SamplingConfig, VocoderGeometry
+from omniport.runtime.bundle.parts import PARTS, giving
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import OmniportError
+from omniport.runtime.events import Done
+from omniport.runtime.session import OmniSession
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 from omniport.runtime.speech.windows import Window
+from torch import nn
 
 from ...evaluation.metrics import compare
+from ...models.voices import Speaker, load_speakers
 from ..context import Context
-from .speech_cases import SpeechCase, geometry
+from ..reference import array_key
 
 Wave = NDArray[np.float32]
 
@@ -128,3 +136,114 @@ def centred(got: Wave, wanted: Wave) -> tuple[Wave, Wave]:
     """Both less the reference's mean: a log-mel lies around -5, and an error counts against what varies."""
     mean = wanted.mean()
     return got - mean, wanted - mean
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+#: codes of a reply: one, and both sides of the borders of one, three and five blocks of 12
+FULL_LENGTHS = (1, 11, 12, 13, 35, 36, 37, 60, 61)
+#: 61 has a window that starts after the first frame
+QUICK_LENGTHS = (1, 13, 61)
+#: lengths whose sound and mel are kept for the report
+_KEPT = (37, 61)
+
+
+@dataclass
+class SpeechCase:
+    """One reply: its codes and noise, and what the reference makes of them.
+
+    Attributes:
+        noise: float32 [2n, 80], the ODE's start. mel: float32 [80, 2n]. wave: float32 [480n].
+    """
+
+    name: str
+    codes: list[int]
+    noise: Wave
+    key: str
+    kept: bool
+    mel: Wave = field(default_factory=lambda: np.zeros((80, 0), np.float32))
+    wave: Wave = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+def geometry(context: Context) -> tuple[DitGeometry, VocoderGeometry]:
+    """DiT and vocoder of a bundle that speaks."""
+    dit, vocoder = context.bundle.manifest.dit, context.bundle.manifest.vocoder
+    assert dit is not None
+    assert vocoder is not None
+    return dit, vocoder
+
+
+def speech_cases(context: Context) -> list[SpeechCase]:
+    """Random codes of every length of the suite; in the full one also the codes of a greedy reply."""
+    dit, _ = geometry(context)
+    cases = []
+    for count in FULL_LENGTHS if context.full else QUICK_LENGTHS:
+        codes = np.random.default_rng(count).integers(0, dit.num_embeds, count).tolist()
+        cases.append(_case(context, f"{count} codes" if count > 1 else "1 code", codes, count in _KEPT))
+    needed = {name for name, part in PARTS.items() if part.speaks or part.decodes}
+    if context.full and needed <= set(context.graphs):
+        context.progress("speech: codes of a greedy reply")
+        if codes := _greedy_codes(context, max(FULL_LENGTHS)):
+            cases.append(_case(context, f"{len(codes)} codes of a greedy reply", codes, kept=False))
+    return cases
+
+
+def _case(context: Context, name: str, codes: list[int], kept: bool) -> SpeechCase:
+    dit, _ = geometry(context)
+    noise = _seeded_noise(len(codes), (1, len(codes) * dit.repeats, dit.mel_dim))[0]
+    return SpeechCase(name, codes, noise.numpy(), array_key(np.asarray(codes, np.int64), noise.numpy()), kept)
+
+
+def _seeded_noise(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The noise that ``sample`` draws first after ``torch.manual_seed(seed)``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.randn(shape)
+
+
+def _greedy_codes(context: Context, count: int) -> list[int]:
+    """The first codes of a greedy spoken reply; none if the model says nothing or fails (end_to_end tells why)."""
+    talker = SamplingConfig(max_new_tokens=count, repetition_penalty=1.05)
+    session = OmniSession(context.bundle, context.backend)
+    messages = [{"role": "user", "content": "What can you tell me about the sea?"}]
+    try:
+        thinker = SamplingConfig(max_new_tokens=24)
+        for event in session.reply(messages, thinker=thinker, talker=talker, window="whole", threads=False):
+            if isinstance(event, Done):
+                return event.codec_ids
+    except OmniportError:
+        return []
+    return []
+
+
+def reference_mel(context: Context, case: SpeechCase) -> Wave:
+    """float32 [80, T] of ``Qwen2_5OmniToken2WavDiTModel.sample`` with its own schedule and guidance."""
+    voice = _reference_voice(context)
+
+    def run(module: nn.Module) -> dict[str, torch.Tensor]:
+        sample: Any = module.sample  # draws its noise first: the noise of this seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(len(case.codes))
+            mel = sample(
+                torch.from_numpy(voice.cond)[None],
+                torch.from_numpy(voice.ref_mel)[None],
+                torch.tensor([case.codes]),
+            )
+        return {"mel": mel[0]}
+
+    return context.reference.result(
+        giving("velocity").name, f"speech {case.key} {array_key(voice.cond, voice.ref_mel)}", run
+    )["mel"]
+
+
+def reference_wave(context: Context, case: SpeechCase) -> Wave:
+    """float32 [n] of the reference's vocoder on the reference's mel."""
+
+    def run(module: nn.Module) -> dict[str, torch.Tensor]:
+        return {"wav": torch.as_tensor(module(torch.from_numpy(case.mel)[None])).reshape(-1)}
+
+    return context.reference.result(giving("wav").name, f"speech {array_key(case.mel)}", run)["wav"]
+
+
+def _reference_voice(context: Context) -> Speaker:
+    return load_speakers(context.checkpoint.path / "spk_dict.pt")[context.bundle.find_voice().name]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from omniport.export.validation.checks import end_to_end as end_to_end_checks
-from omniport.export.validation.checks import speech_cases
+from omniport.export.validation.checks import speech_runs
 from omniport.export.validation.tolerances import LIMITS, Limit
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, ValidationReport
 from omniport.export.validation.validate import validate
@@ -26,7 +26,7 @@ def run(bundle: Path, checkpoint: Path, groups: tuple[str, ...] = GROUPS) -> Val
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """One conversation, with a picture and sound, and one streamed reply."""
     monkeypatch.setattr(end_to_end_checks, "_QUICK", ("audio and image",))
-    monkeypatch.setattr(speech_cases, "QUICK_LENGTHS", (37,))
+    monkeypatch.setattr(speech_runs, "QUICK_LENGTHS", (37,))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from omniport.export.evaluation import machine
 from omniport.export.evaluation.reference_modules import load_reference, reference_bytes
 from omniport.export.validation import validate as run
 from omniport.export.validation.checks import end_to_end as end_to_end_checks
-from omniport.export.validation.checks import speech_cases
+from omniport.export.validation.checks import speech_runs
 from omniport.export.validation.low_memory_backend import TurnsBackend
 from omniport.export.validation.types import PASS
 from omniport.runtime.backends.base import Graph
@@ -124,7 +124,7 @@ def test_replies_in_turns_pass(
     """A large bundle's conversations, speech and recogniser: graphs come and go, and nothing is missed."""
     monkeypatch.setattr(machine, "_LARGE", 0)
     monkeypatch.setattr(end_to_end_checks, "_QUICK", ("audio and image",))
-    monkeypatch.setattr(speech_cases, "QUICK_LENGTHS", (13,))
+    monkeypatch.setattr(speech_runs, "QUICK_LENGTHS", (13,))
     heard = f"{sys.executable} -c \"print('a word')\""
     report, _ = run.validate(tiny_bundle, tiny_checkpoint, graphs=("thinker", "end_to_end", "speech"), asr=heard)
     assert [(c.stage, c.name, c.message) for c in report.checks if c.status != PASS] == []

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.validation.checks import asr as speech_asr
-from omniport.export.validation.checks import speech_cases
+from omniport.export.validation.checks import speech_runs
 from omniport.export.validation.checks.speech import asr_checks, speech_checks
 from omniport.export.validation.context import Context
 from omniport.export.validation.reference import Reference
@@ -104,7 +104,7 @@ def sound(tiny_bundle: Path, tiny_checkpoint: Path) -> Any:
 @pytest.fixture
 def context(sound: Context, monkeypatch: pytest.MonkeyPatch) -> Any:
     """One reply of 49 codes, on a backend to break."""
-    monkeypatch.setattr(speech_cases, "QUICK_LENGTHS", (CODES,))
+    monkeypatch.setattr(speech_runs, "QUICK_LENGTHS", (CODES,))
     sound.artifacts.clear()
     assert isinstance(sound.backend, Stand)
     sound.backend.forget()  # a test of the sound bundle leaves its graphs
@@ -115,7 +115,7 @@ def context(sound: Context, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def brief(context: Context, monkeypatch: pytest.MonkeyPatch) -> Context:
     """One reply of 13 codes, for faults that show in any window."""
-    monkeypatch.setattr(speech_cases, "QUICK_LENGTHS", (13,))
+    monkeypatch.setattr(speech_runs, "QUICK_LENGTHS", (13,))
     return context
 
 
@@ -181,14 +181,14 @@ def test_sound_and_mel_are_kept_for_the_report(sound: Context) -> None:
 
 def test_the_full_suite_has_every_length_and_a_greedy_reply(sound: Context) -> None:
     full = replace(sound, suite="full")
-    cases = speech_cases.speech_cases(full)
+    cases = speech_runs.speech_cases(full)
     assert [len(case.codes) for case in cases] == [1, 11, 12, 13, 35, 36, 37, 60, 61, 61]
     assert cases[-1].name == "61 codes of a greedy reply"
     assert len(set(cases[-1].codes)) > 10
     assert cases[-1].codes != cases[-2].codes
     assert {case.noise.shape[0] for case in cases} == {2 * len(case.codes) for case in cases}
     without = replace(full, graphs=("dit", "bigvgan"))
-    assert len(speech_cases.speech_cases(without)) == 9
+    assert len(speech_runs.speech_cases(without)) == 9
 
 
 # --- planted faults: the runtime -------------------------------------------------------------------------------------
