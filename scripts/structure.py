@@ -114,7 +114,8 @@ def import_graph(root: Path = ROOT) -> Graph:
     for name, path in files.items():
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         found = imports(ast.parse(path.read_text(encoding="utf-8")), package)
-        graph[name] = {f"{m}.{n}".strip(".") if f"{m}.{n}" in files else m for m, n in found} - {name}
+        named = ((f"{module}.{thing}".strip("."), module) for module, thing in found)
+        graph[name] = {full if full in files else module for full, module in named} - {name}
     return graph
 
 

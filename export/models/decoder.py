@@ -6,7 +6,6 @@ Shapes: B batch, S new tokens, L live cache length, M cache capacity, H heads, D
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,31 +20,21 @@ from ..checkpoint.checkpoint import Checkpoint
 from .layers import GatedMlp, RmsNorm
 from .module import ExportModule, Linear
 from .ops import attention, merge_heads, rotary_embedding, split_heads, tensor_scatter
-from .part import Array, Case, GraphDefinition, ModelPart, Settings, Subject, f32, i64, largest
+from .part import (
+    Array,
+    Case,
+    DecoderConfig,
+    DecoderPart,
+    GraphDefinition,
+    ModelPart,
+    Settings,
+    Subject,
+    f32,
+    i64,
+    largest,
+)
 from .signals import generator, prompt_inputs, random_positions, random_tokens
 from .stack import Context, Stack
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of a language model, and the form of its KV cache (`KvSpec.form`).
-
-    Attributes:
-        embedding_size: width of its token embeddings and of what it is fed.
-    """
-
-    hidden_size: int
-    embedding_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    rope_theta: float
-    mrope_section: tuple[int, ...]
-    rms_norm_eps: float
-    kv_form: str = "static"
 
 
 class _CachedAttention(ExportModule):
@@ -160,26 +149,6 @@ class Decoder(Stack):
 
     def leave(self, x: Tensor, context: Context) -> Tensor:
         return self.norm(x)
-
-
-@dataclass(frozen=True)
-class DecoderPart:
-    """What a language model says of itself besides what every part does.
-
-    Attributes:
-        sizes: from the checkpoint's configuration, and the form of the KV cache.
-        table: key of its token-embedding table in the checkpoint.
-        stack, projection, head: submodules of the reference: its decoder (the module itself where empty), what turns
-            embeddings into the decoder's input (nothing where empty), and what gives logits.
-        gives_hidden: its graph gives the hidden states, too.
-    """
-
-    sizes: Callable[[Any, str], DecoderConfig]
-    table: str
-    head: str
-    stack: str = ""
-    projection: str = ""
-    gives_hidden: bool = False
 
 
 def decoder_config(config: Any, kv_form: str, embedding_size: int) -> DecoderConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from .module import ExportModule
-
-if TYPE_CHECKING:
-    from .decoder import DecoderPart
 
 Array = NDArray[Any]
 #: gives the reference's output for the inputs that it was made from
@@ -131,6 +128,48 @@ class ReferenceModule:
     prefix: str
     keys: Callable[[Checkpoint], Mapping[str, str]] = lambda _: {}
     unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a language model, and the form of its KV cache (`KvSpec.form`).
+
+    Attributes:
+        embedding_size: width of its token embeddings and of what it is fed.
+    """
+
+    hidden_size: int
+    embedding_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    rms_norm_eps: float
+    kv_form: str = "static"
+
+
+@dataclass(frozen=True)
+class DecoderPart:
+    """What a language model says of itself besides what every part does.
+
+    Attributes:
+        sizes: from the checkpoint's configuration, and the form of the KV cache.
+        table: key of its token-embedding table in the checkpoint.
+        stack, projection, head: submodules of the reference: its decoder (the module itself where empty), what turns
+            embeddings into the decoder's input (nothing where empty), and what gives logits.
+        gives_hidden: its graph gives the hidden states, too.
+    """
+
+    sizes: Callable[[Any, str], DecoderConfig]
+    table: str
+    head: str
+    stack: str = ""
+    projection: str = ""
+    gives_hidden: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,13 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.frontends import codec_tokens, sampling_defaults, text_tokens
 from .decoder import (
     Decoder,
-    DecoderConfig,
-    DecoderPart,
     decoder_config,
     decoder_geometry,
     define_decoder,
     prefill_cases,
 )
 from .module import Linear
-from .part import GraphDefinition, ModelPart, ReferenceModule, Settings, qwen_module
+from .part import DecoderConfig, DecoderPart, GraphDefinition, ModelPart, ReferenceModule, Settings, qwen_module
 from .stack import Context, Stack
 
 

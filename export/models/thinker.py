@@ -14,15 +14,13 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.frontends import sampling_defaults
 from .decoder import (
     Decoder,
-    DecoderConfig,
-    DecoderPart,
     decoder_config,
     decoder_geometry,
     define_decoder,
     prefill_cases,
 )
 from .module import Linear, Transpose
-from .part import GraphDefinition, ModelPart, ReferenceModule, Settings, qwen_module
+from .part import DecoderConfig, DecoderPart, GraphDefinition, ModelPart, ReferenceModule, Settings, qwen_module
 from .stack import Context, Stack
 
 

@@ -56,7 +56,7 @@ def test_the_walk_sees_imports_wherever_they_stand() -> None:
     graph = import_graph()
     assert "runtime.session" in graph["runtime"], "under TYPE_CHECKING"
     assert "runtime.session" in graph["runtime.live.dialogue"]
-    assert "export.exporter" in graph["cli.commands.export"], "in a function"
+    assert "export.planning.picture" in graph["cli.commands.plan"], "in a function"
 
 
 @pytest.mark.parametrize(
