@@ -281,7 +281,7 @@ def _rewritten(choices: Mapping[str, Sequence[Choice]]) -> tuple[str, ...]:
 def _require_apart(root: Path, out: Path) -> None:
     source, target = root.resolve(), out.resolve()
     if source == target or source in target.parents or target in source.parents:
-        raise UsageError(f"{out} and the bundle {root} lie in each other: choose another OUT")
+        raise UsageError(f"{out} and the bundle {root} are one inside the other: choose another OUT")
 
 
 def _new_bytes(choices: Sequence[Choice], sources: Mapping[str, Stored]) -> int:

@@ -1,4 +1,4 @@
-"""Shared options: declared once, with the words that they take; sampling options applied to a bundle's defaults."""
+"""Options shared by several commands, and sampling options applied to a bundle's defaults."""
 
 from __future__ import annotations
 

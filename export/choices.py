@@ -1,11 +1,11 @@
-"""The words that options of an export take; nothing is imported, so that a command line can list them at once."""
+"""Values of the export's options, without imports, so that the command line can list them at once."""
 
 from __future__ import annotations
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 #: operators of the graphs: those of the newest opset, or for parsers that are older
 OPS = ("native", "decomposed")
-#: where zero points of GPTQ and AWQ weights go: with the weights, or into a product of their own for TensorRT
+#: where zero points of GPTQ and AWQ weights go: with the weights, or into a separate product for TensorRT
 ZERO_POINTS = ("keep", "separate")
 #: how much is validated
 SUITES = ("quick", "full")

@@ -37,7 +37,7 @@ class Turn:
     Sound and pictures are encoded and prefilled every 2 s, in the thread that pushes: at ``commit`` only the last piece
     and the prompt's tail are left to compute. Text closes the clip before it, so a turn may hold several. Pushes may
     come from several threads. A push that is refused (MediaError, PromptError) has taken nothing and leaves the turn
-    open; any other error ends the turn and takes it back.
+    open; any other error discards the turn.
     """
 
     def __init__(self, task: ReplyTask, conversation: Conversation) -> None:
@@ -59,7 +59,7 @@ class Turn:
 
     @property
     def ended(self) -> bool:
-        """Whether the turn was taken back, or its reply has ended."""
+        """Whether the turn was discarded, or its reply has ended."""
         return self._state == "ended" or (self._reply is not None and self._reply.ended)
 
     def push_audio(self, samples: NDArray[Any], sample_rate: float) -> None:
@@ -181,10 +181,10 @@ class Turn:
     def cancel(self, heard: float | None = None) -> None:
         """End the turn now; from any thread, at any time, as often as wanted.
 
-        Before ``commit`` the turn is taken back, as if it had never begun. During the reply all workers stop within one
+        Before ``commit`` the turn is discarded, as if it had never begun. During the reply all workers stop within one
         step; what was said stays in the conversation, what was not is forgotten. Of a reply that is read, the text that
         was delivered counts as said. Of one that is spoken, the text whose sound was delivered: the model does not tell
-        which word a sound belongs to, so this is reckoned from the pace of the speech.
+        which word a sound belongs to, so this is estimated from the pace of the speech.
 
         Args:
             heard: seconds of the speech that were played, where the caller knows; all that was delivered if None. With
@@ -230,7 +230,7 @@ class Turn:
         self._task.bundle.require_graph(encoder_of(kind).name, "sound" if kind == "audio" else "a picture")
 
     def _abort(self) -> None:
-        """Take the turn back."""
+        """Discard the turn."""
         if self._state == "open":
             self._state = "ended"
             self._conversation.undo_turn()

@@ -1,4 +1,4 @@
-"""Language models: decoder stack over a KV cache, its graph, and what it is compared with and on.
+"""Shared by thinker and talker: a decoder stack over a KV cache, its graph, its reference and cases.
 
 Shapes: B batch, S new tokens, L live cache length, M cache capacity, H heads, D head width, E width.
 """

@@ -1,4 +1,4 @@
-"""A model part as export and the checks see it: its graph, its reference, and what the two are compared on."""
+"""The record of a model part: its graph, its reference, and the cases on which the two are compared."""
 
 from __future__ import annotations
 

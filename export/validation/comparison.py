@@ -1,4 +1,4 @@
-"""Make a check: figures of a comparison, held to the limits of its precision, and the faults that were found."""
+"""Build a check from a comparison: figures, the limits of its precision, and the faults found."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The parts of a model, each of them a graph of the bundle: what the runtime has to know of one.
+"""The registry of model parts: what the runtime has to know of each, such as its output and its media.
 
-Whatever treats parts differently asks the part; nothing keeps a table of its own.
+Code that treats parts differently asks the part; there are no other tables of parts.
 """
 
 from __future__ import annotations

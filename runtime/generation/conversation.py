@@ -110,7 +110,7 @@ class Conversation:
         self.turns.append([])
 
     def undo_turn(self) -> None:
-        """Take the last turn back."""
+        """Discard the last turn."""
         self.turns.pop()
         self._cut(self.length)
 

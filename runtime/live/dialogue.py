@@ -87,7 +87,7 @@ class Dialogue:
         def turn() -> Turn:
             return session.turn(voice, speak, thinker=thinker, talker=talker, seed=seed, exact=exact)
 
-        with turn() as trial:  # taken back: options are refused now and not when somebody has spoken
+        with turn() as trial:  # discarded at once: options are refused now and not when somebody has spoken
             trial.push_audio(np.zeros(0, np.float32), 16000)
         self.time = self.seconds = 0.0
         self._new_turn, self._on_event, self._heard = turn, on_event, heard
@@ -136,7 +136,7 @@ class Dialogue:
             self._open, self.seconds = self._new_turn(), 0.0
 
     def push(self, samples: NDArray[Any], sample_rate: float) -> None:
-        """Sound of the open turn, see ``Turn.push_audio``; an error other than MediaError takes the turn back."""
+        """Sound of the open turn, see ``Turn.push_audio``; an error other than MediaError discards the turn."""
         with self._lock:
             self.ready()
             if self._open is None:
@@ -148,7 +148,7 @@ class Dialogue:
         """The open turn is complete: answer it. Without one, nothing happens.
 
         Raises:
-            PromptError, MediaError, PromptTooLong: nothing that could be answered; the turn is taken back.
+            PromptError, MediaError, PromptTooLong: nothing that could be answered; the turn is discarded.
         """
         with self._lock:
             self.ready()
@@ -166,7 +166,7 @@ class Dialogue:
             self._thread.start()
 
     def drop(self) -> None:
-        """Take the open turn back, if there is one."""
+        """Discard the open turn, if there is one."""
         with self._lock:
             turn, self._open = self._open, None
             if turn is not None:
@@ -186,7 +186,7 @@ class Dialogue:
         self._check()
 
     def close(self) -> None:
-        """Take the open turn back, cut off the reply, and wait for its threads. Raises what had ended it before."""
+        """Discard the open turn, interrupt the reply, and wait for its threads. Raises what had ended it before."""
         self._stop()
         self._check()
 

@@ -89,7 +89,7 @@ class HandsFree:
         self.dialogue.wait()
 
     def close(self) -> None:
-        """Take the open turn back, cut off the reply, and wait for its threads. Raises what had ended it before."""
+        """Discard the open turn, interrupt the reply, and wait for its threads. Raises what had ended it before."""
         self.dialogue.close()
 
     def _chunks(self, samples: NDArray[Any], sample_rate: float) -> list[NDArray[np.float32]]:

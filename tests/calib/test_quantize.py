@@ -357,7 +357,7 @@ def test_places_that_are_refused(quantized: dict[str, Path], tiny_bundle: Path, 
     with pytest.raises(BundleError, match="quantized already"):
         quantize(quantized["w8"], tmp_path / "out", "int4")
     for out in (tiny_bundle, tiny_bundle / "inside", tiny_bundle.parent):
-        with pytest.raises(UsageError, match="lie in each other"):
+        with pytest.raises(UsageError, match="one inside the other"):
             quantize(tiny_bundle, out, "w8")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

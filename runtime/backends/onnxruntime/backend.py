@@ -290,7 +290,7 @@ def import_onnxruntime() -> Any:
 
 
 def _ort_errors(module: Any) -> tuple[type[BaseException], ...]:
-    """What onnxruntime raises: its own classes derive from Exception, with no common base of their own."""
+    """What onnxruntime raises: its classes derive from Exception and have no common base."""
     state = vars(module.capi.onnxruntime_pybind11_state).values()
     own = [value for value in state if isinstance(value, type) and issubclass(value, Exception)]
     return (*own, RuntimeError, ValueError, MemoryError)
