@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from omniport.runtime.backends.base import Array, Backend, KvCache
 from omniport.runtime.bundle.manifest import VoiceSpec
-from omniport.runtime.bundle.parts import PARTS
+from omniport.runtime.bundle.parts import PARTS, Part, decoders, giving
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import OmniportError
 from omniport.runtime.generation.decoder import Decoder
@@ -71,19 +71,20 @@ class Stages:
         Raises:
             CheckFailed: a value that is not finite; names the layer.
         """
-        definitions = self._job.source.definitions
-        stages: Mapping[str, Callable[[], None]] = {
-            "audio_encoder": partial(self._encoder, "audio_encoder"),
-            "vision_encoder": partial(self._encoder, "vision_encoder"),
-            "thinker": self._thinker,
-            "talker": partial(self._speak, "talker", self._codes),
-            "dit": partial(self._speak, "dit", self._mels),
-            "bigvgan": partial(self._speak, "bigvgan", self._sounds),
-        }
-        for name in PARTS:
-            if name in definitions and not self._job.work.done(name):
-                stages[name]()
+        for name, part in PARTS.items():
+            if name in self._job.source.definitions and not self._job.work.done(name):
+                self._run(part)
                 self._job.work.finish(name)
+
+    def _run(self, part: Part) -> None:
+        """Run one part's stage: what samples do not reach is left out."""
+        speech = {"logits": self._codes, "velocity": self._mels, "wav": self._sounds}
+        if part.media:
+            self._encoder(part.name)
+        elif part.speaks:
+            self._speak(part.name, speech[part.output])
+        elif part.decodes:
+            self._thinker(part.name)
 
     def findings(self, graph: str) -> Findings:
         """What was found of a graph."""
@@ -161,11 +162,11 @@ class Stages:
         source = self._job.source
         return sample.prompt(source.manifest, source.codec).media
 
-    def _thinker(self) -> None:
-        findings = self.findings("thinker")
-        engine = self._engine("thinker", memory=0, again=False, unseen=(_HEAD,))
-        calls = (self._teach(number, sample) for number, sample in enumerate(self._job.samples))
-        self._layers(engine, findings, lambda: calls, Call((), _no_caches(self._job.source, "thinker")))
+    def _thinker(self, graph: str) -> None:
+        findings = self.findings(graph)
+        engine = self._engine(graph, memory=0, again=False, unseen=(_HEAD,))
+        calls = (self._teach(graph, number, sample) for number, sample in enumerate(self._job.samples))
+        self._layers(engine, findings, lambda: calls, Call((), _no_caches(self._job.source, graph)))
         for number, (sample, hidden) in enumerate(zip(self._job.samples, engine.leave(), strict=True)):
             # The head is asked after the prompt and after each token of the reply.
             prompt = hidden.shape[1] - len(sample.reply)
@@ -175,11 +176,11 @@ class Stages:
         findings.take(engine.observers)
         engine.close()
 
-    def _teach(self, number: int, sample: Sample) -> Call:
+    def _teach(self, graph: str, number: int, sample: Sample) -> Call:
         """Prompt and reply of a sample, as one call of the thinker; what the talker needs of it is written down."""
         source, work = self._job.source, self._job.work
         prompt = sample.prompt(source.manifest, source.codec)
-        table = source.bundle.embedding("thinker")
+        table = source.bundle.embedding(graph)
         embeds = table.rows(np.concatenate([prompt.token_ids, np.asarray(sample.reply, np.int64)]))
         spoken = embeds.copy()
         spoken[: len(prompt.token_ids)][prompt.media_mask] = 0  # the talker hears the state alone there
@@ -196,7 +197,7 @@ class Stages:
             "kv_positions": np.arange(len(embeds)),
             "write_index": np.zeros(1, np.int64),
         }
-        return _call(source, "thinker", feeds, _no_caches(source, "thinker"))
+        return _call(source, graph, feeds, _no_caches(source, graph))
 
     def _codes(self, number: int, backend: Backend) -> None:
         """Sample the codec tokens of a sample's speech, as a reply's are."""
@@ -205,7 +206,7 @@ class Stages:
         assert config is not None
         talker = Talker(source.bundle)
         config = msgspec.structs.replace(config, max_new_tokens=self._job.max_codes)
-        graph = backend.graph("talker")
+        graph = backend.graph(decoders()[1].name)
         decoder = Decoder(graph, graph.new_cache(manifest.kv.max_context))
         rows, positions = work.array(f"talk/{number}-rows"), work.array(f"talk/{number}-positions")
         count = positions.shape[1]
@@ -240,7 +241,7 @@ class Stages:
         """Let the vocoder hear a sample's mel windows."""
         for i in range(self._job.work.get(f"mels/{number}")):
             mel = self._job.work.array(f"mels/{number}-{i}")
-            backend.graph("bigvgan").run({"mel": np.ascontiguousarray(mel.T[None])})
+            backend.graph(giving("wav").name).run({"mel": np.ascontiguousarray(mel.T[None])})
 
     def _speak(self, graph: str, job: Callable[[int, Backend], None]) -> None:
         """Run a part for all samples that speak, a group in lockstep, from where an earlier run has come to."""
