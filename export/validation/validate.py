@@ -99,94 +99,120 @@ def validate(
     """
     started = time.perf_counter()
     _require_options(backend, suite, graphs, trace)
-    report_progress = progress or (lambda _line, _done, _total: None)
-    opened = Bundle.open(bundle, verify=True, progress=lambda name, _d, _t: report_progress(f"verify {name}", 0, 1))
+    told = progress or (lambda _line, _done, _total: None)
+    opened = Bundle.open(bundle, verify=True, progress=lambda name, _d, _t: told(f"verify {name}", 0, 1))
     ckpt = Checkpoint.open(checkpoint)
     _require_same_source(opened, bundle, ckpt, checkpoint)
     _require_inputs(opened, data, asr)
-    job = _Job(opened, ckpt, backend, suite, report_progress)
-    with quiet_transformers(), limited_torch(job.threads):
-        job.run(_groups(graphs, data, trace, asr))
+    plan = _Plan(opened, ckpt, suite, _groups(graphs, data, trace, asr), usable_threads(opened))
+    loaded, artifacts = _Loaded(plan, backend), Artifacts()
+    with quiet_transformers(), limited_torch(plan.threads):
+        checks = _run(plan, loaded, artifacts, told)
     manifest = opened.manifest
     report = ValidationReport(
-        ok=_proven(job.checks, [name for name in manifest.graphs if graphs is None or name in graphs]),
+        ok=_proven(checks, [name for name in manifest.graphs if graphs is None or name in graphs]),
         bundle=os.fspath(bundle),
         checkpoint=ckpt.name,
         fingerprint=ckpt.fingerprint,
-        backend=job.backend_name,
+        backend=loaded.backend_name,
         precision=manifest.precision,
-        emulated=sorted(job.emulated, key=list(PARTS).index),
+        emulated=sorted(loaded.emulated, key=list(PARTS).index),
         suite=suite,
-        checks=job.checks,
-        environment=environment(job.threads),
+        checks=checks,
+        environment=environment(plan.threads),
         hashes={f: manifest.files[f].sha256 for g in manifest.graphs.values() for f in (g.file, *g.data)},
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory() or 0,
     )
-    return Validation(report, job.artifacts)
+    return Validation(report, artifacts)
 
 
-class _Job:
-    """The groups' shared state: what is loaded, and what came out so far."""
+@dataclass(frozen=True)
+class _Plan:
+    """What is going to be checked."""
 
-    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, backend: str, suite: str, progress: Progress) -> None:
-        self.bundle, self.checkpoint, self.suite = bundle, checkpoint, suite
+    bundle: Bundle
+    checkpoint: Checkpoint
+    suite: str
+    groups: Sequence[_Group]
+    threads: int
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The graphs of the bundle, in the order of the parts."""
+        return tuple(name for name in PARTS if name in self.bundle.manifest.graphs)
+
+
+def _run(plan: _Plan, loaded: _Loaded, artifacts: Artifacts, told: Progress) -> list[Check]:
+    """Run the groups in order, with one part loaded at a time."""
+    checks, part, total = list[Check](), "", len(plan.groups)
+    for i, group in enumerate(plan.groups):
+        if group.part != part:
+            loaded.release()
+            part = group.part
+        told(group.stage, i, total)
+        checks += _group_checks(plan, group, loaded, artifacts, _placed(told, i, total))
+    loaded.release()
+    told("done", total, total)
+    return checks
+
+
+def _placed(told: Progress, done: int, total: int) -> Callable[[str], None]:
+    return lambda line: told(line, done, total)
+
+
+def _group_checks(
+    plan: _Plan, group: _Group, loaded: _Loaded, artifacts: Artifacts, say: Callable[[str], None]
+) -> list[Check]:
+    missing = [name for name in group.needs if name not in plan.held]
+    if missing:
+        return [_not_run(group, f"the bundle holds no {', '.join(missing)}")]
+    try:
+        backend = loaded.open_backend()
+    except BackendError as error:
+        return [_not_run(group, str(error))]
+    context = Context(
+        bundle=plan.bundle,
+        checkpoint=plan.checkpoint,
+        backend=backend,
+        reference=loaded.reference,
+        suite=plan.suite,
+        graphs=plan.held if group.graphs is None else group.graphs,
+        precision={name: spec.precision for name, spec in plan.bundle.manifest.graphs.items()},
+        progress=say,
+        artifacts=artifacts,
+        threads=plan.threads,
+    )
+    checks: list[Check] = []
+    try:
+        for check in group.run(context):
+            check.figures = {key: _plain(value) for key, value in check.figures.items()}
+            check.limits = {key: float(value) for key, value in check.limits.items()}
+            checks.append(check)
+    except Exception as error:
+        # BackendError and BundleError tell what a graph did, the other user errors what was asked for
+        if isinstance(error, UserError) and not isinstance(error, BackendError | BundleError):
+            raise
+        checks.append(_broken(group, error))
+    return checks or [_not_run(group, "the group gave no checks")]
+
+
+class _Loaded:
+    """What is in memory: a reference part, and the backend with its graphs."""
+
+    def __init__(self, plan: _Plan, backend: str) -> None:
+        self.bundle, self.threads = plan.bundle, plan.threads
         self.backend_name = self._asked = backend
-        self.threads = usable_threads(bundle)
-        self.checks: list[Check] = []
-        self.artifacts: Artifacts = {}
         self.emulated: set[str] = set()
-        self._progress = progress
-        self._reference = Reference(checkpoint)
+        self.reference = Reference(plan.checkpoint)
         self._backend: Backend | None = None
 
-    def run(self, groups: Sequence[_Group]) -> None:
-        """Run the groups in order."""
-        held = tuple(name for name in PARTS if name in self.bundle.manifest.graphs)
-        part = ""
-        for i, group in enumerate(groups):
-            if group.part != part:
-                self._release()
-                part = group.part
-            self._progress(group.stage, i, len(groups))
-            self.checks += self._checks(group, held, i, len(groups))
-        self._release()
-        self._progress("done", len(groups), len(groups))
+    def open_backend(self) -> Backend:
+        """The backend asked for, opened if it is not.
 
-    def _checks(self, group: _Group, held: tuple[str, ...], index: int, total: int) -> list[Check]:
-        missing = [name for name in group.needs if name not in held]
-        if missing:
-            return [_not_run(group, f"the bundle holds no {', '.join(missing)}")]
-        try:
-            backend = self._open_backend()
-        except BackendError as error:
-            return [_not_run(group, str(error))]
-        context = Context(
-            bundle=self.bundle,
-            checkpoint=self.checkpoint,
-            backend=backend,
-            reference=self._reference,
-            suite=self.suite,
-            graphs=held if group.graphs is None else group.graphs,
-            precision={name: spec.precision for name, spec in self.bundle.manifest.graphs.items()},
-            progress=lambda line: self._progress(line, index, total),
-            artifacts=self.artifacts,
-            threads=self.threads,
-        )
-        checks: list[Check] = []
-        try:
-            for check in group.run(context):
-                check.figures = {key: _plain(value) for key, value in check.figures.items()}
-                check.limits = {key: float(value) for key, value in check.limits.items()}
-                checks.append(check)
-        except Exception as error:
-            # BackendError and BundleError tell what a graph did, the other user errors what was asked for
-            if isinstance(error, UserError) and not isinstance(error, BackendError | BundleError):
-                raise
-            checks.append(_broken(group, error))
-        return checks or [_not_run(group, "the group gave no checks")]
-
-    def _open_backend(self) -> Backend:
+        Raises:
+            BackendError: it cannot run here.
+        """
         if self._backend is None:
             self._backend = self._new_backend()
             self.backend_name = self._backend.name
@@ -222,8 +248,9 @@ class _Job:
             self.emulated |= {graph for graph in emulated.emulated if engines is None or graph in engines.missing}
         return others if engines is None else MixedBackend(engines, others)
 
-    def _release(self) -> None:
-        self._reference.release()
+    def release(self) -> None:
+        """Release everything."""
+        self.reference.release()
         if self._backend is not None:
             self._backend.close()
             self._backend = None
@@ -284,17 +311,12 @@ def _plain(value: Any) -> Any:
 
 
 def _not_run(group: _Group, reason: str) -> Check:
-    return Check(stage=group.stage, name=_title(group), status=NOT_RUN, message=reason)
+    return Check.not_run(group.stage, _title(group), reason)
 
 
 def _broken(group: _Group, error: Exception) -> Check:
     """A group that raised: a failure of its stage, and the checks it did not come to are missing from the report."""
-    return Check(
-        stage=group.stage,
-        name=f"{_title(group)}: stopped by an error",
-        status=FAIL,
-        message=f"{type(error).__name__}: {error}",
-    )
+    return Check.failed(group.stage, f"{_title(group)}: stopped by an error", f"{type(error).__name__}: {error}")
 
 
 def _title(group: _Group) -> str:
