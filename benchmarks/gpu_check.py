@@ -17,7 +17,7 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Backend
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
+from omniport.runtime.system.progress import Say
 
 from benchmarks.decoding import FixedTokens
 from benchmarks.harness import RESULTS, command_line
@@ -41,7 +42,6 @@ PROMPT, STEPS = 512, 64
 _CONTEXT, _UNITS = 2048, 1024
 
 Row = dict[str, Any]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

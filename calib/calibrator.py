@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 from omniport.runtime.errors import UsageError
 from omniport.runtime.system.files import replace_file
+from omniport.runtime.system.progress import Progress
 
 from .calibration.calibrate_parts import Job, Stages
 from .calibration.checkpoint_source import Source
@@ -47,7 +47,7 @@ def calibrate(
     samples: int | None = None,
     seed: int = 0,
     max_codes: int = 150,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CalibrateReport:
     """Calibrate a checkpoint and write ``out``.
 

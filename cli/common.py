@@ -6,11 +6,12 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from omniport.runtime.system.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no log lines on stderr.")]
 
-#: progress callback of the library: stage name, units done, units in all
-Progress = Callable[[str, int, int], None]
 
 #: table width where stdout is a pipe or a file: no row is folded for a terminal that is not there
 PIPE_WIDTH = 160

@@ -25,6 +25,7 @@ from omniport.runtime.generation.encoders import audio_batches, valid_rows, visi
 from omniport.runtime.generation.talker import Talker
 from omniport.runtime.prompt.builder import MediaSpan
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.system.progress import Progress
 
 from .checkpoint_source import Source
 from .dataset import Sample
@@ -33,8 +34,6 @@ from .layer_runner import Call, Engine
 from .lockstep import GrowingCache, Lockstep, Outputs, Request
 from .sites import SitePlan, plan_sites
 from .work_dir import Work
-
-Progress = Callable[[str, int, int], None]
 
 _HEAD = "lm_head.weight"
 #: samples that speak side by side: their KV caches are in memory

@@ -8,7 +8,7 @@ not be measured is named in ``missing`` with its reason, and never left out.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from omniport.runtime.bundle.parts import giving
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.system.progress import Progress
 
 from ..calibration_file import Calibration
 from .layer_loss import LayerLoss, layer_losses, sqnr_db
@@ -31,7 +32,6 @@ from .recorded_calls import Calls, Loss, Recording, Replayed, loss_of, record, r
 Wave = NDArray[np.float32]
 #: calls that are few, and how often they are made
 _FEW, _ROUNDS = 100, 3
-Progress = Callable[[str, int, int], None]
 
 
 class GraphLoss(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.events import Done
 from omniport.runtime.session import OmniSession
+from omniport.runtime.system.progress import Progress
 
 Array = NDArray[Any]
 #: built-in conversations: short, one for each way into the thinker
@@ -92,7 +93,7 @@ def record(
     max_new_tokens: int = 16,
     max_codes: int = 32,
     sound: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Recording:
     """Let a bundle answer conversations and keep what its graphs were given and gave.
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
+from omniport.runtime.system.progress import Say
 
 from .config import load_config, read_json
-from .hub import Progress, locate
+from .hub import locate
 from .packed import PackedFormat, PackedWeight, find_packed, packed_format
 from .safetensors import SafetensorsFile
 
@@ -77,7 +78,7 @@ class Checkpoint:
         self.fingerprint = _fingerprint(path / "config.json", self._files)
 
     @classmethod
-    def open(cls, spec: str | os.PathLike[str], progress: Progress | None = None) -> Checkpoint:
+    def open(cls, spec: str | os.PathLike[str], progress: Say | None = None) -> Checkpoint:
         """Open a folder, a Hugging Face id, or ``modelscope:`` and an id.
 
         Args:

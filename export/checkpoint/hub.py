@@ -5,20 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from omniport.runtime.errors import CheckpointError, ExportError
-
-#: called with one line of text before a slow step
-Progress = Callable[[str], None]
+from omniport.runtime.system.progress import Say
 
 _PATTERNS = ["*.json", "*.txt", "*.safetensors", "*.jinja", "spk_dict.pt"]
 _MODELSCOPE = "modelscope:"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def locate(spec: str | os.PathLike[str], progress: Progress | None = None) -> tuple[str, Path]:
+def locate(spec: str | os.PathLike[str], progress: Say | None = None) -> tuple[str, Path]:
     """The checkpoint's name and its local folder, downloaded when ``spec`` is an id that is not a folder.
 
     Raises:

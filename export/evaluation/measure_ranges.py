@@ -9,7 +9,7 @@ vocoder the DiT's mels.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.session import OmniSession
 from omniport.runtime.system.files import replace_file
 from omniport.runtime.system.host import physical_cores
+from omniport.runtime.system.progress import Progress
 
 from ..graphs.fingerprint import file_record
 from ..graphs.lowering import LOWERED_OPSET
@@ -43,7 +44,7 @@ def measure_ranges(
     data: Path | None = None,
     max_new_tokens: int = 64,
     max_codes: int = 200,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Ranges:
     """Answer conversations over a bundle's FP32 graphs and record the largest magnitude of every value.
 

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from omniport.runtime.bundle.staging import check_space
 from omniport.runtime.errors import ExportError, UsageError
+from omniport.runtime.system.progress import Progress
 
 from .geometries import CODEBOOK, CODEC, CODEC_VOCAB, SIZES, TTS_FROM_END, Size, checkpoint_config
-from .random_weights import Outliers, Progress, Scaling, generator, write_shards
+from .random_weights import Outliers, Scaling, generator, write_shards
 from .tokenizer_files import SyntheticTokenizer, train_tokenizer, write_text_files
 
 

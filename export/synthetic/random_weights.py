@@ -12,15 +12,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from omniport.runtime.system.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 """called with (what, done, total)"""
 
 _BLOCK_ELEMENTS = 1 << 22

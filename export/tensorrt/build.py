@@ -22,12 +22,13 @@ from omniport.runtime.bundle.staging import check_space
 from omniport.runtime.errors import BackendError, BuildError, BundleError, UsageError
 from omniport.runtime.system import host
 from omniport.runtime.system.files import cache_folder
+from omniport.runtime.system.progress import Progress
 
 from ..devices.catalog import THIS, Target
 from ..devices.detect import find_target
 from ..source_code import package_digest
 from .builder_api import Api, installed_builders, load_api
-from .engine_builder import Built, Progress, build_engine
+from .engine_builder import Built, build_engine
 from .engine_store import EngineStore, file_record
 from .interruptible import run_interruptible
 from .profiles import EngineLimits, Limits, graph_dims, limits_of, make_profiles

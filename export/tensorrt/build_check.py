@@ -16,13 +16,14 @@ from omniport.runtime.bundle.graph_spec import DTYPES
 from omniport.runtime.bundle.manifest import DecoderGeometry
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
+from omniport.runtime.system.progress import Progress
 
 from ..devices.budget import BUILD_CONSTANT, BUILD_FACTOR, memory_usable
 from ..devices.catalog import RTX_CAPABILITIES, Target, nearest_rtx_capability
 from ..devices.detect import find_target
 from .build import check_bundle_precision, on_device, require_ranges
 from .builder_api import Api, load_api, too_old_for
-from .engine_builder import Progress, build_engine, check_precision
+from .engine_builder import build_engine, check_precision
 from .network import LOWERED
 from .onnx_file import open_onnx
 from .profiles import EngineLimits, Limits, graph_dims, limits_of

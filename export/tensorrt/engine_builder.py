@@ -17,6 +17,7 @@ from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.errors import BuildError
 from omniport.runtime.system.files import replace_file
 from omniport.runtime.system.host import MemoryWatch
+from omniport.runtime.system.progress import Progress
 
 from ..devices.catalog import Target, precisions_of
 from .builder_api import Api
@@ -24,9 +25,6 @@ from .interruptible import Cancelled, run_interruptible
 from .network import Parsed, check_unused, parse
 from .onnx_file import open_onnx
 from .profiles import Limits, fixed_dims, graph_dims, make_profiles
-
-#: progress(stage, done, total)
-Progress = Callable[[str, int, int], None]
 
 #: progress is told in thousandths
 _STEPS = 1000

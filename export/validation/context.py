@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from omniport.runtime.backends.base import Backend, most_context
 from omniport.runtime.bundle.parts import Part
 from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.system.progress import Say
 
 from ..checkpoint.checkpoint import Checkpoint
 from .reference import Reference
@@ -38,7 +39,7 @@ class Context:
     suite: str
     graphs: tuple[str, ...]
     precision: dict[str, str]
-    progress: Callable[[str], None]
+    progress: Say
     artifacts: dict[str, NDArray[Any]] = field(default_factory=dict)
     threads: int | None = None
 

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime.bundle.parts import Part, decoders, encoder_of, giving
 from omniport.runtime.errors import UnknownVoice
+from omniport.runtime.system.progress import Say
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -32,7 +33,6 @@ from .reference import Reference, array_key
 from .reference_inputs import Inputs
 
 Floats = NDArray[np.float32]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def staged_replies(
     inputs: Sequence[Inputs],
     limits: ReplyLimits,
     noise: Floats,
-    progress: Progress = lambda _: None,
+    progress: Say = lambda _: None,
 ) -> list[StagedReply]:
     """Greedy replies to prompts.
 

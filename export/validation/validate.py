@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, UsageError, UserError
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.system.host import peak_memory
+from omniport.runtime.system.progress import Progress
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import quiet_transformers
@@ -30,8 +31,6 @@ from .reference import Reference
 from .types import FAIL, NOT_RUN, Check, ValidationReport
 
 Artifacts = dict[str, NDArray[Any]]
-#: progress(what is being checked, groups done, groups in all)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ..backends.onnxruntime.backend import OrtBackend
 from ..bundle.reader import Bundle
 from ..errors import UsageError
 from ..system.host import physical_cores, resident_memory
+from ..system.progress import Progress
 from .reply_timing import measure_reply
 from .results import REPLY, BenchReport, Figure, Machine, StageResult, Work, measured_parts
 from .roofline import environment, measure_machine
@@ -22,8 +23,6 @@ from .solvers import measure_solvers
 from .timing import CLOCKS, Clock, alternate, ratio_of, spread
 from .work import Profile, profile_run, weight_bytes
 from .workloads import Job, Rival, Sizes, stage_jobs
-
-Progress = Callable[[str, int, int], None]
 
 #: two programs that do the same differ by the order of sums only; INT4 weights differ more than that
 _SAME = 0.5

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BundleError, UnknownVoice, UsageError
+from ..system.progress import Progress
 from .consistency import check_manifest
 from .listed_files import Document, read_document, resolve_listed, sha256_of
 from .manifest import SCHEMA_VERSION, DecoderGeometry, Manifest, VoiceSpec
@@ -127,7 +128,7 @@ class Bundle:
         cls,
         path: str | os.PathLike[str],
         verify: bool = False,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Bundle:
         """Open and check a bundle folder.
 

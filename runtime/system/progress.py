@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 #: progress(stage, units done, units in all)
 Progress = Callable[[str, int, int], None]
+#: say(one line of text)
+Say = Callable[[str], None]
 
 
 class StageProgress:
