@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omniport.export.models.module import Copy, ExportModule, Rule, Transpose, WeightReader, blocks, evaluate
+from omniport.export.models.module import Copy, ExportModule, Rule, Transpose, WeightReader, blocks, evaluate, to_torch
 from torch import nn
 
 
@@ -85,7 +85,5 @@ def read_rows(key: str, reader: WeightReader) -> Iterator[tuple[int, int, torch.
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:
     """numpy to torch, floats as float32."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).float()
-    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+    tensor = to_torch(array)
     return tensor.float() if tensor.is_floating_point() else tensor

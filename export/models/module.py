@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -172,8 +173,22 @@ def materialise(module: ExportModule, reader: WeightReader, prefix: str) -> Expo
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     with torch.no_grad():
         for name, rule in module.named_rules(prefix):
-            value = np.ascontiguousarray(evaluate(rule, reader))
-            if value.dtype.name == "bfloat16":
-                value = value.astype(np.float32)
-            tensors[name].copy_(torch.from_numpy(value).reshape(tensors[name].shape))
+            value = to_torch(np.ascontiguousarray(evaluate(rule, reader)))
+            tensors[name].copy_(value.reshape(tensors[name].shape))
     return module.eval()
+
+
+def to_torch(array: NDArray[Any]) -> torch.Tensor:
+    """numpy (bfloat16 included) to torch; only a read-only array (constants of a cached graph) is copied."""
+    if not array.flags.writeable:
+        array = array.copy()
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """torch (bfloat16 included) to numpy without a copy."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import BundleError, UnknownVoice, UsageError
 from ..system.progress import Progress
+from .bfloat16 import from_bfloat16
 from .consistency import check_manifest
 from .listed_files import Document, read_document, resolve_listed, sha256_of
 from .manifest import SCHEMA_VERSION, DecoderGeometry, Manifest, VoiceSpec
@@ -92,8 +93,8 @@ class EmbeddingTable:
                 "from the same export: export the bundle again"
             )
         rows = self._table[index]
-        if rows.dtype == np.uint16:  # bfloat16 is the upper half of a float32
-            return (rows.astype(np.uint32) << 16).view(np.float32)
+        if rows.dtype == np.uint16:
+            return from_bfloat16(rows)
         return np.ascontiguousarray(rows, np.float32)
 
 
