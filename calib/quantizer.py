@@ -21,9 +21,11 @@ import msgspec
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from omniport.export.source_code import json_key
 from omniport.runtime.backends.onnxruntime.onnx_scan import STANDARD_DOMAINS, scan_onnx
+from omniport.runtime.bundle.data_file import ALIGNMENT
 from omniport.runtime.bundle.graph_spec import GraphSpec
-from omniport.runtime.bundle.listed_files import sha256_of
+from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.manifest import SCHEMA_VERSION, FileRecord, Quantization
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.bundle.staging import check_space, previous_manifest, staging, take_over, unlisted
@@ -32,7 +34,7 @@ from omniport.runtime.system.progress import Progress, StageProgress
 
 from .calibration_file import Calibration
 from .weights.qdq import OPSET, ActivationPass, OutputPass
-from .weights.quantized_writer import ALIGNMENT, write_quantized
+from .weights.quantized_writer import write_quantized
 from .weights.recipe import Choice, choose, find_recipe, resolve
 from .weights.scales import check_sites, input_scales, output_scales, smoothing
 from .weights.smoothing_pass import SmoothPass
@@ -249,18 +251,16 @@ def _rewrite(
     smoothed(model)
     ActivationPass(choices, input_scales(calibration, spec.name, choices, smoothed.factors))(model)
     OutputPass(choices, output_scales(calibration, spec.name, choices))(model)
-    data = write_quantized(model, choices, sources, path, told.advance, smoothed.factors)
+    written = write_quantized(model, choices, sources, path, told.advance, smoothed.factors)
+    data = {file.relative_to(folder).as_posix(): record for file, record in written.items()}
     made = msgspec.structs.replace(
         spec,
-        data=tuple(file.relative_to(folder).as_posix() for file in data),
+        data=tuple(data),
         precision=_coarsest(choices),
         compute=spec.compute_dtype,
         inputs_key=_key(spec, choices, calibration),
     )
-    told.enter("checksums")
-    return made, {
-        file: FileRecord(size=(folder / file).stat().st_size, sha256=sha256_of(folder / file)) for file in _files(made)
-    }
+    return made, data | {spec.file: file_record(path)}
 
 
 def _record(plan: QuantizationPlan) -> Quantization:
@@ -345,4 +345,4 @@ def _digest(calibration: Calibration | None) -> str:
 def _key(spec: GraphSpec, choices: Sequence[Choice], calibration: Calibration | None) -> str:
     """sha256 over what a quantized graph is made from; never the key of an export, which would take it over."""
     chosen = sorted((choice.weight.name, choice.scheme.name) for choice in choices)
-    return hashlib.sha256(msgspec.json.encode([spec.inputs_key, chosen, _digest(calibration)])).hexdigest()
+    return json_key(spec.inputs_key, chosen, _digest(calibration))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omniport.runtime.bundle.data_file import DataFile
 from omniport.runtime.bundle.graph_spec import DTYPES
 from omniport.runtime.bundle.manifest import (
     FileRecord,
@@ -25,7 +26,6 @@ from .checkpoint import frontends
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.tokenizer_json import tokenizer_json
 from .export_options import ExportOptions
-from .graphs.data_file import DataFile
 from .models.module import blocks
 from .models.registry import parts_of
 from .models.voices import Speaker, Vector, load_speakers, speaker_vectors, write_voice

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 from omniport.runtime.bundle.activation_ranges import RANGES_FILE, Ranges, limit, read_ranges
 from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.manifest import FileRecord, Manifest, SolverSpec
 from omniport.runtime.bundle.parts import decoders
 from omniport.runtime.bundle.staging import previous_manifest, unlisted
@@ -21,7 +22,7 @@ from .bundle_parts import SmallParts, base_manifest, embedding_bytes, small_part
 from .checkpoint.checkpoint import Checkpoint
 from .choices import PRECISIONS
 from .export_options import ExportOptions
-from .graphs.fingerprint import file_record, graph_key, graph_whole, source_key
+from .graphs.fingerprint import graph_key, graph_whole, source_key
 from .graphs.lowering import OPSETS
 from .graphs.packed_weights import OPSET as PACKED_OPSET
 from .models.part import GraphDefinition

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 from omniport.runtime.bundle.activation_ranges import RANGES_FILE, encode_ranges
 from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.manifest import FileRecord, Manifest, Quantization, encode_manifest
 from omniport.runtime.bundle.reader import MANIFEST_FILE
 from omniport.runtime.bundle.staging import check_space, staging, take_over
@@ -24,7 +25,6 @@ from omniport.runtime.system.progress import Progress, StageProgress
 from .bundle_parts import write_embeddings
 from .export_options import ExportOptions
 from .export_plan import ExportPlan, KeptGraph, NewGraph, plan_export
-from .graphs.fingerprint import file_record
 from .graphs.lowering import OPSETS
 from .graphs.mixed_precision import mix
 from .graphs.packed_weights import import_packed

@@ -1,10 +1,27 @@
-"""Cache keys of source code: sha256 over whole packages, so that a new or moved file changes the key."""
+"""Cache keys: sha256 over values, and over whole packages of source code, so that a moved file changes the key."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from functools import cache
 from pathlib import Path
+
+import msgspec
+
+#: what a traced graph depends on besides this package
+_TRACED_BY = ("torch", "onnx", "onnxscript", "onnx-ir")
+
+
+def json_key(*values: object) -> str:
+    """sha256 over values as JSON."""
+    return hashlib.sha256(msgspec.json.encode(values)).hexdigest()
+
+
+@cache
+def tracing_key(*packages: str) -> str:
+    """sha256 over these packages (as in `package_digest`) and the versions of what traces graphs."""
+    return json_key(package_digest(*packages), [importlib.metadata.version(name) for name in _TRACED_BY])
 
 
 @cache

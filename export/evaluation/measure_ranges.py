@@ -20,6 +20,7 @@ from omniport.runtime.backends.base import Array, KvCache
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.bundle.activation_ranges import RANGES_FILE, Ranges, encode_ranges
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
+from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.manifest import Manifest, encode_manifest
 from omniport.runtime.bundle.parts import decoders, encoder_of
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle, read_manifest
@@ -29,7 +30,6 @@ from omniport.runtime.system.files import replace_file
 from omniport.runtime.system.host import physical_cores
 from omniport.runtime.system.progress import Progress
 
-from ..graphs.fingerprint import file_record
 from ..graphs.lowering import LOWERED_OPSET
 from ..graphs.mixed_precision import ranged_values
 from .conversations import Conversation, read_conversations, standard_conversations

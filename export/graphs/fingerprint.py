@@ -7,26 +7,24 @@ when its sha256 is the one that bundle.json lists.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from omniport.runtime.bundle.data_file import ALIGNMENT
 from omniport.runtime.bundle.graph_spec import GraphSpec
-from omniport.runtime.bundle.manifest import FileRecord, Manifest
+from omniport.runtime.bundle.listed_files import sha256_of
+from omniport.runtime.bundle.manifest import Manifest
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..models.part import GraphDefinition
-from ..source_code import package_digest
-
-_LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir")
+from ..source_code import json_key, tracing_key
 
 
 def source_key(ckpt: Checkpoint) -> str:
     """sha256 over a checkpoint's state on disk. Weights are not read: their time of change stands for them."""
     shards = [(path.name, path.stat()) for path in sorted(ckpt.path.glob("*.safetensors"))]
-    return _sha256_of([ckpt.fingerprint, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in shards]])
+    return json_key(ckpt.fingerprint, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in shards])
 
 
 def graph_key(definition: GraphDefinition, source: str, kept: Sequence[object] = ()) -> str:
@@ -36,18 +34,16 @@ def graph_key(definition: GraphDefinition, source: str, kept: Sequence[object] =
         source: as `source_key` gives it.
         kept: what was said about parts that stay float32.
     """
-    return _sha256_of(
-        [
-            definition.name,
-            definition.precision,
-            definition.geometry,
-            definition.ops,
-            msgspec.to_builtins((definition.inputs, definition.outputs, definition.dims, definition.aliases)),
-            source,
-            kept,
-            package_digest("models", "graphs", "checkpoint"),
-            [importlib.metadata.version(name) for name in _LIBRARIES],
-        ]
+    return json_key(
+        definition.name,
+        definition.precision,
+        definition.geometry,
+        definition.ops,
+        msgspec.to_builtins((definition.inputs, definition.outputs, definition.dims, definition.aliases)),
+        source,
+        kept,
+        tracing_key("models", "graphs", "checkpoint"),
+        ALIGNMENT,
     )
 
 
@@ -57,25 +53,6 @@ def graph_whole(out: Path, manifest: Manifest, spec: GraphSpec) -> bool:
         path, record = out / file, manifest.files.get(file)
         if record is None or not path.is_file() or path.stat().st_size != record.size:
             return False
-        if _sha256_file(path) != record.sha256.lower():
+        if sha256_of(path) != record.sha256.lower():
             return False
     return True
-
-
-def file_record(path: Path, advance: Callable[[int], None] | None = None) -> FileRecord:
-    """Size and sha256 of a file; ``advance`` is called with the bytes read, block by block."""
-    return FileRecord(size=path.stat().st_size, sha256=_sha256_file(path, advance))
-
-
-def _sha256_of(value: object) -> str:
-    return hashlib.sha256(msgspec.json.encode(value)).hexdigest()
-
-
-def _sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            if advance is not None:
-                advance(len(block))
-    return digest.hexdigest()

@@ -7,12 +7,9 @@ fine-tune of a model that was exported before is not traced again. ``OMNIPORT_CA
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import logging
 import warnings
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from torch.export import Dim
 
 from ..models.module import Constant, Rule
 from ..models.part import GraphDefinition
-from ..source_code import package_digest
+from ..source_code import json_key, tracing_key
 from .lowering import OPSETS, lowered_translations
 from .passes import FOLD_BYTES, finish
 from .translations import translations
@@ -90,25 +87,15 @@ def _cache_path(definition: GraphDefinition) -> Path | None:
     folder = cache_folder()
     if folder is None:
         return None
-    parts = [
+    key = json_key(
         definition.name,
         definition.precision,
         definition.geometry,
         definition.ops,
         msgspec.to_builtins((definition.inputs, definition.outputs)),
-        _code_key(),
-    ]
-    key = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+        tracing_key("models", "graphs"),
+    )
     return folder / "graphs" / f"{definition.name}-{key[:32]}.onnx"
-
-
-@cache
-def _code_key() -> str:
-    """sha256 over the code that decides what a traced graph looks like, and the versions of what traces it."""
-    digest = hashlib.sha256(package_digest("models", "graphs").encode())
-    for package in ("torch", "onnx", "onnxscript", "onnx-ir"):
-        digest.update(importlib.metadata.version(package).encode())
-    return digest.hexdigest()
 
 
 def _store(model: ir.Model, path: Path) -> None:

@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from omniport.runtime.bundle.data_file import DataFile
 from omniport.runtime.bundle.manifest import FileRecord
 from omniport.runtime.errors import CheckpointError
 
-from ..models.module import Copy, Rule, Transpose, WeightReader, blocks, evaluate
+from ..models.module import Copy, Rule, Transpose, WeightReader, blocks, evaluate, to_numpy, to_torch
 from .ahead import ahead
-from .data_file import DataFile
 
 #: initializers of at least this many bytes go to the data file
 EXTERNAL_BYTES = 1024
@@ -122,7 +121,7 @@ def _blocks_of(rule: Copy | Transpose, dtype: torch.dtype, reader: WeightReader)
     times = len(_panels(source, dtype)) if isinstance(rule, Transpose) else 1
     for time in range(times):
         for start, stop in blocks(source, dtype.itemsize):
-            block = _tensor(reader.read(rule.key, start, stop)).to(dtype)
+            block = to_torch(reader.read(rule.key, start, stop)).to(dtype)
             if time == times - 1:
                 reader.forget(rule.key, start, stop)
             _refuse_not_finite(block, rule.key, dtype)
@@ -142,10 +141,10 @@ def _pieces(
         yield from _transposed(reader.shape(rule.key), dtype, stored)
     elif isinstance(rule, Copy):
         for _ in blocks(reader.shape(rule.key), dtype.itemsize):
-            yield _numpy(next(stored)[1].contiguous())
+            yield to_numpy(next(stored)[1].contiguous())
     else:
         array = _convert(_whole(value, rule, reader), dtype)
-        _refuse_not_finite(_tensor(array), value.name, dtype)
+        _refuse_not_finite(to_torch(array), value.name, dtype)
         yield array
 
 
@@ -171,7 +170,7 @@ def _transposed(
         for _ in blocks(source, dtype.itemsize):
             start, block = next(stored)
             _transpose_into(panel, start, block.flatten(1)[:, first:last])
-        yield _numpy(panel)
+        yield to_numpy(panel)
 
 
 def _large(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -202,24 +201,8 @@ def _refuse_not_finite(block: torch.Tensor, name: str | None, dtype: torch.dtype
         )
 
 
-def _tensor(array: Array) -> torch.Tensor:
-    """numpy (bfloat16 included) to torch; only a read-only array (constants of a cached graph) is copied."""
-    if not array.flags.writeable:
-        array = array.copy()
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _numpy(tensor: torch.Tensor) -> Array:
-    """torch (bfloat16 included) to numpy without a copy."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
 def _convert(array: Array, dtype: torch.dtype) -> Array:
-    return _numpy(_tensor(np.ascontiguousarray(array)).to(dtype))
+    return to_numpy(to_torch(np.ascontiguousarray(array)).to(dtype))
 
 
 def _torch_dtype(dtype: ir.DataType) -> torch.dtype:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from omniport.runtime.backends.select import installed_version
 from omniport.runtime.bundle.activation_ranges import limit, overflowing
 from omniport.runtime.bundle.engines import EngineRecord, engine_path, graph_files
 from omniport.runtime.bundle.graph_spec import GraphSpec
-from omniport.runtime.bundle.listed_files import sha256_of
+from omniport.runtime.bundle.listed_files import file_record, sha256_of
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.bundle.staging import check_space
 from omniport.runtime.errors import BackendError, BuildError, BundleError, UsageError
@@ -26,10 +24,10 @@ from omniport.runtime.system.progress import Progress
 
 from ..devices.catalog import THIS, Target
 from ..devices.detect import find_target
-from ..source_code import package_digest
+from ..source_code import json_key, package_digest
 from .builder_api import Api, installed_builders, load_api
 from .engine_builder import Built, build_engine
-from .engine_store import EngineStore, file_record
+from .engine_store import EngineStore
 from .interruptible import run_interruptible
 from .profiles import EngineLimits, Limits, graph_dims, limits_of, make_profiles
 
@@ -216,14 +214,13 @@ def builder_version(builder: str) -> str:
 
 def engine_key(bundle: Bundle, spec: GraphSpec, target: Target, builder: str, version: str, limits: Limits) -> str:
     """sha256 over everything that an engine is made from."""
-    parts: list[Any] = [
+    return json_key(
         {name: record.sha256.lower() for name, record in graph_files(bundle.manifest, spec.name).items()},
         msgspec.to_builtins((spec.inputs, spec.outputs, spec.aliases)),
         msgspec.to_builtins(make_profiles(spec, graph_dims(spec, limits), limits.image_classes)),
         (builder, version, target.name, target.capability),
         package_digest("tensorrt"),
-    ]
-    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+    )
 
 
 def _build(

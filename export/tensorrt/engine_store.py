@@ -21,8 +21,7 @@ from omniport.runtime.bundle.engines import (
     read_listing,
     record_path,
 )
-from omniport.runtime.bundle.listed_files import sha256_of
-from omniport.runtime.bundle.manifest import FileRecord
+from omniport.runtime.bundle.listed_files import file_record, sha256_of
 from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import BuildError, BundleError
 from omniport.runtime.system.files import PARTIAL, partial_path, put_in_place, replace_file
@@ -110,11 +109,6 @@ class EngineStore:
     def _list(self, engines: dict[str, ListedEngine]) -> None:
         listing = EngineListing(created_by=self._created_by, engines=dict(sorted(engines.items())))
         replace_file(self.root / ENGINES_FILE, msgspec.json.format(msgspec.json.encode(listing), indent=1) + b"\n")
-
-
-def file_record(path: Path) -> FileRecord:
-    """Size and sha256 of a file."""
-    return FileRecord(size=path.stat().st_size, sha256=sha256_of(path))
 
 
 def _remove_empty(folder: Path) -> None:

@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..evaluation.reference_modules import load_reference
+from ..source_code import json_key
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -82,7 +82,7 @@ class Reference:
         folder = cache_folder()
         if folder is None:
             return None
-        key = hashlib.sha256(msgspec.json.encode([*self._salt, graph, case])).hexdigest()
+        key = json_key(*self._salt, graph, case)
         return folder / "reference" / f"{graph}-{key[:40]}.npz"
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.bundle.manifest import FileRecord
-from omniport.runtime.system.page_cache import WriteBehind
+
+from ..system.page_cache import WriteBehind
+from .manifest import FileRecord
 
 #: file offsets of weights, so that runtimes can map them
 ALIGNMENT = 4096

@@ -13,6 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from ..errors import BundleError
+from .manifest import FileRecord
 
 T = TypeVar("T")
 
@@ -140,6 +141,15 @@ def resolve_listed(root: Path, name: str, size: int, listing: str, mend: str) ->
             f"{mend[0].lower()}{mend[1:]}"
         )
     return path
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and sha256 of a file.
+
+    Raises:
+        BundleError: the file cannot be read.
+    """
+    return FileRecord(size=path.stat().st_size, sha256=sha256_of(path))
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:

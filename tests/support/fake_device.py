@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from omniport.export.tensorrt.engine_store import EngineStore, file_record
+from omniport.export.tensorrt.engine_store import EngineStore
 from omniport.export.tensorrt.profiles import Limits, fixed_dims, graph_dims, make_profiles
 from omniport.runtime.backends.tensorrt.runtime_api import EngineTensor
 from omniport.runtime.bundle.engines import EngineRecord, Profile, engine_path, graph_files, list_engines
 from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec
+from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
 

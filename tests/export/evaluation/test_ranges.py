@@ -18,7 +18,6 @@ from omniport.export.evaluation.half_emulation import EmulatedBackend
 from omniport.export.evaluation.measure_ranges import measure_ranges, store_ranges
 from omniport.export.evaluation.recording import RecordingBackend
 from omniport.export.exporter import ExportReport, export_checkpoint
-from omniport.export.graphs.fingerprint import file_record
 from omniport.export.tensorrt.build import build_bundle, require_ranges
 from omniport.export.validation.checks.graphs import graph_checks
 from omniport.export.validation.tolerances import LIMITS
@@ -27,6 +26,7 @@ from omniport.export.validation.validate import validate
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
 from omniport.runtime.bundle.activation_ranges import Ranges, encode_ranges, limit, overflowing, read_ranges
+from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.manifest import encode_manifest
 from omniport.runtime.bundle.reader import Bundle, read_manifest
 from omniport.runtime.errors import BuildError, BundleError, CheckFailed, ExportError, UsageError

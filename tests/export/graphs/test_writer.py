@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from omniport.export.graphs import writer as onnx_export
-from omniport.export.graphs.data_file import ALIGNMENT, DataFile
 from omniport.export.models.module import Transpose
+from omniport.runtime.bundle.data_file import ALIGNMENT, DataFile
 
 
 class Stored:

@@ -13,8 +13,8 @@ import torch
 from omniport.calib.quantizer import quantize
 from omniport.export.checkpoint.safetensors import SafetensorsFile
 from omniport.export.graphs import writer as onnx_export
-from omniport.export.graphs.data_file import DataFile
 from omniport.export.models.module import Copy, Transpose
+from omniport.runtime.bundle.data_file import DataFile
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.system import page_cache
 from omniport.runtime.system.page_cache import WriteBehind
