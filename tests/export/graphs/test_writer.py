@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from omniport.export.graphs import writer as onnx_export
-from omniport.export.models.module import Transpose
+from omniport.export.models.module import Transpose, to_numpy, to_torch
 from omniport.runtime.bundle.data_file import ALIGNMENT, DataFile
 
 
@@ -27,7 +27,7 @@ class Stored:
 
     def read(self, _: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         self.reads += 1
-        return onnx_export._numpy(self.value[start:stop].clone())
+        return to_numpy(self.value[start:stop].clone())
 
     def forget(self, _: str, start: int = 0, stop: int | None = None) -> None:
         self.forgotten.append((start, stop))
@@ -47,7 +47,7 @@ def test_transposed_in_panels(
     pieces = list(onnx_export._transposed(shape, dtype, blocks))
     assert next(blocks, None) is None
     wanted = stored.value.reshape(shape[0], -1).t().to(dtype).float()
-    got = torch.cat([onnx_export._tensor(piece).float() for piece in pieces])
+    got = torch.cat([to_torch(piece).float() for piece in pieces])
     assert torch.equal(got, wanted)
     assert all(piece.flags.c_contiguous for piece in pieces)
     assert max(piece.nbytes for piece in pieces) <= max(panel, 8 * shape[0])
