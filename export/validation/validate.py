@@ -19,7 +19,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, UsageError, UserError
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.system.host import peak_memory
-from omniport.runtime.system.progress import Progress
+from omniport.runtime.system.progress import Progress, Say
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import quiet_transformers
@@ -156,13 +156,11 @@ def _run(plan: _Plan, loaded: _Loaded, artifacts: Artifacts, told: Progress) -> 
     return checks
 
 
-def _placed(told: Progress, done: int, total: int) -> Callable[[str], None]:
+def _placed(told: Progress, done: int, total: int) -> Say:
     return lambda line: told(line, done, total)
 
 
-def _group_checks(
-    plan: _Plan, group: _Group, loaded: _Loaded, artifacts: Artifacts, say: Callable[[str], None]
-) -> list[Check]:
+def _group_checks(plan: _Plan, group: _Group, loaded: _Loaded, artifacts: Artifacts, say: Say) -> list[Check]:
     missing = [name for name in group.needs if name not in plan.held]
     if missing:
         return [_not_run(group, f"the bundle holds no {', '.join(missing)}")]
