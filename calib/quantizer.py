@@ -28,14 +28,15 @@ from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.manifest import SCHEMA_VERSION, FileRecord, Quantization
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
+from omniport.runtime.bundle.recipes import find_recipe
 from omniport.runtime.bundle.staging import check_space, previous_manifest, staging, take_over, unlisted
 from omniport.runtime.errors import BundleError, UsageError
 from omniport.runtime.system.progress import Progress, StageProgress
 
 from .calibration_file import Calibration
+from .weights.choices import Choice, choose, resolve
 from .weights.qdq import OPSET, ActivationPass, OutputPass
 from .weights.quantized_writer import write_quantized
-from .weights.recipe import Choice, choose, find_recipe, resolve
 from .weights.scales import check_sites, input_scales, output_scales, smoothing
 from .weights.smoothing_pass import SmoothPass
 from .weights.tensors import Stored, find_weights, stored
@@ -110,7 +111,7 @@ def quantize(
     Args:
         bundle: folder of a bundle that is not quantized, in any precision.
         out: folder of the new bundle.
-        recipe: name in `omniport.calib.weights.recipe.RECIPES`.
+        recipe: name in `omniport.runtime.bundle.recipes.RECIPES`.
         keep: patterns of weights (``graph/weight``) that stay as they are.
         graph_recipes: graph -> another recipe's name, ``none``, or the precision it has.
         calibration: needed by recipes that round what weights multiply; others smooth by it.

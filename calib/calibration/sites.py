@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from omniport.export.graphs.trace import trace
 from omniport.export.models.part import GraphDefinition
+from omniport.runtime.bundle.recipes import CHANNELS_LAST, Weight
 
 from ..calibration_file import site_name
-from ..weights.tensors import CHANNELS_LAST, Weight, find_weights
+from ..weights.tensors import find_weights
 
 
 @dataclass(frozen=True)

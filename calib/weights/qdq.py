@@ -17,11 +17,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from omniport.runtime.bundle.integer_weights import integers_name, scales_name
+from omniport.runtime.bundle.recipes import CHANNELS_LAST
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
-from .recipe import Choice
+from .choices import Choice
 from .rounding import scale_shape
-from .tensors import CHANNELS_LAST
 
 Array = NDArray[Any]
 #: DequantizeLinear has block_size and INT4 from here on

@@ -14,8 +14,8 @@ from omniport.runtime.bundle.data_file import DataFile
 from omniport.runtime.bundle.integer_weights import integers_name, pack_int4, scales_name
 from omniport.runtime.bundle.manifest import FileRecord
 
+from .choices import Choice
 from .qdq import QdqPass
-from .recipe import Choice
 from .rounding import rounded_rows
 from .smoothing_pass import Factors
 from .tensors import Stored, row_blocks

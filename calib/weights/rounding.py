@@ -8,11 +8,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from omniport.runtime.bundle.recipes import CHANNELS_LAST, Scheme
 from omniport.runtime.errors import BundleError
 
-from .recipe import Choice, Scheme
+from .choices import Choice
 from .smoothing_pass import Factors
-from .tensors import CHANNELS_LAST, Stored, row_blocks
+from .tensors import Stored, row_blocks
 
 Array = NDArray[Any]
 #: lowest and highest number of a format. INT8 leaves -128 out, as is usual; INT4 cannot spare one of 16

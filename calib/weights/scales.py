@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omniport.runtime.bundle.recipes import CHANNELS_LAST, Weight
 from omniport.runtime.errors import UsageError
 
 from ..calibration_file import Calibration, Site
-from .recipe import Choice
+from .choices import Choice
 from .rounding import LARGEST
 from .smoothing_pass import Factors
-from .tensors import CHANNELS_LAST, Weight
 
 Array = NDArray[Any]
 #: a scale is a divisor, and normal in half precision

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from omniport.runtime.bundle.recipes import CHANNELS_LAST
 from onnx_ir.passes import InPlacePass, PassResult
 
-from .recipe import Choice
-from .tensors import CHANNELS_LAST
+from .choices import Choice
 
 Array = NDArray[Any]
 _NORMS = ("LayerNormalization", "RMSNormalization")

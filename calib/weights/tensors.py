@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from omniport.runtime.bundle.recipes import CHANNELS_FIRST, CHANNELS_LAST, Weight
 from omniport.runtime.errors import BundleError
 from omniport.runtime.system.page_cache import forget
 
@@ -25,31 +26,8 @@ Array = NDArray[Any]
 BLOCK_BYTES = 32 << 20
 #: weights of fewer bytes stay as they are: nothing is gained
 SMALLEST_BYTES = 1024
-#: [K, N]: MatMul, and Gemm that does not transpose
-CHANNELS_LAST = "channels_last"
-#: [out, in, ...]: Conv, and Gemm that transposes
-CHANNELS_FIRST = "channels_first"
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A constant that one kind of operator multiplies by.
-
-    Attributes:
-        name: of the initializer.
-        kind: ``matmul`` or ``conv``.
-        layout: where its output channels are: ``channels_last`` or ``channels_first``.
-        shape: of the initializer.
-        dtype: of the initializer.
-    """
-
-    name: str
-    kind: str
-    layout: str
-    shape: tuple[int, ...]
-    dtype: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from omniport.runtime.bundle.recipes import RECIPES
 
 from ..common import (
     JsonFlag,
@@ -37,7 +38,7 @@ def command(
     recipe: Annotated[
         str,
         one_of(
-            ("int8", "w8", "int4", "fp8", "edge-8gb", "edge-16gb", "int8-plain"),
+            RECIPES,
             help="int8: INT8 times INT8. w8: INT8 weights. int4: INT4 weights of thinker and talker. fp8: for SM89 and "
             "later. edge-8gb, edge-16gb: for boards of that memory. See docs/quantize.md.",
         ),

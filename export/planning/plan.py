@@ -12,6 +12,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from omniport.runtime.bundle.manifest import AudioFrontend, DitGeometry, VocoderGeometry
 from omniport.runtime.bundle.parts import decoders, encoder_of, giving
+from omniport.runtime.bundle.recipes import Scheme
 from omniport.runtime.errors import UsageError
 from omniport.runtime.generation.decoder import PREFILL_CHUNK
 from omniport.runtime.generation.encoders import AUDIO_CHUNKS
@@ -19,9 +20,8 @@ from omniport.runtime.speech.windows import BEHIND_CODES, SpeechWindows, window_
 
 from ..devices.budget import BUILD_CONSTANT, BUILD_FACTOR
 from .machines import Machine, find_machines
-from .recipes import RECIPES, PlanRecipe, graph_bytes, matrix_bytes, storage_of
 from .shapes import DecoderShape, ModelShape, find_model
-from .weights import GraphShape, Matrix
+from .weights import RECIPES, GraphShape, Matrix, PlanRecipe, graph_bytes, itemsize, matrix_bytes
 
 _DIT, _WINDOWS = DitGeometry(), SpeechWindows()
 #: codec tokens a second of speech
@@ -44,7 +44,6 @@ SCORES = 1.25
 #: bytes of kernels and graph in an engine, over its weights (docs/results/build-matrix.md)
 ENGINE_EXTRA = 8_000_000
 
-_ITEMSIZE: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 #: recipes from the least to the most that they may lose
 _LOSS = ("", "w8", "fp8", "edge-16gb", "int8", "int4", "edge-8gb")
 
@@ -182,7 +181,7 @@ def _plan(model: ModelShape, machine: Machine, recipe: PlanRecipe, context: int)
     lacking = [need for need in recipe.needs if need not in machine.formats]
     if lacking:
         return RecipePlan(recipe, f"{machine.name} has no {', '.join(lacking)}")
-    if machine.target is None and any(_arithmetic(recipe)):
+    if machine.target is None and recipe.quantized is not None and recipe.quantized.activations:
         return RecipePlan(recipe, "ONNX Runtime has no CPU kernels that pay for it: w8 computes in integers as well")
     estimate = _Estimate(model, machine, recipe, context)
     largest = max(estimate.file_bytes(graph) for graph in model.graphs.values())
@@ -197,12 +196,8 @@ def _plan(model: ModelShape, machine: Machine, recipe: PlanRecipe, context: int)
     )
 
 
-def _arithmetic(recipe: PlanRecipe) -> list[str]:
-    return [s.arithmetic for kinds in (recipe.graphs or {}).values() for s in kinds.values() if s.arithmetic]
-
-
 def _loss(recipe: PlanRecipe) -> int:
-    return _LOSS.index(recipe.name) if recipe.graphs else 0
+    return _LOSS.index(recipe.name) if recipe.quantized is not None else 0
 
 
 def _load(row: RecipePlan) -> float:
@@ -219,13 +214,19 @@ class _Estimate:
     recipe: PlanRecipe
     context: int
 
+    def precision(self, graph: str) -> str:
+        return self.recipe.graph_precision(graph, self.machine.precision)
+
     def itemsize(self, graph: str) -> int:
-        return _ITEMSIZE[self.recipe.graph_precision(graph, self.machine.precision)]
+        return itemsize(self.precision(graph))
+
+    def scheme(self, graph: str, matrix: Matrix) -> Scheme:
+        return self.recipe.scheme(graph, matrix, self.precision(graph))
 
     # --- memory
 
     def file_bytes(self, shape: GraphShape) -> int:
-        return graph_bytes(shape, self.recipe, self.itemsize(shape.name))
+        return graph_bytes(shape, self.recipe, self.precision(shape.name))
 
     def memory(self) -> Memory:
         weights = {name: self.held_bytes(shape) for name, shape in self.model.graphs.items()}
@@ -238,16 +239,14 @@ class _Estimate:
         """Weights in memory: engines hold them as they are stored, ONNX Runtime in its packed layout."""
         if self.machine.target is not None:
             return self.file_bytes(shape) + ENGINE_EXTRA
-        item, total = self.itemsize(shape.name), shape.other * self.itemsize(shape.name) + shape.fixed * 4
-        for matrix in shape.matrices:
-            total += self.held_matrix(shape.name, matrix, item)
-        return total
+        held = sum(self.held_matrix(shape.name, matrix) for matrix in shape.matrices)
+        return held + shape.other * self.itemsize(shape.name) + shape.fixed * 4
 
-    def held_matrix(self, graph: str, matrix: Matrix, item: int) -> int:
-        storage = storage_of(self.recipe, graph, matrix)
-        if storage.bits in self.machine.packed:
-            return int(matrix.elements * self.machine.packed[storage.bits])
-        return matrix_bytes(matrix, storage, item)
+    def held_matrix(self, graph: str, matrix: Matrix) -> int:
+        scheme = self.scheme(graph, matrix)
+        if scheme.bits in self.machine.packed:
+            return int(matrix.elements * self.machine.packed[scheme.bits])
+        return matrix_bytes(matrix, scheme, self.precision(graph))
 
     def activations(self, shape: GraphShape) -> int:
         """Values that live at once in the largest call of a graph; attention scores only where they are stored."""
@@ -316,20 +315,20 @@ class _Estimate:
         shape, machine = self.model.graphs[graph], self.machine
         item = self.itemsize(graph)
         reading = shape.other * item / machine.bandwidth
-        reading += sum(self._reading(graph, matrix, item) for matrix in shape.matrices)
+        reading += sum(self._reading(graph, matrix) for matrix in shape.matrices)
         computing = sum(self._operations(m, rows) / self._rate(graph, m) for m in shape.matrices)
         decoder = self.model.decoders.get(graph)
         if decoder is not None:
             reading += decoder.cache_elements(context) * item / machine.bandwidth
-            computing += _scores(decoder, rows, context) / machine.rates[self._own(graph)]
+            computing += _scores(decoder, rows, context) / machine.rates[self.precision(graph)]
         if rows == 1:  # one row is read, not computed
             computing = 0.0
         return reading + computing + self._layers(shape) * machine.layer
 
-    def _reading(self, graph: str, matrix: Matrix, item: int) -> float:
+    def _reading(self, graph: str, matrix: Matrix) -> float:
         """Seconds to read weights once, or to unpack them where that takes longer."""
-        seconds = self.held_matrix(graph, matrix, item) / self.machine.bandwidth
-        bits = storage_of(self.recipe, graph, matrix).bits
+        seconds = self.held_matrix(graph, matrix) / self.machine.bandwidth
+        bits = self.scheme(graph, matrix).bits
         if bits in self.machine.unpacking:
             return max(seconds, matrix.elements / self.machine.unpacking[bits])
         return seconds
@@ -338,15 +337,12 @@ class _Estimate:
         return 2 * matrix.elements * (matrix.steps * rows or 1)
 
     def _rate(self, graph: str, matrix: Matrix) -> float:
-        storage = storage_of(self.recipe, graph, matrix)
-        if storage.arithmetic:
-            return self.machine.rates[storage.arithmetic]
-        if not matrix.kind.product:
+        scheme = self.scheme(graph, matrix)
+        if scheme.activations:
+            return self.machine.rates[scheme.format]
+        if matrix.convolves:
             return self.machine.rates["convolution"]
-        return self.machine.rates[str(storage.bits) if storage.bits else self._own(graph)]
-
-    def _own(self, graph: str) -> str:
-        return self.recipe.graph_precision(graph, self.machine.precision)
+        return self.machine.rates[str(scheme.bits) if scheme.bits else self.precision(graph)]
 
     def _layers(self, shape: GraphShape) -> float:
         decoder = self.model.decoders.get(shape.name)

@@ -1,4 +1,4 @@
-"""Models of a plan: the weights of every graph by kind, and how often each is multiplied.
+"""Models of a plan: the weights of every graph, and how often each is multiplied.
 
 The shapes come from a checkpoint's config.json, from the files of a bundle, or from the published sizes; no weight is
 read and neither torch nor transformers is imported. Tests hold the counts to those of exported graphs.
@@ -19,7 +19,7 @@ from omniport.runtime.errors import CheckpointError, UsageError
 
 from ..checkpoint.config import normalise_config, read_json
 from ..synthetic.geometries import SIZES, geometry_config
-from .weights import GraphShape, Kind, Matrix
+from .weights import GraphShape, Matrix
 
 #: sizes that need no files
 PUBLISHED = ("3b", "7b")
@@ -147,22 +147,21 @@ def decoder_graph(name: str, d: DecoderShape) -> GraphShape:
     """The weights of thinker or talker."""
     inner, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
     layer = (
-        Matrix(Kind.ATTENTION, d.width, inner, first=True),
-        Matrix(Kind.ATTENTION, d.width, kv, 2, first=True),
-        Matrix(Kind.ATTENTION, inner, d.width, first=True),
-        Matrix(Kind.PRODUCT, d.width, d.ffn, 2, first=True),
-        Matrix(Kind.DOWN, d.ffn, d.width, first=True),
+        Matrix("self_attn.q_proj", d.width, inner),
+        Matrix("self_attn.k_proj", d.width, kv, 2),
+        Matrix("self_attn.o_proj", inner, d.width),
+        Matrix("mlp.up_proj", d.width, d.ffn, 2),
+        Matrix("mlp.down_proj", d.ffn, d.width),
     )
     matrices = [
-        *layer,
-        *(replace(m, count=m.count * (d.layers - 1), first=False) for m in layer if d.layers > 1),
+        # some recipes treat the first layer otherwise
+        *(replace(m, name=f"model.layers.0.{m.name}") for m in layer),
+        *(replace(m, name=f"model.layers.1.{m.name}", count=m.count * (d.layers - 1)) for m in layer if d.layers > 1),
         # logits are for the last token alone
-        Matrix(Kind.HEAD, d.width, d.vocabulary, steps=0.0),
+        Matrix("head", d.width, d.vocabulary, steps=0.0),
     ]
-    if d.input_width != d.width:
-        matrices.append(Matrix(Kind.PROJECTION, d.input_width, d.width))
-    elif name == "talker":
-        matrices.append(Matrix(Kind.PROJECTION, d.width, d.width))
+    if d.input_width != d.width or name == "talker":
+        matrices.append(Matrix("thinker_to_talker_proj", d.input_width, d.width))
     vectors = d.layers * (inner + 2 * kv + 2 * d.width) + d.width
     return GraphShape(name, tuple(matrices), other=vectors, width=d.width, ffn=d.ffn, heads=d.heads)
 
@@ -172,12 +171,12 @@ def _audio(c: Mapping[str, Any], text: Mapping[str, Any]) -> GraphShape:
     mels, frames = int(c.get("num_mel_bins", 128)), 2 * int(c.get("n_window", 100))
     matrices = (
         # rows are mel frames: the second convolution halves their number, and so does pooling before the last product
-        Matrix(Kind.CONVOLUTION, mels * 3, width),
-        Matrix(Kind.CONVOLUTION, width * 3, width, steps=0.5),
-        Matrix(Kind.PRODUCT, width, width, 4 * layers, 0.5),
-        Matrix(Kind.PRODUCT, width, ffn, layers, 0.5),
-        Matrix(Kind.PRODUCT, ffn, width, layers, 0.5),
-        Matrix(Kind.PRODUCT, width, int(c.get("output_dim", text["hidden_size"])), steps=0.25),
+        Matrix("conv1", mels * 3, width, convolves=True),
+        Matrix("conv2", width * 3, width, steps=0.5, convolves=True),
+        Matrix("self_attn", width, width, 4 * layers, 0.5),
+        Matrix("fc1", width, ffn, layers, 0.5),
+        Matrix("fc2", ffn, width, layers, 0.5),
+        Matrix("proj", width, int(c.get("output_dim", text["hidden_size"])), steps=0.25),
     )
     other = frames // 2 * width + layers * (8 * width + ffn) + 6 * width
     return GraphShape("audio_encoder", matrices, other, 0, width, ffn, int(c["encoder_attention_heads"]))
@@ -188,12 +187,12 @@ def _vision(c: Mapping[str, Any], text: Mapping[str, Any]) -> GraphShape:
     patch = int(c.get("in_channels", 3)) * int(c.get("temporal_patch_size", 2)) * int(c.get("patch_size", 14)) ** 2
     merged = width * int(c.get("spatial_merge_size", 2)) ** 2
     matrices = (
-        Matrix(Kind.PRODUCT, patch, width),
-        Matrix(Kind.PRODUCT, width, width, 4 * layers),
-        Matrix(Kind.PRODUCT, width, ffn, 2 * layers),
-        Matrix(Kind.PRODUCT, ffn, width, layers),
-        Matrix(Kind.PRODUCT, merged, merged, steps=0.25),
-        Matrix(Kind.PRODUCT, merged, int(c.get("out_hidden_size", text["hidden_size"])), steps=0.25),
+        Matrix("patch_embed", patch, width),
+        Matrix("attn", width, width, 4 * layers),
+        Matrix("mlp.up_proj", width, ffn, 2 * layers),
+        Matrix("mlp.down_proj", ffn, width, layers),
+        Matrix("merger.0", merged, merged, steps=0.25),
+        Matrix("merger.2", merged, int(c.get("out_hidden_size", text["hidden_size"])), steps=0.25),
     )
     other = layers * (7 * width + 2 * ffn) + 2 * merged
     return GraphShape("vision_encoder", matrices, other, 0, width, ffn, int(c["num_heads"]))
@@ -206,12 +205,12 @@ def _dit(c: Mapping[str, Any]) -> GraphShape:
     inputs = mel + int(c.get("enc_dim", 128)) + int(c.get("enc_emb_dim", 192)) + codes
     # rows are mel frames; guidance doubles them
     matrices = (
-        Matrix(Kind.PRODUCT, inputs, width, steps=2),
-        Matrix(Kind.PRODUCT, width, inner, 3 * layers, 2),
-        Matrix(Kind.PRODUCT, inner, width, layers, 2),
-        Matrix(Kind.PRODUCT, width, mult * width, layers, 2),
-        Matrix(Kind.PRODUCT, mult * width, width, layers, 2),
-        Matrix(Kind.PRODUCT, width, mel, steps=2),
+        Matrix("input_embed", inputs, width, steps=2),
+        Matrix("attn.to_q", width, inner, 3 * layers, 2),
+        Matrix("attn.to_out", inner, width, layers, 2),
+        Matrix("ff.0", width, mult * width, layers, 2),
+        Matrix("ff.3", mult * width, width, layers, 2),
+        Matrix("proj_out", width, mel, steps=2),
     )
     table = (int(c.get("num_embeds", 8193)) + 1) * codes
     vectors = layers * (3 * inner + (2 + mult) * width) + width + mel
@@ -228,17 +227,18 @@ _TIME_POINTS = 37
 def _vocoder(c: Mapping[str, Any]) -> GraphShape:
     channels, mel = int(c["upsample_initial_channel"]), int(c.get("mel_dim", 80))
     kernels, dilations = c["resblock_kernel_sizes"], c["resblock_dilation_sizes"]
-    matrices = [Matrix(Kind.WIDENING, mel * 7, channels)]
+    matrices = [Matrix("conv_pre", mel * 7, channels, convolves=True)]
     other, rate, width = channels, 1, channels
     for stride, kernel in zip(c["upsample_rates"], c["upsample_kernel_sizes"], strict=True):
-        matrices.append(Matrix(Kind.WIDENING, width * kernel, width // 2, steps=rate))
+        matrices.append(Matrix("ups", width * kernel, width // 2, steps=rate, convolves=True))
         width, rate = width // 2, rate * stride
         for size, times in zip(kernels, dilations, strict=True):
-            matrices.append(Matrix(Kind.CONVOLUTION, width * size, width, 2 * len(times), rate))
+            name = "resblocks.convs1.0"
+            matrices.append(Matrix(name, width * size, width, 2 * len(times), rate, convolves=True))
         layers = 2 * sum(len(times) for times in dilations)
         # a bias, two filters of 7 taps for two phases, and two vectors for both phases
         other += width + layers * width * (1 + 28 + 4)
-    matrices.append(Matrix(Kind.WIDENING, width * 7, 1, steps=rate))
+    matrices.append(Matrix("conv_post", width * 7, 1, steps=rate, convolves=True))
     return GraphShape("bigvgan", tuple(matrices), other + 32 * width, 0, channels, channels, 1)
 
 
@@ -294,12 +294,12 @@ def _graph_of_file(bundle: Bundle, name: str) -> GraphShape:
     for weight in weights:
         dims = weight.dims
         if weight.operator == "MatMul" and len(dims) == 2:
-            matrices.append(Matrix(Kind.PRODUCT, dims[0], dims[1], steps=_STEPS.get(name, 1.0)))
+            matrices.append(Matrix(weight.name, dims[0], dims[1], steps=_STEPS.get(name, 1.0)))
         elif weight.operator == "Conv" and len(dims) == 3 and dims[1] > 2:
-            kind = Kind.CONVOLUTION if dims[0] == dims[1] else Kind.WIDENING
-            matrices.append(Matrix(kind, dims[1] * dims[2], dims[0], steps=levels.get(dims[0], levels[1])))
+            steps = levels.get(dims[0], levels[1])
+            matrices.append(Matrix(weight.name, dims[1] * dims[2], dims[0], steps=steps, convolves=True))
         elif weight.operator == "ConvTranspose" and len(dims) == 3:
-            matrices.append(Matrix(Kind.WIDENING, dims[0] * dims[2], dims[1], steps=levels[dims[0]]))
+            matrices.append(Matrix(weight.name, dims[0] * dims[2], dims[1], steps=levels[dims[0]], convolves=True))
         elif half and weight.single:
             fixed += math.prod(dims)
         elif not weight.scale:

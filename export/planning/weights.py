@@ -1,42 +1,41 @@
-"""Count the weights of a graph by kind, without reading any."""
+"""The weights of a graph without any of their values, and the bytes that they take in each recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from functools import lru_cache
 
-
-class Kind(Enum):
-    """Kinds of weights, as quantization recipes tell them apart (calib/weights/recipe.py)."""
-
-    PRODUCT = "any product that is none of those below"
-    ATTENTION = "of a decoder's attention"
-    DOWN = "the last product of a decoder's layer"
-    HEAD = "logits"
-    PROJECTION = "the talker's first product"
-    CONVOLUTION = "as many channels out as in"
-    WIDENING = "other convolutions: the vocoder's first, its last, and those that resample"
-
-    @property
-    def product(self) -> bool:
-        """Whether it is a product, and no convolution."""
-        return self not in (Kind.CONVOLUTION, Kind.WIDENING)
+from omniport.runtime.bundle.graph_spec import DTYPES
+from omniport.runtime.bundle.parts import PARTS
+from omniport.runtime.bundle.recipes import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    PRECISION_DTYPES,
+    Recipe,
+    Rule,
+    Scheme,
+    Weight,
+    find_recipe,
+    scheme_of,
+)
 
 
 @dataclass(frozen=True)
 class Matrix:
     """``count`` weights [k, n] of one kind, each applied to ``steps`` rows for one row of the graph's input.
 
-    ``first``: they are of a decoder's first layer, which some recipes treat otherwise.
+    Attributes:
+        name: of one of them, by which recipes tell them apart.
+        convolves: they are of convolutions, not of products.
     """
 
-    kind: Kind
+    name: str
     k: int
     n: int
     count: int = 1
     steps: float = 1.0
-    first: bool = False
+    convolves: bool = False
 
     @property
     def elements(self) -> int:
@@ -71,3 +70,76 @@ class GraphShape:
         """Multiplications and additions for that many rows."""
         left_out = set(without)
         return 2 * rows * sum(m.elements * m.steps for m in self.matrices if m not in left_out)
+
+
+@dataclass(frozen=True)
+class PlanRecipe:
+    """A precision, or a recipe of quantize over a bundle of the machine's own precision.
+
+    Attributes:
+        precision: of everything that is not quantized; empty for the machine's own: fp32 on a CPU, fp16 on a GPU.
+        quantized: the recipe; None for a precision.
+    """
+
+    name: str
+    precision: str = ""
+    quantized: Recipe | None = None
+
+    @property
+    def command(self) -> str:
+        """What makes such a bundle."""
+        if self.quantized is None:
+            return f"omniport export CHECKPOINT BUNDLE --precision {self.name}"
+        calibration = " --calib CALIB" if self.quantized.activations else ""
+        return f"omniport quantize BUNDLE OUT --recipe {self.name}{calibration}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Number formats that the machine must have."""
+        schemes = () if self.quantized is None else self.quantized.schemes
+        return tuple(sorted({scheme.format for scheme in schemes})) or (self.precision,)
+
+    def graph_precision(self, graph: str, own: str) -> str:
+        """fp32, fp16 or bf16: token2wav stays FP32 where the rest is BF16 (`Part.bfloat16`)."""
+        chosen = self.precision or own
+        return "fp32" if chosen == "bf16" and not PARTS[graph].bfloat16 else chosen
+
+    def scheme(self, graph: str, matrix: Matrix, precision: str) -> Scheme:
+        """How a weight of a graph in that precision is stored."""
+        rules = () if self.quantized is None else self.quantized.graphs.get(graph, ())
+        return _scheme(rules, matrix, precision)
+
+
+#: what a plan compares
+RECIPES: Mapping[str, PlanRecipe] = {
+    **{name: PlanRecipe(name, name) for name in PRECISION_DTYPES},
+    **{
+        name: PlanRecipe(name, quantized=find_recipe(name))
+        for name in ("w8", "int8", "fp8", "int4", "edge-8gb", "edge-16gb")
+    },
+}
+
+
+@lru_cache(maxsize=4096)
+def _scheme(rules: tuple[Rule, ...], matrix: Matrix, precision: str) -> Scheme:
+    kind, layout = ("conv", CHANNELS_FIRST) if matrix.convolves else ("matmul", CHANNELS_LAST)
+    return scheme_of(rules, Weight(matrix.name, kind, layout, (matrix.k, matrix.n), PRECISION_DTYPES[precision]))
+
+
+def itemsize(precision: str) -> int:
+    """Bytes of a value in fp32, fp16 or bf16."""
+    return DTYPES[PRECISION_DTYPES[precision]]
+
+
+def matrix_bytes(matrix: Matrix, scheme: Scheme, precision: str) -> int:
+    """Bytes of values and scales in the file; scales are in the graph's precision."""
+    if not scheme.bits:
+        return matrix.elements * itemsize(precision)
+    scales = matrix.elements // scheme.block if scheme.block else matrix.n * matrix.count
+    return matrix.elements * scheme.bits // 8 + scales * itemsize(precision)
+
+
+def graph_bytes(shape: GraphShape, recipe: PlanRecipe, precision: str) -> int:
+    """Bytes of a graph's weights in that precision, under a recipe."""
+    matrices = sum(matrix_bytes(m, recipe.scheme(shape.name, m, precision), precision) for m in shape.matrices)
+    return matrices + shape.other * itemsize(precision) + shape.fixed * 4

@@ -15,15 +15,16 @@ import numpy as np
 import onnx
 import pytest
 from omniport.calib.quantizer import quantize
-from omniport.calib.weights.recipe import SCHEMES, Choice, choose, find_recipe, resolve
+from omniport.calib.weights.choices import Choice, choose, resolve
 from omniport.calib.weights.rounding import rounded_rows, scales_from
-from omniport.calib.weights.tensors import Stored, Weight, find_weights, row_blocks
+from omniport.calib.weights.tensors import Stored, find_weights, row_blocks
 from omniport.export.validation.types import FAIL, PASS
 from omniport.export.validation.validate import validate
 from omniport.runtime import Done, OmniSession, SamplingConfig
 from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.integer_weights import pack_int4
 from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.bundle.recipes import SCHEMES, Weight, find_recipe
 from omniport.runtime.errors import BundleError, ExportError, UsageError
 from onnx import TensorProto, helper, numpy_helper
 from support.bundles import edit, make_bundle, make_manifest

@@ -20,17 +20,18 @@ from omniport.calib.calibration_file import Calibration, Site
 from omniport.calib.quantizer import quantize
 from omniport.calib.report.layer_loss import layer_losses
 from omniport.calib.report.recorded_calls import Calls
-from omniport.calib.weights.recipe import SCHEMES, Choice, choose, find_recipe
+from omniport.calib.weights.choices import Choice, choose
 from omniport.calib.weights.rounding import rounded_rows
 from omniport.calib.weights.scales import smoothing
 from omniport.calib.weights.smoothing_pass import Factors, SmoothPass
-from omniport.calib.weights.tensors import Stored, Weight, find_weights
+from omniport.calib.weights.tensors import Stored, find_weights
 from omniport.cli import main
 from omniport.export.devices.catalog import TARGETS
 from omniport.export.evaluation.half_emulation import open_graph
 from omniport.export.tensorrt.build import build_bundle
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.bundle.recipes import SCHEMES, Weight, find_recipe
 from omniport.runtime.errors import BuildError, UsageError
 from omniport.runtime.generation.decoder import Decoder
 from onnx import numpy_helper

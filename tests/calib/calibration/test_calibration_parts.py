@@ -22,7 +22,7 @@ from omniport.calib.calibration.scale_search import Product, awq_factors, smooth
 from omniport.calib.calibration.sites import SitePlan
 from omniport.calib.calibration.work_dir import Work
 from omniport.calib.calibration_file import CLIPS, HEADER_KEY, Calibration, Header, Site, SiteRecord
-from omniport.calib.weights.tensors import CHANNELS_FIRST, Weight
+from omniport.runtime.bundle.recipes import CHANNELS_FIRST, Weight
 from omniport.runtime.errors import BundleError, CheckFailed
 from safetensors.numpy import load, save
 

@@ -1,19 +1,43 @@
-"""Recipes: the quantization scheme of each weight of each graph (docs/quantize.md describes them).
+"""Recipes: the quantization scheme of each weight of each graph, as data (docs/quantize.md describes them).
 
 A recipe holds an ordered list of rules for each graph; the first whose pattern is found in a weight's name decides. A
-graph without rules stays as it is in the bundle.
+graph without rules stays as it is in the bundle. ``quantize`` carries a recipe out, ``plan`` counts what it makes.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from omniport.runtime.bundle.parts import PARTS
-from omniport.runtime.errors import UsageError
+from ..errors import UsageError
+from .parts import PARTS
 
-from .tensors import CHANNELS_LAST, Weight
+#: [K, N]: MatMul, and Gemm that does not transpose
+CHANNELS_LAST = "channels_last"
+#: [out, in, ...]: Conv, and Gemm that transposes
+CHANNELS_FIRST = "channels_first"
+#: names of precisions -> dtype that a graph computes in
+PRECISION_DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant that one kind of operator multiplies by.
+
+    Attributes:
+        name: of the initializer.
+        kind: ``matmul`` or ``conv``.
+        layout: where its output channels are: ``channels_last`` or ``channels_first``.
+        shape: of the initializer.
+        dtype: of the initializer.
+    """
+
+    name: str
+    kind: str
+    layout: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -109,6 +133,17 @@ class Recipe:
     graphs: Mapping[str, tuple[Rule, ...]]
     every: tuple[Rule, ...]
 
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """What its rules give to some weight."""
+        named = {rule.scheme for rules in self.graphs.values() for rule in rules}
+        return tuple(scheme for scheme in SCHEMES.values() if scheme.name in named and scheme.bits)
+
+    @property
+    def activations(self) -> bool:
+        """Whether it rounds what weights multiply, for which it needs a calibration."""
+        return any(scheme.activations for scheme in self.schemes)
+
 
 _W8 = (Rule("", "w8"),)
 # What the first layer gets wrong reaches all others, small blocks lose less, and the head, which nothing follows, is
@@ -133,6 +168,19 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(
+            "int8",
+            "INT8 times INT8: smoothed in thinker and talker, whose down_proj and head have INT8 weights alone",
+            {
+                "thinker": _INT8,
+                "talker": _INT8,
+                "audio_encoder": _W8A8,
+                "vision_encoder": _W8A8,
+                "dit": _W8A8,
+                "bigvgan": _VOCODER,
+            },
+            _W8A8,
+        ),
+        Recipe(
             "w8",
             "INT8 weights in matrix products; convolutions and half of the decoders' first layer as they are",
             # the vocoder is all convolutions, and no runtime has a kernel for one with integer weights alone
@@ -146,17 +194,10 @@ RECIPES: Mapping[str, Recipe] = {
             _INT4,
         ),
         Recipe(
-            "int8",
-            "INT8 times INT8: smoothed in thinker and talker, whose down_proj and head have INT8 weights alone",
-            {
-                "thinker": _INT8,
-                "talker": _INT8,
-                "audio_encoder": _W8A8,
-                "vision_encoder": _W8A8,
-                "dit": _W8A8,
-                "bigvgan": _VOCODER,
-            },
-            _W8A8,
+            "fp8",
+            "E4M3 times E4M3 in all matrix products; GPUs from SM89 on",
+            {name: _FP8 for name in PARTS if name != "bigvgan"},
+            _FP8,
         ),
         Recipe(
             "edge-8gb",
@@ -171,12 +212,6 @@ RECIPES: Mapping[str, Recipe] = {
             _W8,
         ),
         Recipe(
-            "fp8",
-            "E4M3 times E4M3 in all matrix products; GPUs from SM89 on",
-            {name: _FP8 for name in PARTS if name != "bigvgan"},
-            _FP8,
-        ),
-        Recipe(
             "int8-plain",
             "INT8 times INT8 without smoothing, to compare with",
             {name: (Rule("", "w8a8"),) for name in PARTS if name != "bigvgan"},
@@ -184,9 +219,6 @@ RECIPES: Mapping[str, Recipe] = {
         ),
     )
 }
-
-#: names by which a graph may be said to stay in what it computes in now
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def find_recipe(name: str) -> Recipe:
@@ -200,82 +232,10 @@ def find_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def resolve(recipe: Recipe, overrides: Mapping[str, str], computes: Mapping[str, str]) -> Recipe:
-    """The recipe with some graphs given another one, or kept.
-
-    Args:
-        overrides: graph -> name of a recipe, ``none``, or the precision it has and is to keep (``fp16``).
-        computes: graph of the bundle -> dtype it computes in.
-
-    Raises:
-        UsageError: a graph that the bundle has not, no such recipe, or a precision that the graph does not have.
-    """
-    graphs = {name: rules for name, rules in recipe.graphs.items() if name in computes}
-    for graph, wanted in overrides.items():
-        if graph not in computes:
-            raise UsageError(f"--graph-recipe: the bundle has no graph {graph!r}; it has {', '.join(computes)}")
-        if wanted in _DTYPES and computes[graph] != _DTYPES[wanted]:
-            raise UsageError(
-                f"--graph-recipe {graph}={wanted}: it computes in {computes[graph]}, and quantizing does not change "
-                f"that. Export with --precision {wanted} and quantize that bundle, or say {graph}=none"
-            )
-        if wanted == NONE.name or wanted in _DTYPES:
-            graphs.pop(graph, None)
-        elif wanted in RECIPES:
-            other = RECIPES[wanted]
-            graphs[graph] = other.graphs.get(graph, other.every)
-        else:
-            known = ", ".join((*RECIPES, NONE.name, *_DTYPES))
-            raise UsageError(f"--graph-recipe {graph}={wanted}: no recipe {wanted!r}; known: {known}")
-    return replace(recipe, graphs=graphs)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A weight and the scheme that was chosen for it."""
-
-    weight: Weight
-    scheme: Scheme
-
-
-def choose(
-    recipe: Recipe, weights: Mapping[str, Sequence[Weight]], keep: Sequence[str] = ()
-) -> dict[str, tuple[Choice, ...]]:
-    """The scheme of every weight of every graph.
-
-    Args:
-        weights: graph -> weights that could be quantized.
-        keep: patterns looked for in ``graph/weight``; what they are found in stays as it is.
-
-    Raises:
-        UsageError: a pattern that is no regular expression, or is found in no weight.
-    """
-    patterns = {text: _compiled(text) for text in keep}
-    unused = set(patterns)
-    chosen: dict[str, tuple[Choice, ...]] = {}
-    for graph, listed in weights.items():
-        row = []
-        for weight in listed:
-            hits = {text for text, pattern in patterns.items() if pattern.search(f"{graph}/{weight.name}")}
-            unused -= hits
-            row.append(Choice(weight, NONE if hits else _scheme(recipe.graphs.get(graph, ()), weight)))
-        chosen[graph] = tuple(row)
-    if unused:
-        example = next((f"{graph}/{row[0].name}" for graph, row in weights.items() if row), "none")
-        raise UsageError(f"--keep {min(unused)!r} matches no weight; a name is GRAPH/WEIGHT, for example {example!r}")
-    return chosen
-
-
-def _scheme(rules: Sequence[Rule], weight: Weight) -> Scheme:
+def scheme_of(rules: Sequence[Rule], weight: Weight) -> Scheme:
+    """The scheme that a graph's rules give to a weight, or the one that stands in where it cannot be stored so."""
     for rule in rules:
         if weight.kind in rule.kinds and re.search(rule.pattern, weight.name):
             scheme = SCHEMES[rule.scheme]
             return scheme if scheme.takes(weight) else SCHEMES[scheme.otherwise]
     return NONE
-
-
-def _compiled(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UsageError(f"--keep {text!r} is not a regular expression: {error}") from error
