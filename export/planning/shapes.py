@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,6 @@ class ModelShape:
     Attributes:
         embedding_bytes: of the token tables, by decoder; they stay in mapped files.
         max_context: positions that it was trained on, or that a bundle was exported for.
-        stored: precision of a bundle and the bytes of its graphs as they are; empty for a checkpoint.
         evaluations: of the DiT for one window of speech.
     """
 
@@ -61,8 +60,6 @@ class ModelShape:
     decoders: Mapping[str, DecoderShape]
     embedding_bytes: Mapping[str, int]
     max_context: int
-    stored: Mapping[str, int] = field(default_factory=dict)
-    stored_as: str = ""
     evaluations: int = 36
 
     @property
@@ -246,7 +243,7 @@ def _vocoder(c: Mapping[str, Any]) -> GraphShape:
 
 
 def shape_of_bundle(bundle: Bundle) -> ModelShape:
-    """The shapes of a bundle's graphs; their sizes as they are besides.
+    """The shapes of a bundle's graphs.
 
     Raises:
         BundleError: a graph that cannot be read.
@@ -264,8 +261,6 @@ def shape_of_bundle(bundle: Bundle) -> ModelShape:
         decoders=decoders,
         embedding_bytes={name: manifest.files[g.embedding_file].size for name, g in manifest.decoders.items()},
         max_context=manifest.kv.max_context,
-        stored={name: sum(manifest.files[f].size for f in spec.data) for name, spec in manifest.graphs.items()},
-        stored_as=manifest.precision,
         evaluations=sum(map(len, solver.stages)) if solver is not None else 0,
     )
 

@@ -337,7 +337,7 @@ def test_keep_and_graph_recipes(tiny_bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"recipe": "int3"}, UsageError, "no recipe 'int3'; known: w8, int4"),
+        ({"recipe": "int3"}, UsageError, "no recipe 'int3'; known: int8, w8"),
         ({"keep": ("lm_haed",)}, UsageError, "'lm_haed' matches no weight; .*audio_encoder/"),
         ({"keep": ("(",)}, UsageError, "not a regular expression"),
         ({"graph_recipes": {"dit": "int3"}}, UsageError, "dit=int3: no recipe 'int3'"),
