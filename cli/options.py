@@ -1,4 +1,4 @@
-"""Options shared by several commands, and sampling options applied to a bundle's defaults."""
+"""Options shared by several commands, and what they ask of a reply."""
 
 from __future__ import annotations
 
@@ -31,27 +31,35 @@ SystemOption = Annotated[
     str | None, typer.Option(help="System message; without it the one that the talker was trained with is used.")
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")]
+VoiceOption = Annotated[str | None, typer.Option(help="Voice of spoken replies (see omniport voices).")]
+MaxNewTokensOption = Annotated[int | None, typer.Option(min=1, help="Text tokens of a reply at most.")]
+MaxSpeechOption = Annotated[float | None, typer.Option(min=0.1, help="Seconds of speech of a reply at most.")]
 GreedyFlag = Annotated[bool, typer.Option("--greedy", help="Pick the likeliest token, in speech too.")]
 
 
-def sampling(
-    manifest: Manifest, greedy: bool, max_new_tokens: int | None, max_speech: float | None
-) -> tuple[SamplingConfig, SamplingConfig | None]:
-    """How thinker and talker sample; None for a bundle that cannot speak.
+def reply_options(
+    manifest: Manifest,
+    *,
+    greedy: bool = False,
+    max_new_tokens: int | None = None,
+    max_speech: float | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """Keyword arguments of ``OmniSession.reply`` and ``turn``: the bundle's own sampling, as the options change it.
 
     Args:
         greedy: pick the likeliest token.
         max_new_tokens: text tokens at most. max_speech: seconds of speech at most.
+        others: go along as they are.
     """
     import msgspec
 
     def config(base: SamplingConfig, most: int | None) -> SamplingConfig:
-        if greedy:
-            base = msgspec.structs.replace(base, temperature=0.0)
-        return base if most is None else msgspec.structs.replace(base, max_new_tokens=most)
+        changes: dict[str, Any] = {"temperature": 0.0} if greedy else {}
+        return msgspec.structs.replace(base, **changes, **({} if most is None else {"max_new_tokens": most}))
 
-    thinker = config(manifest.thinker_sampling, max_new_tokens)
-    if manifest.talker_sampling is None or manifest.dit is None:
-        return thinker, None
-    codes = None if max_speech is None else max(1, round(max_speech * manifest.dit.codec_hz))
-    return thinker, config(manifest.talker_sampling, codes)
+    options = {"thinker": config(manifest.thinker_sampling, max_new_tokens), **others}
+    if manifest.talker_sampling is not None and manifest.dit is not None:
+        codes = None if max_speech is None else max(1, round(max_speech * manifest.dit.codec_hz))
+        options["talker"] = config(manifest.talker_sampling, codes)
+    return options

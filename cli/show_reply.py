@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +24,14 @@ CHAT_HELP = "/audio FILE, /image FILE, /video FILE add to the next line; /clear 
 
 @dataclass(frozen=True)
 class Replier:
-    """Runs replies of one session with the command's options and prints their events."""
+    """Runs replies of one session and prints their events.
+
+    Attributes:
+        options: keyword arguments of ``OmniSession.reply`` and ``turn`` (`reply_options`).
+    """
 
     session: OmniSession
-    voice: str | None = None
-    seed: int = 0
-    greedy: bool = False
-    max_new_tokens: int | None = None
-    max_speech: float | None = None
-    solver: str = "rk4"
+    options: Mapping[str, Any]
     json: bool = False
     quiet: bool = False
 
@@ -41,21 +40,15 @@ class Replier:
 
         The WAV file is in place before the ``done`` event is printed, and nothing is left behind on failure.
         """
-        events = self.session.reply(messages, **self._options(speak))  # refuses bad input before a file is begun
+        # refuses bad input before a file is begun
+        events = self.session.reply(messages, speak=speak is not None, **self.options)
         return self._show(lambda: events, speak)
 
     def turn(self, content: list[dict[str, Any]], speak: Path | None) -> Done:
         """Answer the next turn of the session's conversation, as ``reply`` does."""
-        with self.session.turn(**self._options(speak)) as turn:
+        with self.session.turn(speak=speak is not None, **self.options) as turn:
             turn.push(content)
             return self._show(turn.commit, speak)
-
-    def _options(self, speak: Path | None) -> dict[str, Any]:
-        from .options import sampling
-
-        thinker, talker = sampling(self.session.manifest, self.greedy, self.max_new_tokens, self.max_speech)
-        options = {"speak": speak is not None, "voice": self.voice, "seed": self.seed, "solver": self.solver}
-        return options | {"thinker": thinker, "talker": talker}
 
     def _show(self, begin: Callable[[], Iterator[Event]], speak: Path | None) -> Done:
         """Print the events that ``begin`` gives once the WAV file is open."""

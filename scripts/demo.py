@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from omniport.cli.commands.validate import print_report
 from omniport.cli.common import log_console, print_table, progress_bar
+from omniport.cli.options import reply_options
 from omniport.cli.show_reply import Replier
 
 from scripts.sample_media import QUESTION, make_media
@@ -56,7 +57,8 @@ def answer(bundle: Path, media: dict[str, Path], speech: Path) -> Stats:
 
     content = [{"type": "image", "image": media["image"]}, {"type": "audio", "audio": media["audio"]}]
     with OmniSession.open(bundle) as session:
-        replier = Replier(session, max_new_tokens=MAX_NEW_TOKENS, max_speech=MAX_SPEECH_SECONDS, quiet=True)
+        options = reply_options(session.manifest, max_new_tokens=MAX_NEW_TOKENS, max_speech=MAX_SPEECH_SECONDS)
+        replier = Replier(session, options, quiet=True)
         return replier.reply([{"role": "user", "content": content}], speech).stats
 
 

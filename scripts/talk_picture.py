@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from omniport.cli.commands.talk import facts
-from omniport.cli.options import sampling
+from omniport.cli.options import reply_options
 from omniport.cli.talk.loop import Stage, Talk
 from omniport.cli.talk.playback import WavLoudspeaker, WavMicrophone
 from omniport.cli.talk.view import LiveView, render
@@ -36,10 +36,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, OmniSession.open(options.bundle) as session:
         vocoder = session.manifest.vocoder
         assert vocoder is not None, "this picture is of a bundle that speaks"
-        thinker, talker = sampling(session.manifest, False, 16, 2.0)
+        replies = reply_options(session.manifest, max_new_tokens=16, max_speech=2.0)
         with WavLoudspeaker(Path(folder) / "reply.wav", vocoder.sample_rate) as speaker:
             stage = Stage(speaker, view)
-            dialogue = Dialogue(session, stage.event, thinker=thinker, talker=talker, heard=speaker.heard)
+            dialogue = Dialogue(session, stage.event, heard=speaker.heard, **replies)
             view.ready(facts(session, options.bundle, None, False), "")
             with HandsFree(dialogue) as ears:
                 microphone = WavMicrophone(load_audio(options.recording), 16_000)

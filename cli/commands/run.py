@@ -9,7 +9,18 @@ import typer
 from omniport.runtime.speech.ode_methods import METHODS
 
 from ..common import JsonFlag, QuietFlag
-from ..options import BackendOption, BundleArgument, GreedyFlag, SeedOption, SystemOption, one_of
+from ..options import (
+    BackendOption,
+    BundleArgument,
+    GreedyFlag,
+    MaxNewTokensOption,
+    MaxSpeechOption,
+    SeedOption,
+    SystemOption,
+    VoiceOption,
+    one_of,
+    reply_options,
+)
 from ..show_reply import Replier, chat, user_message
 
 NAME = "run"
@@ -24,15 +35,15 @@ def command(
     video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Video to send; may be repeated.")] = None,
     use_audio_in_video: Annotated[bool, typer.Option(help="Listen to the sound of each video.")] = True,
     system: SystemOption = None,
-    voice: Annotated[str | None, typer.Option(help="Voice of the spoken reply (see omniport voices).")] = None,
+    voice: VoiceOption = None,
     speak: Annotated[Path | None, typer.Option(metavar="OUT.wav", help="Speak the reply into this WAV file.")] = None,
     solver: Annotated[
         str, one_of(METHODS, help="Solver of speech: rk4 as the reference, the others faster and less exact.")
     ] = "rk4",
     seed: SeedOption = 0,
     greedy: GreedyFlag = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens at most.")] = None,
-    max_speech: Annotated[float | None, typer.Option(min=0.1, help="Seconds of speech at most.")] = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    max_speech: MaxSpeechOption = None,
     backend: BackendOption = "auto",
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -58,9 +69,16 @@ def command(
     with OmniSession.open(bundle, backend=backend) as session:
         if speak is not None:
             session.bundle.find_voice(voice)  # refused once and at the start, not at every turn of a conversation
-        replier = Replier(
-            session, voice, seed, greedy, max_new_tokens, max_speech, solver=solver, json=json, quiet=quiet
+        options = reply_options(
+            session.manifest,
+            greedy=greedy,
+            max_new_tokens=max_new_tokens,
+            max_speech=max_speech,
+            voice=voice,
+            seed=seed,
+            solver=solver,
         )
+        replier = Replier(session, options, json=json, quiet=quiet)
         if message["content"]:
             replier.reply([*messages, message], speak)
         else:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common import JsonFlag, QuietFlag
-from ..options import BackendOption, BundleArgument, GreedyFlag, SeedOption, SystemOption, sampling
+from ..options import (
+    BackendOption,
+    BundleArgument,
+    GreedyFlag,
+    MaxNewTokensOption,
+    MaxSpeechOption,
+    SeedOption,
+    SystemOption,
+    VoiceOption,
+    reply_options,
+)
 
 if TYPE_CHECKING:
     from omniport.runtime import OmniSession
@@ -24,7 +34,7 @@ EXAMPLE = "omniport talk bundle --input-wav question.wav --output-wav reply.wav 
 
 def command(
     bundle: BundleArgument,
-    voice: Annotated[str | None, typer.Option(help="Voice of the replies (see omniport voices).")] = None,
+    voice: VoiceOption = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Show replies and do not speak them.")] = False,
     system: SystemOption = None,
     hands_free: Annotated[
@@ -58,8 +68,8 @@ def command(
     ] = False,
     seed: SeedOption = 0,
     greedy: GreedyFlag = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens of a reply at most.")] = None,
-    max_speech: Annotated[float | None, typer.Option(min=0.1, help="Seconds of speech of a reply at most.")] = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    max_speech: MaxSpeechOption = None,
     backend: BackendOption = "auto",
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -90,20 +100,18 @@ def command(
         speaker = None if text_only else open_speaker(stack, session, output_wav, output_device)
         view = open_view(json, quiet)
         session.load()  # else the first reply waits for it
-        thinker, talker = sampling(session.manifest, greedy, max_new_tokens, max_speech)
-        dialogue = stack.enter_context(
-            Dialogue(
-                session,
-                Stage(speaker, view).event,
-                voice=voice,
-                speak=not text_only,
-                thinker=thinker,
-                talker=talker,
-                seed=seed,
-                exact=exact,
-                heard=None if speaker is None else speaker.heard,
-            )
+        options = reply_options(
+            session.manifest,
+            greedy=greedy,
+            max_new_tokens=max_new_tokens,
+            max_speech=max_speech,
+            voice=voice,
+            speak=not text_only,
+            seed=seed,
+            exact=exact,
         )
+        heard = None if speaker is None else speaker.heard
+        dialogue = stack.enter_context(Dialogue(session, Stage(speaker, view).event, heard=heard, **options))
         ears: Ears
         if hands_free:
             ears = HandsFree(dialogue, limits=limits, barge_in=barge_in)

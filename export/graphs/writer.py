@@ -7,11 +7,12 @@ model's size nor on its number of layers. Every byte is written once, in order, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -23,7 +24,6 @@ from omniport.runtime.bundle.manifest import FileRecord
 from omniport.runtime.errors import CheckpointError
 
 from ..models.module import Copy, Rule, Transpose, WeightReader, blocks, evaluate, to_numpy, to_torch
-from .ahead import ahead
 
 #: initializers of at least this many bytes go to the data file
 EXTERNAL_BYTES = 1024
@@ -33,6 +33,7 @@ PANEL_BYTES = 288 << 20
 STRIP_ROWS = 128
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def write_model(
     data = path.with_name(path.name + ".data")
     initializers = model.graph.initializers
     large = [(rules.get(name), value) for name, value in initializers.items() if _is_large(rules.get(name), value)]
-    with DataFile(data) as file, _one_thread(), closing(ahead(_stored_blocks(large, reader))) as stored:
+    with DataFile(data) as file, _one_thread(), closing(prefetch(_stored_blocks(large, reader))) as stored:
         for name, value in initializers.items():
             assert value.dtype is not None
             assert value.shape is not None
@@ -92,6 +93,20 @@ def _nbytes(value: ir.Value) -> int:
     assert value.dtype is not None
     assert value.shape is not None
     return int(np.prod(value.shape.numpy(), dtype=np.int64) * value.dtype.itemsize)
+
+
+def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
+    """Yield the same items while a background thread makes the next one. Its exceptions are raised in the item's place.
+
+    Worth it where making and using them leave the interpreter: reading files, and torch's or numpy's work on large
+    arrays. Two items are held at a time.
+    """
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="omniport-read") as pool:
+        pending = pool.submit(next, items, end)
+        while (item := pending.result()) is not end:
+            pending = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle.manifest import SamplingConfig
 from ..errors import UsageError
 from ..events import AudioChunk, Event
 from ..session import OmniSession
@@ -60,8 +60,8 @@ class Dialogue:
             TurnBegan with ``interrupted`` no more of the cut reply shall be played; its Done still comes, before any
             event of the next. It may block, to hold a reply back, but not past ``interrupted``, and must not call
             methods of this object.
-        voice, speak, thinker, talker, seed, exact: as in ``OmniSession.turn``, for every turn.
         heard: seconds of the current reply's sound that were played, where the caller knows.
+        options: of every turn, as in ``OmniSession.turn``: voice, speak, thinker, talker, seed, exact and others.
 
     Attributes:
         time: seconds of sound that came in so far, kept by whoever reads the microphone.
@@ -76,21 +76,13 @@ class Dialogue:
         session: OmniSession,
         on_event: Callable[[DialogueEvent], None],
         *,
-        voice: str | None = None,
-        speak: bool = True,
-        thinker: SamplingConfig | None = None,
-        talker: SamplingConfig | None = None,
-        seed: int = 0,
-        exact: bool = False,
         heard: Callable[[], float] | None = None,
+        **options: Any,
     ) -> None:
-        def turn() -> Turn:
-            return session.turn(voice, speak, thinker=thinker, talker=talker, seed=seed, exact=exact)
-
-        with turn() as trial:  # discarded at once: options are refused now and not when somebody has spoken
+        with session.turn(**options) as trial:  # discarded: options are refused now, not when somebody has spoken
             trial.push_audio(np.zeros(0, np.float32), 16000)
         self.time = self.seconds = 0.0
-        self._new_turn, self._on_event, self._heard = turn, on_event, heard
+        self._new_turn, self._on_event, self._heard = partial(session.turn, **options), on_event, heard
         self._lock = threading.RLock()
         self._open: Turn | None = None
         self._answered: Turn | None = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import msgspec
 import numpy as np
 import pytest
 from omniport.runtime.errors import UsageError
 from omniport.runtime.speech.ode import rk4_schedule, solve, with_method
-from omniport.runtime.speech.ode_methods import Solver
+from omniport.runtime.speech.ode_methods import METHODS, Method, Solver
 
 
 def even_schedule(intervals: int):
@@ -135,3 +136,31 @@ def test_bad_schedules_are_refused() -> None:
         rk4_schedule(1)
     with pytest.raises(UsageError, match="do not increase"):
         rk4_schedule(10, sway=-40.0)
+
+
+def test_the_table_and_the_names_are_one() -> None:
+    assert get_args(Solver) == tuple(METHODS)
+
+
+def test_a_method_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ralston's method, by its entry alone: the schedule has its points, and it solves with its order."""
+
+    def ralston(velocity, stages, state, step):
+        k1 = velocity(stages[0], state)
+        k2 = velocity(stages[1], state + k1 * step * 0.75)
+        return state + (k1 + k2 * 2) * step * (1 / 3)
+
+    before = rk4_schedule()
+    monkeypatch.setitem(METHODS, "ralston", Method((0, 0.75), ralston))
+    spec = rk4_schedule()
+    assert (spec.table[: len(before.table)], len(spec.table)) == (before.table, len(before.table) + 9)
+    assert with_method(spec, "ralston").stages == tuple((3 * i, 37 + i) for i in range(9))  # type: ignore[arg-type]
+    test_cheaper_solvers_have_their_order("ralston", 2, 18)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="Export it again"):
+        with_method(before, "ralston")  # type: ignore[arg-type]
+
+
+def test_the_command_line_offers_every_method() -> None:
+    from omniport.cli.commands.run import SolverName
+
+    assert [choice.value for choice in SolverName] == list(METHODS)
