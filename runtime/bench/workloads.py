@@ -193,13 +193,13 @@ def _vision(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Itera
         )
 
 
-def _rows(bundle: Bundle, graph: str, count: int) -> NDArray[np.float32]:
+def _embeddings(bundle: Bundle, graph: str, count: int) -> NDArray[np.float32]:
     """Embeddings [count, E] of tokens drawn from the decoder's own table."""
     table = bundle.embedding(graph)
     return table.rows(np.random.default_rng(0).integers(0, table.vocab_size, count))
 
 
-def _places(start: int, stop: int) -> NDArray[np.int64]:
+def _positions(start: int, stop: int) -> NDArray[np.int64]:
     return np.repeat(np.arange(start, stop)[None], 3, axis=0)
 
 
@@ -217,13 +217,13 @@ def _fitting(bundle: Bundle, lengths: tuple[int, ...]) -> list[int]:
 @workload("prefill")
 def _prefill(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator[Job]:
     lengths = _fitting(bundle, sizes.prefill)
-    rows = _rows(bundle, graph, max(lengths))
+    rows = _embeddings(bundle, graph, max(lengths))
     decoder = _decoder(backend.graph(graph), max(lengths))
     for length in lengths:
 
         def run(decoder: Decoder = decoder, length: int = length) -> Array:
             decoder.truncate(0)
-            return decoder.forward(rows[:length], _places(0, length))[0]
+            return decoder.forward(rows[:length], _positions(0, length))[0]
 
         yield Job(
             name=str(length),
@@ -243,14 +243,14 @@ def _decode(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Itera
     """One step at each context, over a cache that was filled by prefilling: memory that was never written to is not
     memory that has to be read. Steps may be run in any order once all are there: each writes what it finds."""
     lengths = _fitting(bundle, sizes.context)
-    rows = _rows(bundle, graph, max(lengths))
+    rows = _embeddings(bundle, graph, max(lengths))
     decoder = _decoder(backend.graph(graph), max(lengths))
     for length in lengths:
-        decoder.forward(rows[decoder.length : length - 1], _places(decoder.length, length - 1))
+        decoder.forward(rows[decoder.length : length - 1], _positions(decoder.length, length - 1))
 
         def run(decoder: Decoder = decoder, length: int = length) -> Array:
             decoder.length = length - 1
-            return decoder.forward(rows[length - 1 : length], _places(length - 1, length))[0]
+            return decoder.forward(rows[length - 1 : length], _positions(length - 1, length))[0]
 
         def profiled(given: Graph, length: int = length, run: Callable[..., Array] = run) -> Array:
             other = _decoder(given, length)

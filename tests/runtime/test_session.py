@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from omniport.runtime import (
     Event,
     MediaError,
     OmniportError,
+    OmniSession,
     PromptError,
     PromptTooLong,
     SamplingConfig,
@@ -24,6 +27,7 @@ from omniport.runtime import (
     UsageError,
 )
 from omniport.runtime.prompt.builder import build_prompt
+from omniport.runtime.reply_options import ReplyOptions
 from support.bundles import CODES, edit, make_bundle
 from support.fake_backend import FakeDecoder, FakeEncoder
 from support.live_turns import Live
@@ -100,7 +104,7 @@ def test_sound_leaves_before_the_text_is_complete(live: Live) -> None:
     long = SamplingConfig(max_new_tokens=400)
     kinds = [type(e) for e in live.session.reply(HELLO, talker=long, thinker=long)]
     first_sound = kinds.index(AudioChunk)
-    # The thinker is held back 64 rows ahead of the talker, and the talker a window ahead of the sound.
+    # The thinker is held back 64 tokens ahead of the talker, and the talker a window ahead of the sound.
     assert TextDelta in kinds[first_sound:]
     assert kinds.count(TextDelta) == 300
 
@@ -203,6 +207,29 @@ def test_talker_limit(live: Live) -> None:
     _, chunks, done = split(live.session.reply(HELLO, talker=SamplingConfig(max_new_tokens=7)))
     assert done.codec_ids == list(range(7))
     assert sum(len(c.samples) for c in chunks) == 7 * 480
+
+
+def test_a_reply_that_ignores_stops_goes_on_to_its_limits(live: Live) -> None:
+    """Speech never picks a code that ends it, or one that stands for no sound; the bundle stays as it was."""
+    live.script("abc", [1, 2, 52, 50, 3])
+    before = live.bundle.manifest
+    limits = SamplingConfig(max_new_tokens=9), SamplingConfig(max_new_tokens=14)
+    texts, _, done = split(live.session.reply(HELLO, thinker=limits[0], talker=limits[1], ignore_stop=True))
+    assert (len(done.token_ids), len(texts), done.finish_reason) == (9, 9, "length")
+    assert (len(done.codec_ids), done.speech_finish_reason) == (14, "length")
+    assert max(done.codec_ids) <= CODES
+    assert live.bundle.manifest is before
+    _, _, done = split(live.session.reply(HELLO, thinker=limits[0], talker=limits[1]))
+    assert (done.text, done.codec_ids, done.finish_reason) == ("abc", [1, 2], "stop")
+
+
+def test_options_of_a_reply_are_one_set() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(ReplyOptions)}
+    for method, more in ((OmniSession.reply, {"messages"}), (OmniSession.turn, set())):
+        parameters = inspect.signature(method).parameters
+        given = {name: p.default for name, p in parameters.items() if name not in more | {"self"}}
+        assert given == {name: fields[name] for name in given}
+        assert fields.keys() - given.keys() <= {"exact"}
 
 
 def test_repetition_penalty_sees_the_prompt_ids(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
