@@ -5,7 +5,7 @@ Code that treats parts differently asks the part; there are no other tables of p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Part:
 
     name: str
     output: str
+    _: KW_ONLY
     media: tuple[str, ...] = ()
     decodes: bool = False
     speaks: bool = False
