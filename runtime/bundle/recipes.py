@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from ..errors import UsageError
 from .parts import PARTS
@@ -59,6 +59,7 @@ class Scheme:
     bits: int
     block: int
     about: str
+    _: KW_ONLY
     float8: bool = False
     activations: bool = False
     outputs: bool = False
