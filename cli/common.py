@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -99,11 +100,21 @@ def require_extra(extra: str, *modules: str) -> None:
         )
 
 
+def require_folder(*paths: Path | None) -> None:
+    """Find out now, and not after minutes of work, that a file cannot be written. None and ``-`` (stdout) are fine.
+
+    Raises:
+        UsageError: a path is a folder, or lies in one that is not there.
+    """
+    for path in paths:
+        if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+            from omniport.runtime.errors import UsageError
+
+            raise UsageError(f"cannot write {path}: it is a folder, or there is no folder {path.parent}; name a file")
+
+
 def size_text(size: int) -> str:
     """Bytes as people read them: ``1.2 GB`` (powers of ten)."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError("unreachable")
+    from rich.filesize import decimal
+
+    return decimal(size)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from omniport.export.evaluation import html, plots
+from rich.filesize import decimal
 
 from .compare import BundleLoss, GraphLoss, LossReport, RangePlot
 from .layer_loss import LayerLoss
@@ -34,7 +35,7 @@ def render(report: LossReport, waves: Mapping[str, NDArray[np.float32]]) -> str:
     return html.render(
         __package__,
         "quantization.html.j2",
-        {"decibels": _decibels, "layer": _layer_name, "percent": _percent, "size": _size, "times": _times},
+        {"decibels": _decibels, "layer": _layer_name, "percent": _percent, "size": decimal, "times": _times},
         report=report,
         graph=_graph,
         loss=_loss,
@@ -171,10 +172,6 @@ def _decibels(value: float | None) -> str:
 
 def _percent(share: float | None) -> str:
     return _NONE if share is None else f"{share:.0%}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _times(value: float, of: float) -> str:

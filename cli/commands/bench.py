@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..common import QuietFlag, print_table, progress_bar, require_extra, size_text
+from ..common import QuietFlag, print_table, progress_bar, require_extra, require_folder, size_text
 from ..options import BundleArgument, one_of
 from .export import EXPORT_MODULES
 
@@ -99,9 +99,7 @@ def _check_outputs(json: Path | None, plot: Path | None) -> None:
     """UsageError if a file could not be written; found out before minutes of work."""
     from omniport.runtime.errors import UsageError
 
-    for path in (json, plot):
-        if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise UsageError(f"cannot write {path}: it is a folder or its folder does not exist; give a file name")
+    require_folder(json, plot)
     if plot is not None:
         if plot.suffix not in (".svg", ".png"):
             raise UsageError(f"--plot is {plot}; a name that ends in .svg or .png was expected")

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
+from ..common import (
+    JsonFlag,
+    QuietFlag,
+    log_console,
+    print_json,
+    print_table,
+    progress_bar,
+    require_extra,
+    require_folder,
+    size_text,
+)
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -35,7 +45,7 @@ def command(
     teacher forcing, distance of the sound, size and speed.
     """
     require_extra("export", *EXPORT_MODULES, *(("matplotlib", "jinja2") if html is not None else ()))
-    _require_folder(html)
+    require_folder(html)
     from omniport.calib import Calibration, compare
 
     calibration = None if calib is None else Calibration.load(calib)
@@ -43,10 +53,10 @@ def command(
         report, waves = compare(bundle, quantized, data=data, calibration=calibration, progress=progress)
         if html is not None:
             from omniport.calib.report.quant_page import render
-            from omniport.export.validation.summary import write_file
+            from omniport.runtime.system.files import write_output
 
             progress("drawing the report", 1, 1)
-            write_file(html, render(report, waves).encode())
+            write_output(html, render(report, waves).encode())
     if json:
         print_json(report)
         return
@@ -79,13 +89,3 @@ def _row(bundle: BundleLoss) -> list[str]:
 
 def _decibels(value: float) -> str:
     return "exact" if value >= 300 else f"{value:.1f}"
-
-
-def _require_folder(path: Path | None) -> None:
-    """Raises:
-    UsageError: a file in a folder that there is not.
-    """
-    if path is not None and not path.absolute().parent.is_dir():
-        from omniport.runtime.errors import UsageError
-
-        raise UsageError(f"--html {path}: there is no folder {path.parent}")

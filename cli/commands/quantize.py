@@ -17,6 +17,7 @@ from ..common import (
     print_table,
     progress_bar,
     require_extra,
+    require_folder,
     size_text,
 )
 from ..options import one_of
@@ -138,8 +139,7 @@ def _goal(sqnr: float | None, kl: float | None, data: Path | None, curve: Path |
         if data is not None or curve is not None:
             raise UsageError("--data and --curve go with --target-sqnr or --max-kl: nothing is measured without")
         return None
-    if curve is not None and not curve.absolute().parent.is_dir():
-        raise UsageError(f"--curve {curve}: there is no folder {curve.parent}")
+    require_folder(curve)
     from omniport.calib import Goal
 
     return Goal(sqnr, kl)
@@ -148,9 +148,9 @@ def _goal(sqnr: float | None, kl: float | None, data: Path | None, curve: Path |
 def _write_curve(path: Path, found: GoalReport) -> None:
     import json
 
-    from omniport.export.validation.summary import write_file
+    from omniport.runtime.system.files import write_output
 
-    write_file(path, json.dumps(found.as_json(), indent=1).encode() + b"\n")
+    write_output(path, json.dumps(found.as_json(), indent=1).encode() + b"\n")
 
 
 def _print_search(found: GoalReport) -> None:

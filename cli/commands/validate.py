@@ -11,7 +11,7 @@ from omniport.export.choices import SUITES
 from omniport.runtime.backends import BACKENDS
 from omniport.runtime.bundle.parts import decoders
 
-from ..common import QuietFlag, log_console, print_table, progress_bar, require_extra, size_text
+from ..common import QuietFlag, log_console, print_table, progress_bar, require_extra, require_folder, size_text
 from ..options import BundleArgument, one_of
 from .export import EXPORT_MODULES
 
@@ -60,10 +60,10 @@ def command(
     require_extra("export", *EXPORT_MODULES)
     if html is not None:
         require_extra("export", "matplotlib", "jinja2")  # found out now, not when everything has been computed
-    for path in (json, html):
-        _require_folder(path)
+    require_folder(json, html)
     from omniport.export import validate
-    from omniport.export.validation.summary import encode, write_file
+    from omniport.export.validation.summary import encode
+    from omniport.runtime.system.files import write_output
 
     names = tuple(name.strip() for name in graphs.split(",") if name.strip()) or None
     with progress_bar(quiet) as progress:
@@ -79,12 +79,12 @@ def command(
             progress=progress,
         )
         if json is not None and str(json) != "-":
-            write_file(json, encode(report))
+            write_output(json, encode(report))
         if html is not None:
             from omniport.export.validation.report_page import render
 
             progress("drawing the report", 1, 1)
-            write_file(html, render(report, artifacts).encode())
+            write_output(html, render(report, artifacts).encode())
     if json is not None and str(json) == "-":
         sys.stdout.write(encode(report).decode())
         sys.stdout.flush()
@@ -94,14 +94,6 @@ def command(
         log_console(quiet).print(f"Report: {html}", markup=False)
     if not report.ok:
         raise typer.Exit(1)
-
-
-def _require_folder(path: Path | None) -> None:
-    """UsageError if a file could not be written there; found out before minutes of work."""
-    from omniport.runtime.errors import UsageError
-
-    if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(f"cannot write {path}: it is a folder or its folder does not exist; give a file name")
 
 
 def print_report(report: ValidationReport) -> None:

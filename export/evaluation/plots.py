@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.errors import UsageError
+from omniport.runtime.system.files import write_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +104,12 @@ def spectrograms(sounds: Mapping[str, NDArray[np.float32]], rate: int) -> str:
 
 
 def sound_uri(samples: NDArray[np.float32], rate: int) -> str:
-    """A 16-bit WAV of waveform float32 [n] in -1..1."""
+    """A WAV file of waveform float32 [n] in -1..1, as a data URI."""
+    return _uri("audio/wav", wav_file(samples, rate))
+
+
+def wav_file(samples: NDArray[np.float32], rate: int) -> bytes:
+    """A 16-bit WAV file of waveform float32 [n] in -1..1."""
     clipped = np.clip(np.nan_to_num(samples, posinf=1, neginf=-1), -1, 1)
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
@@ -112,7 +117,7 @@ def sound_uri(samples: NDArray[np.float32], rate: int) -> str:
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes((clipped * 32767).round().astype("<i2").tobytes())
-    return _uri("audio/wav", buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _spectrogram(samples: NDArray[np.float32], size: int, hop: int) -> NDArray[np.float64]:
@@ -151,12 +156,7 @@ def write(chart: Figure, path: Path) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
-    content = _saved(chart, path.suffix[1:], dpi=120)
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"cannot write {path}: {reason}. Give a file in a folder that can be written") from error
+    write_output(path, _saved(chart, path.suffix[1:], dpi=120))
 
 
 def _saved(chart: Figure, kind: str, **options: Any) -> bytes:

@@ -43,7 +43,7 @@ def render(report: ValidationReport, artifacts: Mapping[str, NDArray[Any]]) -> s
         environment={**report.environment, "checkpoint": report.fingerprint},
         sign=_sign,
         figures=lambda check: list(_figures(check)),
-        beyond=lambda check: [_with_limit(check, f.figure) for f in limited_figures(check) if f.used > 1],
+        beyond=_beyond,
     )
 
 
@@ -83,6 +83,12 @@ def _figures(check: Check) -> Iterator[str]:
             yield _with_limit(check, key)
         elif value is not True and not key.endswith("saturation") and not (isinstance(value, str) and len(value) > 40):
             yield f"{key} {figure_text(value)}"
+
+
+def _beyond(check: Check) -> list[str]:
+    """The figures beyond their limits; all of them if the check failed for another reason."""
+    found = [limited.figure for limited in limited_figures(check) if limited.used > 1]
+    return [_with_limit(check, figure) for figure in found or check.limits]
 
 
 def _with_limit(check: Check, figure: str) -> str:

@@ -8,13 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import msgspec
 from omniport.runtime.bundle.parts import PARTS
-from omniport.runtime.errors import ExportError
-from omniport.runtime.system.files import replace_file
 
 from ..evaluation.metrics import figure_text
 from .tolerances import LIMITS
@@ -118,22 +114,3 @@ def failures(report: ValidationReport) -> Iterator[Check]:
 def encode(report: ValidationReport) -> bytes:
     """The report as JSON, as docs/validate.md describes it. Infinity and NaN are null."""
     return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of `encode`'s document."""
-    return msgspec.json.schema(ValidationReport)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file the user named.
-
-    Raises:
-        ExportError: the folder is missing or cannot be written.
-    """
-    try:
-        replace_file(path, content)
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror}. Give a file in a folder that can be written") from (
-            error
-        )

@@ -13,7 +13,7 @@ import msgspec
 
 from ..bundle.parts import PARTS, Part
 from ..errors import UsageError
-from ..system.files import replace_file
+from ..system.files import write_output
 
 SCHEMA = 1
 
@@ -213,9 +213,4 @@ def write_report(path: Path, report: BenchReport) -> None:
     Raises:
         UsageError: the folder is missing or cannot be written.
     """
-    try:
-        replace_file(path, encode_report(report))
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}. Give a file in a folder that can be written") from (
-            error
-        )
+    write_output(path, encode_report(report))

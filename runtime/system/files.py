@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..errors import UsageError
+
 #: how the names of files end that are being written
 PARTIAL = ".partial"
 
@@ -51,6 +53,19 @@ def replace_file(path: Path, content: bytes) -> None:
     """
     with replacing(path) as partial:
         partial.write_bytes(content)
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Replace a file that the user named.
+
+    Raises:
+        UsageError: the folder is missing, or cannot be written.
+    """
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"cannot write {path}: {reason}. Give a file in a folder that can be written") from error
 
 
 def cache_folder() -> Path | None:

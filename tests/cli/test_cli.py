@@ -469,7 +469,7 @@ def test_wav_writer_when_the_disk_takes_no_more(tmp_path: Path, limit: int, samp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (25_300_000_000, "25.3 GB")])
+@pytest.mark.parametrize(("size", "text"), [(0, "0 bytes"), (1500, "1.5 kB"), (25_300_000_000, "25.3 GB")])
 def test_size_text(size: int, text: str) -> None:
     assert size_text(size) == text
 

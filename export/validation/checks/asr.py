@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import tempfile
 import unicodedata
-import wave
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from omniport.runtime.errors import OmniportError, UsageError
 from omniport.runtime.events import AudioChunk, Done
 from omniport.runtime.session import OmniSession
 
+from ...evaluation.plots import wav_file
 from ..context import Context
 from ..types import PASS, Check
 
@@ -153,11 +153,7 @@ def _recognise(program: Sequence[str], samples: NDArray[np.float32], rate: int, 
     """(text on stdout, what went wrong)."""
     with tempfile.TemporaryDirectory(prefix="omniport-asr-") as folder:
         path = Path(folder) / "reply.wav"
-        with wave.open(str(path), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(rate)
-            file.writeframes(np.round(np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+        path.write_bytes(wav_file(samples, rate))
         try:
             done = subprocess.run(
                 [*program, str(path)], capture_output=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from omniport.runtime.system.files import cache_folder, replace_file, replacing
+from omniport.runtime.errors import UsageError
+from omniport.runtime.system.files import cache_folder, replace_file, replacing, write_output
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
@@ -34,6 +35,14 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError):
         replace_file(tmp_path / "missing" / "report.json", b"three")
+
+
+def test_a_file_that_the_user_named_is_replaced_or_it_is_said_why_not(tmp_path: Path) -> None:
+    for content in (b"one", b"two"):
+        write_output(tmp_path / "report.json", content)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"two"]
+    with pytest.raises(UsageError, match=r"cannot write .*report\.json: No such file.* Give a file in a folder"):
+        write_output(tmp_path / "missing" / "report.json", b"three")
 
 
 def test_writers_do_not_meet(tmp_path: Path) -> None:
