@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import open_backend
-from .backends.base import Backend, KvCache, most_context
+from .backends.base import Backend, KvCache
 from .bundle.manifest import Manifest, SamplingConfig
 from .bundle.parts import encoder_of
 from .bundle.reader import Bundle
@@ -45,7 +45,8 @@ class OmniSession:
 
     def __init__(self, bundle: Bundle, backend: Backend, *, max_context: int | None = None) -> None:
         self.bundle = bundle
-        self.max_context = _context(max_context, most_context(backend, bundle.manifest.kv.max_context))
+        exported = bundle.manifest.kv.max_context
+        self.max_context = _context(max_context, min(exported, backend.max_context() or exported))
         self.text_codec = TextCodec.from_file(bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens)
         self._backend: Backend | None = backend
         self._shared = _Shared()

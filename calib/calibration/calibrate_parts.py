@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from omniport.runtime.backends.base import Array, Backend, KvCache
+from omniport.runtime.backends.base import Array, Backend, KvCache, Outputs
 from omniport.runtime.bundle.manifest import VoiceSpec
 from omniport.runtime.bundle.parts import PARTS, Part, decoders, giving
 from omniport.runtime.concurrency.timing import StageTimer
@@ -31,7 +31,7 @@ from .checkpoint_source import Source
 from .dataset import Sample
 from .findings import Findings
 from .layer_runner import Call, Engine
-from .lockstep import GrowingCache, Lockstep, Outputs, Request
+from .lockstep import GrowingCache, Lockstep, Request
 from .sites import SitePlan, plan_sites
 from .work_dir import Work
 

@@ -12,15 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-from omniport.runtime.backends.base import Array, KvCache
-from omniport.runtime.bundle.parts import PARTS
-from omniport.runtime.errors import OmniportError
+from omniport.runtime.backends.base import Array, Backend, Graph, KvCache, Outputs, RunHandle
 from torch import Tensor
 
 T = TypeVar("T")
-Outputs = dict[str, NDArray[np.float32]]
 
 
 class GrowingCache:
@@ -36,12 +31,10 @@ class GrowingCache:
 
     @property
     def capacity(self) -> int:
-        """As ``KvCache.capacity``."""
         return self._capacity
 
     @property
     def nbytes(self) -> int:
-        """As ``KvCache.nbytes``."""
         return sum(int(tensor.nbytes) for tensor in self.tensors)
 
 
@@ -146,8 +139,8 @@ class Lockstep(Generic[T]):
                 self._changed.notify_all()
 
 
-class _Backend:
-    """A ``Backend`` whose graphs wait their turn."""
+class _Backend(Backend):
+    """A backend whose graphs wait for the other jobs."""
 
     name = "calibration"
 
@@ -155,23 +148,18 @@ class _Backend:
         self._lockstep, self._job = lockstep, job
 
     def graph(self, name: str) -> _Graph:
-        """As ``Backend.graph``."""
         return _Graph(self._lockstep, self._job, name)
 
     def close(self) -> None:
-        """As ``Backend.close``."""
+        """Nothing is held."""
 
 
-class _Graph:
+class _Graph(Graph):
     def __init__(self, lockstep: Lockstep[Any], job: int, name: str) -> None:
         self._lockstep, self._job, self._name = lockstep, job, name
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> Outputs:
-        """As ``Graph.run``."""
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
         return self._lockstep.call(Request(self._job, self._name, feeds, cache))
 
     def new_cache(self, capacity: int) -> KvCache:
-        """As ``Graph.new_cache``."""
-        if not PARTS[self._name].decodes:
-            raise OmniportError(f"{self._name} has no KV cache")
         return self._lockstep.new_cache(self._name, capacity)

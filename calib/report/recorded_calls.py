@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from omniport.export.evaluation.conversations import Conversation, read_conversations, standard_conversations
 from omniport.export.evaluation.metrics import logit_figures
 from omniport.export.evaluation.recording import RecordedGraph, RecordingBackend
-from omniport.runtime.backends.base import Backend, Graph
+from omniport.runtime.backends.base import Backend, BackendWrapper, Graph, KvCache, Outputs, RunHandle
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.manifest import Manifest
 from omniport.runtime.bundle.parts import PARTS, decoders, encoder_of
@@ -30,6 +30,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.events import Done
 from omniport.runtime.session import OmniSession
+from omniport.runtime.speech.windows import SpeechWindows
 from omniport.runtime.system.progress import Progress
 
 Array = NDArray[Any]
@@ -113,7 +114,7 @@ def record(
     if (writer := decoders()[0].name) not in bundle.manifest.graphs:
         raise UsageError(f"{bundle.root} has no {writer}, so that it cannot answer: export it without --graphs")
     recording = RecordingBackend(OrtBackend(bundle))
-    backend: Backend = recording if sound else _Mute(recording, bundle.manifest)
+    backend: Backend = recording if sound else _SilentBackend(recording, bundle.manifest)
     with tempfile.TemporaryDirectory() as folder, OmniSession(bundle, backend) as session:
         conversations = _conversations(session, data, Path(folder))
         codes: list[list[int]] = []
@@ -187,8 +188,9 @@ def _answer(session: OmniSession, conversation: Conversation, max_new_tokens: in
     talker = manifest.talker_sampling
     if talker is not None:
         talker = replace(talker, max_new_tokens=max_codes)
+    messages, window = conversation.messages(), SpeechWindows()  # the same windows however slow the machine is
     events = session.reply(
-        conversation.messages(), speak=manifest.speaks, thinker=thinker, talker=talker, threads=False
+        messages, speak=manifest.speaks, thinker=thinker, talker=talker, window=window, threads=False
     )
     return [code for event in events if isinstance(event, Done) for code in event.codec_ids]
 
@@ -202,32 +204,23 @@ def _calls(name: str, graph: RecordedGraph) -> Calls:
     return Calls(list(graph.calls), [array.reshape(-1, array.shape[-1]) for array in wanted])
 
 
-class _Mute:
+class _SilentBackend(BackendWrapper):
     """A backend whose DiT and vocoder give silence at once: nothing that comes before hears them."""
 
-    def __init__(self, inner: RecordingBackend, manifest: Manifest) -> None:
-        self.name, self._inner = inner.name, inner
+    def __init__(self, inner: Backend, manifest: Manifest) -> None:
+        super().__init__(inner)
         self._hop = manifest.vocoder.hop if manifest.vocoder is not None else 1
 
     def graph(self, name: str) -> Graph:
-        """As ``Backend.graph``."""
         part = PARTS[name]
-        return _Silent(self._hop) if part.speaks and not part.decodes else self._inner.graph(name)
-
-    def close(self) -> None:
-        """Forget the records."""
+        return _SilentGraph(self._hop) if part.speaks and not part.decodes else super().graph(name)
 
 
-class _Silent:
+class _SilentGraph(Graph):
     def __init__(self, hop: int) -> None:
         self._hop = hop
 
-    def run(self, feeds: Mapping[str, Array], cache: Any = None) -> dict[str, NDArray[np.float32]]:
-        """As ``Graph.run``."""
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
         if "x" in feeds:
             return {"velocity": np.zeros_like(feeds["x"])}
         return {"wav": np.zeros((1, feeds["mel"].shape[2] * self._hop), np.float32)}
-
-    def new_cache(self, capacity: int) -> Any:
-        """As ``Graph.new_cache``: neither graph has one."""
-        raise NotImplementedError(capacity)

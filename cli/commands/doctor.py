@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -108,41 +107,14 @@ def _version(distributions: tuple[str, ...]) -> str | None:
 
 
 def _backends(packages: dict[str, str | None], gpus: list[dict[str, str]]) -> list[dict[str, Any]]:
-    from omniport.runtime.backends.onnxruntime.backend import MIN_NATIVE
+    from omniport.runtime.backends.registry import BACKENDS, find_loader
 
-    providers, broken = _ort_providers() if packages["onnxruntime"] else ([], None)
     rows = []
-
-    def add(name: str, problems: list[str]) -> None:
-        rows.append({"name": name, "can_run": not problems, "why_not": "; ".join(problems) or None})
-
-    ort: list[str] = []
-    if packages["onnxruntime"] is None:
-        ort.append("onnxruntime is not installed: pip install 'omniport[ort]'")
-    elif broken:
-        ort.append(f"onnxruntime does not import: {broken}")
-    elif sys.version_info >= (3, 11) and host.version_numbers(packages["onnxruntime"]) < MIN_NATIVE:
-        ort.append(f"onnxruntime {packages['onnxruntime']} is too old: pip install -U 'onnxruntime>=1.28'")
-    add("ort-cpu", ort)
-    gpu = [] if gpus else ["no NVIDIA GPU found (nvidia-smi)"]
-    cuda = "this onnxruntime has no CUDA provider: pip uninstall onnxruntime && pip install 'omniport[ort-gpu]'"
-    add("ort-cuda", [*ort, *([] if ort or "CUDAExecutionProvider" in providers else [cuda]), *gpu])
-    plugin = "onnxruntime-ep-nv-tensorrt-rtx"
-    absent = packages["onnxruntime_ep_nv_tensorrt_rtx"] is None
-    add("ort-tensorrt-rtx", [*ort, *([f"{plugin} is not installed: pip install {plugin}"] if absent else []), *gpu])
-    for name, package, extra in (("tensorrt", "tensorrt", "trt"), ("tensorrt-rtx", "tensorrt_rtx", "rtx")):
-        missing = [needed for needed in (package, "cuda_bindings") if packages[needed] is None]
-        problems = [f"{' and '.join(missing)} not installed: pip install 'omniport[{extra}]'"] if missing else []
-        add(name, [*problems, *gpu])
+    for name in BACKENDS:
+        if name != "auto":  # takes any of the others
+            problems = find_loader(name).problems(name, packages, bool(gpus))
+            rows.append({"name": name, "can_run": not problems, "why_not": "; ".join(problems) or None})
     return rows
-
-
-def _ort_providers() -> tuple[list[str], str | None]:
-    try:
-        onnxruntime = import_module("onnxruntime")
-    except Exception as error:  # noqa: BLE001 - a broken native library can raise anything; the doctor reports it
-        return [], f"{type(error).__name__}: {error}"
-    return list(onnxruntime.get_available_providers()), None
 
 
 def _board() -> str:

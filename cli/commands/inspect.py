@@ -94,8 +94,8 @@ def not_here(built: Engines) -> dict[str, str]:
         return {}
     from omniport.runtime.backends.select import this_machine, why_not
 
-    here = this_machine()
-    reasons = {engine.name: why_not(engine.record, here, engine.bundle) for engine in built.usable}
+    host = this_machine()
+    reasons = {engine.name: why_not(engine.record, host, engine.bundle) for engine in built.usable}
     return {name: reason for name, reason in reasons.items() if reason}
 
 

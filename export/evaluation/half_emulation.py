@@ -11,7 +11,6 @@ operators in FP32 without the rounding between them, so that an overflow a GPU w
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
-from omniport.runtime.backends.base import Graph
+from omniport.runtime.backends.base import BackendWrapper, Graph
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend, OrtGraph, import_onnxruntime
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.bundle.reader import Bundle
@@ -31,25 +30,8 @@ _WARNING = 2
 
 #: results are among the inputs' values, which are rounded already
 _MOVES = frozenset(
-    [
-        "Concat",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "GatherElements",
-        "Identity",
-        "Pad",
-        "Reshape",
-        "ScatterElements",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "TensorScatter",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    ]
+    "Concat Expand Flatten Gather GatherElements Identity Pad Reshape ScatterElements Slice Split "  # noqa: SIM905
+    "Squeeze TensorScatter Tile Transpose Unsqueeze Where".split()
 )
 
 
@@ -121,7 +103,7 @@ class EmulateHalfPass(InPlacePass):
                 node.attributes["value"] = ir.AttrTensor("value", ir.tensor(constant.numpy().astype(np.float32)))
 
 
-class EmulatedBackend:
+class EmulatedBackend(BackendWrapper):
     """ONNX Runtime on the CPU, with emulation copies of some graphs; the others run as they are.
 
     Args:
@@ -134,14 +116,11 @@ class EmulatedBackend:
 
     def __init__(self, bundle: Bundle, graphs: Sequence[str] = (), threads: int | None = None) -> None:
         specs = bundle.manifest.graphs
-        self.name = "ort-cpu"
         self.emulated = tuple(name for name, spec in specs.items() if is_bfloat16(spec) or name in graphs)
         self._bundle = bundle
         self._threads = threads if threads is not None else physical_cores()
-        plain = copy.copy(bundle)
-        kept = {name: spec for name, spec in specs.items() if name not in self.emulated}
-        plain.manifest = msgspec.structs.replace(bundle.manifest, graphs=kept)
-        self._plain = OrtBackend(plain, threads=threads)
+        plain = bundle.with_graphs([name for name in specs if name not in self.emulated])
+        super().__init__(OrtBackend(plain, threads=threads))
         self._graphs: dict[str, OrtGraph] = {}
 
     def graph(self, name: str) -> Graph:
@@ -151,7 +130,7 @@ class EmulatedBackend:
             BackendError: the bundle has no such graph, or ONNX Runtime refuses it.
         """
         if name not in self.emulated:
-            return self._plain.graph(name)
+            return super().graph(name)
         if name not in self._graphs:
             path = self._bundle.path(self._bundle.manifest.graphs[name].file)
             model, spec = load_copy(path, self._bundle.manifest.graphs[name], emulate=True)
@@ -159,9 +138,8 @@ class EmulatedBackend:
         return self._graphs[name]
 
     def close(self) -> None:
-        """Release every graph."""
         self._graphs.clear()
-        self._plain.close()
+        super().close()
 
 
 def is_bfloat16(spec: GraphSpec) -> bool:

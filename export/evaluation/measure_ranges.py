@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from msgspec.structs import replace
-from numpy.typing import NDArray
-from omniport.runtime.backends.base import Array, KvCache
-from omniport.runtime.backends.onnxruntime.backend import OrtGraph
+from omniport.runtime.backends.base import Array, BackendWrapper, GraphWrapper, KvCache, Outputs, RunHandle
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, OrtGraph
 from omniport.runtime.bundle.activation_ranges import RANGES_FILE, Ranges, encode_ranges
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.bundle.listed_files import file_record
@@ -26,6 +25,7 @@ from omniport.runtime.bundle.parts import decoders, encoder_of
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle, read_manifest
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.session import OmniSession
+from omniport.runtime.speech.windows import SpeechWindows
 from omniport.runtime.system.files import replace_file
 from omniport.runtime.system.host import physical_cores
 from omniport.runtime.system.progress import Progress
@@ -144,57 +144,50 @@ def _answer(session: OmniSession, conversation: Conversation, max_new_tokens: in
     talker = manifest.talker_sampling
     if talker is not None:
         talker = replace(talker, max_new_tokens=max_codes)
-    for _ in session.reply(conversation.messages(), speak=manifest.speaks, thinker=thinker, talker=talker):
+    messages, window = conversation.messages(), SpeechWindows()  # the same windows however slow the machine is
+    for _ in session.reply(messages, speak=manifest.speaks, thinker=thinker, talker=talker, window=window):
         pass
 
 
-class _ObservingBackend:
+class _ObservingBackend(BackendWrapper):
     """ONNX Runtime on the CPU over copies of the graphs that also give their ranges."""
 
-    name = "ort-cpu"
-
     def __init__(self, bundle: Bundle) -> None:
+        super().__init__(OrtBackend(bundle))
         self._bundle = bundle
         self.graphs: dict[str, _ObservedGraph] = {}
 
     def graph(self, name: str) -> _ObservedGraph:
-        """As ``Backend.graph``."""
         if name not in self.graphs:
             self.graphs[name] = _observed(self._bundle, self._bundle.manifest.graphs[name])
         return self.graphs[name]
 
     def close(self) -> None:
         """Release the graphs; what was found stays."""
+        super().close()
         for graph in self.graphs.values():
             graph.release()
 
 
-class _ObservedGraph:
+class _ObservedGraph(GraphWrapper):
     """A graph that keeps the running maximum of every value."""
 
     def __init__(self, graph: OrtGraph, keys: Sequence[str]) -> None:
-        self._graph: OrtGraph | None = graph
-        self._keys = keys
+        super().__init__(graph)
+        self._name, self._keys = graph.spec.name, keys
         self._top = np.zeros(len(keys), np.float32)
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
-        """As ``Graph.run``."""
-        assert self._graph is not None
-        outputs = self._graph.run(feeds, cache)
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
+        outputs = super().run(feeds, cache, handle)
         top = outputs.pop(_OUTPUT)
         if not np.isfinite(top).all():
             key = self._keys[int(np.flatnonzero(~np.isfinite(top))[0])]
             raise CheckFailed(
-                f"{key} of {self._graph.spec.name} is not finite in FP32: weights or input are broken. Run "
+                f"{key} of {self._name} is not finite in FP32: weights or input are broken. Run "
                 "'omniport validate' on this bundle"
             )
         self._top = np.maximum(self._top, top)
         return outputs
-
-    def new_cache(self, capacity: int) -> KvCache:
-        """As ``Graph.new_cache``."""
-        assert self._graph is not None
-        return self._graph.new_cache(capacity)
 
     def found(self) -> dict[str, float]:
         """Largest magnitude by `omniport.export.graphs.mixed_precision.range_key`."""
@@ -202,7 +195,7 @@ class _ObservedGraph:
 
     def release(self) -> None:
         """Release the session."""
-        self._graph = None
+        del self.inner
 
 
 def _observed(bundle: Bundle, spec: GraphSpec) -> _ObservedGraph:

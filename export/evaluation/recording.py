@@ -6,11 +6,20 @@ Run the session over `ReplayBackend` and every difference is the host code's: no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.backends.base import Array, Backend, KvCache
+from omniport.runtime.backends.base import (
+    Array,
+    Backend,
+    BackendWrapper,
+    Graph,
+    GraphWrapper,
+    KvCache,
+    Outputs,
+    RunHandle,
+)
 from omniport.runtime.bundle.manifest import Manifest
 from omniport.runtime.bundle.parts import decoders, encoder_of, giving
 from omniport.runtime.errors import OmniportError
@@ -18,43 +27,33 @@ from omniport.runtime.errors import OmniportError
 from ..validation.reference_reply import Floats, StagedReply
 
 Feeds = Mapping[str, Array]
-Outputs = dict[str, NDArray[np.float32]]
 
 
-@dataclass
-class RecordedGraph:
+class RecordedGraph(GraphWrapper):
     """A graph that keeps what it was fed (``calls``) and what it gave (``given``)."""
 
-    answer: Callable[[Feeds, KvCache | None], Outputs]
-    cache: Callable[[int], KvCache]
-    calls: list[dict[str, Array]] = field(default_factory=list)
-    given: list[Outputs] = field(default_factory=list)
+    def __init__(self, inner: Graph) -> None:
+        super().__init__(inner)
+        self.calls: list[dict[str, Array]] = []
+        self.given: list[Outputs] = []
 
-    def run(self, feeds: Feeds, cache: KvCache | None = None) -> Outputs:
-        """As ``Graph.run``."""
+    def run(self, feeds: Feeds, cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
         self.calls.append({name: np.array(value) for name, value in feeds.items()})
-        outputs = self.answer(feeds, cache)
+        outputs = super().run(feeds, cache, handle)
         self.given.append(outputs)
         return outputs
 
-    def new_cache(self, capacity: int) -> KvCache:
-        """As ``Graph.new_cache``."""
-        return self.cache(capacity)
 
-
-class RecordingBackend:
+class RecordingBackend(BackendWrapper):
     """A backend whose graphs record. Closing it leaves the inner backend open."""
 
     def __init__(self, inner: Backend) -> None:
-        self.name = inner.name
+        super().__init__(inner)
         self.graphs: dict[str, RecordedGraph] = {}
-        self._inner = inner
 
     def graph(self, name: str) -> RecordedGraph:
-        """As ``Backend.graph``."""
         if name not in self.graphs:
-            graph = self._inner.graph(name)
-            self.graphs[name] = RecordedGraph(graph.run, graph.new_cache)
+            self.graphs[name] = RecordedGraph(super().graph(name))
         return self.graphs[name]
 
     def close(self) -> None:
@@ -74,24 +73,30 @@ class _NoCache:
     nbytes: int = 0
 
 
-class ScriptedBackend:
+class _ScriptedGraph(Graph):
+    def __init__(self, answer: Callable[[Feeds], Outputs]) -> None:
+        self._answer = answer
+
+    def run(self, feeds: Feeds, cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
+        return self._answer(feeds)
+
+    def new_cache(self, capacity: int) -> KvCache:
+        return _NoCache(capacity)
+
+
+class ScriptedBackend(Backend):
     """Graphs that are functions of their feeds, recorded."""
 
     name = "scripted"
 
     def __init__(self, answers: Mapping[str, Callable[[Feeds], Outputs]]) -> None:
-        self.graphs = {name: _recorded(answer) for name, answer in answers.items()}
+        self.graphs = {name: RecordedGraph(_ScriptedGraph(answer)) for name, answer in answers.items()}
 
     def graph(self, name: str) -> RecordedGraph:
-        """As ``Backend.graph``."""
         return self.graphs[name]
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def _recorded(answer: Callable[[Feeds], Outputs]) -> RecordedGraph:
-    return RecordedGraph(lambda feeds, _cache: answer(feeds), _NoCache)
 
 
 class ReplayBackend(ScriptedBackend):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omniport.runtime.backends.tensorrt.trt_log import listen
+from omniport.runtime.backends.tensorrt.runtime_api import listen
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import BackendError
 from omniport.runtime.system import host

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
-from omniport.runtime.backends.base import Backend, most_context
+from omniport.runtime.backends.base import Backend
 from omniport.runtime.bundle.parts import Part
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.system.progress import Say
@@ -56,4 +56,5 @@ class Context:
     @property
     def max_context(self) -> int:
         """Tokens that a decoder's cache can hold here."""
-        return most_context(self.backend, self.bundle.manifest.kv.max_context)
+        exported = self.bundle.manifest.kv.max_context
+        return min(exported, self.backend.max_context() or exported)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.backends import BACKENDS, open_backend
 from omniport.runtime.backends.base import Backend
+from omniport.runtime.backends.select import open_auto
 from omniport.runtime.bundle.parts import PARTS, decoders, speech_parts
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, UsageError, UserError
@@ -26,7 +27,7 @@ from ..checkpoint.config import quiet_transformers
 from ..choices import SUITES
 from ..evaluation.machine import environment, is_large, limited_torch, usable_threads
 from .context import Context
-from .low_memory_backend import TurnsBackend
+from .low_memory_backend import LowMemoryBackend
 from .reference import Reference
 from .types import FAIL, NOT_RUN, Check, ValidationReport
 
@@ -220,30 +221,22 @@ class _Loaded:
         if backend.name != "ort-cpu" or not is_large(self.bundle):
             return backend
         backend.close()
-        return TurnsBackend(self._open_whole)
+        return LowMemoryBackend(self._open_whole)
 
     def _open_whole(self) -> Backend:
         """The backend asked for, with emulation copies where this machine cannot run the graphs as they are."""
-        brain = {name for name, spec in self.bundle.manifest.graphs.items() if spec.compute_dtype == "bfloat16"}
-        name = self._asked
-        if not brain or name not in ("auto", "ort-cpu"):
-            return open_backend(name, self.bundle, threads=self.threads)
-        from omniport.runtime.backends.composite import MixedBackend
-        from omniport.runtime.backends.onnxruntime.backend import cuda_usable
-        from omniport.runtime.backends.select import engines_here
+        if self._asked == "auto":
+            return open_auto(self.bundle, self.threads, self._emulate)
+        if self._asked == "ort-cpu":
+            return self._emulate(self.bundle, self.threads)
+        return open_backend(self._asked, self.bundle, threads=self.threads)
 
+    def _emulate(self, bundle: Bundle, threads: int | None) -> Backend:
         from ..evaluation.half_emulation import EmulatedBackend
 
-        engines = engines_here(self.bundle) if name == "auto" else None
-        if engines is not None and not engines.missing:
-            return engines
-        others: Backend
-        if name == "auto" and cuda_usable():
-            others = open_backend("ort-cuda", self.bundle, threads=self.threads)
-        else:
-            others = emulated = EmulatedBackend(self.bundle, threads=self.threads)
-            self.emulated |= {graph for graph in emulated.emulated if engines is None or graph in engines.missing}
-        return others if engines is None else MixedBackend(engines, others)
+        backend = EmulatedBackend(bundle, threads=threads)
+        self.emulated |= set(backend.emulated)
+        return backend
 
     def release(self) -> None:
         """Release everything."""

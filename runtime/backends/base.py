@@ -1,18 +1,29 @@
-"""The Backend protocol: what the runtime asks of anything that runs graphs.
+"""The contract of a backend: what the runtime asks of anything that runs graphs, and bases for what wraps another.
 
 Arrays at this border are numpy; a KV cache is an opaque handle owned by the backend, so that a GPU backend keeps it
 on the device. All float inputs and outputs other than the cache are float32 whatever the graph's precision.
+
+Whatever stands between the runtime and a backend derives from `BackendWrapper` and `GraphWrapper`, which forward the
+whole contract, so that no wrapper loses a part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import BackendError
+
+if TYPE_CHECKING:
+    from ..bundle.reader import Bundle
+
 Array = NDArray[Any]
+Outputs = dict[str, NDArray[np.float32]]
 
 
 class KvCache(Protocol):
@@ -28,78 +39,121 @@ class KvCache(Protocol):
         """Bytes allocated now."""
 
 
-class Graph(Protocol):
+class RunHandle(ABC):
+    """One run that can be stopped."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Abort the run at its next operator; it then raises BackendError. Called from any thread, at any time."""
+
+
+class Graph(ABC):
     """One loaded graph."""
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
         """Run once.
 
         Args:
             feeds: every input except the cache's ``past_*``, C-contiguous, dtypes as in the GraphSpec.
             cache: for decoders: read and updated in place.
+            handle: a new one of this graph's, to stop the run with. The cache then keeps the tokens that it held.
 
         Returns:
             every output except the cache's ``present_*``. Arrays belong to the caller.
         """
 
     def new_cache(self, capacity: int) -> KvCache:
-        """Allocate a cache for ``capacity`` tokens (decoders only; BackendError otherwise)."""
+        """Allocate a cache for ``capacity`` tokens.
+
+        Raises:
+            BackendError: the graph is not a decoder.
+        """
+        raise BackendError("this graph keeps no KV cache: only thinker and talker do")
+
+    def handle(self) -> RunHandle | None:
+        """A handle of one run that is yet to begin; None where runs cannot be stopped."""
+        return None
 
 
-class RunHandle(Protocol):
-    """One run that can be stopped."""
-
-    def stop(self) -> None:
-        """Have it end with a BackendError soon: at its next operator. Called from another thread, at any time."""
-
-
-@runtime_checkable
-class StoppableGraph(Protocol):
-    """A graph whose runs can be stopped. A cache that such a run had keeps the tokens that it held before."""
-
-    def handle(self) -> RunHandle:
-        """Of one run that is yet to begin."""
-
-    def run(
-        self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None
-    ) -> dict[str, NDArray[np.float32]]:
-        """As ``Graph.run``."""
-
-
-class Backend(Protocol):
+class Backend(ABC):
     """Loads graphs of one bundle."""
 
     name: str
 
+    @abstractmethod
     def graph(self, name: str) -> Graph:
         """The graph of that name, loaded on first use and kept."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release every graph."""
 
+    def at_once(self) -> int | None:
+        """Runs that the CPU's cores have room for, at least 1; more are in each other's way. None: any number."""
+        return None
 
-@runtime_checkable
-class BoundedBackend(Protocol):
-    """A backend whose KV caches may hold fewer tokens than the bundle was exported for."""
+    def shares_cores(self, graph: str) -> bool:
+        """Whether runs of this graph count towards ``at_once``."""
+        return self.at_once() is not None
 
     def max_context(self) -> int | None:
-        """Most tokens; None for as many as the bundle's."""
+        """Most tokens that a KV cache holds; None for as many as the bundle was exported for."""
+        return None
 
 
-@runtime_checkable
-class SharedCores(Protocol):
-    """A backend that may run its graphs on the same cores, those of the CPU."""
+class BackendWrapper(Backend):
+    """Another backend, but for what a subclass changes."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.name = inner.name
+        self.inner = inner
+
+    def graph(self, name: str) -> Graph:
+        return self.inner.graph(name)
+
+    def close(self) -> None:
+        self.inner.close()
 
     def at_once(self) -> int | None:
-        """Runs that the cores have room for, at least 1; more than those are in each other's way. None: any number."""
+        return self.inner.at_once()
+
+    def shares_cores(self, graph: str) -> bool:
+        return self.inner.shares_cores(graph)
+
+    def max_context(self) -> int | None:
+        return self.inner.max_context()
 
 
-def runs_at_once(backend: Backend) -> int | None:
-    """Runs that a backend has room for; None, any number, where it does not say."""
-    return backend.at_once() if isinstance(backend, SharedCores) else None
+class GraphWrapper(Graph):
+    """Another graph, but for what a subclass changes."""
+
+    def __init__(self, inner: Graph) -> None:
+        self.inner = inner
+
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
+        return self.inner.run(feeds, cache, handle)
+
+    def new_cache(self, capacity: int) -> KvCache:
+        return self.inner.new_cache(capacity)
+
+    def handle(self) -> RunHandle | None:
+        return self.inner.handle()
 
 
-def most_context(backend: Backend, exported: int) -> int:
-    """Tokens that KV caches can hold: those that the bundle was exported for, or fewer."""
-    bound = backend.max_context() if isinstance(backend, BoundedBackend) else None
-    return exported if bound is None else min(bound, exported)
+NO_GPU = "no NVIDIA GPU found (nvidia-smi)"
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How a kind of backend is opened. Each module that the registry names has one, ``LOADER``.
+
+    Attributes:
+        open: backend of a name for a bundle, with CPU threads of one operator (the physical cores if None). Raises
+            BackendError where it cannot run it.
+        problems: what keeps the name from running on this machine, each with its remedy; given versions of installed
+            packages by their import name (None: not installed), and whether there is an NVIDIA GPU.
+    """
+
+    open: Callable[[str, Bundle, int | None], Backend]
+    problems: Callable[[str, Mapping[str, str | None], bool], list[str]]

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from .base import Backend, Graph
-from .tensorrt.backend import TrtBackend
 
 
-class MixedBackend:
+class CompositeBackend(Backend):
     """Two backends over one bundle. A KV cache belongs to its graph, so graphs can run in different ones.
+
+    Args:
+        engines: runs the graphs named ``held``.
+        others: runs all the others.
 
     Attributes:
         name: says which graphs run where, ``tensorrt (thinker, talker) + ort-cuda``.
     """
 
-    def __init__(self, engines: TrtBackend, others: Backend) -> None:
-        self.engines, self.others = engines, others
-        self.name = f"{engines.name} ({', '.join(engines.engines)}) + {others.name}"
+    def __init__(self, engines: Backend, held: Collection[str], others: Backend) -> None:
+        self.name = f"{engines.name} ({', '.join(held)}) + {others.name}"
+        self._engines, self._held, self._others = engines, held, others
 
     def graph(self, name: str) -> Graph:
-        """See ``Backend.graph``."""
-        return (self.engines if name in self.engines.engines else self.others).graph(name)
+        return self._member(name).graph(name)
+
+    def at_once(self) -> int | None:
+        """The bound of the members that have one: they share the same cores."""
+        return _least(self._engines.at_once(), self._others.at_once())
+
+    def shares_cores(self, graph: str) -> bool:
+        """As its member says: graphs on a GPU are not held back by those on the CPU."""
+        return self._member(graph).shares_cores(graph)
 
     def max_context(self) -> int | None:
-        """Most tokens that the engines' KV caches hold."""
-        return self.engines.max_context()
+        return _least(self._engines.max_context(), self._others.max_context())
 
     def close(self) -> None:
-        """Release every graph."""
-        self.engines.close()
-        self.others.close()
+        self._engines.close()
+        self._others.close()
+
+    def _member(self, graph: str) -> Backend:
+        return self._engines if graph in self._held else self._others
+
+
+def _least(*bounds: int | None) -> int | None:
+    return min((bound for bound in bounds if bound is not None), default=None)

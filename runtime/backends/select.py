@@ -1,10 +1,11 @@
-"""Choose the engines that run on this machine, and explain why the others do not."""
+"""Choose what runs a bundle on this machine: engines that can, with the reason why others do not; else ONNX Runtime."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +13,20 @@ from typing import TYPE_CHECKING
 from ..bundle.engines import EngineRecord, build_line, list_engines
 from ..errors import BackendError
 from ..system import host
+from .base import Backend, Loader
+from .composite import CompositeBackend
 from .tensorrt import runtime_api as trt_runtime
 
 if TYPE_CHECKING:
     from ..bundle.reader import Bundle
     from .tensorrt.backend import TrtBackend
 
+#: opens a bundle on the CPU with that many threads
+OpenOnCpu = Callable[["Bundle", "int | None"], Backend]
+
 
 @dataclass(frozen=True)
-class Here:
+class EngineHost:
     """What of this machine decides which engines it runs.
 
     Attributes:
@@ -34,10 +40,10 @@ class Here:
     bindings: bool
 
 
-def this_machine() -> Here:
+def this_machine() -> EngineHost:
     """Ask the driver and the packages' metadata; imports neither builder."""
     versions = {builder: installed_version(builder) or "" for builder in trt_runtime.installed_runtimes()}
-    return Here(host.gpu_capability(), versions, _has_bindings())
+    return EngineHost(host.gpu_capability(), versions, _has_bindings())
 
 
 def _has_bindings() -> bool:
@@ -57,29 +63,29 @@ def installed_version(builder: str) -> str | None:
     return None
 
 
-def why_not(record: EngineRecord, here: Here, bundle: Path) -> str:
+def why_not(record: EngineRecord, host: EngineHost, bundle: Path) -> str:
     """Why an engine does not run here, and what mends it; empty if it does."""
     builder = record.builder
     again = build_line(bundle, "this", builder)
-    if here.capability is None:
+    if host.capability is None:
         return "this machine has no NVIDIA GPU that can be used: check nvidia-smi"
-    if record.compute_capability != here.capability:
+    if record.compute_capability != host.capability:
         return (
             f"it was built for compute capability {record.compute_capability}, and this machine's GPU has "
-            f"{here.capability}. Build it here: {again}"
+            f"{host.capability}. Build it here: {again}"
         )
     install = f"pip install 'omniport[{trt_runtime.EXTRAS[builder]}]'"
-    if builder not in here.versions:
+    if builder not in host.versions:
         return f"{builder} is not installed here: {install}"
-    version = here.versions[builder]
+    version = host.versions[builder]
     if version and version != record.builder_version:
         return f"{builder} {record.builder_version} built it, and {version} is installed. Build it again: {again}"
-    if not here.bindings:
+    if not host.bindings:
         return f"cuda-bindings is not installed here: {install}"
     return ""
 
 
-def engines_here(bundle: Bundle) -> TrtBackend | None:
+def runnable_engines(bundle: Bundle) -> TrtBackend | None:
     """The engines of a bundle that this machine can run, of the builder that has more of them; None without any.
 
     Where there is a GPU, and ONNX Runtime will run a graph although the bundle lists an engine of it, a RuntimeWarning
@@ -90,14 +96,14 @@ def engines_here(bundle: Bundle) -> TrtBackend | None:
     """
     from .tensorrt.backend import TrtBackend
 
-    here = this_machine()
-    if here.capability is None:
+    host = this_machine()
+    if host.capability is None:
         return None
     listed = list_engines(bundle)
     refused = {Path(name).stem: reason for name, reason in listed.unusable.items()}
     builders: dict[str, str] = {}
     for engine in listed.usable:
-        if reason := why_not(engine.record, here, bundle.root):
+        if reason := why_not(engine.record, host, bundle.root):
             refused[engine.record.graph] = reason
         else:
             builders[engine.record.builder] = engine.record.graph
@@ -119,5 +125,38 @@ def _warn(bundle: Path, refused: dict[str, str]) -> None:
     graph, reason = next(iter(refused.items()))
     rest = f" (so for {', '.join(list(refused)[1:])})" if len(refused) > 1 else ""
     warnings.warn(
-        f"ONNX Runtime runs {graph} of {bundle} in place of its engine: {reason}{rest}", RuntimeWarning, stacklevel=4
+        f"ONNX Runtime runs {graph} of {bundle} in place of its engine: {reason}{rest}", RuntimeWarning, stacklevel=6
     )
+
+
+def open_auto(bundle: Bundle, threads: int | None, open_on_cpu: OpenOnCpu | None = None) -> Backend:
+    """Engines that this machine runs; for the rest of the graphs ONNX Runtime, on a CUDA device if it can use one.
+
+    Args:
+        open_on_cpu: takes the place of ONNX Runtime on the CPU.
+
+    Raises:
+        BackendError, BundleError: as `omniport.runtime.backends.open_backend`.
+    """
+    engines = runnable_engines(bundle)
+    if engines is not None and not engines.missing:
+        return engines
+    from .onnxruntime.backend import OrtBackend, cuda_usable
+
+    rest = bundle if engines is None else bundle.with_graphs(engines.missing)
+    if open_on_cpu is None or cuda_usable():
+        others: Backend = OrtBackend(rest, device="cuda" if cuda_usable() else "cpu", threads=threads)
+    else:
+        others = open_on_cpu(rest, threads)
+    return others if engines is None else CompositeBackend(engines, engines.engines, others)
+
+
+def _open(name: str, bundle: Bundle, threads: int | None) -> Backend:
+    return open_auto(bundle, threads)
+
+
+def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[str]:
+    return []  # it takes what there is
+
+
+LOADER = Loader(_open, _problems)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Backend, Graph
+from ..backends.base import Backend, BackendWrapper, Graph
 from ..bundle.graph_spec import DTYPES
 from ..bundle.parts import PARTS
 from ..bundle.reader import Bundle
@@ -167,7 +167,7 @@ def _audio(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterat
             count=pieces,
             unit="chunk of 2 s",
             run=run,
-            profiled=lambda graph, run=run: run(_Only(graph)),  # type: ignore[misc]
+            profiled=lambda graph, run=run: run(_OneGraphBackend(backend, graph)),  # type: ignore[misc]
             given={"mel": mel},
         )
 
@@ -188,7 +188,7 @@ def _vision(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Itera
             count=1,
             unit="image",
             run=run,
-            profiled=lambda graph, run=run: run(_Only(graph)),  # type: ignore[misc]
+            profiled=lambda graph, run=run: run(_OneGraphBackend(backend, graph)),  # type: ignore[misc]
             given={"vision": vision},
         )
 
@@ -329,17 +329,12 @@ def _bigvgan(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iter
         )
 
 
-class _Only:
-    """A backend of one graph."""
+class _OneGraphBackend(BackendWrapper):
+    """A backend that gives one graph, whatever is asked for."""
 
-    name = "only"
-
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, inner: Backend, graph: Graph) -> None:
+        super().__init__(inner)
         self._graph = graph
 
     def graph(self, name: str) -> Graph:
-        """The graph, whatever it is called."""
         return self._graph
-
-    def close(self) -> None:
-        """Nothing is held."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -171,6 +172,11 @@ class Bundle:
             return self._files[relative]
         except KeyError:
             raise BundleError(f"{self.root} does not list a file {relative!r} in bundle.json") from None
+
+    def with_graphs(self, names: Collection[str]) -> Bundle:
+        """The same bundle, of these graphs only."""
+        held = {name: spec for name, spec in self.manifest.graphs.items() if name in names}
+        return Bundle(self.root, msgspec.structs.replace(self.manifest, graphs=held), self._files)
 
     def embedding(self, name: str) -> EmbeddingTable:
         """The token-embedding table of a decoder, opened on first use.

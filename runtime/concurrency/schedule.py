@@ -1,8 +1,8 @@
 """Scheduling of graph runs on shared CPU cores.
 
 Two graphs that run at once on the same cores are slower than one after the other: the threads of each wait for one
-another while the other graph has the core. So they take turns (``Turns``). And until the first sound is out, thinker
-and talker make no more than its window takes (``Pace``): what they do ahead of it delays it.
+another while the other graph has the core. So each run takes one of a few slots (``RunSlots``). And until the first
+sound is out, thinker and talker make no more than its window takes (``Pace``): what they do ahead of it delays it.
 
 Neither changes a result: each worker has its own random stream, and what it computes does not depend on when.
 """
@@ -13,28 +13,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from ..bundle.parts import PARTS
+from .cancel import CancelToken
 from .timing import StageTimer
 
-if TYPE_CHECKING:
-    from .cancel import CancelToken
+
+def distance(graph: str) -> int:
+    """Parts of a reply between this one and the sound; more than all of them for another graph."""
+    nearest = list(reversed(PARTS))
+    return nearest.index(graph) if graph in PARTS else len(nearest)
 
 
-class Turns:
+class RunSlots:
     """A few graph runs at a time. Of those that wait, the nearest to the sound is next.
 
-    None waits for long: a turn ends with its run, and a worker that has just run is not among those that wait.
+    None waits for long: a slot is free when its run ends, and a worker that has just run is not among those that wait.
 
     Args:
-        room: runs at a time.
+        count: runs at a time.
         token: when it is set, whoever waits stops with Cancelled.
-        timer: told how long each turn was waited for, so that it does not count as work.
+        timer: told how long each slot was waited for, so that it does not count as work.
     """
 
-    def __init__(self, room: int, token: CancelToken, timer: StageTimer) -> None:
-        self._room, self._token, self._timer = room, token, timer
+    def __init__(self, count: int, token: CancelToken, timer: StageTimer) -> None:
+        self._count, self._token, self._timer = count, token, timer
         self._changed = threading.Condition()
         self._waiting: list[int] = []
         self._running = 0
@@ -42,9 +45,8 @@ class Turns:
 
     @contextmanager
     def take(self, graph: str) -> Iterator[None]:
-        """Hold the turn for one run of that graph."""
-        nearest = list(reversed(PARTS))  # to the sound that is due: the last in a reply
-        self._enter(nearest.index(graph) if graph in PARTS else len(nearest))
+        """Hold a slot for one run of that graph."""
+        self._enter(distance(graph))
         try:
             yield
         finally:
@@ -63,10 +65,10 @@ class Turns:
             self._timer.leave_out(time.perf_counter() - start)
             self._token.check()
             self._running += 1
-            self._changed.notify_all()  # there may be room for the next as well
+            self._changed.notify_all()  # there may be a slot for the next as well
 
     def _is_next(self, rank: int) -> bool:
-        return self._running < self._room and rank == min(self._waiting)
+        return self._running < self._count and rank == min(self._waiting)
 
     def _wake(self) -> None:
         with self._changed:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class StageTimer:
-    """Adds up wall time by stage: ``with timer("dit"): ...``, from any thread, without what was waited for a turn."""
+    """Adds up wall time by stage: ``with timer("dit"): ...``, from any thread, without what was waited for a slot."""
 
     def __init__(self) -> None:
         self.busy: dict[str, float] = {}
@@ -29,7 +29,7 @@ class StageTimer:
 
     @property
     def left_out(self) -> float:
-        """Seconds that the calling thread has waited for its turns so far."""
+        """Seconds that the calling thread has waited for slots so far."""
         seconds: float = getattr(self._thread, "left_out", 0.0)
         return seconds
 

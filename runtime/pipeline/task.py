@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..backends.base import Backend
+from ..backends.guarded import GuardedBackend
 from ..bundle.manifest import VoiceSpec
 from ..bundle.parts import decoders, speech_parts
 from ..bundle.reader import Bundle
-from ..concurrency.cancel import CancelToken, GuardedBackend
+from ..concurrency.cancel import CancelToken
 from ..concurrency.timing import StageTimer
 from ..errors import UsageError
 from ..generation.sampling import Sampler, validate_sampling

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..bundle.parts import decoders
 from ..concurrency.cancel import Cancelled
 from ..concurrency.channel import Channel
 from ..concurrency.schedule import Pace
@@ -37,7 +38,7 @@ _Body = tuple[str, Callable[[], float], tuple[Channel[Any], ...]]
 class Workers:
     """One reply at work.
 
-    Where one graph runs at a time, thinker and talker do no more than the first sound takes until it is out.
+    Thinker and talker do no more than the first sound takes until it is out, where they would delay it.
 
     Args:
         run: the thinker, after prefill.
@@ -62,11 +63,12 @@ class Workers:
         self.run = run
         self._text, self._speech, self._conversation = task.codec.stream(), task.speech, conversation
         self._token, self._timer, self._clock = task.token, task.timer, clock
-        speech, token, threads, paced = task.speech, task.token, task.threads, task.backend.at_once() == 1
+        speech, token, threads = task.speech, task.token, task.threads
         # The talker is a window ahead of token2wav, no more: what it does sooner delays the sound that is due.
         codes = 1 if speech is None else speech.token2wav.longest
         bounds = (_TOKENS_AHEAD, codes, _EVENTS) if threads else (None, None, None)
-        first = speech.token2wav.first_window if speech is not None and threads and paced else None
+        self._held = [part.name for part in decoders() if task.backend.delays_sound(part.name)]
+        first = speech.token2wav.first_window if speech is not None and threads and self._held else None
         self._pace = None if first is None else Pace(*first, clock, token)
         self._conditioning: Channel[NDArray[np.float32]] = Channel(bounds[0], token)
         self._codes: Channel[int] = Channel(bounds[1], token)
@@ -142,7 +144,7 @@ class Workers:
             if delta or not step.stop:
                 waited += self._events.send(TextDelta(delta, step.token_id, self._clock()))
             if not step.last:
-                waited += self._hold(len(self.run.conditioning))
+                waited += self._hold("thinker", len(self.run.conditioning))
         return waited
 
     def _talk(self) -> float:
@@ -162,7 +164,7 @@ class Workers:
         ):
             self.codec_ids.append(code)
             waited += self._codes.send(code)
-            waited += self._hold(len(self.codec_ids))
+            waited += self._hold("talker", len(self.codec_ids))
         self._release()  # speech that ends before the text must not hold the thinker back
         for _ in self._conditioning:
             pass
@@ -190,8 +192,8 @@ class Workers:
             self._release()
         return waited + self._mels.waited
 
-    def _hold(self, made: int) -> float:
-        return 0.0 if self._pace is None else self._pace.hold(made)
+    def _hold(self, worker: str, made: int) -> float:
+        return self._pace.hold(made) if self._pace is not None and worker in self._held else 0.0
 
     def _release(self) -> None:
         if self._pace is not None:

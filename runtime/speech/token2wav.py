@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Backend, runs_at_once
+from ..backends.base import Backend
 from ..bundle.reader import Bundle, Voice
 from ..concurrency.timing import StageTimer
 from ..errors import BundleError, OmniportError, UsageError
@@ -127,7 +127,7 @@ class Token2Wav:
         self._timer = StageTimer() if timer is None else timer
         self._streaming = window != "whole"
         self._windows, self._context = checked_windows(
-            window, self._dit, self._vocoder, shared=runs_at_once(backend) is not None
+            window, self._dit, self._vocoder, shared=all(map(backend.shares_cores, ("dit", "bigvgan")))
         )
         self._quickest = math.inf  # seconds that the quickest evaluation so far took for a code
         self._quickest_frame = math.inf  # seconds that the vocoder's quickest run so far took for a mel frame

@@ -57,7 +57,8 @@ def checked_windows(
     """The windows that ``window`` names, and the mel frames around each that the vocoder sees.
 
     Args:
-        shared: graphs share the processor's cores, so windows may be longer where speech is behind.
+        shared: DiT and vocoder share the processor's cores, so windows may be longer where speech is behind. Engines
+            are built for no longer ones.
 
     Raises:
         UsageError: an unknown name, or windows that do not fit this DiT and vocoder.

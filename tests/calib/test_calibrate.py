@@ -24,7 +24,7 @@ from omniport.calib.weights.tensors import find_weights
 from omniport.cli.main import run
 from omniport.export.evaluation.half_emulation import load_copy, open_graph
 from omniport.export.exporter import export_checkpoint
-from omniport.runtime.backends.base import Array, KvCache
+from omniport.runtime.backends.base import Array, Backend, GraphWrapper, KvCache, Outputs, RunHandle
 from omniport.runtime.bundle.graph_spec import TensorSpec
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.concurrency.timing import StageTimer
@@ -203,7 +203,7 @@ def test_the_dit_is_seen_at_every_step_and_in_both_halves(
     assert site.record.count == 2 * sum(steps["frames"]) * len(site.arrays["absmax"])
 
 
-class Observed:
+class Observed(Backend):
     """ONNX Runtime over graphs that also give the largest magnitude of each channel that their products read."""
 
     name = "observed"
@@ -221,7 +221,7 @@ class Observed:
         pass
 
 
-class ObservedGraph:
+class ObservedGraph(GraphWrapper):
     def __init__(self, bundle: Bundle, name: str) -> None:
         spec = bundle.manifest.graphs[name]
         path = bundle.path(spec.file)
@@ -249,17 +249,14 @@ class ObservedGraph:
             out.name, out.dtype, out.shape = f"top/{site.name}", ir.DataType.FLOAT, ir.Shape(["k"])
             model.graph.outputs.append(out)
             outputs.append(TensorSpec(out.name, "float32", ("k",)))
-        self._graph = open_graph(model, replace(spec, outputs=(*spec.outputs, *outputs)), path.parent, 1)
+        super().__init__(open_graph(model, replace(spec, outputs=(*spec.outputs, *outputs)), path.parent, 1))
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, Any]:
-        outputs = self._graph.run(feeds, cache)
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
+        outputs = super().run(feeds, cache, handle)
         for name in [name for name in outputs if name.startswith("top/")]:
             top = outputs.pop(name)
             self.tops[name[4:]] = np.maximum(self.tops.get(name[4:], top), top)
         return outputs
-
-    def new_cache(self, capacity: int) -> KvCache:
-        return self._graph.new_cache(capacity)
 
 
 def answer(bundle: Bundle, backend: Observed, sample: Any) -> list[int]:

@@ -19,8 +19,7 @@ from omniport.calib.calibration.sites import SitePlan, find_sites
 from omniport.calib.calibration_file import Calibration, Header, Site, SiteRecord
 from omniport.export.evaluation.conversations import Conversation, standard_conversations
 from omniport.export.evaluation.half_emulation import load_copy, open_graph
-from omniport.runtime.backends.base import Array, KvCache
-from omniport.runtime.backends.onnxruntime.backend import OrtGraph
+from omniport.runtime.backends.base import Array, Backend, GraphWrapper, KvCache, Outputs, RunHandle
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.session import OmniSession
@@ -63,7 +62,7 @@ def _answer(session: OmniSession, conversation: Conversation, tokens: int, codes
         pass
 
 
-class Observer:
+class Observer(Backend):
     """A backend over copies of the graphs that also give what their sites were."""
 
     name = "ort-cpu"
@@ -81,7 +80,7 @@ class Observer:
         pass
 
 
-class ObservedGraph:
+class ObservedGraph(GraphWrapper):
     def __init__(self, bundle: Bundle, spec: GraphSpec) -> None:
         path = bundle.path(spec.file)
         self._folder = path.parent
@@ -98,21 +97,18 @@ class ObservedGraph:
             model.graph.outputs.append(out)
             outputs.append(TensorSpec(f"seen_{index}", "float32", ()))
         self.spec = replace(spec, outputs=(*spec.outputs, *outputs))
-        self._graph: OrtGraph = open_graph(model, self.spec, path.parent, 2)
+        super().__init__(open_graph(model, self.spec, path.parent, 2))
         self._tops: list[NDArray[Any] | None] = [None] * len(self.listed)
         self._means: list[list[NDArray[Any]]] = [[] for _ in self.listed]
         self._values: list[list[NDArray[Any]]] = [[] for _ in self.listed]
         self._counts = [0] * len(self.listed)
         self._rng = np.random.default_rng(0)
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
-        outputs = self._graph.run(feeds, cache)
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
+        outputs = super().run(feeds, cache, handle)
         for index, (_, plan) in enumerate(self.listed):
             self._see(index, outputs.pop(f"seen_{index}"), plan.axis)
         return outputs
-
-    def new_cache(self, capacity: int) -> KvCache:
-        return self._graph.new_cache(capacity)
 
     def _see(self, index: int, values: NDArray[np.float32], axis: int) -> None:
         size = np.abs(values)

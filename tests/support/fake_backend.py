@@ -11,21 +11,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.backends.base import Array, Graph, KvCache
+from omniport.runtime.backends.base import Array, Backend, Graph, KvCache, Outputs, RunHandle
 from omniport.runtime.bundle.manifest import DecoderGeometry, Manifest
 from omniport.runtime.errors import BackendError
 
-Outputs = dict[str, NDArray[np.float32]]
 
-
-class FakeGraph:
+class FakeGraph(Graph):
     """Base: records the feeds of every call in ``calls``; subclasses compute."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Array]] = []
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> Outputs:
-        """Check that feeds are as the Graph protocol asks, record copies, compute."""
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
+        """Check that feeds are as the contract asks, record copies, compute."""
         for name, array in feeds.items():
             assert isinstance(array, np.ndarray), name
             assert array.flags.c_contiguous, name
@@ -36,10 +34,6 @@ class FakeGraph:
     def compute(self, feeds: Mapping[str, Array], cache: KvCache | None) -> Outputs:
         """The function; ``cache`` is None but for decoders."""
         raise NotImplementedError
-
-    def new_cache(self, capacity: int) -> KvCache:
-        """BackendError: not a decoder."""
-        raise BackendError(f"{type(self).__name__} keeps no KV cache")
 
 
 class FakeCache:
@@ -176,7 +170,7 @@ class FakeBigVgan(FakeGraph):
         return {"wav": wave.reshape(1, -1).astype(np.float32)}
 
 
-class FakeBackend:
+class FakeBackend(Backend):
     """Fake graphs of a manifest's sizes.
 
     Args:
@@ -214,7 +208,6 @@ class FakeBackend:
         return self.graphs[name]
 
     def at_once(self) -> int | None:
-        """As asked for."""
         return self.room
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.bundle.parts import giving
 from omniport.runtime.errors import BackendError, OmniportError
+from omniport.runtime.speech.windows import SpeechWindows
 
 from ...evaluation.metrics import compare, energy
 from ...evaluation.speech_metrics import misplaced_chunks, seam_figures
@@ -167,7 +168,7 @@ def _streamed_check(context: Context, case: SpeechCase, whole: SpeechRun, stage:
 
     ``alone``: also against windows that are solved without context.
     """
-    streamed, wanted = speak(context, case, "stream"), whole.wave
+    streamed, wanted = speak(context, case, SpeechWindows()), whole.wave
     precision = context.coarsest((giving("velocity"), giving("wav")))
     found = Comparison(streamed.broken or stage, f"streamed reply of {case.name}", precision)
     found.require_signal(case.wave, "the reference's waveform")
@@ -182,7 +183,7 @@ def _streamed_check(context: Context, case: SpeechCase, whole: SpeechRun, stage:
         found.figures["mel_rel_rms"] = mel_error(mel, whole)
         found.hold("mel_rel_rms", "speech.streamed.mel_rel_rms")
         if alone and len(streamed.chunks) > 1 and not found.faults:
-            blind = speak(context, case, "stream", without_context(context))
+            blind = speak(context, case, SpeechWindows(), without_context(context))
             error = mel_error(streamed_mel(context, blind), whole)
             gain = error / max(float(found.figures["mel_rel_rms"] or 0), 1e-12)
             found.figures |= {"mel_rel_rms_without_context": error, "context_gain": min(gain, 1e6)}

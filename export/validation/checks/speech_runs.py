@@ -11,7 +11,16 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
+from omniport.runtime.backends.base import (
+    Array,
+    Backend,
+    BackendWrapper,
+    Graph,
+    GraphWrapper,
+    KvCache,
+    Outputs,
+    RunHandle,
+)
 from omniport.runtime.bundle.manifest import DitGeometry, SamplingConfig, VocoderGeometry
 from omniport.runtime.bundle.parts import PARTS, giving
 from omniport.runtime.bundle.reader import Bundle
@@ -54,36 +63,31 @@ class SpeechRun:
         return np.concatenate([np.zeros(0, np.float32), *self.chunks])
 
 
-class _TappedGraph:
+class _TappedGraph(GraphWrapper):
     """A graph that keeps the mel it was given, and notes the first output that is not finite."""
 
     def __init__(self, graph: Graph, name: str, run: SpeechRun) -> None:
-        self._graph, self._name, self._run = graph, name, run
+        super().__init__(graph)
+        self._name, self._run = name, run
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
         if "mel" in feeds:
             self._run.mels.append(np.array(feeds["mel"][0]))
-        outputs = self._graph.run(feeds, cache)
+        outputs = super().run(feeds, cache, handle)
         if not self._run.broken and not all(np.isfinite(array).all() for array in outputs.values()):
             self._run.broken = self._name
         return outputs
 
-    def new_cache(self, capacity: int) -> KvCache:
-        return self._graph.new_cache(capacity)
 
-
-class _Tap:
+class _TappedBackend(BackendWrapper):
     """A backend whose graphs are tapped into a run."""
 
-    def __init__(self, backend: Backend, run: SpeechRun) -> None:
-        self._backend, self._run = backend, run
-        self.name = backend.name
+    def __init__(self, inner: Backend, run: SpeechRun) -> None:
+        super().__init__(inner)
+        self._run = run
 
     def graph(self, name: str) -> Graph:
-        return _TappedGraph(self._backend.graph(name), name, self._run)
-
-    def close(self) -> None:
-        """The backend belongs to somebody else."""
+        return _TappedGraph(super().graph(name), name, self._run)
 
 
 def speak(context: Context, case: SpeechCase, window: Window, bundle: Bundle | None = None) -> SpeechRun:
@@ -91,7 +95,7 @@ def speak(context: Context, case: SpeechCase, window: Window, bundle: Bundle | N
     dit, _ = geometry(context)
     run, bundle = SpeechRun(), bundle or context.bundle
     noise = NoiseStream(case.noise, np.random.default_rng(0), dit.mel_dim)
-    made = Token2Wav(_Tap(context.backend, run), bundle, bundle.voice(), noise, window=window)
+    made = Token2Wav(_TappedBackend(context.backend, run), bundle, bundle.voice(), noise, window=window)
     try:
         with np.errstate(all="ignore"):  # a graph that overflows is found by its result
             for code in case.codes:

@@ -21,17 +21,23 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, BundleError, OmniportError
 from ...system import host
 from ...system.host import physical_cores
-from ..base import Array, KvCache
+from ..base import NO_GPU, Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
 from .kv_cache import GrowingCache, OrtCache, StaticCache
 from .onnx_scan import STANDARD_DOMAINS, scan_onnx
-from .placement import host_nodes, record_placement, warn_of_host_nodes
-from .plugin import PROVIDER, plugin_devices
+from .providers import (
+    INSTALL_PLUGIN,
+    PLUGIN,
+    PROVIDERS,
+    host_nodes,
+    plugin_devices,
+    record_placement,
+    warn_of_host_nodes,
+)
 
 if TYPE_CHECKING:
     from ...bundle.reader import Bundle
@@ -44,22 +50,20 @@ NO_NATIVE_ON_310 = (
     "'omniport export --ops decomposed --kv concat'"
 )
 _WARNING = 2
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt-rtx": PROVIDER}
 
 
-class OrtRun:
-    """One run of ONNX Runtime that can be stopped (see `StoppableGraph`)."""
+class OrtRun(RunHandle):
+    """One run of ONNX Runtime."""
 
     def __init__(self, module: Any) -> None:
         self.options = module.RunOptions()
 
     def stop(self) -> None:
-        """As ``RunHandle.stop``."""
         self.options.terminate = True
 
 
-class OrtGraph:
-    """One InferenceSession behind the Graph protocol."""
+class OrtGraph(Graph):
+    """One InferenceSession."""
 
     def __init__(self, session: Any, spec: GraphSpec, device: str, module: Any) -> None:
         self._session = session
@@ -71,12 +75,9 @@ class OrtGraph:
         self._outputs = [t.name for t in spec.outputs if t.name not in self._cached.values()]
 
     def handle(self) -> OrtRun:
-        """As ``StoppableGraph.handle``."""
         return OrtRun(self._ort)
 
-    def run(
-        self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: OrtRun | None = None
-    ) -> dict[str, NDArray[np.float32]]:
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
         """Run once; see ``Graph.run``.
 
         Raises:
@@ -85,6 +86,7 @@ class OrtGraph:
         """
         if feeds.keys() != self._inputs.keys():
             raise OmniportError(f"graph {self.spec.name!r} got {sorted(feeds)}; it takes {sorted(self._inputs)}")
+        assert handle is None or isinstance(handle, OrtRun), "a handle of another backend's graph"
         binding = self._binding(feeds, cache)
         held = []  # ONNX Runtime reads these buffers during the run
         for name, dtype in self._inputs.items():
@@ -143,7 +145,7 @@ class OrtGraph:
             ) from error
 
 
-class OrtBackend:
+class OrtBackend(Backend):
     """ONNX Runtime for one bundle.
 
     Args:
@@ -172,7 +174,7 @@ class OrtBackend:
         self.name = f"ort-{device}"
         self.host_nodes: dict[str, tuple[tuple[str, str], ...]] = {}
         self._plugin = plugin_devices(self._ort) if device == "tensorrt-rtx" else []
-        if device == "cuda" and _PROVIDERS["cuda"] not in self._ort.get_available_providers():
+        if device == "cuda" and PROVIDERS["cuda"] not in self._ort.get_available_providers():
             raise BackendError(
                 "the installed onnxruntime has no CUDA provider: pip uninstall onnxruntime, then "
                 "pip install 'omniport[ort-gpu]'; or use backend 'ort-cpu'"
@@ -200,7 +202,6 @@ class OrtBackend:
         return max(1, physical_cores() // self._threads) if self._device == "cpu" else None
 
     def close(self) -> None:
-        """Release every graph."""
         with self._lock:
             self._graphs.clear()
             self._closed = True
@@ -223,9 +224,9 @@ class OrtBackend:
                 f"ONNX Runtime {self._ort.__version__} cannot load graph {name!r} ({path}): {_first_line(error)}. "
                 "Check the bundle with 'omniport inspect --verify'"
             ) from error
-        if _PROVIDERS[self._device] not in session.get_providers():
+        if PROVIDERS[self._device] not in session.get_providers():
             raise BackendError(
-                f"ONNX Runtime cannot use {_PROVIDERS[self._device]} here (driver or CUDA libraries missing): "
+                f"ONNX Runtime cannot use {PROVIDERS[self._device]} here (driver or CUDA libraries missing): "
                 "run 'omniport doctor', or use backend 'ort-cpu'"
             )
         _check_signature(session, spec)
@@ -233,7 +234,7 @@ class OrtBackend:
             host.trim_heap()  # packing integer weights frees a third of what it keeps
         else:
             self.host_nodes[name] = host_nodes(session)
-            warn_of_host_nodes(name, _PROVIDERS[self._device], self.host_nodes[name])
+            warn_of_host_nodes(name, PROVIDERS[self._device], self.host_nodes[name])
         return OrtGraph(session, spec, self._device, self._ort)
 
     def _session(self, path: Path) -> Any:
@@ -241,7 +242,7 @@ class OrtBackend:
         if self._plugin:
             options.add_provider_for_devices(self._plugin, {})
             return self._ort.InferenceSession(str(path), options)
-        providers = list(dict.fromkeys((_PROVIDERS[self._device], _PROVIDERS["cpu"])))
+        providers = list(dict.fromkeys((PROVIDERS[self._device], PROVIDERS["cpu"])))
         return self._ort.InferenceSession(str(path), options, providers=providers)
 
     def _options(self) -> Any:
@@ -251,7 +252,7 @@ class OrtBackend:
         options.log_severity_level = _WARNING
         # A pattern is a second block, as large as all that a call needs, from the second call of a shape on.
         options.enable_mem_pattern = False
-        # Six graphs take turns: threads of one must not spin while another computes.
+        # Six graphs run one after the other: threads of one must not spin while another computes.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self._device != "cpu":
             record_placement(options)
@@ -261,9 +262,37 @@ class OrtBackend:
         return options
 
 
+def _open(name: str, bundle: Bundle, threads: int | None) -> OrtBackend:
+    return OrtBackend(bundle, device=name.removeprefix("ort-"), threads=threads)
+
+
+def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[str]:
+    problems, providers, version = [], [], packages["onnxruntime"]
+    if version is None:
+        problems.append("onnxruntime is not installed: pip install 'omniport[ort]'")
+    else:
+        try:
+            providers = importlib.import_module("onnxruntime").get_available_providers()
+        except Exception as error:  # noqa: BLE001 - a broken native library can raise anything
+            problems.append(f"onnxruntime does not import: {type(error).__name__}: {error}")
+        else:
+            if sys.version_info >= (3, 11) and host.version_numbers(version) < MIN_NATIVE:
+                problems.append(f"onnxruntime {version} is too old: pip install -U 'onnxruntime>=1.28'")
+    if name == "ort-cuda" and not problems and PROVIDERS["cuda"] not in providers:
+        problems.append(
+            "this onnxruntime has no CUDA provider: pip uninstall onnxruntime && pip install 'omniport[ort-gpu]'"
+        )
+    if name == "ort-tensorrt-rtx" and packages[PLUGIN] is None:
+        problems.append(f"onnxruntime-ep-nv-tensorrt-rtx is not installed: {INSTALL_PLUGIN}")
+    return problems if gpu or name == "ort-cpu" else [*problems, NO_GPU]
+
+
+LOADER = Loader(_open, _problems)
+
+
 def cuda_usable() -> bool:
     """True if the installed onnxruntime has the CUDA provider and the driver sees a device."""
-    return _PROVIDERS["cuda"] in import_onnxruntime().get_available_providers() and host.gpu_capability() is not None
+    return PROVIDERS["cuda"] in import_onnxruntime().get_available_providers() and host.gpu_capability() is not None
 
 
 def _check_version(version: str, spec: GraphSpec) -> None:

@@ -19,17 +19,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...bundle.engines import Engine, Profile, build_line, find_engine, verify_engine
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, BundleError, OmniportError
-from ..base import Array, KvCache
+from ..base import NO_GPU, Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
 from .cuda import CudaDriver, Driver
-from .execution import Lane, Scratch
+from .execution import Executor, Scratch
 from .kernel_cache import KernelFile
 from .kv_cache import GrowingTrtCache, StaticTrtCache, TrtCache
-from .runtime_api import EngineRuntime, LoadedEngine, TrtRuntime
+from .runtime_api import EXTRAS, MODULES, EngineRuntime, LoadedEngine, TrtRuntime
 
 if TYPE_CHECKING:
     from ...bundle.reader import Bundle
@@ -65,8 +64,8 @@ def positions_bucket(live: int, capacity: int) -> int:
     return min(capacity, -(-live // step) * step)
 
 
-class TrtGraph:
-    """One loaded engine behind the Graph protocol.
+class TrtGraph(Graph):
+    """One loaded engine.
 
     Args:
         kernels: where to keep what the engine compiles while it runs; None to keep nothing.
@@ -95,13 +94,13 @@ class TrtGraph:
         self._stream = driver.create_stream()
         self._scratch = Scratch(driver)
         self._decode_scratch = Scratch(driver)
-        self._lanes: dict[int, Lane] = {}
+        self._executors: dict[int, Executor] = {}
         self._kernels, self._held_kernels = kernels, b""
         if kernels is not None and (held := kernels.read()) and loaded.take_kernels(held):
             self._held_kernels = held
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, NDArray[np.float32]]:
-        """Run once; see ``Graph.run``. Calls from several threads take turns.
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
+        """Run once; see ``Graph.run``. Calls from several threads wait for one another.
 
         Raises:
             BackendError: shapes that the engine was not built for, or the driver or engine failed.
@@ -116,11 +115,11 @@ class TrtGraph:
         with self._lock:
             if self._closed:
                 raise BackendError(f"graph {self.spec.name!r} is closed; open the session again")
-            if profile not in self._lanes:
-                self._lanes[profile] = self._new_lane(fixed=False, profile=profile)
+            if profile not in self._executors:
+                self._executors[profile] = self._new_executor(fixed=False, profile=profile)
             if cache is None:
-                return self._lanes[profile].run(feeds)
-            return self._run_cached(feeds, cache, self._lanes[profile])
+                return self._executors[profile].run(feeds)
+            return self._run_cached(feeds, cache, self._executors[profile])
 
     def new_cache(self, capacity: int) -> TrtCache:
         """A cache for ``capacity`` tokens at least: engines with a static cache have one size.
@@ -150,45 +149,45 @@ class TrtGraph:
                 self._driver.destroy_stream(self._stream)
 
     def _keep_kernels(self) -> None:
-        if self._kernels is not None and self._lanes:
+        if self._kernels is not None and self._executors:
             made = self._loaded.kernels()
             if made != self._held_kernels:
                 self._kernels.write(made)
 
-    def _run_cached(self, feeds: Mapping[str, Array], cache: TrtCache, lane: Lane) -> dict[str, NDArray[np.float32]]:
+    def _run_cached(self, feeds: Mapping[str, Array], cache: TrtCache, executor: Executor) -> Outputs:
         held, added = int(feeds["write_index"][0]), int(feeds["inputs_embeds"].shape[1])
         if isinstance(cache, StaticTrtCache) and added == 1 and (self.decoding is None or self.decoding.uses_graph):
             return self._decode(feeds, cache, held)
-        cache.bind(lane, held, added)
-        outputs = lane.run(feeds)
+        cache.bind(executor, held, added)
+        outputs = executor.run(feeds)
         cache.grown(held, added)
         return outputs
 
-    def _decode(self, feeds: Mapping[str, Array], cache: TrtCache, held: int) -> dict[str, NDArray[np.float32]]:
+    def _decode(self, feeds: Mapping[str, Array], cache: TrtCache, held: int) -> Outputs:
         """One step, by a CUDA graph if that turns out to be quicker."""
         bucket = len(feeds["kv_positions"])
-        lane = cache.lanes.get(bucket)
-        if lane is not None:
-            cache.bind(lane, held, 1)
-            return lane.run(feeds)
-        lane = self._new_lane(fixed=True)
-        cache.bind(lane, held, 1)
-        outputs = lane.run(feeds)  # an engine may allocate in its first run, which cannot be captured
-        problem = _capture(lane)
+        executor = cache.executors.get(bucket)
+        if executor is not None:
+            cache.bind(executor, held, 1)
+            return executor.run(feeds)
+        executor = self._new_executor(fixed=True)
+        cache.bind(executor, held, 1)
+        outputs = executor.run(feeds)  # an engine may allocate in its first run, which cannot be captured
+        problem = _capture(executor)
         if self.decoding is None:
-            plain = _quickest(lane, captured=False)
-            self.decoding = DecodeTiming(plain, None if problem else _quickest(lane, captured=True), problem)
+            plain = _quickest(executor, captured=False)
+            self.decoding = DecodeTiming(plain, None if problem else _quickest(executor, captured=True), problem)
         if self.decoding.uses_graph:
-            cache.lanes[bucket] = lane
+            cache.executors[bucket] = executor
         return outputs
 
-    def _new_lane(self, fixed: bool, profile: int = 0) -> Lane:
+    def _new_executor(self, fixed: bool, profile: int = 0) -> Executor:
         scratch = self._decode_scratch if fixed else self._scratch
         context = self._loaded.context(fixed)
         if profile:
             context.use_profile(profile, self._stream)
             self._driver.synchronize(self._stream)
-        return Lane(self._driver, self._stream, context, self._inputs, self._outputs, scratch)
+        return Executor(self._driver, self._stream, context, self._inputs, self._outputs, scratch)
 
     def _profile_for(self, feeds: Mapping[str, Array]) -> int:
         """The first of the engine's profiles that takes these shapes.
@@ -213,7 +212,7 @@ class TrtGraph:
         return build_line(self._engine.bundle, record.target, record.builder, (record.graph,))
 
 
-class TrtBackend:
+class TrtBackend(Backend):
     """The engines of one bundle that this machine can run.
 
     Args:
@@ -276,7 +275,6 @@ class TrtBackend:
         return min((size for size in sizes if size is not None), default=None)
 
     def close(self) -> None:
-        """Release every graph."""
         with self._lock:
             self._closed = True
             for graph in self._graphs.values():
@@ -296,6 +294,19 @@ class TrtBackend:
         return TrtGraph(loaded, engine, self._bundle.manifest.graphs[name], self._driver, kernels)
 
 
+def _open(name: str, bundle: Bundle, threads: int | None) -> TrtBackend:
+    return TrtBackend(bundle, name)
+
+
+def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[str]:
+    missing = [needed for needed in (MODULES[name], "cuda_bindings") if packages[needed] is None]
+    problems = [f"{' and '.join(missing)} not installed: pip install 'omniport[{EXTRAS[name]}]'"] if missing else []
+    return problems if gpu else [*problems, NO_GPU]
+
+
+LOADER = Loader(_open, _problems)
+
+
 def _misfit(profile: Profile, feeds: Mapping[str, Array]) -> str:
     """The first input whose shape is outside the profile; empty if there is none."""
     for name, array in feeds.items():
@@ -308,22 +319,22 @@ def _misfit(profile: Profile, feeds: Mapping[str, Array]) -> str:
     return ""
 
 
-def _capture(lane: Lane) -> str:
-    """Capture a lane that has run; gives why it cannot be, empty if it is."""
-    if not lane.capturable():
+def _capture(executor: Executor) -> str:
+    """Capture an executor that has run; gives why it cannot be, empty if it is."""
+    if not executor.capturable():
         return "the engine cannot be captured: it allocates while it runs"
     try:
-        lane.capture()
+        executor.capture()
     except BackendError as error:
         return str(error)
     return ""
 
 
-def _quickest(lane: Lane, captured: bool) -> float:
+def _quickest(executor: Executor, captured: bool) -> float:
     seconds = []
     for _ in range(_TIMED):
         start = time.perf_counter()
-        lane.fire(captured)
+        executor.execute(captured)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 

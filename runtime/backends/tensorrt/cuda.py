@@ -121,63 +121,50 @@ class CudaDriver:
             raise BackendError("the CUDA driver sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES")
 
     def capability(self) -> str:
-        """See `Driver`."""
         kind = self._api.cudaDeviceAttr
         major = self._call("cudaDeviceGetAttribute", kind.cudaDevAttrComputeCapabilityMajor, 0)
         minor = self._call("cudaDeviceGetAttribute", kind.cudaDevAttrComputeCapabilityMinor, 0)
         return f"{major}.{minor}"
 
     def device_name(self) -> str:
-        """See `Driver`."""
         return bytes(self._call("cudaGetDeviceProperties", 0).name).rstrip(b"\0").decode(errors="replace")
 
     def allocate(self, nbytes: int) -> int:
-        """See `Driver`."""
         return int(self._call("cudaMalloc", nbytes))
 
     def free(self, address: int) -> None:
-        """See `Driver`."""
         self._api.cudaFree(address)
 
     def allocate_host(self, nbytes: int) -> int:
-        """See `Driver`."""
         return int(self._call("cudaMallocHost", nbytes))
 
     def free_host(self, address: int) -> None:
-        """See `Driver`."""
         self._api.cudaFreeHost(address)
 
     def to_device(self, device: int, host: int, nbytes: int, stream: int) -> None:
-        """See `Driver`."""
         self._call("cudaMemcpyAsync", device, host, nbytes, self._api.cudaMemcpyKind.cudaMemcpyHostToDevice, stream)
 
     def to_host(self, host: int, device: int, nbytes: int, stream: int) -> None:
-        """See `Driver`."""
         self._call("cudaMemcpyAsync", host, device, nbytes, self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost, stream)
 
     def copy_rows(self, to: int, source: int, stream: int, *, to_pitch: int, pitch: int, width: int, rows: int) -> None:
-        """See `Driver`."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call("cudaMemcpy2DAsync", to, to_pitch, source, pitch, width, rows, kind, stream)
 
     def zero(self, device: int, nbytes: int, stream: int) -> None:
-        """See `Driver`."""
         self._call("cudaMemsetAsync", device, 0, nbytes, stream)
 
     def create_stream(self) -> int:
-        """See `Driver`."""
         return int(self._call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking))
 
     def destroy_stream(self, stream: int) -> None:
-        """See `Driver`."""
         self._api.cudaStreamDestroy(stream)
 
     def synchronize(self, stream: int) -> None:
-        """See `Driver`."""
         self._call("cudaStreamSynchronize", stream)
 
     def capture(self, stream: int, body: Callable[[], None]) -> int:
-        """See `Driver`. Other threads may go on allocating memory meanwhile."""
+        """Other threads may go on allocating memory meanwhile."""
         self._call("cudaStreamBeginCapture", stream, self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             body()
@@ -193,11 +180,9 @@ class CudaDriver:
             self._api.cudaGraphDestroy(graph)
 
     def launch(self, graph: int, stream: int) -> None:
-        """See `Driver`."""
         self._call("cudaGraphLaunch", graph, stream)
 
     def destroy_graph(self, graph: int) -> None:
-        """See `Driver`."""
         self._api.cudaGraphExecDestroy(graph)
 
     def _call(self, name: str, *arguments: Any) -> Any:

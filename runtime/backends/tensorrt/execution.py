@@ -45,7 +45,7 @@ class Scratch:
         return self._buffer
 
 
-class _Crossing:
+class _Transfer:
     """A tensor that crosses: its memory on both sides, and the host's as an array in the tensor's shape."""
 
     def __init__(self, driver: Driver, dtype: str) -> None:
@@ -87,15 +87,15 @@ class _Crossing:
         return np.array(self.array, np.float32)
 
 
-class Lane:
+class Executor:
     """Runs an engine: values in, the engine, values out.
 
     Args:
         stream: where all of it is put.
         inputs, outputs: dtype of each tensor that crosses.
-        scratch: shared with lanes that never run at once.
+        scratch: shared with executors that never run at once.
 
-    A lane is used by one thread at a time.
+    An executor is used by one thread at a time.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class Lane:
         scratch: Scratch,
     ) -> None:
         self._driver, self._stream, self._context = driver, stream, context
-        self._inputs = {name: _Crossing(driver, dtype) for name, dtype in inputs.items()}
-        self._outputs = {name: _Crossing(driver, dtype) for name, dtype in outputs.items()}
+        self._inputs = {name: _Transfer(driver, dtype) for name, dtype in inputs.items()}
+        self._outputs = {name: _Transfer(driver, dtype) for name, dtype in outputs.items()}
         self._scratch = scratch
         self._buffer: DeviceBuffer | None = None  # held: a captured graph uses it also once the scratch has grown
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -119,7 +119,7 @@ class Lane:
 
     @property
     def captured(self) -> bool:
-        """Whether the lane launches a CUDA graph. Its shapes and addresses stay as they are from then on."""
+        """Whether the executor launches a CUDA graph. Its shapes and addresses stay as they are from then on."""
         return self._graph is not None
 
     def bind(self, name: str, address: int, shape: tuple[int, ...] | None = None) -> None:
@@ -135,62 +135,62 @@ class Lane:
             BackendError: the driver or the engine refuses.
         """
         self.prepare(feeds)
-        self.fire(captured=self.captured)
-        return {name: crossing.read() for name, crossing in self._outputs.items()}
+        self.execute(captured=self.captured)
+        return {name: transfer.read() for name, transfer in self._outputs.items()}
 
     def prepare(self, feeds: Mapping[str, Array]) -> None:
         """Take the values of the next run; everything bound has to be bound by then."""
         for name, values in feeds.items():
-            crossing = self._inputs[name]
+            transfer = self._inputs[name]
             if self._set_shape(name, values.shape):
-                crossing.reshape(values.shape)
-                self._set_address(name, crossing.device)
-            crossing.write(values)
+                transfer.reshape(values.shape)
+                self._set_address(name, transfer.device)
+            transfer.write(values)
         if self._stale:
-            for name, crossing in self._outputs.items():
-                crossing.reshape(self._context.shape(name))
-                self._set_address(name, crossing.device)
+            for name, transfer in self._outputs.items():
+                transfer.reshape(self._context.shape(name))
+                self._set_address(name, transfer.device)
             needed = self._context.scratch_bytes()
             self._buffer = None
             self._buffer = self._scratch.at_least(needed)
             self._context.set_scratch(self._buffer.address, self._buffer.nbytes)
             self._stale = False
 
-    def fire(self, captured: bool) -> None:
+    def execute(self, captured: bool) -> None:
         """Carry out one run with the values that were taken, and wait for it."""
         if captured:
             assert self._graph is not None, "capture() comes first"
             self._driver.launch(self._graph, self._stream)
         else:
-            self._issue()
+            self._enqueue()
         self._driver.synchronize(self._stream)
 
     def capture(self) -> None:
-        """Make the CUDA graph of what ``fire`` does. It has to have run before: a first run may allocate.
+        """Make the CUDA graph of what ``execute`` does. It has to have run before: a first run may allocate.
 
         Raises:
             BackendError: it cannot be captured.
         """
-        self._graph = self._driver.capture(self._stream, self._issue)
+        self._graph = self._driver.capture(self._stream, self._enqueue)
         weakref.finalize(self, self._driver.destroy_graph, self._graph).atexit = False
 
     def capturable(self) -> bool:
         """Whether the engine says that it can be captured."""
         return self._context.capturable(self._stream)
 
-    def _issue(self) -> None:
+    def _enqueue(self) -> None:
         driver, stream = self._driver, self._stream
-        for crossing in self._inputs.values():
-            driver.to_device(crossing.device, crossing.host, crossing.array.nbytes, stream)
+        for transfer in self._inputs.values():
+            driver.to_device(transfer.device, transfer.host, transfer.array.nbytes, stream)
         self._context.enqueue(stream)
-        for crossing in self._outputs.values():
-            driver.to_host(crossing.host, crossing.device, crossing.array.nbytes, stream)
+        for transfer in self._outputs.values():
+            driver.to_host(transfer.host, transfer.device, transfer.array.nbytes, stream)
 
     def _set_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         """True if it is another one than before."""
         if self._shapes.get(name) == shape:
             return False
-        assert self._graph is None, "a captured lane keeps its shapes"
+        assert self._graph is None, "a captured executor keeps its shapes"
         self._context.set_shape(name, shape)
         self._shapes[name] = shape
         self._stale = True
@@ -198,6 +198,6 @@ class Lane:
 
     def _set_address(self, name: str, address: int) -> None:
         if self._addresses.get(name) != address:
-            assert self._graph is None, "a captured lane keeps its addresses"
+            assert self._graph is None, "a captured executor keeps its addresses"
             self._context.set_address(name, address)
             self._addresses[name] = address

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from ...bundle.graph_spec import DTYPES, GraphSpec
 from ...errors import BundleError, OmniportError
 from .cuda import DeviceBuffer, Driver
-from .execution import Lane
+from .execution import Executor
 
 
 class TrtCache(ABC):
@@ -18,8 +18,8 @@ class TrtCache(ABC):
         self._pairs = spec.cache
         self._geometry = {name: _geometry(spec, name) for name in self._pairs}
         self._capacity = capacity
-        #: lanes with a CUDA graph over this cache, by number of positions
-        self.lanes: dict[int, Lane] = {}
+        #: executors with a CUDA graph over this cache, by number of positions
+        self.executors: dict[int, Executor] = {}
 
     @property
     def capacity(self) -> int:
@@ -32,8 +32,8 @@ class TrtCache(ABC):
         """Bytes allocated."""
 
     @abstractmethod
-    def bind(self, lane: Lane, held: int, added: int) -> None:
-        """Let the lane's next run find ``held`` tokens here and add to them.
+    def bind(self, executor: Executor, held: int, added: int) -> None:
+        """Let the executor's next run find ``held`` tokens here and add to them.
 
         Raises:
             OmniportError: there are not as many, or there is no room.
@@ -75,8 +75,7 @@ class StaticTrtCache(TrtCache):
         """Bytes allocated."""
         return sum(buffer.nbytes for buffer in self._parts.values())
 
-    def bind(self, lane: Lane, held: int, added: int) -> None:
-        """See `TrtCache`."""
+    def bind(self, executor: Executor, held: int, added: int) -> None:
         self._require(held, added, self._capacity)
         if not held:
             # Rows behind the live ones are masked, but they are read: NaN times a weight of zero would still be NaN.
@@ -84,11 +83,11 @@ class StaticTrtCache(TrtCache):
                 self._driver.zero(buffer.address, buffer.nbytes, self._stream)
         for name, output in self._pairs.items():
             address = self._parts[name].address
-            lane.bind(name, address, self._shape(name, self._capacity))
-            lane.bind(output, address)
+            executor.bind(name, address, self._shape(name, self._capacity))
+            executor.bind(output, address)
 
     def grown(self, held: int, added: int) -> None:
-        """See `TrtCache`: nothing to note."""
+        """Nothing to note: it holds what was written."""
 
 
 class GrowingTrtCache(TrtCache):
@@ -104,17 +103,15 @@ class GrowingTrtCache(TrtCache):
         """Bytes allocated."""
         return sum(buffer.nbytes for parts in (self._now, self._next) for buffer in parts.values())
 
-    def bind(self, lane: Lane, held: int, added: int) -> None:
-        """See `TrtCache`."""
+    def bind(self, executor: Executor, held: int, added: int) -> None:
         self._require(held, added, self._length)
         if held < self._length:
             self._cut(held)
         for name, output in self._pairs.items():
-            lane.bind(name, self._now[name].address, self._shape(name, held))
-            lane.bind(output, self._next[name].address)
+            executor.bind(name, self._now[name].address, self._shape(name, held))
+            executor.bind(output, self._next[name].address)
 
     def grown(self, held: int, added: int) -> None:
-        """See `TrtCache`."""
         self._now, self._next = self._next, self._now
         self._length = held + added
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import mmap
+import threading
+import weakref
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import BackendError
-from .trt_log import listen
 
 #: backend -> its Python module, and the extra that brings it
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -56,6 +58,11 @@ _DTYPES = {
     "INT8": "int8",
     "BOOL": "bool",
 }
+
+
+_KEPT_SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING")
+#: messages that a listener holds at most: nobody reads those of a session that runs well
+_MOST_MESSAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ class TrtRuntime:
             raise BackendError(f"{builder} {self.version} gives no runtime: {self.messages.reason()}")
 
     def load(self, path: Path) -> LoadedEngine:
-        """See `EngineRuntime`. The file is mapped: its pages can be dropped once the engine is on the device."""
+        """The file is mapped: its pages can be dropped once the engine is on the device."""
         self.messages.take()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = self._runtime.deserialize_cuda_engine(data)
@@ -174,17 +181,15 @@ class _TrtEngine:
 
     @property
     def tensors(self) -> Mapping[str, EngineTensor]:
-        """See `LoadedEngine`."""
         return self._tensors
 
     def aliased_input(self, output: str) -> str | None:
-        """See `LoadedEngine`. Engines have aliased tensors from TensorRT 10.15 on."""
+        """Engines have aliased tensors from TensorRT 10.15 on."""
         if not hasattr(self._engine, "get_aliased_input_tensor"):
             return None
         return self._engine.get_aliased_input_tensor(output) or None
 
     def context(self, fixed: bool) -> ExecutionContext:
-        """See `LoadedEngine`."""
         module, engine = self._runtime.module, self._engine
         strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
         kinds = getattr(module, "DynamicShapesKernelSpecializationStrategy", None)
@@ -202,13 +207,11 @@ class _TrtEngine:
         return _TrtContext(self._runtime, engine, made, self._kernels)
 
     def take_kernels(self, kernels: bytes) -> bool:
-        """See `LoadedEngine`."""
         taken = self._kernels is not None and bool(self._kernels.deserialize(kernels))
         self._runtime.messages.take()  # what it says about kernels of another environment is no error
         return taken
 
     def kernels(self) -> bytes:
-        """See `LoadedEngine`."""
         held = None if self._kernels is None else self._kernels.serialize()
         return b"" if held is None else bytes(memoryview(held))
 
@@ -227,44 +230,96 @@ class _TrtContext:
         self._kernels = kernels  # has to outlive the context
 
     def use_profile(self, index: int, stream: int) -> None:
-        """See `ExecutionContext`."""
         if not self._context.set_optimization_profile_async(index, stream):
             raise BackendError(f"the engine does not take profile {index}: {self._runtime.messages.reason()}")
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """See `ExecutionContext`."""
         if not self._context.set_input_shape(name, shape):
             raise BackendError(f"the engine does not take {list(shape)} as {name!r}: {self._runtime.messages.reason()}")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See `ExecutionContext`."""
         if missing := self._context.infer_shapes():
             raise BackendError(f"the engine needs shapes or values of {', '.join(missing)} before it can run")
         return tuple(self._context.get_tensor_shape(name))
 
     def set_address(self, name: str, address: int) -> None:
-        """See `ExecutionContext`."""
         if not self._context.set_tensor_address(name, address):
             raise BackendError(f"the engine does not take an address for {name!r}: {self._runtime.messages.reason()}")
 
     def scratch_bytes(self) -> int:
-        """See `ExecutionContext`."""
         return int(self._context.update_device_memory_size_for_shapes())
 
     def set_scratch(self, address: int, nbytes: int) -> None:
-        """See `ExecutionContext`."""
         self._context.set_device_memory(address, nbytes)
 
     def capturable(self, stream: int) -> bool:
-        """See `ExecutionContext`. TensorRT always is; TensorRT-RTX says so of engines that allocate nothing."""
+        """TensorRT always is; TensorRT-RTX says so of engines that allocate nothing."""
         asked = getattr(self._context, "is_stream_capturable", None)
         return asked is None or bool(asked(stream))
 
     def enqueue(self, stream: int) -> None:
-        """See `ExecutionContext`."""
         self._runtime.messages.take()
         if not self._context.execute_async_v3(stream):
             raise BackendError(f"{self._runtime.builder} could not run the engine: {self._runtime.messages.reason()}")
+
+
+class Messages:
+    """What TensorRT said to one listener since it last asked: (severity, text), warnings and errors."""
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[str, str]] = deque(maxlen=_MOST_MESSAGES)
+        self._lock = threading.Lock()
+
+    def add(self, severity: str, text: str) -> None:
+        """Called by the logger, from any thread."""
+        with self._lock:
+            self._held.append((severity, text))
+
+    def take(self) -> list[tuple[str, str]]:
+        """All of them; they are gone then."""
+        with self._lock:
+            taken = list(self._held)
+            self._held.clear()
+        return taken
+
+    def reason(self) -> str:
+        """The errors in one line, for a message; all is taken."""
+        errors = [" ".join(text.split()) for severity, text in self.take() if severity != "WARNING"]
+        return "; ".join(errors)[:800] or "it gives no reason"
+
+
+_loggers: dict[str, Any] = {}
+_loggers_lock = threading.Lock()
+
+
+def listen(builder: str, module: Any) -> tuple[Any, Messages]:
+    """The process's logger of a package, and a listener of one's own.
+
+    Args:
+        builder: ``tensorrt`` or ``tensorrt-rtx``.
+        module: its Python module.
+    """
+    with _loggers_lock:
+        if builder not in _loggers:
+            _loggers[builder] = _make_logger(module)
+        logger = _loggers[builder]
+    messages = Messages()
+    logger.listeners.add(messages)
+    return logger, messages
+
+
+def _make_logger(module: Any) -> Any:
+    class Caught(module.ILogger):  # type: ignore[misc]  # a base class known at run time only
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.listeners: weakref.WeakSet[Messages] = weakref.WeakSet()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.name in _KEPT_SEVERITIES:
+                for messages in tuple(self.listeners):
+                    messages.add(severity.name, message)
+
+    return Caught()
 
 
 def _kernel_cache(engine: Any) -> Any:

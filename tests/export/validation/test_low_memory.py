@@ -1,4 +1,4 @@
-"""Memory of a validation run: graphs take turns, freed memory goes back, references are sized without being read."""
+"""Memory of a validation run: a team of graphs is loaded at a time, freed memory goes back, references are sized."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from omniport.export.evaluation.reference_modules import load_reference, referen
 from omniport.export.validation import validate as run
 from omniport.export.validation.checks import end_to_end as end_to_end_checks
 from omniport.export.validation.checks import speech_runs
-from omniport.export.validation.low_memory_backend import TurnsBackend
+from omniport.export.validation.low_memory_backend import LowMemoryBackend
 from omniport.export.validation.types import PASS
-from omniport.runtime.backends.base import Graph
+from omniport.runtime.backends.base import Backend, Graph
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import BackendError
 from omniport.runtime.system.host import physical_cores
@@ -31,7 +31,7 @@ class Cache:
     capacity, nbytes = 8, 0
 
 
-class Noted:
+class Noted(Backend):
     """A backend that notes what is loaded and run."""
 
     name = "noted"
@@ -48,11 +48,13 @@ class Noted:
         self.log.append(f"close {self.number}")
 
 
-class NotedGraph:
+class NotedGraph(Graph):
     def __init__(self, backend: Noted, name: str) -> None:
         self.backend, self.name = backend, name
 
-    def run(self, feeds: Mapping[str, NDArray[Any]], cache: Any = None) -> dict[str, NDArray[np.float32]]:
+    def run(
+        self, feeds: Mapping[str, NDArray[Any]], cache: Any = None, handle: Any = None
+    ) -> dict[str, NDArray[np.float32]]:
         self.backend.log.append(f"{self.name} of {self.backend.number}")
         return {}
 
@@ -61,7 +63,7 @@ class NotedGraph:
 
 
 @pytest.fixture
-def noted() -> tuple[TurnsBackend, list[str]]:
+def noted() -> tuple[LowMemoryBackend, list[str]]:
     log: list[str] = []
     made: list[Noted] = []
 
@@ -69,10 +71,10 @@ def noted() -> tuple[TurnsBackend, list[str]]:
         made.append(Noted(log, len(made) + 1))
         return made[-1]
 
-    return TurnsBackend(make), log
+    return LowMemoryBackend(make), log
 
 
-def test_one_team_is_loaded_at_a_time(noted: tuple[TurnsBackend, list[str]]) -> None:
+def test_one_team_is_loaded_at_a_time(noted: tuple[LowMemoryBackend, list[str]]) -> None:
     backend, log = noted
     assert backend.name == "noted"
     for name in ("thinker", "talker", "dit", "bigvgan", "thinker"):
@@ -81,7 +83,7 @@ def test_one_team_is_loaded_at_a_time(noted: tuple[TurnsBackend, list[str]]) -> 
     assert log == ["close 1", *loads]  # the first one was opened to see that it can be
 
 
-def test_asking_for_a_known_graph_loads_nothing(noted: tuple[TurnsBackend, list[str]]) -> None:
+def test_asking_for_a_known_graph_loads_nothing(noted: tuple[LowMemoryBackend, list[str]]) -> None:
     """A session asks for graphs long before it runs them."""
     backend, log = noted
     for name in ("thinker", "dit"):
@@ -94,7 +96,7 @@ def test_asking_for_a_known_graph_loads_nothing(noted: tuple[TurnsBackend, list[
     assert log == [*before, "dit of 3"]
 
 
-def test_a_cache_goes_with_its_team(noted: tuple[TurnsBackend, list[str]]) -> None:
+def test_a_cache_goes_with_its_team(noted: tuple[LowMemoryBackend, list[str]]) -> None:
     backend, log = noted
     thinker = backend.graph("thinker")
     cache = thinker.new_cache(8)
@@ -113,7 +115,7 @@ def test_a_cache_goes_with_its_team(noted: tuple[TurnsBackend, list[str]]) -> No
     assert log[-1] == "close 4"
 
 
-def test_what_cannot_be_loaded_shows_at_once(noted: tuple[TurnsBackend, list[str]]) -> None:
+def test_what_cannot_be_loaded_shows_at_once(noted: tuple[LowMemoryBackend, list[str]]) -> None:
     with pytest.raises(BackendError, match="missing"):
         noted[0].graph("missing")
 
@@ -132,7 +134,7 @@ def test_replies_in_turns_pass(
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 40])
-def test_large_bundles_take_turns(
+def test_large_bundles_load_a_team_at_a_time(
     limit: int, tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[type] = []
@@ -144,7 +146,7 @@ def test_large_bundles_take_turns(
     monkeypatch.setattr(machine, "_LARGE", limit)
     monkeypatch.setattr("omniport.export.validation.checks.speech.speech_checks", group)
     report, _ = run.validate(tiny_bundle, tiny_checkpoint, graphs=("speech",))
-    assert (seen == [TurnsBackend]) == (limit == 0)
+    assert (seen == [LowMemoryBackend]) == (limit == 0)
     assert report.backend == "ort-cpu"
     assert report.environment["threads"] == ("1" if limit else str(physical_cores()))
 

@@ -14,13 +14,18 @@ import numpy as np
 import onnx
 import pytest
 from omniport.runtime.backends import BACKENDS, open_backend
-from omniport.runtime.backends.base import StoppableGraph, runs_at_once
 from omniport.runtime.backends.onnxruntime import backend as ort
-from omniport.runtime.backends.onnxruntime import plugin as ort_plugin
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.backends.onnxruntime.kv_cache import OrtCache, StaticCache
 from omniport.runtime.backends.onnxruntime.onnx_scan import scan_onnx
-from omniport.runtime.backends.onnxruntime.placement import host_nodes, record_placement, warn_of_host_nodes
+from omniport.runtime.backends.onnxruntime.providers import (
+    PLUGIN,
+    PROVIDERS,
+    host_nodes,
+    plugin_devices,
+    record_placement,
+    warn_of_host_nodes,
+)
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, OmniportError
@@ -121,7 +126,6 @@ def rows(count: int, seed: int = 1) -> np.ndarray:
 
 def test_a_stopped_run_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     graph = OrtBackend(bundle_with(tmp_path / "bundle", decoder_model(), decoder_spec("float32"))).graph("thinker")
-    assert isinstance(graph, StoppableGraph)
     stopped, whole = graph.new_cache(CAPACITY), graph.new_cache(CAPACITY)
     for cache in (stopped, whole):
         graph.run(feed(rows(5), 0), cache)
@@ -217,11 +221,11 @@ def test_graphs_are_kept_and_closing_ends_that(tmp_path: Path) -> None:
 def test_runs_at_once_are_what_the_cores_have_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "physical_cores", lambda: 8)
     bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))
-    room = {threads: runs_at_once(OrtBackend(bundle, threads=threads)) for threads in (None, 8, 4, 3, 1, 16)}
+    room = {threads: OrtBackend(bundle, threads=threads).at_once() for threads in (None, 8, 4, 3, 1, 16)}
     assert room == {None: 1, 8: 1, 4: 2, 3: 2, 1: 8, 16: 1}
     device = OrtBackend(bundle)
     device._device = "cuda"
-    assert runs_at_once(device) is None
+    assert device.at_once() is None
 
 
 def test_only_decoders_have_a_cache(tmp_path: Path) -> None:
@@ -243,16 +247,18 @@ def test_unknown_names_are_listed(tmp_path: Path) -> None:
 
 def test_the_plugin_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(make_bundle(tmp_path / "b"))
-    monkeypatch.setitem(sys.modules, ort_plugin.MODULE, None)
+    monkeypatch.setitem(sys.modules, PLUGIN, None)
     with pytest.raises(BackendError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
         open_backend("ort-tensorrt-rtx", bundle)
-    files = SimpleNamespace(get_ep_name=lambda: ort_plugin.PROVIDER, get_library_path=lambda: str(tmp_path / "no.so"))
-    monkeypatch.setitem(sys.modules, ort_plugin.MODULE, files)
+    files = SimpleNamespace(
+        get_ep_name=lambda: PROVIDERS["tensorrt-rtx"], get_library_path=lambda: str(tmp_path / "no.so")
+    )
+    monkeypatch.setitem(sys.modules, PLUGIN, files)
     with pytest.raises(BackendError, match=r"cannot load the TensorRT-RTX plugin: .*no\.so"):
         open_backend("ort-tensorrt-rtx", bundle)
     empty = SimpleNamespace(get_ep_devices=list, register_execution_provider_library=lambda name, path: None)
     with pytest.raises(BackendError, match="finds no GPU"):
-        ort_plugin.plugin_devices(empty)
+        plugin_devices(empty)
 
 
 def test_work_on_the_host_is_named(tmp_path: Path) -> None:

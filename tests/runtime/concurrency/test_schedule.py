@@ -1,4 +1,4 @@
-"""Turns on shared cores, and the first sound before everything else: orders of graph runs over fake graphs."""
+"""Slots on shared cores, and the first sound before everything else: orders of graph runs over fake graphs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from omniport.runtime import Done, SamplingConfig
-from omniport.runtime.backends.base import Array, Graph, KvCache, runs_at_once
+from omniport.runtime.backends.base import Array, Graph, GraphWrapper, KvCache, RunHandle
+from omniport.runtime.backends.guarded import GuardedBackend
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.concurrency.cancel import Cancelled, CancelToken, GuardedBackend
-from omniport.runtime.concurrency.schedule import Pace, Turns
+from omniport.runtime.concurrency.cancel import Cancelled, CancelToken
+from omniport.runtime.concurrency.schedule import Pace, RunSlots
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.pipeline.reply import Reply
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
@@ -29,31 +30,33 @@ LONG = SamplingConfig(max_new_tokens=130)
 ASKED = [{"role": "user", "content": "hi"}]
 
 
-class Watched:
+class Watched(GraphWrapper):
     """A graph that writes its name down when it runs, and how many run at that moment."""
 
     def __init__(self, name: str, inner: Graph, log: list[str], inside: list[int]) -> None:
-        self.name, self.inner, self.log, self.inside = name, inner, log, inside
+        super().__init__(inner)
+        self.name, self.log, self.inside = name, log, inside
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, Any]:
+    def run(
+        self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None
+    ) -> dict[str, Any]:
         self.log.append(self.name)
         self.inside.append(self.inside[-1] + 1)
         time.sleep(0.0002)  # lets the others in, if they may
         try:
-            return self.inner.run(feeds, cache)
+            return super().run(feeds, cache, handle)
         finally:
             self.inside.append(self.inside[-1] - 1)
-
-    def new_cache(self, capacity: int) -> KvCache:
-        return self.inner.new_cache(capacity)
 
 
 class Slow(Watched):
     """Takes 4 ms."""
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, Any]:
+    def run(
+        self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None
+    ) -> dict[str, Any]:
         time.sleep(0.004)
-        return super().run(feeds, cache)
+        return super().run(feeds, cache, handle)
 
 
 @pytest.fixture
@@ -77,9 +80,9 @@ def say(live: Live, **options: Any) -> Done:
     return sort(live.session.reply(ASKED, thinker=LONG, talker=LONG, **options))[2]
 
 
-def waiting(turns: Turns) -> int:
-    """Runs that wait for their turn."""
-    return len(turns._waiting)
+def waiting(slots: RunSlots) -> int:
+    """Runs that wait for a slot."""
+    return len(slots._waiting)
 
 
 def until(reached: Callable[[], bool]) -> None:
@@ -90,22 +93,22 @@ def until(reached: Callable[[], bool]) -> None:
         time.sleep(0.0005)
 
 
-# --- turns --------------------------------------------------------------------------------------------------------
+# --- slots --------------------------------------------------------------------------------------------------------
 
 
 def test_the_nearest_to_the_sound_goes_first() -> None:
-    turns = Turns(1, CancelToken(), StageTimer())
+    slots = RunSlots(1, CancelToken(), StageTimer())
     order: list[str] = []
 
     def run(name: str) -> None:
-        with turns.take(name):
+        with slots.take(name):
             order.append(name)
 
     threads = [threading.Thread(target=run, args=(name,)) for name in ("audio_encoder", *SPEECH)]
-    with turns.take("vision_encoder"):
+    with slots.take("vision_encoder"):
         for count, thread in enumerate(threads, start=1):
             thread.start()
-            until(lambda count=count: waiting(turns) == count)  # type: ignore[misc]
+            until(lambda count=count: waiting(slots) == count)  # type: ignore[misc]
         assert order == []
     for thread in threads:
         thread.join(20)
@@ -113,72 +116,72 @@ def test_the_nearest_to_the_sound_goes_first() -> None:
 
 
 def test_as_many_at_once_as_there_is_room_for() -> None:
-    turns = Turns(2, CancelToken(), StageTimer())
+    slots = RunSlots(2, CancelToken(), StageTimer())
     inside: list[str] = []
     go = threading.Event()
 
     def run(name: str) -> None:
-        with turns.take(name):
+        with slots.take(name):
             inside.append(name)
             assert go.wait(20)
 
     threads = [threading.Thread(target=run, args=(name,)) for name in ("thinker", "dit", "talker")]
     for count, thread in enumerate(threads, start=1):
         thread.start()
-        until(lambda count=count: len(inside) + waiting(turns) == count)  # type: ignore[misc]
-    assert (inside, waiting(turns)) == (["thinker", "dit"], 1)
+        until(lambda count=count: len(inside) + waiting(slots) == count)  # type: ignore[misc]
+    assert (inside, waiting(slots)) == (["thinker", "dit"], 1)
     go.set()
     for thread in threads:
         thread.join(20)
-    assert (inside[2], turns._running) == ("talker", 0)
+    assert (inside[2], slots._running) == ("talker", 0)
 
 
-def test_who_takes_a_turn_leaves_room_to_the_next() -> None:
-    turns = Turns(2, CancelToken(), StageTimer())
+def test_who_takes_a_slot_leaves_room_to_the_next() -> None:
+    slots = RunSlots(2, CancelToken(), StageTimer())
     entered, go = threading.Event(), threading.Event()
 
     def run() -> None:
-        with turns.take("thinker"):
+        with slots.take("thinker"):
             entered.set()
             assert go.wait(20)
 
     thread = threading.Thread(target=run)
-    turns._waiting.append(0)  # one that is nearer, and has not woken yet
+    slots._waiting.append(0)  # one that is nearer, and has not woken yet
     thread.start()
-    until(lambda: turns._waiting == [0, 3])
-    with turns._changed:
-        turns._waiting.remove(0)
-    with turns.take("dit"):
+    until(lambda: slots._waiting == [0, 3])
+    with slots._changed:
+        slots._waiting.remove(0)
+    with slots.take("dit"):
         assert entered.wait(5)
     go.set()
     thread.join(20)
 
 
-def test_cancelling_wakes_who_waits_and_a_failed_run_ends_its_turn() -> None:
+def test_cancelling_wakes_who_waits_and_a_failed_run_frees_its_slot() -> None:
     token = CancelToken()
-    turns = Turns(1, token, StageTimer())
-    with pytest.raises(ZeroDivisionError), turns.take("dit"):
+    slots = RunSlots(1, token, StageTimer())
+    with pytest.raises(ZeroDivisionError), slots.take("dit"):
         raise ZeroDivisionError
     woken: list[str] = []
 
     def run() -> None:
         try:
-            with turns.take("dit"):
+            with slots.take("dit"):
                 woken.append("ran")
         except Cancelled:
             woken.append("cancelled")
 
     thread = threading.Thread(target=run)
-    with turns.take("talker"):
+    with slots.take("talker"):
         thread.start()
-        until(lambda: waiting(turns) == 1)
+        until(lambda: waiting(slots) == 1)
         token.cancel()
         thread.join(20)
         assert woken == ["cancelled"]
-    assert (waiting(turns), turns._running) == (0, 0)
+    assert (waiting(slots), slots._running) == (0, 0)
 
 
-def test_waiting_for_a_turn_is_no_work() -> None:
+def test_waiting_for_a_slot_is_no_work() -> None:
     timer = StageTimer()
     with timer("dit"), timer("inner"):
         timer.leave_out(50.0)
@@ -188,18 +191,18 @@ def test_waiting_for_a_turn_is_no_work() -> None:
     assert -51 < timer.busy["dit"] < -49
     assert -51 < timer.busy["inner"] < -49
     assert timer.left_out == 50.0
-    turns = Turns(1, CancelToken(), timer)
+    slots = RunSlots(1, CancelToken(), timer)
     waited: list[float] = []
 
     def run() -> None:
-        with turns.take("dit"):
+        with slots.take("dit"):
             pass
         waited.append(timer.left_out)
 
     thread = threading.Thread(target=run)
-    with turns.take("talker"):
+    with slots.take("talker"):
         thread.start()
-        until(lambda: waiting(turns) == 1)
+        until(lambda: waiting(slots) == 1)
         began = time.perf_counter()
         until(lambda: time.perf_counter() > began + 0.01)
     thread.join(20)
@@ -207,7 +210,7 @@ def test_waiting_for_a_turn_is_no_work() -> None:
 
 
 @pytest.mark.parametrize(("room", "most"), [(1, 1), (2, 2)])
-def test_graphs_of_a_reply_take_turns(root: Path, room: int, most: int) -> None:
+def test_graphs_of_a_reply_take_slots(root: Path, room: int, most: int) -> None:
     live, log, inside = watched(root, room)
     done = say(live)
     assert (done.text, len(done.codec_ids)) == (TEXT, 120)
@@ -219,8 +222,8 @@ def test_graphs_of_a_device_run_at_once(root: Path) -> None:
     live, _, inside = watched(root, None)
     say(live)
     assert max(inside) > 1
-    assert runs_at_once(live.backend) is None
-    assert runs_at_once(GuardedBackend(live.backend, CancelToken(), StageTimer())) is None
+    assert live.backend.at_once() is None
+    assert GuardedBackend(live.backend, CancelToken(), StageTimer()).at_once() is None
 
 
 def test_who_waits_is_counted_as_waiting(root: Path) -> None:
@@ -327,7 +330,7 @@ def speech_windows(root: Path) -> Token2Wav:
     return Token2Wav(backend, bundle, bundle.voice(), noise)
 
 
-def test_what_is_said_does_not_depend_on_turns(root: Path) -> None:
+def test_what_is_said_does_not_depend_on_slots(root: Path) -> None:
     loose = SamplingConfig(max_new_tokens=100, temperature=1.0)
     said = []
     for room in (None, 1, 2):

@@ -25,6 +25,7 @@ from omniport.runtime import (
     UnknownVoice,
     UsageError,
 )
+from omniport.runtime.backends.base import GraphWrapper
 from omniport.runtime.live.dialogue import Dialogue, TurnBegan, TurnCommitted
 from omniport.runtime.live.hands_free import HandsFree
 from omniport.runtime.live.vad import CHUNK, RATE, SileroVad, SpeechGate, SpeechLimits
@@ -302,22 +303,20 @@ def test_speech_while_the_end_is_played_is_an_interruption(root: Path) -> None:
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
-class Broken:
+class Broken(GraphWrapper):
     """A graph whose next run fails, or waits to be let go."""
 
     def __init__(self, inner: Any, error: BaseException | None = None) -> None:
-        self.inner, self.error = inner, error
+        super().__init__(inner)
+        self.error = error
         self.reached, self.go = threading.Event(), threading.Event()
 
-    def run(self, feeds: Mapping[str, Any], cache: Any = None) -> Any:
+    def run(self, feeds: Mapping[str, Any], cache: Any = None, handle: Any = None) -> Any:
         self.reached.set()
         if self.error is not None:
             raise self.error
         assert self.go.wait(20)
-        return self.inner.run(feeds, cache)
-
-    def new_cache(self, capacity: int) -> Any:
-        return self.inner.new_cache(capacity)
+        return super().run(feeds, cache, handle)
 
 
 def spoken_to(table: Table) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from omniport.runtime import AudioChunk, Done, Event, OmniportError, SamplingConfig, TextDelta, Turn, TurnEnded
-from omniport.runtime.backends.base import Array, Graph, KvCache
+from omniport.runtime.backends.base import Array, Graph, GraphWrapper, KvCache, RunHandle
+from omniport.runtime.backends.guarded import GuardedBackend
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.concurrency.cancel import Cancelled, CancelToken, GuardedBackend
+from omniport.runtime.concurrency.cancel import Cancelled, CancelToken
 from omniport.runtime.concurrency.channel import Channel
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.events import underruns
@@ -35,25 +36,25 @@ def until_cancelled(turn: Turn) -> None:
         time.sleep(0.001)
 
 
-class Gate:
+class Gate(GraphWrapper):
     """A graph that stops before its ``at``-th run until it is let go; or raises there."""
 
     def __init__(self, inner: Graph, at: int, error: BaseException | None = None) -> None:
-        self.inner, self.at, self.error = inner, at, error
+        super().__init__(inner)
+        self.at, self.error = at, error
         self.reached, self.go = threading.Event(), threading.Event()
         self.runs = 0
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> dict[str, Any]:
+    def run(
+        self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None
+    ) -> dict[str, Any]:
         self.runs += 1
         if self.runs == self.at:
             self.reached.set()
             if self.error is not None:
                 raise self.error
             assert self.go.wait(20)
-        return self.inner.run(feeds, cache)
-
-    def new_cache(self, capacity: int) -> KvCache:
-        return self.inner.new_cache(capacity)
+        return super().run(feeds, cache, handle)
 
 
 @pytest.fixture(params=[None, 1], ids=["at once", "in turns"])

@@ -25,6 +25,7 @@ from omniport.export.validation.reference_reply import ReplyLimits, StagedReply,
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check
 from omniport.runtime import session as session_module
 from omniport.runtime.backends import open_backend
+from omniport.runtime.backends.base import Backend
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.bundle.manifest import SolverSpec
 from omniport.runtime.bundle.reader import Bundle
@@ -217,7 +218,7 @@ def test_data_without_a_conversation_or_a_file(bundle: Bundle, tmp_path: Path) -
 
 
 def test_a_backend_that_cannot_run_is_not_run(context: Context) -> None:
-    class Absent:
+    class Absent(Backend):
         name = "absent"
 
         def graph(self, name: str) -> Any:
@@ -313,8 +314,8 @@ def test_guidance_with_the_wrong_sign(check_all: Callable[[], list[Check]], monk
     """What the DiT's graph gives, bent away from the guided velocity: the graph is at fault, not the solver."""
     run = OrtGraph.run
 
-    def wrong(graph: OrtGraph, feeds: Any, kv: Any = None) -> Any:
-        outputs = run(graph, feeds, kv)
+    def wrong(graph: OrtGraph, *call: Any) -> Any:
+        outputs = run(graph, *call)
         if graph.spec.name == "dit":  # p + (p - n)/2 became p - (p - n)/2, for an n of 0
             outputs["velocity"] = outputs["velocity"] / 3
         return outputs
@@ -330,8 +331,8 @@ def test_a_wrong_graph_is_named(
 ) -> None:
     run = OrtGraph.run
 
-    def wrong(graph: OrtGraph, feeds: Any, kv: Any = None) -> Any:
-        outputs = run(graph, feeds, kv)
+    def wrong(graph: OrtGraph, *call: Any) -> Any:
+        outputs = run(graph, *call)
         if graph.spec.name == name:
             outputs = {key: np.ascontiguousarray(value[..., ::-1]) for key, value in outputs.items()}
         return outputs

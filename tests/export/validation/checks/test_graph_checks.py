@@ -26,7 +26,7 @@ from omniport.export.validation.comparison import array_check
 from omniport.export.validation.reference import Reference
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check
 from omniport.runtime.backends import open_backend
-from omniport.runtime.backends.base import Graph
+from omniport.runtime.backends.base import Backend, Graph
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.backends.onnxruntime.kv_cache import OrtCache
 from omniport.runtime.bundle.manifest import FileRecord
@@ -359,7 +359,7 @@ def test_the_first_wrong_layer_is_named(
 # what proves nothing never passes
 
 
-class Fake:
+class Fake(Backend, Graph):
     """A graph or backend that gives what it is told to."""
 
     name = "fake"
@@ -370,7 +370,9 @@ class Fake:
     def graph(self, name: str) -> Graph:
         return self
 
-    def run(self, feeds: Mapping[str, NDArray[Any]], cache: Any = None) -> dict[str, NDArray[np.float32]]:
+    def run(
+        self, feeds: Mapping[str, NDArray[Any]], cache: Any = None, handle: Any = None
+    ) -> dict[str, NDArray[np.float32]]:
         return self.output(feeds)
 
     def new_cache(self, capacity: int) -> Any:
@@ -456,7 +458,7 @@ def test_what_cannot_run_is_not_run(tiny_bundle: Path, tiny_checkpoint: Path) ->
 def test_a_graph_that_fails_while_running_fails(
     tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: OrtGraph, feeds: object, cache: object = None) -> Any:
+    def refuse(self: OrtGraph, *call: object) -> Any:
         raise BackendError("shapes do not fit")
 
     monkeypatch.setattr(OrtGraph, "run", refuse)

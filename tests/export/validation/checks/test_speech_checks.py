@@ -22,7 +22,7 @@ from omniport.export.validation.context import Context
 from omniport.export.validation.reference import Reference
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check
 from omniport.runtime.backends import open_backend
-from omniport.runtime.backends.base import Array, Backend, Graph, KvCache
+from omniport.runtime.backends.base import Array, Backend, BackendWrapper, Graph, GraphWrapper, KvCache, RunHandle
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, UsageError
 from omniport.runtime.speech import token2wav
@@ -36,35 +36,32 @@ Outputs = dict[str, NDArray[np.float32]]
 CODES = 49
 
 
-class Changed:
+class Changed(GraphWrapper):
     """A graph whose outputs are changed: ``change(feeds, outputs, calls so far)``; equal calls are computed once."""
 
     def __init__(self, graph: Graph, change: Callable[..., Outputs] | None, memory: dict[Any, Outputs]) -> None:
-        self._graph, self._change, self._memory = graph, change, memory
+        super().__init__(graph)
+        self._change, self._memory = change, memory
         self._calls = 0
 
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None) -> Outputs:
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
         key = tuple((name, array.shape, array.tobytes()) for name, array in sorted(feeds.items()))
         if cache is not None:
-            return self._graph.run(feeds, cache)
+            return super().run(feeds, cache, handle)
         if key not in self._memory:
-            self._memory[key] = self._graph.run(feeds)
+            self._memory[key] = super().run(feeds)
         outputs = {name: array.copy() for name, array in self._memory[key].items()}
         self._calls += 1
         return self._change(feeds, outputs, self._calls) if self._change else outputs
 
-    def new_cache(self, capacity: int) -> KvCache:
-        return self._graph.new_cache(capacity)
 
-
-class Stand:
+class Stand(BackendWrapper):
     """A backend that can be broken: ``changes`` by graph name; ``missing`` graphs cannot be loaded."""
 
     def __init__(self, backend: Backend) -> None:
-        self.name = backend.name
+        super().__init__(backend)
         self.changes: dict[str, Callable[..., Outputs]] = {}
         self.missing: set[str] = set()
-        self._backend = backend
         self._memory: dict[str, dict[Any, Outputs]] = {}
         self._graphs: dict[str, Changed] = {}
 
@@ -73,15 +70,12 @@ class Stand:
             raise BackendError(f"graph {name!r} needs a GPU that is not here")
         if name not in self._graphs:
             memory = self._memory.setdefault(name, {})
-            self._graphs[name] = Changed(self._backend.graph(name), self.changes.get(name), memory)
+            self._graphs[name] = Changed(super().graph(name), self.changes.get(name), memory)
         return self._graphs[name]
 
     def forget(self) -> None:
         """Sound again."""
         self.changes, self.missing, self._graphs = {}, set(), {}
-
-    def close(self) -> None:
-        self._backend.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ import pytest
 from omniport.cli.main import app
 from omniport.export.validation.validate import validate
 from omniport.runtime import OmniSession, SamplingConfig
-from omniport.runtime.backends import composite as mixed
-from omniport.runtime.backends import open_backend
-from omniport.runtime.backends import select as here
+from omniport.runtime.backends import open_backend, select
+from omniport.runtime.backends.composite import CompositeBackend
 from omniport.runtime.backends.tensorrt import backend as trt
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
@@ -34,7 +33,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
 def installed(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, driver: FakeDriver, version: str = VERSION) -> None:
     monkeypatch.setattr(trt, "TrtRuntime", lambda builder: FakeRuntime(bundle, driver, version))
-    monkeypatch.setattr(here, "installed_version", lambda builder: version)
+    monkeypatch.setattr(select, "installed_version", lambda builder: version)
 
 
 def says(session: OmniSession) -> tuple[str, str]:
@@ -51,7 +50,7 @@ def test_auto(tiny_bundle: Path, tmp_path: Path, gpu: FakeDriver, monkeypatch: p
     bundle = with_engines(tiny_bundle, tmp_path / "b", ["thinker", "talker"])
     installed(monkeypatch, bundle, gpu)
     some = OmniSession.open(bundle.root, threads=1)
-    assert isinstance(some.backend, mixed.MixedBackend)
+    assert isinstance(some.backend, CompositeBackend)
     assert says(some) == ("tensorrt-rtx (thinker, talker) + ort-cpu", wanted)
     assert some.max_context == 1024
     some.close()
@@ -95,7 +94,7 @@ def test_engines_of_another_gpu(
 
 def test_missing_packages(bundle: Bundle, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, bundle, gpu)
-    monkeypatch.setattr(here, "_has_bindings", lambda: False)
+    monkeypatch.setattr(select, "_has_bindings", lambda: False)
     assert "cuda-bindings is not installed here: pip install 'omniport[rtx]'" in fallback(bundle)
     monkeypatch.setattr("omniport.runtime.backends.tensorrt.runtime_api.installed_runtimes", list)
     assert "tensorrt-rtx is not installed here: pip install 'omniport[rtx]'" in fallback(bundle)
@@ -140,7 +139,7 @@ def test_inspect_says_which_run_here(
         return result.stdout, result.stderr
 
     assert json.loads(inspect("--json")[0])["not_here"] == {}
-    monkeypatch.setattr(here, "installed_version", lambda builder: "1.8.0")
+    monkeypatch.setattr(select, "installed_version", lambda builder: "1.8.0")
     reasons = json.loads(inspect("--json")[0])["not_here"]
     assert len(reasons) == 2
     assert all("1.8.0 is installed. Build it again: omniport build" in reason for reason in reasons.values())

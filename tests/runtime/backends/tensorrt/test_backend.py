@@ -127,8 +127,8 @@ def test_each_length_has_a_graph(
     assert graph.decoding is not None
     assert graph.decoding.uses_graph
     assert graph.decoding.problem == ""
-    assert sorted(cache.lanes) == [256, 512]
-    assert all(lane.captured for lane in cache.lanes.values())
+    assert sorted(cache.executors) == [256, 512]
+    assert all(executor.captured for executor in cache.executors.values())
     # Each step is one launch: what it holds is the copies in, the engine, the copies out.
     before = len(driver.done)
     graph.run(feeds_of(backend, 1, 260), cache)
@@ -167,7 +167,7 @@ def test_without_a_graph(
     wanted = {"says no": "cannot be captured", "fails": "not permitted", "slower": ""}[reason]
     assert wanted in graph.decoding.problem
     assert (graph.decoding.graph is None) == (reason != "slower")
-    assert not cache.lanes
+    assert not cache.executors
     assert sum(context.fixed for context in runtime.contexts) == 1  # tried once
     assert driver.done[-7:].count("launch") == 0
 
@@ -178,7 +178,7 @@ def test_a_length_that_cannot_be_captured(
     driver.put_cost, driver.refuse_capture, driver.refuse_after = 1e-4, "out of memory", 1
     cache = backend.graph("thinker").new_cache(1024)
     assert same(steps(backend, cache), plain_steps)
-    assert {length: lane.captured for length, lane in cache.lanes.items()} == {256: True, 512: False}
+    assert {length: executor.captured for length, executor in cache.executors.items()} == {256: True, 512: False}
 
 
 # memory
