@@ -24,7 +24,6 @@ import torch
 from omniport.export import exporter
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.exporter import export_checkpoint
-from omniport.export.graphs import trace
 from omniport.export.models.registry import graph_definitions
 from omniport.runtime import Done, OmniSession, SamplingConfig
 from omniport.runtime.bundle import staging
@@ -493,6 +492,6 @@ def test_full_cache_leaves_nothing_and_is_no_failure(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trace.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     export_checkpoint(tiny_checkpoint, tmp_path / "bundle", graphs=["audio_encoder"])
     assert list((tmp_path / "cache" / "graphs").iterdir()) == []
