@@ -172,7 +172,7 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Only what the command does: the figures are those measured above."""
-    monkeypatch.setattr("omniport.calib.report.compare.compare", lambda *_arguments, **_options: measured)
+    monkeypatch.setattr("omniport.calib.compare", lambda *_arguments, **_options: measured)
     for options, code in (([], 0), (["--json"], 0), (["--html", str(tmp_path / "no" / "page.html")], 2)):
         with pytest.raises(SystemExit) as stopped:
             main.run(["quant-report", "a", "b", *options])
