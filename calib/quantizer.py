@@ -261,7 +261,7 @@ def _rewrite(
         compute=spec.compute_dtype,
         inputs_key=_key(spec, choices, calibration),
     )
-    return made, data | {spec.file: file_record(path)}
+    return made, {spec.file: file_record(path)} | data
 
 
 def _record(plan: QuantizationPlan) -> Quantization:
