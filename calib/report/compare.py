@@ -1,8 +1,7 @@
 """Compare quantized bundles with the one they were made from, by running them.
 
-Everything comes from runs in ONNX Runtime on the CPU over the same recorded calls
-(`omniport.calib.report.recorded_calls`). What could
-not be measured is named in ``missing`` with its reason, and never left out.
+All figures come from runs in ONNX Runtime on the CPU over the same recorded calls
+(`omniport.calib.report.recorded_calls`). A figure that could not be measured is listed in ``missing`` with the reason.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class BundleLoss(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RangePlot(msgspec.Struct, frozen=True, kw_only=True):
-    """What calibration saw of one layer's input: counts of |x| in equal bins from 0 to ``top``, and ranges."""
+    """Histogram of one layer's input during calibration: counts of |x| in equal bins from 0 to ``top``, and ranges."""
 
     graph: str
     site: str
@@ -116,7 +115,7 @@ def compare(
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measure bundles beside the one that they were made from.
+    """Measure bundles against the one that they were made from.
 
     Args:
         base: not quantized.

@@ -1,7 +1,7 @@
 """Measure loss by layer: of stored weights, and of layer outputs by running both graphs.
 
-Both graphs are run as copies that also give the outputs of their products, on a recorded call. A layer's output holds
-what the layers before it have lost as well: it says where the loss grows.
+Both graphs run on a recorded call as copies that also output the results of their matrix products. The loss of a
+layer's output includes that of the layers before it: it shows where the loss grows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .recorded_calls import EQUAL_DB, Calls
 Array = NDArray[Any]
 #: of scaling rows, then columns, in turns
 _PASSES = 4
-#: what the largest integer, or FP8 number, stands for
+#: largest value of each integer and FP8 type
 _LARGEST = {onnx.TensorProto.INT8: 127.0, onnx.TensorProto.FLOAT8E4M3FN: 448.0}
 
 
@@ -80,7 +80,7 @@ def layer_losses(base: Bundle, quantized: Bundle, name: str, calls: Calls | None
 
 
 def sqnr_db(got: Array, wanted: Array) -> float:
-    """Energy of ``wanted`` over energy of the difference, in dB; at most 300, which stands for equal."""
+    """Energy of ``wanted`` over energy of the difference, in dB; at most 300, which means equal."""
     signal = float(np.square(wanted, dtype=np.float64).sum())
     noise = float(np.square(got.astype(np.float64) - wanted).sum())
     if noise == 0:
@@ -131,7 +131,7 @@ class _File:
         return {weight: output for weight, output in pairs if weight in wanted}
 
     def given(self, output: str) -> str:
-        """What readers see of the output of a node: itself, or what it is rounded to."""
+        """The value that readers of a node's output get: the output, or its rounded form."""
         maker = self._makers.get(output)
         rounded = "" if maker is None else rounded_output(maker.name)
         return rounded if rounded in self._makers else output

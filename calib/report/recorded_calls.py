@@ -1,9 +1,9 @@
 """Record every graph call of a bundle once, and replay the calls on other bundles (teacher forcing).
 
-The bundle that is to be quantized answers conversations, and every call of every graph is kept: the thinker's with
-real encoder outputs, the talker's with real thinker states, the DiT's at every solver step, the vocoder's with mels.
-A quantized graph is then given the same calls. Every step of a decoder is so judged on the same past (teacher forcing),
-and a graph's error is its own, not that of the graphs before it.
+The unquantized bundle answers conversations, and every call of every graph is recorded: the thinker's with real encoder
+outputs, the talker's with real thinker states, the DiT's at every solver step, the vocoder's with mels. Quantized
+graphs then get the same calls. So every step of a decoder is compared on the same past (teacher forcing), and the error
+of a graph does not include that of the graphs before it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from omniport.runtime.system.progress import Progress
 Array = NDArray[Any]
 #: built-in conversations: short, one for each way into the thinker
 _NAMES = ("text", "turns", "audio", "image")
-#: a signal-to-noise ratio that stands for equal
+#: the signal-to-noise ratio, in dB, that means equal
 EQUAL_DB = 300.0
 
 
 @dataclass
 class Calls:
-    """Calls of one graph in order: what it was given, and the output that counts, [rows, width] each."""
+    """Calls of one graph in order: its inputs, and the output that is compared, [rows, width] each."""
 
     feeds: list[dict[str, Array]] = field(default_factory=list)
     wanted: list[NDArray[np.float32]] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a graph made of recorded calls.
+    """A graph's results on recorded calls.
 
     Attributes:
         outputs: as `Calls.wanted`.
@@ -96,7 +96,7 @@ def record(
     sound: bool = True,
     progress: Progress | None = None,
 ) -> Recording:
-    """Let a bundle answer conversations and keep what its graphs were given and gave.
+    """Let a bundle answer conversations, and record the inputs and outputs of its graphs.
 
     Args:
         bundle: not quantized.

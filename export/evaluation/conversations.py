@@ -1,8 +1,8 @@
 """Conversations for validation: built-in ones, drawn and synthesised, or those of the user's file.
 
-Each medium has two faces: what omniport is given (a file or an array) and what is in it, which the reference's
-processors get. For the built-in conversations the second is known, so that decoding is on the path too; for the user's
-files omniport's own decoders supply it.
+Each medium has two forms: the source that omniport reads (a file or an array), and its decoded content, which the
+reference's processors read. For built-in conversations the content is known, so decoding is checked too; for the
+user's files omniport's own decoders supply it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Emulate half-precision graphs on a CPU: ONNX Runtime has no BF16 kernels there, and few FP16 ones.
 
-The copy computes in FP32 and rounds every operator's result to the half format and back, as a device does that
-accumulates in FP32 and stores halves. What it cannot show is rounding inside one operator (the probabilities within
-Attention, say), which differs between devices. Weights stay in their file and are widened when the session is made. KV
-caches are FP32 and hold half values: what is written to them is rounded before.
+The copy computes in FP32 and rounds the result of every operator to the half format and back, like a device that
+accumulates in FP32 and stores halves. It cannot show rounding inside an operator (for example of the probabilities
+within Attention), which differs between devices. Weights stay in their file and are widened when the session is
+created. KV caches are FP32; values are rounded before they are written there.
 
 BF16 graphs run on the CPU as such copies only. FP16 graphs run as they are, but ONNX Runtime then computes runs of
 operators in FP32 without the rounding between them, so that an overflow a GPU would meet may not show: a copy shows it.

@@ -1,9 +1,9 @@
 """Measure activation ranges: the largest magnitude of every value of the FP32 graphs on real conversations.
 
 A copy of each graph gets one more output: the maximum of ``|x|`` over every value that its nodes make, so that nothing
-larger than a number leaves a call. The session then answers conversations over these copies, which makes the inputs of
-each graph what they are in use: encoders see media, the talker real thinker states, the DiT every solver step, the
-vocoder the DiT's mels.
+larger than a number leaves a call. The session then answers conversations over these copies, so each graph reads
+realistic inputs: encoders read media, the talker real thinker states, the DiT every solver step, the vocoder the DiT's
+mels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Backends for evaluation: one records graph calls, one answers them with the reference's results.
 
-Run the session over `ReplayBackend` and every difference is the host code's: no graph of the bundle takes part.
+When the session runs over `ReplayBackend`, every difference comes from the host code: no graph of the bundle runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Feeds = Mapping[str, Array]
 
 
 class RecordedGraph(GraphWrapper):
-    """A graph that keeps what it was fed (``calls``) and what it gave (``given``)."""
+    """A graph that records its inputs (``calls``) and its outputs (``given``)."""
 
     def __init__(self, inner: Graph) -> None:
         super().__init__(inner)
@@ -62,7 +62,7 @@ class RecordingBackend(BackendWrapper):
 
 
 def consumed(graph: RecordedGraph) -> tuple[Floats, NDArray[np.int64]]:
-    """What a decoder was fed over all calls: embeddings [n, E] and positions [3, n]."""
+    """A decoder's inputs over all calls: embeddings [n, E] and positions [3, n]."""
     embeds = np.concatenate([call["inputs_embeds"][0] for call in graph.calls])
     return embeds, np.concatenate([call["position_ids"][:, 0] for call in graph.calls], axis=1)
 

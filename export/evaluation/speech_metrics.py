@@ -1,7 +1,7 @@
 """Metrics of sound: distance of a waveform from its reference, and whether it can be speech at all.
 
-All waveforms are float32 [n] in -1..1. Mel spectra here are an analysis of the sound itself and share nothing with the
-model's own mel, so that a fault in either side's mel cannot hide.
+All waveforms are float32 [n] in -1..1. Mel spectra are computed from the waveforms and share no code with the model's
+mel, so an error in the mel of either side shows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def loudness_dbfs(wave: Wave) -> float:
 
 
 def snr_db(got: Wave, wanted: Wave) -> float:
-    """Power of ``wanted`` over the power of the difference, in dB; at most 300, which stands for equal.
+    """Power of ``wanted`` over the power of the difference, in dB; at most 300, which means equal.
 
     Raises:
         ValueError: the lengths differ.

@@ -1,6 +1,6 @@
-"""Run transformers' modules eagerly beside a bundle: ``omniport bench --against``.
+"""Run transformers' modules eagerly, to compare a bundle's speed with: ``omniport bench --against``.
 
-They are given the same inputs and threads, in the same process. Attention is transformers' default (``sdpa``), the
+They get the same inputs and threads, in the same process. Attention is transformers' default (``sdpa``), the
 faster of its two on a CPU. One part is in memory at a time.
 """
 

@@ -1,8 +1,8 @@
 """A backend that keeps few graphs in memory at a time, so that a run needs no more than its largest part.
 
-A reply goes through all six graphs, which together are larger than any part of the reference. Encoders, decoders and
-speech are used one after the other, so only one of these teams is loaded; the next one to run replaces it, and with it
-the KV caches that belong to it.
+A reply uses all six graphs, which together are larger than any part of the reference. Encoders, decoders and speech
+run one after the other, so only one of these teams is loaded at a time. The next one to run replaces it and its KV
+caches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run the reference: transformers' modules, one part in memory at a time, with results cached on disk.
 
-A result is keyed by the checkpoint's fingerprint, the part, the case and the library versions, so that a second
-backend or precision does not pay for it again. It is stored as .npz under the cache folder (see
+A result is keyed by the checkpoint's fingerprint, the part, the case and the library versions, so a second
+backend or precision does not compute it again. It is stored as .npz under the cache folder (see
 `omniport.runtime.system.files.cache_folder`); with the cache switched off every result is computed anew.
 """
 

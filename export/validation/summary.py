@@ -22,7 +22,7 @@ _AT_LEAST = frozenset(what.rpartition(".")[2] for (what, _), limit in LIMITS.ite
 
 @dataclass(frozen=True)
 class Worst:
-    """A figure beside its limit. ``used``: share of the limit that it takes; above 1 it fails."""
+    """A figure with its limit. ``used``: share of the limit that the figure reaches; above 1 it fails."""
 
     figure: str
     value: float
@@ -79,11 +79,6 @@ def _row(report: ValidationReport, stage: str) -> StageRow | None:
         worst=max(worst, key=lambda figure: figure.used, default=None),
         emulated=stage in report.emulated,
     )
-
-
-def worst_figure(check: Check) -> Worst | None:
-    """The figure of a check that takes most of its limit; None if it has no limits."""
-    return max(limited_figures(check), key=lambda figure: figure.used, default=None)
 
 
 def limited_figures(check: Check) -> Iterator[Worst]:

@@ -1,6 +1,6 @@
 """The table of all validation limits, each with its reason.
 
-A limit may never be met by a reference without energy: `Limit` figures are only read after that was checked.
+No limit can be met by a silent reference: its energy is checked before any `Limit` is applied.
 """
 
 from __future__ import annotations

@@ -35,12 +35,12 @@ class Check(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     @classmethod
     def failed(cls, stage: str, name: str, message: str) -> Check:
-        """A check that found a fault before there were figures."""
+        """A check that failed before any figure was computed."""
         return cls(stage=stage, name=name, status=FAIL, message=message)
 
     @classmethod
     def not_run(cls, stage: str, name: str, message: str) -> Check:
-        """A check that could not be made; ``message`` says why."""
+        """A check that could not run; ``message`` says why."""
         return cls(stage=stage, name=name, status=NOT_RUN, message=message)
 
 

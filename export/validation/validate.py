@@ -129,7 +129,7 @@ def validate(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is going to be checked."""
+    """The checks that will run."""
 
     bundle: Bundle
     checkpoint: Checkpoint
@@ -196,7 +196,7 @@ def _group_checks(plan: _Plan, group: _Group, loaded: _Loaded, artifacts: Artifa
 
 
 class _Loaded:
-    """What is in memory: a reference part, and the backend with its graphs."""
+    """The reference part and the backend that are in memory."""
 
     def __init__(self, plan: _Plan, backend: str) -> None:
         self.bundle, self.threads = plan.bundle, plan.threads

@@ -33,7 +33,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Trail:
-    """What came out: logits by number of tokens consumed, and the thinker's hidden states [S, H]."""
+    """A decoder's results: logits by number of tokens consumed, and the thinker's hidden states [S, H]."""
 
     logits: dict[int, Array]
     hidden: Array | None

@@ -1,7 +1,7 @@
 """Check the KV cache: a decoder must give the same result however its tokens are fed.
 
-Each decoder runs the same tokens in one piece, in chunks, token by token, as a second turn on the kept cache, and after
-the cache was cut back and other tokens written, all through the runtime's own `Decoder`. Each way is compared with the
+Each decoder runs the same tokens in one piece, in chunks, token by token, as a second turn on the same cache, and after
+the cache was truncated and other tokens written, all through the runtime's own `Decoder`. Each way is compared with the
 reference, which keeps no cache, and with prefill in one piece into a new cache.
 """
 

@@ -1,9 +1,9 @@
 """Check whole greedy conversations against the reference's, computed part by part.
 
-Each conversation is given twice. First to the session with the reference's own results in place of every graph: what
-differs then is the host code's fault (stages ``positions``, ``conditioning``, ``solver``). Then to the backend: each
-decoder is driven over the reference's tokens (teacher forcing), the DiT and the vocoder over the reference's codes, and
-last the reply as a user gets it is compared.
+Each conversation runs twice. First the session runs with the reference's results in place of every graph, so any
+difference comes from the host code (stages ``positions``, ``conditioning``, ``solver``). Then the backend runs: each
+decoder over the reference's tokens (teacher forcing), the DiT and the vocoder over the reference's codes, and last the
+complete reply that a user gets.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Check graphs on the reference's tokens and codes (teacher forcing), and compare replies token by token.
 
-Teacher forcing keeps one difference from becoming all that follow: every step is judged on the same past.
+With teacher forcing one difference does not cause others: every step is compared on the same past.
 """
 
 from __future__ import annotations

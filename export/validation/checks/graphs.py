@@ -1,7 +1,7 @@
 """Check every graph alone against its transformers module, at several shapes, on random and real inputs.
 
-References come first, all of them, and are then released: the largest reference part and the graphs are never in memory
-at once.
+All references are computed first and then released, so the largest reference part and the graphs are never in memory
+at the same time.
 """
 
 from __future__ import annotations

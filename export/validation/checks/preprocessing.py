@@ -1,6 +1,6 @@
 """Check preprocessing against the reference's processors, and positions against ``get_rope_index``.
 
-No graph and no weight takes part: what fails here is the runtime's host code or the bundle's settings.
+No graph and no weight is used: a failure here is in the runtime's host code or in the bundle's settings.
 """
 
 from __future__ import annotations

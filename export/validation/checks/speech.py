@@ -1,9 +1,8 @@
 """Check speech, whole and streamed, from codes to sound, against the reference and each other.
 
-For replies that end at and around the borders of the DiT's blocks: the whole reply's mel and waveform against
-transformers', part by part, then the streamed reply against the whole one over the same noise. A failure of a part is
-traced to that part: the DiT's graph, the solver, the vocoder's graph, or (stage ``speech``) what the runtime does
-around them.
+The cases end at and around the borders of the DiT's blocks. First the mel and waveform of the whole reply are compared
+with transformers', part by part; then the streamed reply with the whole one, over the same noise. A failure is
+attributed to the DiT's graph, the solver, the vocoder's graph, or (stage ``speech``) the runtime's code around them.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ Wave = NDArray[np.float32]
 
 @dataclass
 class SpeechRun:
-    """What the runtime made of a case.
+    """The runtime's result for a case.
 
     Attributes:
         chunks: samples float32 [n] in the order in which they came.

@@ -99,10 +99,8 @@ def test_one_failure_fails_the_stage_and_all_not_run_is_not_run() -> None:
     ],
 )
 def test_share_of_the_limit(figure: str, value: float | None, bound: float, fails: bool) -> None:
-    worst = report.worst_figure(
-        Check(stage="s", name="n", status=PASS, figures={figure: value}, limits={figure: bound})
-    )
-    assert worst is not None
+    found = Check(stage="s", name="n", status=PASS, figures={figure: value}, limits={figure: bound})
+    (worst,) = report.limited_figures(found)
     assert (worst.used > 1) == fails
 
 
