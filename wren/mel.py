@@ -1,0 +1,38 @@
+"""The mel spectrogram between DiT and vocoder: 80 bins to 8 kHz, 100 frames a second, natural log of the amplitude.
+
+The vocoder's class takes exactly this: it computes exp, then decibels, then clamps at -115 dB. flite's voices end at
+8 kHz, and so do the bins.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.audio_utils import mel_filter_bank
+
+from wren import sizes
+
+FFT = 1024
+TOP_HZ = 8000.0
+FLOOR = 3e-4  # what is below is silence: ln -8.1
+
+FILTERS = torch.from_numpy(
+    mel_filter_bank(FFT // 2 + 1, sizes.MELS, 0.0, TOP_HZ, sizes.RATE, norm="slaney", mel_scale="slaney").T.astype(
+        np.float32
+    )
+)
+WINDOW = torch.hann_window(FFT)
+
+
+def log_mel(sound: Tensor) -> Tensor:
+    """[batch, n] -> [batch, n / 240, 80]; frame i is centred on the 240 samples that the vocoder makes of it."""
+    around = (FFT - sizes.HOP) // 2
+    padded = torch.nn.functional.pad(sound[:, None], (around, around), mode="reflect")[:, 0]
+    amplitude = torch.stft(padded, FFT, sizes.HOP, window=WINDOW, center=False, return_complex=True).abs()
+    return torch.log(torch.clamp(FILTERS @ amplitude, min=FLOOR)).transpose(1, 2)
+
+
+def mel_of(sound: np.ndarray) -> Tensor:
+    """int16 [n] -> float32 [n / 240, 80]"""
+    return log_mel(torch.from_numpy(sound.astype(np.float32) / 32768)[None])[0]

@@ -1,0 +1,157 @@
+"""Sentences spoken by flite: replies in two voices at 24 kHz, questions in others at 16 kHz and several speeds.
+
+Every utterance is a file of its own, named by its text and speed, and a line of its voice's index (formats: sizes.py).
+What is there is not spoken again, so a run that stopped goes on, and a wider world only adds.
+
+    python -m wren.speech_data replies [--work DIR] [--sentences FILE]
+    python -m wren.speech_data questions [--work DIR] [--sentences FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from wren import sizes
+
+Sound = NDArray[np.float32]
+
+FLITE_RATE = 16000
+LEVEL = 0.08  # RMS of the loud samples
+PEAK = 0.9  # no sample is louder: nothing clips
+SILENCE_BEFORE, SILENCE_AFTER = 0.04, 0.08  # seconds that stay
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line of a voice's index."""
+
+    text: str
+    voice: str
+    speed: float
+    split: str
+    file: str
+    samples: int
+    rate: int
+
+
+def speak(text: str, voice: str, speed: float = 1.0, rate: int = FLITE_RATE) -> Sound:
+    """What flite says, [n] at ``rate``: trimmed, levelled, and at 24 kHz a whole number of codes long."""
+    with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+        stretch = ["--setf", f"duration_stretch={1 / speed:.4f}"]
+        subprocess.run(["flite", "-voice", voice, *stretch, "-t", text, "-o", file.name], check=True)
+        sound, own_rate = soundfile.read(file.name, dtype="float32")
+    if own_rate != rate:
+        sound = soxr.resample(sound, own_rate, rate)
+    sound = level(trim(sound, rate))
+    if rate == sizes.RATE:
+        sound = np.pad(sound, (0, -len(sound) % sizes.SAMPLES_PER_CODE))
+    return sound.astype(np.float32)
+
+
+def trim(sound: Sound, rate: int) -> Sound:
+    """Without the silence at both ends, but for a little."""
+    loud = np.flatnonzero(np.abs(sound) > 0.01 * np.abs(sound).max())
+    first, last = loud[0] - round(SILENCE_BEFORE * rate), loud[-1] + round(SILENCE_AFTER * rate)
+    return sound[max(0, first) : last]
+
+
+def level(sound: Sound) -> Sound:
+    """All utterances equally loud, however much silence they hold."""
+    loud = sound[np.abs(sound) > 0.02 * np.abs(sound).max()]
+    sound = sound * (LEVEL / np.sqrt(np.mean(loud**2)))
+    return sound * min(1.0, PEAK / np.abs(sound).max())
+
+
+def disturb(sound: Sound, draw: np.random.Generator) -> Sound:
+    """A question as a room and a microphone give it: 4 to 24 dB down from full scale, noise 12 to 40 dB below it.
+
+    The noise is between white and brown: its spectrum falls with a power of the frequency between 0 and 2.
+    """
+    spectrum = np.fft.rfft(draw.standard_normal(len(sound)))
+    spectrum[1:] /= np.arange(1, len(spectrum)) ** draw.uniform(0, 1)
+    noise = np.fft.irfft(spectrum, len(sound))
+    ratio = 10 ** (-draw.uniform(12, 40) / 20)
+    noisy = sound + noise * (ratio * np.std(sound) / np.std(noise))
+    return (noisy * (10 ** (-draw.uniform(4, 24) / 20) / np.abs(noisy).max())).astype(np.float32)
+
+
+def spoken(work: Path, voice: str) -> list[Utterance]:
+    """What is spoken already, in the order in which it was."""
+    index = work / "speech" / voice / "index.jsonl"
+    if not index.exists():
+        return []
+    # a line that a stopped run left half written has no end
+    return [Utterance(**json.loads(line)) for line in index.open() if line.endswith("\n")]
+
+
+def sound_of(work: Path, utterance: Utterance) -> NDArray[np.int16]:
+    """int16 [n]"""
+    return soundfile.read(work / "speech" / utterance.voice / utterance.file, dtype="int16")[0]
+
+
+def speak_all(work: Path, voice: str, flite_voice: str, sentences: Iterable[tuple[str, str, float]], rate: int) -> None:
+    """Speak every (text, split, speed) that is not yet in ``speech/VOICE``."""
+    folder = work / "speech" / voice
+    folder.mkdir(parents=True, exist_ok=True)
+    done = spoken(work, voice)
+    write_index(folder / "index.jsonl", done)
+    there = {(u.text, u.speed) for u in done}
+    todo = [s for s in dict.fromkeys(sentences) if (s[0], s[2]) not in there]
+    begin = time.monotonic()
+    with (folder / "index.jsonl").open("a") as index:
+        for number, (text, split, speed) in enumerate(todo, 1):
+            name = hashlib.blake2s(f"{speed} {text}".encode(), digest_size=8).hexdigest() + ".flac"
+            sound = speak(text, flite_voice, speed, rate)
+            soundfile.write(folder / name, np.round(sound * 32767).astype(np.int16), rate)
+            index.write(json.dumps(asdict(Utterance(text, voice, speed, split, name, len(sound), rate))) + "\n")
+            index.flush()
+            if number % 500 == 0 or number == len(todo):
+                left = (time.monotonic() - begin) / number * (len(todo) - number)
+                print(f"{voice}: {number} of {len(todo)} spoken, {left / 60:.1f} min left", flush=True)
+
+
+def write_index(path: Path, utterances: list[Utterance]) -> None:
+    """The whole lines of an index again, so that the next one starts on a new line."""
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(asdict(u)) + "\n" for u in utterances))
+    part.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["replies", "questions"])
+    parser.add_argument("--work", type=Path, default=sizes.WORK)
+    parser.add_argument("--sentences", type=Path, help="lines of FILE for training, instead of the world's sentences")
+    args = parser.parse_args()
+    if args.sentences:
+        sentences = [(line, "train") for line in args.sentences.read_text().splitlines()]
+    else:
+        from wren import world
+
+        of = world.reply_sentences if args.what == "replies" else world.question_sentences
+        # the rarer held-out sentences first: whatever a run reaches can be evaluated
+        sentences = [(text, split) for split in ("held_out", "train") for text in of(split)]
+    if args.what == "replies":
+        for voice, flite_voice in sizes.REPLY_VOICES.items():
+            speak_all(args.work, voice, flite_voice, ((t, s, 1.0) for t, s in sentences), sizes.RATE)
+    else:
+        for voice in sizes.QUESTION_VOICES:
+            every = ((t, s, speed) for t, s in sentences for speed in sizes.QUESTION_SPEEDS)
+            speak_all(args.work, voice, voice, every, sizes.QUESTION_RATE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The loop that trains a part: learning rate, averaged weights, progress with time left, and going on after a stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of AdamW: a short rise of the learning rate, then half a cosine down to ``floor`` of the peak."""
+
+    steps: int
+    peak: float
+    floor: float = 0.02
+    rise: int = 100
+    betas: tuple[float, float] = (0.9, 0.98)
+    decay: float = 0.0
+    clip: float = 1.0
+    average: float = 0.998  # of the weights that are kept: mean over about 1 / (1 - average) steps
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.peak * min(1.0, (step + 1) / self.rise) * (self.floor + (1 - self.floor) * cosine)
+
+
+def bf16() -> AbstractContextManager[None]:
+    """Products in BF16 where the processor has them, else FP32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu.get_capabilities().get("avx512_bf16")))
+
+
+def train(
+    model: nn.Module, loss_of: Callable[[int], tuple[Tensor, float]], plan: Plan, state: Path, save_every: float = 180
+) -> dict[str, Tensor]:
+    """Train, and give the averaged weights; finished trainings only give them.
+
+    Args:
+        loss_of: the loss of a step and the figure to show. What it draws must depend on the step alone: then a
+            training that stopped and goes on is the one that did not stop.
+        state: file that it goes on from, written every ``save_every`` seconds.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), plan.peak, plan.betas, weight_decay=plan.decay)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    step, shown = 0, math.nan
+    if state.exists():
+        saved = torch.load(state)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average, step, shown = saved["average"], saved["step"], saved["shown"]
+
+    def save() -> None:
+        part = state.with_suffix(".part")
+        whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+        torch.save({**whole, "step": step, "shown": shown}, part)
+        part.replace(state)
+
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{state.name}: {count / 1e6:.2f} M parameters, step {step} of {plan.steps}", flush=True)
+    first, begin = step, time.monotonic()
+    saved_at = begin
+    while step < plan.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(step)
+        loss, figure = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+        optimizer.step()
+        step += 1
+        with torch.no_grad():
+            share = 1 - min(plan.average, (step + 1) / (step + 20))
+            for name, value in model.state_dict().items():
+                average[name].lerp_(value, share)
+        shown = figure if math.isnan(shown) else 0.98 * shown + 0.02 * figure
+        now = time.monotonic()
+        if step % 100 == 0 or step == plan.steps:
+            each = (now - begin) / (step - first)
+            left = each * (plan.steps - step) / 60
+            print(f"step {step} loss {shown:.4f}, {each * 1000:.0f} ms a step, {left:.1f} min left", flush=True)
+        if now - saved_at > save_every or step == plan.steps:
+            save()
+            saved_at = now
+    return average
