@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +25,14 @@ class Reply:
     mel: Tensor
 
 
-def replies(work: Path, voice: str, split: str, limit: int | None = None) -> Iterator[Reply]:
-    """Replies of a voice, a fixed draw of ``limit`` of them, one at a time."""
-    all_of = [u for u in speech_data.spoken(work, voice) if u.split == split]
-    # drawn by the text's own hash (the file's name): the same sentences in both voices
-    all_of.sort(key=lambda u: u.file)
-    for utterance in all_of[:limit]:
-        sound = speech_data.sound_of(work, utterance)
-        yield Reply(utterance.text, voice, split, sound, mel_of(sound))
+def replies(work: Path, voice: str, split: str, limit: int | None = None, skip: Container[str] = ()) -> Iterator[Reply]:
+    """Replies of a voice, one at a time: a fixed draw of ``limit`` of them, without the texts to skip."""
+    # by the text's own hash (the file's name): the same sentences in both voices
+    drawn = sorted((u for u in speech_data.spoken(work, voice) if u.split == split), key=lambda u: u.file)
+    for utterance in drawn[:limit]:
+        if utterance.text not in skip:
+            sound = speech_data.sound_of(work, utterance)
+            yield Reply(utterance.text, voice, split, sound, mel_of(sound))
 
 
 def both_voices(work: Path, split: str, limit: int) -> list[Reply]:

@@ -5,8 +5,7 @@ The work folder (``--work``, ``.work/wren`` by default):
 speech/VOICE/index.jsonl    one line an utterance: text, voice, speed, file (beside the index), samples, rate
 speech/VOICE/*.flac         16 bits, one channel: 24 kHz of a reply voice, 16 kHz of a question voice
 codes/codebook.safetensors  mean [160], basis [160, 48], centres [CODES, 48], mels [CODES, 160] (two frames each)
-codes/VOICE.jsonl           one line a sentence: text, split, length
-codes/VOICE.npz             codes uint16 [sum of lengths], in the order of the lines; ids as talker and DiT know them
+codes/VOICE.jsonl           one line a sentence: text, split, codes (ids as talker and DiT know them)
 spk_dict.pt                 {voice: {"cond": [1, 192], "ref_mel": [1, frames, 80]}}, float32; bos_token comes with the
                             tokenizer
 bigvgan.safetensors         weights and bigvgan.json, the part's config.json

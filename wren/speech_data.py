@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import subprocess
 import tempfile
@@ -20,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import soxr
+import soundfile  # type: ignore[import-untyped]
+import soxr  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from wren import sizes
@@ -139,8 +140,7 @@ def main() -> None:
     if args.sentences:
         sentences = [(line, "train") for line in args.sentences.read_text().splitlines()]
     else:
-        from wren import world
-
+        world = importlib.import_module("wren.world")
         of = world.reply_sentences if args.what == "replies" else world.question_sentences
         # the rarer held-out sentences first: whatever a run reaches can be evaluated
         sentences = [(text, split) for split in ("held_out", "train") for text in of(split)]

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def vocode(model: Qwen2_5OmniToken2WavBigVGANModel, mel: Tensor) -> Tensor:
     and without its squeeze."""
     x = model.conv_pre(model.process_mel_spectrogram(mel.transpose(1, 2)))
     for number, up in enumerate(model.ups):
-        x = up[0](x)
+        x = cast(nn.ModuleList, up)[0](x)
         first = number * model.num_residual_blocks
         blocks = model.resblocks[first : first + model.num_residual_blocks]
         x = sum(block(x) for block in blocks) / model.num_residual_blocks
