@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
@@ -33,6 +34,7 @@ def log_mel(sound: Tensor) -> Tensor:
     return torch.log(torch.clamp(FILTERS @ amplitude, min=FLOOR)).transpose(1, 2)
 
 
-def mel_of(sound: np.ndarray) -> Tensor:
-    """int16 [n] -> float32 [n / 240, 80]"""
-    return log_mel(torch.from_numpy(sound.astype(np.float32) / 32768)[None])[0]
+def mel_of(sound: NDArray[np.int16] | NDArray[np.float32]) -> Tensor:
+    """int16, or float32 between -1 and 1, [n] -> float32 [n / 240, 80]"""
+    scale = 32768 if sound.dtype == np.int16 else 1
+    return log_mel(torch.from_numpy(sound.astype(np.float32) / scale)[None])[0]
