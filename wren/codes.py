@@ -81,7 +81,7 @@ def decode(codes: Tensor, codebook: dict[str, Tensor]) -> Tensor:
 def load(work: Path, voice: str, split: str | None = None) -> dict[str, list[int]]:
     """text -> ids, of every sentence that is encoded (of a split)."""
     index = work / "codes" / f"{voice}.jsonl"
-    lines = map(json.loads, index.open()) if index.exists() else ()
+    lines = map(json.loads, index.read_text().splitlines()) if index.exists() else ()
     return {line["text"]: line["codes"] for line in lines if split in (None, line["split"])}
 
 

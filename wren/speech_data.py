@@ -95,7 +95,7 @@ def spoken(work: Path, voice: str) -> list[Utterance]:
     if not index.exists():
         return []
     # a line that a stopped run left half written has no end
-    return [Utterance(**json.loads(line)) for line in index.open() if line.endswith("\n")]
+    return [Utterance(**json.loads(line)) for line in index.read_text().splitlines(True) if line.endswith("\n")]
 
 
 def sound_of(work: Path, utterance: Utterance) -> NDArray[np.int16]:

@@ -47,7 +47,7 @@ def train(
             training that stopped and goes on is the one that did not stop.
         state: file that it goes on from, written every ``save_every`` seconds.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), plan.peak, plan.betas, weight_decay=plan.decay)
+    optimizer = torch.optim.AdamW(model.parameters(), plan.peak, plan.betas, weight_decay=plan.decay, fused=True)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     step, shown = 0, math.nan
     if state.exists():
