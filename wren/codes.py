@@ -13,6 +13,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -76,6 +77,22 @@ def encode(mel: Tensor, codebook: dict[str, Tensor]) -> Tensor:
 def decode(codes: Tensor, codebook: dict[str, Tensor]) -> Tensor:
     """ids [n] -> their typical mels [2 n, 80]"""
     return codebook["mels"][codes - sizes.FIRST_CODE].reshape(-1, sizes.MELS)
+
+
+def blur(said: Tensor, share: float, table: Tensor, draw: np.random.Generator) -> Tensor:
+    """Ids [n] with a share of them replaced by similar sounds, as a talker confuses them.
+
+    Args:
+        table: what ``neighbours`` gives.
+    """
+    other = table[said - sizes.FIRST_CODE, torch.from_numpy(draw.integers(table.shape[1], size=len(said)))]
+    return torch.where(torch.from_numpy(draw.random(len(said)) < share), other, said)
+
+
+def neighbours(codebook: dict[str, Tensor], count: int = 8) -> Tensor:
+    """Ids [CODES, count] of the sounds that are most like each."""
+    distance = torch.cdist(codebook["centres"], codebook["centres"])
+    return distance.argsort(1)[:, 1 : count + 1] + sizes.FIRST_CODE
 
 
 def load(work: Path, voice: str, split: str | None = None) -> dict[str, list[int]]:

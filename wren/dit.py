@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from wren.training import Plan, bf16, train
 PLAN = Plan(steps=8000, peak=1.5e-3, decay=0.01)
 BATCH, FRAMES = 12, 144
 HIDDEN = 0.15  # share of examples without conditions
+BLUR = 0.2  # share of codes replaced by similar ones, at most: a talker's codes are not flite's
 REFERENCE = (80, 200)  # frames of the reference mel, a random number of them
 REPLIES = 4000  # of each voice
 
@@ -80,6 +82,7 @@ class Examples:
     def __init__(self, replies: list[corpus.Reply], codebook: dict[str, Tensor]) -> None:
         self.crops = corpus.Crops(replies, FRAMES, seed=0)
         self.codes = {(r.voice, r.text): codes.encode(r.mel, codebook) for r in replies}
+        self.neighbours = codes.neighbours(codebook)
         self.long = {v: [r for r in replies if r.voice == v and len(r.mel) >= REFERENCE[1]] for v in sizes.REPLY_VOICES}
         self.speakers = speaker_vectors()
         self.mean = torch.cat([r.mel for r in replies[::10]]).mean(0)
@@ -153,7 +156,7 @@ def main() -> None:
     def loss(step: int) -> tuple[Tensor, float]:
         return flow_loss(model, examples.batch(step), torch.Generator().manual_seed(step))
 
-    weights = train(model, loss, Plan(**{**vars(PLAN), "steps": args.steps}), args.work / "dit.train.pt")
+    weights = train(model, loss, replace(PLAN, steps=args.steps), args.work / "dit.train.pt")
     save_file(weights, args.work / "dit.safetensors")
     (args.work / "dit.json").write_text(json.dumps({"model_type": model.config.model_type, **sizes.DIT}))
 

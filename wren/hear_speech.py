@@ -36,6 +36,7 @@ class Speech:
 
     def __init__(self, work: Path, bf16: bool) -> None:
         self.codebook = load_file(work / "codes" / "codebook.safetensors")
+        self.neighbours = codes.neighbours(self.codebook)
         self.voices = torch.load(work / "spk_dict.pt")
         self.vocoder = vocoder.load(work)
         self.dit = dit.load(work) if (work / "dit.safetensors").exists() else None
@@ -52,16 +53,20 @@ class Speech:
                 codes.decode(codes.encode(reply.mel, self.codebook), self.codebook)
             ),
         }
-        return found | ({"its codes through the DiT": self.spoken} if self.dit else {})
+        if self.dit:
+            found["its codes through the DiT"] = self.spoken
+            found["a tenth of them confused"] = lambda reply: self.spoken(reply, share=0.1)
+        return found
 
     def sound(self, mel: Tensor) -> Sound:
         """[n, 80] -> [240 n], as the class's forward gives it but for its clamp"""
         return vocoder.vocode(self.vocoder, mel[None])[0].numpy()
 
-    def spoken(self, reply: corpus.Reply) -> Sound:
-        """By transformers' own sampler, with its defaults."""
+    def spoken(self, reply: corpus.Reply, share: float = 0) -> Sound:
+        """By transformers' own sampler, with its defaults; a share of the codes is replaced by similar ones."""
         assert self.dit is not None
-        said = codes.encode(reply.mel, self.codebook)
+        draw = np.random.default_rng(len(reply.mel))
+        said = codes.blur(codes.encode(reply.mel, self.codebook), share, self.neighbours, draw)
         voice = self.voices[reply.voice]
         torch.manual_seed(len(said))
         mel = self.dit.sample(voice["cond"], voice["ref_mel"], said[None])

@@ -30,7 +30,7 @@ from wren import sizes
 Sound = NDArray[np.float32]
 
 FLITE_RATE = 16000
-LEVEL = 0.08  # RMS of the loud samples
+LEVEL = 0.1  # RMS of the loud samples
 PEAK = 0.9  # no sample is louder: nothing clips
 SILENCE_BEFORE, SILENCE_AFTER = 0.04, 0.08  # seconds that stay
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -114,7 +115,7 @@ def main() -> None:
         value = loss_of(vocode(model, mel), sound)
         return value, value.item()
 
-    weights = train(model, loss, Plan(**{**vars(PLAN), "steps": args.steps}), args.work / "bigvgan.train.pt")
+    weights = train(model, loss, replace(PLAN, steps=args.steps), args.work / "bigvgan.train.pt")
     save_file(weights, args.work / "bigvgan.safetensors")
     (args.work / "bigvgan.json").write_text(json.dumps({"model_type": model.config.model_type, **sizes.BIGVGAN}))
 
