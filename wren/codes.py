@@ -20,7 +20,6 @@ from torch import Tensor
 
 from wren import corpus, sizes
 
-REPLIES = 2500  # of each voice, that the codebook is made of
 COMPONENTS = 48
 ROUNDS, LAST_ROUNDS = 20, 5
 SAMPLE = 80  # pairs a centre, in all but the last rounds
@@ -127,7 +126,7 @@ def main() -> None:
     (args.work / "codes").mkdir(parents=True, exist_ok=True)
     path = args.work / "codes" / "codebook.safetensors"
     if not path.exists():
-        save_file(make_codebook([r.mel for r in corpus.both_voices(args.work, "train", REPLIES)]), path)
+        save_file(make_codebook([r.mel for r in corpus.both_voices(args.work, "train", sizes.SPEECH_REPLIES)]), path)
     for voice in sizes.REPLY_VOICES:
         encode_all(args.work, voice, load_file(path))
 

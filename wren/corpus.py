@@ -26,10 +26,9 @@ class Reply:
 
 
 def replies(work: Path, voice: str, split: str, limit: int | None = None, skip: Container[str] = ()) -> Iterator[Reply]:
-    """Replies of a voice, one at a time: a fixed draw of ``limit`` of them, without the texts to skip."""
-    # by the text's own hash (the file's name): the same sentences in both voices
-    drawn = sorted((u for u in speech_data.spoken(work, voice) if u.split == split), key=lambda u: u.file)
-    for utterance in drawn[:limit]:
+    """Replies of a voice, one at a time: the first ``limit`` of a split, without the texts to skip."""
+    found = [u for u in speech_data.spoken(work, voice) if u.split == split]
+    for utterance in found[:limit]:
         if utterance.text not in skip:
             sound = speech_data.sound_of(work, utterance)
             yield Reply(utterance.text, voice, split, sound, mel_of(sound))

@@ -29,7 +29,6 @@ BATCH, FRAMES = 12, 144
 HIDDEN = 0.15  # share of examples without conditions
 BLUR = 0.2  # share of codes replaced by similar ones, at most: a talker's codes are not flite's
 REFERENCE = (80, 200)  # frames of the reference mel, a random number of them
-REPLIES = 4000  # of each voice
 
 
 def speaker_vectors() -> dict[str, Tensor]:
@@ -148,7 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    replies = corpus.both_voices(args.work, "train", REPLIES)
+    replies = corpus.both_voices(args.work, "train", sizes.SPEECH_REPLIES)
     write_voices(args.work, replies)
     examples = Examples(replies, load_file(args.work / "codes" / "codebook.safetensors"))
     model = build(examples.mean)

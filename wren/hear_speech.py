@@ -9,7 +9,6 @@ speech (chance). A figure counts as long as these two are far apart. Results go 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wren import codes, corpus, dit, sizes, snake, vocoder
+from wren import codes, corpus, dit, sizes, snake, vocoder, world
 from wren.ear import Ear
 from wren.mel import mel_of
 
@@ -126,7 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     snake.install()
-    ear, speech = Ear(importlib.import_module("wren.world").grammar()), Speech(args.work, args.bf16)
+    ear, speech = Ear(world.grammar()), Speech(args.work, args.bf16)
     seen = {v: [r.mel for r in corpus.replies(args.work, v, "train", SEEN)] for v in sizes.REPLY_VOICES}
     voice_of = VoiceClassifier(seen)
     results: dict[str, dict[str, float]] = {}

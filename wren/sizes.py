@@ -23,9 +23,11 @@ WORK = Path(".work/wren")
 
 # Voices of replies: name as in Qwen2.5-Omni -> flite's voice.
 REPLY_VOICES = {"Chelsie": "slt", "Ethan": "rms"}
+# Sentences of each voice that vocoder, codebook and DiT are trained with: the first of the world. The talker has all.
+SPEECH_REPLIES = 3000
 # Voices that ask: a Scottish man and an American woman. `rms` and `kal16` are never heard in training.
 QUESTION_VOICES = ("awb", "slt")
-QUESTION_SPEEDS = (0.85, 1.0, 1.2)
+QUESTION_SPEEDS: tuple[float, ...] = (0.85, 1.0, 1.2)  # one for each sentence and voice
 
 # Sound of a reply. A code is two mel frames: 20 ms.
 RATE = 24000

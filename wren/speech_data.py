@@ -1,17 +1,16 @@
-"""Sentences spoken by flite: replies in two voices at 24 kHz, questions in others at 16 kHz and several speeds.
+"""Sentences spoken by flite: replies in two voices at 24 kHz, questions in two at 16 kHz and several speeds.
 
 Every utterance is a file of its own, named by its text and speed, and a line of its voice's index (formats: sizes.py).
 What is there is not spoken again, so a run that stopped goes on, and a wider world only adds.
 
-    python -m wren.speech_data replies [--work DIR] [--sentences FILE]
-    python -m wren.speech_data questions [--work DIR] [--sentences FILE]
+    python -m wren.speech_data replies [--work DIR]
+    python -m wren.speech_data questions [--work DIR]
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import subprocess
 import tempfile
@@ -25,13 +24,14 @@ import soundfile  # type: ignore[import-untyped]
 import soxr  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from wren import sizes
+from wren import sizes, world
 
 Sound = NDArray[np.float32]
 
 FLITE_RATE = 16000
 LEVEL = 0.1  # RMS of the loud samples
 PEAK = 0.9  # no sample is louder: nothing clips
+CHUNK = 1000  # sentences of one voice, before the next voice speaks as many
 SILENCE_BEFORE, SILENCE_AFTER = 0.04, 0.08  # seconds that stay
 
 
@@ -135,22 +135,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["replies", "questions"])
     parser.add_argument("--work", type=Path, default=sizes.WORK)
-    parser.add_argument("--sentences", type=Path, help="lines of FILE for training, instead of the world's sentences")
     args = parser.parse_args()
-    if args.sentences:
-        sentences = [(line, "train") for line in args.sentences.read_text().splitlines()]
-    else:
-        world = importlib.import_module("wren.world")
-        of = world.reply_sentences if args.what == "replies" else world.question_sentences
-        # the rarer held-out sentences first: whatever a run reaches can be evaluated
-        sentences = [(text, split) for split in ("held_out", "train") for text in of(split)]
     if args.what == "replies":
-        for voice, flite_voice in sizes.REPLY_VOICES.items():
-            speak_all(args.work, voice, flite_voice, ((t, s, 1.0) for t, s in sentences), sizes.RATE)
+        train, held_out = (world.reply_sentences(split) for split in ("train", "held_out"))
+        voices, speeds, rate = sizes.REPLY_VOICES, (1.0,), sizes.RATE
     else:
-        for voice in sizes.QUESTION_VOICES:
-            every = ((t, s, speed) for t, s in sentences for speed in sizes.QUESTION_SPEEDS)
-            speak_all(args.work, voice, voice, every, sizes.QUESTION_RATE)
+        train, held_out = (world.question_sentences(split) for split in ("train", "held_out"))
+        train = [*world.clip_words(), *train]
+        voices = {voice: voice for voice in sizes.QUESTION_VOICES}
+        speeds, rate = sizes.QUESTION_SPEEDS, sizes.QUESTION_RATE
+    # what the speech parts are trained with and heard by comes first, so that they need not wait for the rest
+    first = sizes.SPEECH_REPLIES
+    sentences = [(t, "train") for t in train[:first]] + [(t, "held_out") for t in held_out]
+    sentences += [(t, "train") for t in train[first:]]
+    for at in range(0, len(sentences), CHUNK):
+        for voice, flite_voice in voices.items():
+            some = [(text, split, speed_of(text, voice, speeds)) for text, split in sentences[at : at + CHUNK]]
+            speak_all(args.work, voice, flite_voice, some, rate)
+
+
+def speed_of(text: str, voice: str, speeds: tuple[float, ...]) -> float:
+    """One of the speeds, by the text's hash: each sentence is spoken at one speed by each voice."""
+    digest = hashlib.blake2s(f"{voice} {text}".encode(), digest_size=4).digest()
+    return speeds[int.from_bytes(digest, "little") % len(speeds)]
 
 
 if __name__ == "__main__":

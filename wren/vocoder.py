@@ -26,7 +26,6 @@ from wren.training import Plan, train
 
 PLAN = Plan(steps=6000, peak=1.5e-3, floor=0.05, betas=(0.8, 0.99), clip=2.0, average=0.995)
 BATCH, FRAMES = 4, 32
-REPLIES = 2500  # of each voice
 
 
 def build() -> Qwen2_5OmniToken2WavBigVGANModel:
@@ -108,7 +107,7 @@ def main() -> None:
     torch.manual_seed(0)
     snake.install()
     model, loss_of = build(), SpectralLoss()
-    crops = corpus.Crops(corpus.both_voices(args.work, "train", REPLIES), FRAMES, seed=0)
+    crops = corpus.Crops(corpus.both_voices(args.work, "train", sizes.SPEECH_REPLIES), FRAMES, seed=0)
 
     def loss(step: int) -> tuple[Tensor, float]:
         mel, sound = batch(crops, step)
