@@ -23,6 +23,7 @@ WORK = Path(".work/wren")
 
 # Voices of replies: name as in Qwen2.5-Omni -> flite's voice.
 REPLY_VOICES = {"Chelsie": "slt", "Ethan": "rms"}
+REPLY_SPEEDS: tuple[float, ...] = (1.0,)
 # Sentences of each voice that vocoder, codebook and DiT are trained with: the first of the world. The talker has all.
 SPEECH_REPLIES = 3000
 # Voices that ask: a Scottish man and an American woman. `rms` and `kal16` are never heard in training.

@@ -10,6 +10,7 @@ What is there is not spoken again, so a run that stopped goes on, and a wider wo
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import subprocess
@@ -94,7 +95,7 @@ def spoken(work: Path, voice: str) -> list[Utterance]:
     index = work / "speech" / voice / "index.jsonl"
     if not index.exists():
         return []
-    # a line that a stopped run left half written has no end
+    # the last line may be half written yet: it has no end
     return [Utterance(**json.loads(line)) for line in index.read_text().splitlines(True) if line.endswith("\n")]
 
 
@@ -104,31 +105,26 @@ def sound_of(work: Path, utterance: Utterance) -> NDArray[np.int16]:
 
 
 def speak_all(work: Path, voice: str, flite_voice: str, sentences: Iterable[tuple[str, str, float]], rate: int) -> None:
-    """Speak every (text, split, speed) that is not yet in ``speech/VOICE``."""
+    """Speak every (text, split, speed) that is not yet in ``speech/VOICE``. One process at a time may."""
     folder = work / "speech" / voice
     folder.mkdir(parents=True, exist_ok=True)
-    done = spoken(work, voice)
-    write_index(folder / "index.jsonl", done)
-    there = {(u.text, u.speed) for u in done}
-    todo = [s for s in dict.fromkeys(sentences) if (s[0], s[2]) not in there]
-    begin = time.monotonic()
-    with (folder / "index.jsonl").open("a") as index:
+    with (folder / "index.jsonl").open("a+b") as index:
+        fcntl.flock(index, fcntl.LOCK_EX)
+        index.seek(0)
+        index.truncate(index.read().rfind(b"\n") + 1)  # a stopped run may have left half a line
+        there = {(u.text, u.speed) for u in spoken(work, voice)}
+        todo = [s for s in dict.fromkeys(sentences) if (s[0], s[2]) not in there]
+        begin = time.monotonic()
         for number, (text, split, speed) in enumerate(todo, 1):
             name = hashlib.blake2s(f"{speed} {text}".encode(), digest_size=8).hexdigest() + ".flac"
             sound = speak(text, flite_voice, speed, rate)
             soundfile.write(folder / name, np.round(sound * 32767).astype(np.int16), rate)
-            index.write(json.dumps(asdict(Utterance(text, voice, speed, split, name, len(sound), rate))) + "\n")
+            line = asdict(Utterance(text, voice, speed, split, name, len(sound), rate))
+            index.write(json.dumps(line).encode() + b"\n")
             index.flush()
             if number % 500 == 0 or number == len(todo):
                 left = (time.monotonic() - begin) / number * (len(todo) - number)
                 print(f"{voice}: {number} of {len(todo)} spoken, {left / 60:.1f} min left", flush=True)
-
-
-def write_index(path: Path, utterances: list[Utterance]) -> None:
-    """The whole lines of an index again, so that the next one starts on a new line."""
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(asdict(u)) + "\n" for u in utterances))
-    part.replace(path)
 
 
 def main() -> None:
@@ -138,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "replies":
         train, held_out = (world.reply_sentences(split) for split in ("train", "held_out"))
-        voices, speeds, rate = sizes.REPLY_VOICES, (1.0,), sizes.RATE
+        voices, speeds, rate = sizes.REPLY_VOICES, sizes.REPLY_SPEEDS, sizes.RATE
     else:
         train, held_out = (world.question_sentences(split) for split in ("train", "held_out"))
         train = [*world.clip_words(), *train]
