@@ -13,8 +13,7 @@ from pathlib import Path
 
 from omniport.export.evaluation.transformers_rival import TransformersRival
 from omniport.runtime.bench.benchmark import bench
-from omniport.runtime.bench.compare import BAND, changes
-from omniport.runtime.bench.results import read_report
+from omniport.runtime.bench.results import BAND, changes, read_report
 from omniport.runtime.system.host import physical_cores
 
 from benchmarks.harness import RESULTS, command_line

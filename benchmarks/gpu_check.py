@@ -97,7 +97,7 @@ def check_backend(bundle: Path, checkpoint: Path, backend: str, target: Target |
         opened = Bundle.open(bundle)
         row["runs_as"] = (made := open_backend(backend, opened)).name
         row["decode"] = {name: decode_rate(opened, made, name, target, plan) for name in ("thinker", "talker")}
-        row["work_on_host"] = {k: len(v) for k, v in getattr(made, "host_nodes", {}).items()}
+        row["work_on_host"] = {k: len(v) for k, v in made.host_nodes.items()}
         made.close()
         row["reply"] = speech_times(bundle, backend, plan)
     except (BackendError, BuildError) as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -77,9 +78,14 @@ class Graph(ABC):
 
 
 class Backend(ABC):
-    """Loads graphs of one bundle."""
+    """Loads graphs of one bundle.
+
+    Attributes:
+        host_nodes: (operator, name) of nodes that a GPU has no kernel for, by loaded graph.
+    """
 
     name: str
+    host_nodes: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType({})
 
     @abstractmethod
     def graph(self, name: str) -> Graph:
@@ -108,6 +114,7 @@ class BackendWrapper(Backend):
     def __init__(self, inner: Backend) -> None:
         self.name = inner.name
         self.inner = inner
+        self.host_nodes = inner.host_nodes
 
     def graph(self, name: str) -> Graph:
         return self.inner.graph(name)

@@ -20,6 +20,7 @@ class CompositeBackend(Backend):
 
     def __init__(self, engines: Backend, held: Collection[str], others: Backend) -> None:
         self.name = f"{engines.name} ({', '.join(held)}) + {others.name}"
+        self.host_nodes = others.host_nodes  # an engine runs on the GPU alone
         self._engines, self._held, self._others = engines, held, others
 
     def graph(self, name: str) -> Graph:

@@ -18,9 +18,8 @@ from ..system.host import physical_cores, resident_memory
 from ..system.progress import Progress
 from .reply_timing import measure_reply
 from .results import REPLY, BenchReport, Figure, Machine, StageResult, Work, measured_parts
-from .roofline import environment, measure_machine
+from .roofline import CLOCKS, Clock, alternate, environment, measure_machine, ratio_of, spread
 from .solvers import measure_solvers
-from .timing import CLOCKS, Clock, alternate, ratio_of, spread
 from .work import Profile, profile_run, weight_bytes
 from .workloads import Job, Rival, Sizes, stage_jobs
 
@@ -47,7 +46,7 @@ def bench(
         rival: opens what each stage is measured beside.
         sizes: of inputs. rounds: of each figure; whole replies are measured in fewer.
         threads: of one operator, for both; the physical cores if None.
-        clock: of `omniport.runtime.bench.timing.CLOCKS`; ``cpu`` goes with one thread.
+        clock: of `omniport.runtime.bench.roofline.CLOCKS`; ``cpu`` goes with one thread.
         progress: called with what is measured, and the number of stages done and in all.
 
     Raises:

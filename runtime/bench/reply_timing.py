@@ -19,7 +19,7 @@ from ..speech.ode import with_method
 from ..speech.ode_methods import Solver
 from ..speech.windows import Window
 from .results import Figure, Timing
-from .timing import spread
+from .roofline import spread
 from .workloads import Rival, Sizes
 
 QUESTION = "Tell me in a few sentences what you can hear and see, and how you answer."

@@ -7,6 +7,7 @@ benchmarks can be made in pieces; what a stage is judged by was therefore measur
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,9 @@ SCHEMA = 1
 
 #: the stage that measures a whole spoken reply
 REPLY = "reply"
+
+#: ratios of one run differ by as much between runs on a shared machine of two cores
+BAND = 0.25
 
 
 def measured_parts() -> dict[str, Part]:
@@ -214,3 +218,42 @@ def write_report(path: Path, report: BenchReport) -> None:
         UsageError: the folder is missing or cannot be written.
     """
     write_output(path, encode_report(report))
+
+
+@dataclass(frozen=True)
+class Change:
+    """One ratio, then and now: ``times as fast`` or ``share`` of the roofline."""
+
+    stage: str
+    name: str
+    what: str
+    before: float
+    now: float
+    band: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it lost less than the noise."""
+        return self.now >= self.before * (1 - self.band)
+
+
+def changes(before: BenchReport, now: BenchReport, band: float = BAND) -> list[Change]:
+    """Ratios that both have. Times are not compared: they are another machine's, or another hour's."""
+    rows = []
+    for stage, result in now.stages.items():
+        for figure in result.figures:
+            try:
+                known = before.figure(stage, figure.name)
+            except KeyError:
+                continue
+            for what, (then, today) in _ratios(known, figure).items():
+                if then is not None and today is not None:
+                    rows.append(Change(stage, figure.name, what, then, today, band))
+    return rows
+
+
+def _ratios(before: Figure, now: Figure) -> dict[str, tuple[float | None, float | None]]:
+    """Where there is a reference, it is the yardstick: it feels the same neighbours."""
+    if before.faster is not None and now.faster is not None:
+        return {"times as fast": (before.faster.median, now.faster.median)}
+    return {"share of the roofline": (before.share, now.share)}

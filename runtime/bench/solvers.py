@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..speech.ode import solve, with_method
 from ..speech.ode_methods import METHODS
 from .results import Figure
-from .timing import Clock, alternate, spread
+from .roofline import Clock, alternate, spread
 from .workloads import Sizes
 
 

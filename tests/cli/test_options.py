@@ -11,7 +11,7 @@ from omniport.cli.main import app
 from omniport.export.graphs.lowering import OPSETS
 from omniport.export.models.registry import PRECISIONS
 from omniport.runtime.backends import BACKENDS
-from omniport.runtime.bench.timing import CLOCKS
+from omniport.runtime.bench.roofline import CLOCKS
 from omniport.runtime.bundle.manifest import KV_FORMS
 from omniport.runtime.bundle.recipes import RECIPES
 from omniport.runtime.speech.ode_methods import METHODS

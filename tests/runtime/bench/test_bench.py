@@ -12,9 +12,8 @@ import pytest
 from omniport.cli.main import app
 from omniport.export.evaluation.transformers_rival import TransformersRival
 from omniport.runtime.bench.benchmark import bench
-from omniport.runtime.bench.compare import changes
-from omniport.runtime.bench.results import BenchReport, merged, read_report, write_report
-from omniport.runtime.bench.timing import alternate, ratio_of
+from omniport.runtime.bench.results import BenchReport, changes, merged, read_report, write_report
+from omniport.runtime.bench.roofline import alternate, ratio_of
 from omniport.runtime.bench.work import read_profile
 from omniport.runtime.bench.workloads import Sizes
 from omniport.runtime.bundle.reader import Bundle
