@@ -31,7 +31,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
 from omniport.runtime.system.progress import Say
 
-from benchmarks.decoding import FixedTokens
+from benchmarks.fixed_tokens import FixedTokens
 from benchmarks.harness import RESULTS, command_line
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")

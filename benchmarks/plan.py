@@ -28,7 +28,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.session import OmniSession
 from omniport.runtime.system.host import cpu_name, resident_memory, usable_cpus
 
-from benchmarks.decoding import FixedTokens
+from benchmarks.fixed_tokens import FixedTokens
 from benchmarks.harness import command_line, own_process, record, table
 
 CONTEXT = 2048

@@ -25,7 +25,7 @@ from omniport.runtime.backends.onnxruntime.backend import OrtBackend, import_onn
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.system.host import cpu_name, physical_cores
 
-from benchmarks.decoding import FixedTokens
+from benchmarks.fixed_tokens import FixedTokens
 from benchmarks.harness import command_line, record, table
 from benchmarks.speech_loss import measure_speech
 
