@@ -84,3 +84,34 @@ BIGVGAN: dict[str, Any] = {
     "resblock_kernel_sizes": [3, 7],
     "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
 }
+
+# Text: regular tokens of the tokenizer, and rows of the thinker's tables (control tokens and voices come behind).
+REGULAR_TOKENS, TEXT_TABLE = 1100, 1280
+
+THINKER: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "mrope_section": [4, 6, 6],
+    "rope_theta": 10000.0,
+}
+AUDIO: dict[str, Any] = {"d_model": 128, "encoder_attention_heads": 4, "encoder_ffn_dim": 512, "encoder_layers": 3}
+VISION: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_heads": 3,
+    "fullatt_block_indexes": [0, 2],
+}
+TALKER: dict[str, Any] = {
+    "hidden_size": 160,
+    "intermediate_size": 448,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "mrope_section": [4, 6, 6],
+    "rope_theta": 10000.0,
+}

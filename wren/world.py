@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -369,31 +369,33 @@ TRAINED_REPLIES, TRAINED_QUESTIONS, HELD_OUT = 12000, 5000, 1000
 
 def reply_sentences(split: Split) -> list[str]:
     """Answers that are spoken: 12,000 for training; 1,000 that are none of these."""
-    return _sentences(split, TRAINED_REPLIES, KINDS, lambda question: question.answer)
+    return [q.answer for q in _drawn(split, TRAINED_REPLIES, KINDS, lambda q: q.answer)]
+
+
+def spoken_questions(split: Split) -> list[Question]:
+    """Questions that are heard: 5,000 for training; 1,000 of held-out combinations that are none of these."""
+    return _drawn(split, TRAINED_QUESTIONS, ("spoken", "spoken", "picture_spoken"), lambda q: q.asked)
 
 
 def question_sentences(split: Split) -> list[str]:
-    """Questions that are spoken: 5,000 for training, 1,000 of held-out combinations that are none of these."""
-    return _sentences(split, TRAINED_QUESTIONS, ("spoken", "spoken", "picture_spoken"), lambda question: question.asked)
+    """What is said to Wren: the questions that are heard, and the words of clips."""
+    return (list(WORDS) if split == "train" else []) + [q.asked for q in spoken_questions(split)]
 
 
-def clip_words() -> tuple[str, ...]:
-    """Words that are said in clips."""
-    return WORDS
+def _drawn(split: Split, count: int, kinds: tuple[Kind, ...], text: Callable[[Question], str]) -> list[Question]:
+    """Questions whose texts are all different, and for the held-out ones not among those of training."""
 
-
-def _sentences(split: Split, count: int, kinds: tuple[Kind, ...], text: Callable[[Question], str]) -> list[str]:
-    def some(which: Split, n: int, without: frozenset[str] = frozenset()) -> dict[str, None]:
-        draw, found, tried = np.random.default_rng(5 if which == "train" else 6), dict[str, None](), 0
+    def some(which: Split, n: int, without: Container[str] = ()) -> dict[str, Question]:
+        draw, found, tried = np.random.default_rng(5 if which == "train" else 6), dict[str, Question](), 0
         while len(found) < n and tried < 40 * n:
             tried += 1
-            said = text(draw_question(kinds[tried % len(kinds)], draw, which))
-            if said not in without:
-                found[said] = None
+            question = draw_question(kinds[tried % len(kinds)], draw, which)
+            if text(question) not in without:
+                found[text(question)] = question
         return found
 
     trained = some("train", count)
-    return list(trained if split == "train" else some("held_out", HELD_OUT, frozenset(trained)))
+    return list((trained if split == "train" else some("held_out", HELD_OUT, trained)).values())
 
 
 def words(text: str) -> list[str]:

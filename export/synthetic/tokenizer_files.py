@@ -9,7 +9,7 @@ here on the sentences below: small, but with the real control strings and a real
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,14 @@ def control_ids(first: int, reverse: bool) -> dict[str, int]:
     return {token: first + i for i, token in enumerate(order)}
 
 
-def train_tokenizer(regular_tokens: int, real_ids: bool) -> SyntheticTokenizer:
+def train_tokenizer(regular_tokens: int, real_ids: bool, sentences: Iterable[str] = ()) -> SyntheticTokenizer:
     """Train the BPE.
 
     Args:
         regular_tokens: vocabulary size before control tokens.
         real_ids: put control tokens at Qwen2.5-Omni's ids (padding the vocabulary up to them); otherwise right
             after the regular ones, in reverse order.
+        sentences: to train on, besides the module's own.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -118,7 +119,7 @@ def train_tokenizer(regular_tokens: int, real_ids: bool) -> SyntheticTokenizer:
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(_CORPUS.strip().splitlines(), trainer)
+    tokenizer.train_from_iterator([*_CORPUS.strip().splitlines(), *sentences], trainer)
     document: dict[str, Any] = json.loads(tokenizer.to_str())
     vocab: dict[str, int] = document["model"]["vocab"]
     trained = len(vocab)

@@ -1,0 +1,90 @@
+"""The files of Wren's checkpoint: configuration, tokenizer, processor, chat template, and weights in BF16."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omniport.export.bundle_parts import base_manifest
+from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.checkpoint.frontends import SPEECH_PROMPT
+from omniport.export.export_options import ExportOptions
+from omniport.export.synthetic.geometries import Size, checkpoint_config
+from omniport.export.synthetic.make_checkpoint import hub_key
+from omniport.export.synthetic.tokenizer_files import SyntheticTokenizer, train_tokenizer, write_text_files
+from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.speech.ode import rk4_schedule
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, Qwen2_5OmniForConditionalGeneration
+
+from wren import sizes, world
+
+OTHER_PROMPT = "You are a helpful assistant."
+FOLDER = "frame"  # below the work folder: the checkpoint before training
+
+
+@functools.cache
+def tokenizer() -> SyntheticTokenizer:
+    """Byte-level BPE of Qwen2's construction, in which nearly every word of the world is one token."""
+    draw = np.random.default_rng(1)
+    texts = [SPEECH_PROMPT, OTHER_PROMPT, "user assistant system"] * 200
+    for number in range(6000):
+        question = world.draw_question(world.KINDS[number % len(world.KINDS)], draw, "train")
+        texts += [question.asked, question.answer]
+    return train_tokenizer(sizes.REGULAR_TOKENS, False, texts)
+
+
+def config() -> dict[str, Any]:
+    """config.json, with every key that the published checkpoints have."""
+    size = Size(
+        regular_tokens=sizes.REGULAR_TOKENS,
+        real_ids=False,
+        vocab_size=sizes.TEXT_TABLE,
+        tts_end=sizes.TEXT_TABLE,
+        shard_bytes=1 << 30,
+        wave_gain=0.0,
+        text=sizes.THINKER,
+        audio=sizes.AUDIO,
+        vision=sizes.VISION,
+        talker=sizes.TALKER,
+        dit=sizes.DIT,
+        vocoder_channels=0,
+    )
+    made = checkpoint_config(size, tokenizer())
+    made["token2wav_config"]["bigvgan_config"] |= sizes.BIGVGAN
+    return made
+
+
+def write_files(folder: Path) -> None:
+    """Write all that holds no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config(), indent=2) + "\n")
+    write_text_files(folder, tokenizer())
+
+
+def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the state of transformers' whole model in BF16, under the names that published checkpoints have."""
+    tensors = {hub_key(name): value.to(torch.bfloat16).contiguous() for name, value in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def folder(work: Path) -> Path:
+    """The checkpoint with untrained weights; made if it is not there."""
+    made = work / FOLDER
+    if not (made / "model.safetensors").exists():
+        write_files(made)
+        torch.manual_seed(0)
+        model = Qwen2_5OmniForConditionalGeneration(AutoConfig.from_pretrained(made))
+        write_weights(made, model.state_dict())
+    return made
+
+
+def manifest(work: Path) -> Manifest:
+    """What the runtime lays prompts out by."""
+    return base_manifest(Checkpoint.open(folder(work)), ExportOptions(), rk4_schedule(), ())

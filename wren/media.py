@@ -1,0 +1,103 @@
+"""Pictures and clips of the world, drawn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from wren import sizes
+from wren.world import MOVES, Clip, Draw, Picture
+
+Pixels = NDArray[np.uint8]
+
+PICTURE = 112  # pixels a side: 16 tokens
+FRAME = 336  # of a clip: Qwen2.5-Omni enlarges smaller videos
+CLIP_SECONDS = 2.0
+CLIP_FPS = 8  # frames that a clip's file has a second
+
+RGB = {
+    "red": (220, 30, 30),
+    "blue": (40, 60, 230),
+    "green": (30, 165, 60),
+    "yellow": (245, 220, 40),
+    "purple": (130, 45, 175),
+    "white": (250, 250, 250),
+    "orange": (245, 135, 20),
+    "pink": (250, 150, 195),
+}
+GROUNDS = ((15, 15, 20), (55, 55, 60), (95, 95, 100))
+
+
+def picture(scene: Picture, draw: Draw) -> Pixels:
+    """uint8 [112, 112, 3]: size, place and tint of the shapes vary, their order does not."""
+    canvas, brush = _canvas(draw, PICTURE)
+    count = len(scene.shapes)
+    for i, (colour, shape) in enumerate(scene.shapes):
+        cell = PICTURE / count
+        radius = draw.uniform(0.3, 0.45) * min(cell, 0.6 * PICTURE)
+        along = (i + 0.5) * cell + draw.uniform(-0.8, 0.8) * (cell / 2 - radius)
+        across = PICTURE / 2 + draw.uniform(-0.8, 0.8) * (PICTURE / 2 - radius)
+        x, y = (across, along) if scene.column else (along, across)
+        _shape(brush, shape, _tint(colour, draw), x, y, radius)
+    return np.asarray(canvas)
+
+
+def clip(scene: Clip, draw: Draw, times: NDArray[np.float64]) -> Pixels:
+    """uint8 [F, 336, 336, 3] at ``times`` [F], seconds from the clip's start."""
+    radius = draw.uniform(0.13, 0.2) * FRAME
+    ground, start = int(draw.integers(len(GROUNDS))), draw.uniform(-0.05, 0.05, 2) * FRAME
+    first = _tint(scene.colour, draw)
+    second = first if scene.change in MOVES else _tint(scene.change, draw)
+    turn = draw.uniform(0.8, 1.2)
+    reach = FRAME / 2 - radius - 0.06 * FRAME
+    across, down = {MOVES[0]: (-1, 0), MOVES[1]: (1, 0), MOVES[2]: (0, -1), MOVES[3]: (0, 1)}.get(scene.change, (0, 0))
+    frames = []
+    for time in times:
+        way = 2 * min(1.0, time / CLIP_SECONDS) - 1
+        canvas = Image.new("RGB", (FRAME, FRAME), GROUNDS[ground])
+        x, y = FRAME / 2 + start[0] + across * way * reach, FRAME / 2 + start[1] + down * way * reach
+        _shape(ImageDraw.Draw(canvas), scene.shape, first if time < turn else second, x, y, radius)
+        frames.append(np.asarray(canvas))
+    return np.stack(frames)
+
+
+def clip_sound(word: NDArray[np.float32], draw: Draw) -> NDArray[np.float32]:
+    """float32 [n] at 16 kHz, as long as the clip: the word somewhere in it."""
+    sound = np.zeros(round(CLIP_SECONDS * sizes.QUESTION_RATE), np.float32)
+    word = word[: len(sound)]
+    at = int(draw.integers(len(sound) - len(word) + 1))
+    sound[at : at + len(word)] = word
+    return sound
+
+
+def _canvas(draw: Draw, side: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    canvas = Image.new("RGB", (side, side), GROUNDS[int(draw.integers(len(GROUNDS)))])
+    return canvas, ImageDraw.Draw(canvas)
+
+
+def _tint(colour: str, draw: Draw) -> tuple[int, int, int]:
+    red, green, blue = (max(0, min(255, value + int(draw.integers(-12, 13)))) for value in RGB[colour])
+    return red, green, blue
+
+
+def _shape(brush: ImageDraw.ImageDraw, shape: str, fill: tuple[int, int, int], x: float, y: float, r: float) -> None:
+    if shape == "circle":
+        brush.ellipse([x - r, y - r, x + r, y + r], fill=fill)
+        return
+    if shape == "heart":
+        angles = np.linspace(0, 2 * math.pi, 40)
+        across = 16 * np.sin(angles) ** 3
+        down = -(13 * np.cos(angles) - 5 * np.cos(2 * angles) - 2 * np.cos(3 * angles) - np.cos(4 * angles))
+        corners = [(x + r * a / 17, y + r * d / 17) for a, d in zip(across, down, strict=True)]
+    elif shape == "star":
+        points = [(r if i % 2 == 0 else 0.42 * r, i * math.pi / 5) for i in range(10)]
+        corners = [(x + length * math.sin(a), y - length * math.cos(a)) for length, a in points]
+    elif shape == "triangle":
+        corners = [(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)]
+    else:
+        half = 0.85 * r
+        corners = [(x - half, y - half), (x + half, y - half), (x + half, y + half), (x - half, y + half)]
+    brush.polygon(corners, fill=fill)

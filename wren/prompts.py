@@ -1,0 +1,139 @@
+"""Conversations as the thinker reads them, laid out by the product's own runtime: ids, TMRoPE positions, media.
+
+So what Wren is trained on is what the runtime gives it, token for token; that the runtime's prompts are those of
+transformers' processor is the runtime's own tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omniport.runtime.media.image import VisionInput, image_input, video_input
+from omniport.runtime.media.log_mel import audio_tokens, log_mel
+from omniport.runtime.prompt import chat_template
+from omniport.runtime.prompt.builder import Media
+from omniport.runtime.prompt.positions import Layout, SoundVideo, grid_positions, video_times
+from omniport.runtime.prompt.tokenizer import TextCodec
+from torch import Tensor
+from torch.nn import functional
+
+from wren import frame
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A question and its answer, ready to be laid out.
+
+    Attributes:
+        text: the question; empty if it is spoken.
+        sound: of the question, float32 [n] at 16 kHz.
+        picture: uint8 [h, w, 3].
+        clip: frames uint8 [F, h, w, 3] and sound float32 [n] at 16 kHz.
+    """
+
+    text: str
+    answer: str
+    sound: Floats | None = None
+    picture: NDArray[np.uint8] | None = None
+    clip: tuple[NDArray[np.uint8], Floats] | None = None
+
+
+@dataclass(eq=False)
+class Laid:
+    """A conversation of tokens [S]; ``answers`` are the spans that the model has to say, each with its end."""
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    answers: list[slice]
+    mels: list[Floats] = field(default_factory=list)
+    pictures: list[VisionInput] = field(default_factory=list)
+    clips: list[VisionInput] = field(default_factory=list)
+
+
+class Prompts:
+    """Lays out conversations."""
+
+    def __init__(self, work: Path) -> None:
+        self.manifest = frame.manifest(work)
+        self.codec = TextCodec.from_file(frame.folder(work) / "tokenizer.json", self.manifest.tokens)
+
+    def lay(self, turns: Sequence[Turn], system: str | None = None) -> Laid:
+        """Lay out turns behind a system prompt (the speech prompt if None); the last one's answer may be empty."""
+        layout = Layout(self.manifest, self.codec)
+        laid = Laid(np.zeros(0, np.int64), np.zeros((3, 0), np.int64), [])
+        chat_template.begin_message(layout, "system")
+        layout.text(system or self.manifest.chat.system_prompt)
+        chat_template.end_message(layout)
+        for turn in turns:
+            chat_template.begin_message(layout, "user")
+            self._media(layout, turn, laid)
+            layout.text(turn.text)
+            chat_template.end_message(layout)
+            chat_template.begin_reply(layout)
+            begin = layout.length
+            if turn.answer:
+                layout.text(turn.answer)
+                layout.control(self.manifest.tokens.im_end)
+                laid.answers.append(slice(begin, layout.length))
+                layout.text("\n")
+        layout.flush()
+        segment = layout.segment()
+        laid.ids, laid.positions = segment.ids, segment.positions
+        return laid
+
+    def _media(self, layout: Layout, turn: Turn, laid: Laid) -> None:
+        manifest, tokens = self.manifest, self.manifest.tokens
+        if turn.picture is not None:
+            laid.pictures.append(image_input(turn.picture, manifest.vision))
+            Media(layout).image(laid.pictures[-1])
+        if turn.clip is not None:
+            frames, sound = turn.clip
+            vision = video_input(frames, manifest.vision)
+            laid.clips.append(vision)
+            laid.mels.append(log_mel(sound, manifest.audio))
+            times = video_times(vision.grid_thw[0], 1.0, manifest)
+            both = SoundVideo(layout)
+            grid = grid_positions(vision.grid_thw, times, manifest.vision.merge_size)
+            both.advance(grid, None, audio_tokens(laid.mels[-1].shape[1]), ended=True)
+            both.close()
+        if turn.sound is not None:
+            laid.mels.append(log_mel(turn.sound, manifest.audio))
+            layout.control(tokens.audio_bos)
+            layout.line(np.full(audio_tokens(laid.mels[-1].shape[1]), tokens.audio))
+            layout.control(tokens.audio_eos)
+
+    def batch(self, rows: Sequence[Laid]) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs of transformers' thinker, padded on the right, and labels [B, S] (-100 where nothing is asked)."""
+        width = max(len(row.ids) for row in rows)
+        ids = torch.full((len(rows), width), self.manifest.tokens.endoftext)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        positions = torch.zeros((3, len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            n = len(row.ids)
+            ids[i, :n], mask[i, :n] = torch.from_numpy(row.ids), 1
+            positions[:, i, :n] = torch.from_numpy(row.positions)
+            for span in row.answers:
+                labels[i, span] = ids[i, span]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        mels = [torch.from_numpy(mel) for row in rows for mel in row.mels]
+        if mels:
+            longest = max(mel.shape[1] for mel in mels)
+            inputs["input_features"] = torch.stack([functional.pad(m, (0, longest - m.shape[1])) for m in mels])
+            lengths = torch.tensor([m.shape[1] for m in mels])
+            inputs["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        for name, grid, seen in (
+            ("pixel_values", "image_grid_thw", [p for row in rows for p in row.pictures]),
+            ("pixel_values_videos", "video_grid_thw", [c for row in rows for c in row.clips]),
+        ):
+            if seen:
+                patches = [np.reshape(s.patches, (-1, s.patches.shape[-1])) for s in seen]
+                inputs[name] = torch.from_numpy(np.concatenate(patches))
+                inputs[grid] = torch.tensor([s.grid_thw for s in seen])
+        return inputs, labels
