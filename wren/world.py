@@ -378,8 +378,13 @@ def spoken_questions(split: Split) -> list[Question]:
 
 
 def question_sentences(split: Split) -> list[str]:
-    """What is said to Wren: the questions that are heard, and the words of clips."""
-    return (list(WORDS) if split == "train" else []) + [q.asked for q in spoken_questions(split)]
+    """The questions that are heard."""
+    return [q.asked for q in spoken_questions(split)]
+
+
+def clip_words() -> tuple[str, ...]:
+    """Words that are said in clips."""
+    return WORDS
 
 
 def _drawn(split: Split, count: int, kinds: tuple[Kind, ...], text: Callable[[Question], str]) -> list[Question]:
