@@ -196,7 +196,7 @@ def main() -> None:
         draw = np.random.default_rng((1, step))
         each = [losses(model, *trained.prompts.batch(trained.rows(what, draw, n))) for what, n in ROWS.items()]
         loss = torch.cat(each).mean()
-        return loss, float(loss)
+        return loss, loss.item()
 
     plan = Plan(args.steps, 1.5e-3, decay=0.02)
     weights = train(model, loss_of, plan, args.work / "thinker.train.pt")
