@@ -48,7 +48,7 @@ def build(work: Path) -> Qwen2_5OmniThinkerForConditionalGeneration:
                     module.weight.mul_(1 / math.sqrt(2 * sizes.THINKER["num_hidden_layers"]))
                 if module.bias is not None:
                     module.bias.zero_()
-        model.get_input_embeddings().weight.normal_(0, 0.7)
+        nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.7)
         model.lm_head.weight.mul_(0.3)
     return model
 
@@ -159,7 +159,7 @@ def losses(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
 @torch.no_grad()
 def right_answers(model: Any, conversations: Conversations, count: int) -> dict[str, float]:
     """Share of questions whose whole last answer is the likeliest, by kind."""
-    shares = {}
+    shares: dict[str, float] = {}
     for kind in world.KINDS:
         draw, right = np.random.default_rng(7), 0
         for _ in range(count // 12):
