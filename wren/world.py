@@ -367,9 +367,14 @@ def _second_turn(draw: Draw, split: Split) -> Question:
 TRAINED_REPLIES, TRAINED_QUESTIONS, HELD_OUT = 12000, 5000, 1000
 
 
+def spoken_replies(split: Split) -> list[Question]:
+    """Questions whose answers are spoken: 12,000 for training; 1,000 whose answers are none of these."""
+    return _drawn(split, TRAINED_REPLIES, KINDS, lambda q: q.answer)
+
+
 def reply_sentences(split: Split) -> list[str]:
-    """Answers that are spoken: 12,000 for training; 1,000 that are none of these."""
-    return [q.answer for q in _drawn(split, TRAINED_REPLIES, KINDS, lambda q: q.answer)]
+    """The answers that are spoken."""
+    return [q.answer for q in spoken_replies(split)]
 
 
 def spoken_questions(split: Split) -> list[Question]:

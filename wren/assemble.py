@@ -1,0 +1,70 @@
+"""The checkpoint: the trained parts in one folder of the Hugging Face layout, in BF16.
+
+python -m wren.assemble [--work DIR] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from omniport.export.synthetic.geometries import TTS_FROM_END
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wren import frame, sizes, talker
+
+OUT = Path("wren/checkpoint")
+
+
+def text_to_speech_id(name: str) -> int:
+    """Row of the thinker's table that only the talker reads: a voice, ``end`` or ``pad``."""
+    return sizes.TEXT_TABLE - TTS_FROM_END[name]
+
+
+def write(
+    out: Path,
+    thinker: Mapping[str, Tensor],
+    speaker: talker.Speaker,
+    token2wav: Mapping[str, Tensor],
+    voices: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Write the checkpoint.
+
+    Args:
+        thinker: its state. token2wav: states of DiT and vocoder under their names in transformers' model.
+        voices: ``cond`` [1, 192] and ``ref_mel`` [1, n, 80] of each.
+    """
+    frame.write_files(out)
+    said, rows = speaker.published()
+    state = {f"thinker.{name}": value.clone() for name, value in thinker.items()}
+    for name, row in rows.items():
+        state["thinker.model.language_model.embed_tokens.weight"][text_to_speech_id(name)] = row
+    state |= {f"talker.{name}": value for name, value in said.items()}
+    state |= {f"token2wav.{name}": value for name, value in token2wav.items()}
+    frame.write_weights(out, state)
+    table = {name: {"bos_token": text_to_speech_id(name), **voice} for name, voice in voices.items()}
+    torch.save(table, out / "spk_dict.pt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=sizes.WORK)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    names = {"dit": "code2wav_dit_model", "bigvgan": "code2wav_bigvgan_model"}
+    token2wav = {
+        f"{name}.{key}": value
+        for part, name in names.items()
+        for key, value in load_file(args.work / f"{part}.safetensors").items()
+    }
+    voices = torch.load(args.work / "spk_dict.pt")
+    write(args.out, load_file(args.work / "thinker.safetensors"), talker.load(args.work), token2wav, voices)
+    size = sum(file.stat().st_size for file in args.out.iterdir()) / 1e6
+    print(f"{args.out}: {size:.1f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
