@@ -25,7 +25,7 @@ WORK = Path(".work/wren")
 REPLY_VOICES = {"Chelsie": "slt", "Ethan": "rms"}
 REPLY_SPEEDS: tuple[float, ...] = (1.0,)
 # Sentences of each voice that vocoder, codebook and DiT are trained with: the first of the world. The talker has all.
-SPEECH_REPLIES = 3000
+SPEECH_REPLIES = 2000
 # Voices that ask: a Scottish man and an American woman. `rms` and `kal16` are never heard in training.
 QUESTION_VOICES = ("awb", "slt")
 QUESTION_SPEEDS: tuple[float, ...] = (0.85, 1.0, 1.2)  # one for each sentence and voice

@@ -431,7 +431,7 @@ def grammar() -> str:
         "d": any_of([f"after {r[i - 1]} comes {r[i]}" for r in (DAYS, MONTHS) for i in range(len(r))])
         + " | "
         + any_of([f"before {r[i]} comes {r[i - 1]}" for r in (DAYS, MONTHS) for i in range(len(r))]),
-        "t": "( a | an ) <c> <s>",
+        "t": " | ".join(f"{a(colour)} <s>" for colour in COLOURS),
         "seen": f"the <c> <s> ( {any_of(MOVES)} ) | the <s> turns from <c> to <c>",
         "heard": f"i hear the word ( {any_of(WORDS)} )",
         "k": any_of([f"{s}s" for s in (*SHAPES, "shape")]),
