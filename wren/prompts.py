@@ -36,6 +36,7 @@ class Turn:
         sound: of the question, float32 [n] at 16 kHz.
         picture: uint8 [h, w, 3].
         clip: frames uint8 [F, h, w, 3] and sound float32 [n] at 16 kHz.
+        said: the words of the sound, or of the clip's.
     """
 
     text: str
@@ -43,16 +44,21 @@ class Turn:
     sound: Floats | None = None
     picture: NDArray[np.uint8] | None = None
     clip: tuple[NDArray[np.uint8], Floats] | None = None
+    said: str = ""
 
 
 @dataclass(eq=False)
 class Laid:
-    """A conversation of tokens [S]; ``answers`` are the spans that the model has to say, each with its end."""
+    """A conversation of tokens [S]; ``answers`` are the spans that the model has to say, each with its end.
+
+    Each sound has its mel, and the ids of the words that it says.
+    """
 
     ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     answers: list[slice]
     mels: list[Floats] = field(default_factory=list)
+    said: list[list[int]] = field(default_factory=list)
     pictures: list[VisionInput] = field(default_factory=list)
     clips: list[VisionInput] = field(default_factory=list)
 
@@ -98,6 +104,7 @@ class Prompts:
             vision = video_input(frames, manifest.vision)
             laid.clips.append(vision)
             laid.mels.append(log_mel(sound, manifest.audio))
+            laid.said.append(self.codec.encode(turn.said))
             times = video_times(vision.grid_thw[0], 1.0, manifest)
             both = SoundVideo(layout)
             grid = grid_positions(vision.grid_thw, times, manifest.vision.merge_size)
@@ -105,23 +112,27 @@ class Prompts:
             both.close()
         if turn.sound is not None:
             laid.mels.append(log_mel(turn.sound, manifest.audio))
+            laid.said.append(self.codec.encode(turn.said))
             layout.control(tokens.audio_bos)
             layout.line(np.full(audio_tokens(laid.mels[-1].shape[1]), tokens.audio))
             layout.control(tokens.audio_eos)
 
     def batch(self, rows: Sequence[Laid]) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs of transformers' thinker, padded on the right, and labels [B, S] (-100 where nothing is asked)."""
+        """Inputs of transformers' thinker and labels [B, S] (-100 where nothing is asked).
+
+        Rows are padded behind, where no token looks: they need no mask, without which attention is faster.
+        """
         width = max(len(row.ids) for row in rows)
         ids = torch.full((len(rows), width), self.manifest.tokens.endoftext)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        labels = torch.full_like(ids, -100)
         positions = torch.zeros((3, len(rows), width), dtype=torch.long)
         for i, row in enumerate(rows):
             n = len(row.ids)
-            ids[i, :n], mask[i, :n] = torch.from_numpy(row.ids), 1
+            ids[i, :n] = torch.from_numpy(row.ids)
             positions[:, i, :n] = torch.from_numpy(row.positions)
             for span in row.answers:
                 labels[i, span] = ids[i, span]
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs = {"input_ids": ids, "position_ids": positions}
         mels = [torch.from_numpy(mel) for row in rows for mel in row.mels]
         if mels:
             longest = max(mel.shape[1] for mel in mels)

@@ -2,8 +2,9 @@
 
     python -m wren.thinker [--work DIR] [--steps N]
 
-Every step takes conversations of four kinds (typed, spoken, pictures, clips), of one to four turns, and learns the
-answers alone. Every 500 steps questions that training never sees are answered, by kind.
+Every step takes conversations of four kinds (typed, spoken, pictures, clips) of many turns, and learns the answers
+alone. The audio encoder also learns to spell what it hears in the text model's own tokens. Every 250 steps questions
+that training never sees are answered, by kind.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from omniport.runtime.media.log_mel import audio_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from wren import frame, media, sizes, speech_data, world
@@ -27,9 +30,12 @@ from wren.prompts import Floats, Laid, Prompts, Turn
 from wren.training import Plan, bf16, train
 from wren.world import Draw, Kind, Question, Split
 
-STEPS = 16000
-ROWS: dict[str, int] = {"typed": 12, "spoken": 10, "picture": 10, "clip": 2}
-TEST_EVERY, TESTED = 500, 48
+STEPS = 6000
+# Conversations of a step by kind, and turns of each: many, so that most of a row is not the system prompt.
+ROWS: dict[str, int] = {"typed": 6, "spoken": 6, "picture": 8, "clip": 1}
+TURNS: dict[str, int] = {"typed": 8, "spoken": 3, "picture": 5, "clip": 4}
+SPELLING = 0.3  # share of the loss of what is heard
+TEST_EVERY, TESTED = 250, 60
 
 
 def build(work: Path) -> Qwen2_5OmniThinkerForConditionalGeneration:
@@ -79,50 +85,52 @@ class Conversations:
         heard = spoken and question.asked in self.utterances
         turn = Turn("" if heard else question.asked, question.answer)
         if heard:
-            turn = replace(turn, sound=self.sound(question.asked, draw))
+            turn = replace(turn, sound=self.sound(question.asked, draw), said=question.asked)
         if question.picture and not seen:
             turn = replace(turn, picture=media.picture(question.picture, draw))
         if question.clip and not seen:
             # where a sampler looks differs with its rule and with the file
             times = np.linspace(0, draw.uniform(1.5, 2.0), 4)
             sound = media.clip_sound(self.sound(question.clip.word, draw), draw)
-            turn = replace(turn, clip=(media.clip(question.clip, draw, times), sound))
+            turn = replace(turn, clip=(media.clip(question.clip, draw, times), sound), said=question.clip.word)
         return turn
 
     def typed(self, draw: Draw) -> list[Turn]:
         turns: list[Turn] = []
-        for _ in range(int(draw.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))):
-            kind: Kind = "second_turn" if draw.random() < 0.25 else "typed"
+        while len(turns) < TURNS["typed"]:
+            kind: Kind = "second_turn" if draw.random() < 0.2 else "typed"
             turns += self.asked(world.draw_question(kind, draw, self.split), draw, spoken=False)
         return turns
 
     def heard(self, draw: Draw) -> list[Turn]:
-        turns = [self.turn(self.spoken[int(draw.integers(len(self.spoken)))], draw, spoken=True)]
-        if draw.random() < 0.25:
-            turns += [self.turn(self.spoken[int(draw.integers(len(self.spoken)))], draw, spoken=True)]
-        return turns
+        count = TURNS["spoken"]
+        return [self.turn(self.spoken[int(i)], draw, True) for i in draw.integers(len(self.spoken), size=count)]
 
     def pictured(self, draw: Draw) -> list[Turn]:
-        """A picture and up to three questions on it."""
-        if draw.random() < 0.2:
-            return self.asked(world.draw_question("second_turn", draw, self.split), draw, spoken=False)
-        question = world.draw_question("picture", draw, self.split)
-        assert question.picture is not None
-        spoken = draw.random() < 0.5
-        turns = [self.turn(question, draw, spoken)]
-        for _ in range(int(draw.integers(3))):
-            pairs = world.picture_questions(question.picture, draw)
-            asked, answer = pairs[int(draw.integers(len(pairs)))]
-            turns.append(self.turn(replace(question, asked=asked, answer=answer), draw, spoken, seen=True))
+        """A picture and questions on it."""
+        spoken = draw.random() < 0.4
+        if draw.random() < 0.3:
+            question = world.draw_question("second_turn", draw, self.split)
+        else:
+            question = world.draw_question("picture", draw, self.split)
+        turns = self.asked(question, draw, spoken)
+        picture = question.picture or (question.first and question.first.picture)
+        while len(turns) < TURNS["picture"]:
+            if picture:
+                pairs = world.picture_questions(picture, draw)
+                asked, answer = pairs[int(draw.integers(len(pairs)))]
+                turns.append(self.turn(Question("picture", asked, answer, picture), draw, spoken, seen=True))
+            else:
+                turns += self.asked(world.draw_question("typed", draw, self.split), draw, spoken)
         return turns
 
     def shown(self, draw: Draw) -> list[Turn]:
-        """A clip and one or two questions on it."""
+        """A clip and questions on it."""
         question = world.draw_question("video", draw, self.split)
         assert question.clip is not None
         turns = [self.turn(question, draw, spoken=False)]
-        for _ in range(int(draw.integers(1, 3))):
-            pairs = world.clip_questions(question.clip)
+        pairs = world.clip_questions(question.clip)
+        for _ in range(TURNS["clip"] - 1):
             asked, answer = pairs[int(draw.integers(len(pairs)))]
             turns.append(self.turn(replace(question, asked=asked, answer=answer), draw, False, seen=True))
         return turns
@@ -147,13 +155,39 @@ class Conversations:
         return self.prompts.lay(self.asked(question, draw, spoken=kind == "picture_spoken"))
 
 
-def losses(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Cross entropy of every token of the answers, [n]."""
-    with bf16():
+class Spelling:
+    """What is heard, spelled: connectionist temporal classification over the text model's own token embeddings.
+
+    So the sound of a word comes to be what the word itself is to the text model, which then need not learn every
+    question twice. Nothing of it is in the trained model but its effect.
+    """
+
+    def __init__(self, model: Any, blank: int) -> None:
+        self.table, self.blank = model.get_input_embeddings(), blank
+        self.outputs = torch.empty(0)
+        model.model.audio_tower.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: object, output: Any) -> None:
+        self.outputs = output.last_hidden_state
+
+    def loss(self, rows: list[Laid]) -> Tensor:
+        """Of the sounds of the batch that the model has just seen."""
+        said = [torch.tensor(ids) for row in rows for ids in row.said]
+        lengths = [audio_tokens(mel.shape[1]) for row in rows for mel in row.mels]
+        scores = self.outputs.float() @ self.table.weight.T / math.sqrt(self.outputs.shape[1])
+        spelled = nn.utils.rnn.pad_sequence(list(scores.log_softmax(-1).split(lengths)))
+        counts = [len(ids) for ids in said]
+        return functional.ctc_loss(spelled, torch.cat(said), lengths, counts, self.blank, zero_infinity=True)
+
+
+def loss_of_rows(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Cross entropy of the answers' tokens."""
+    # dense attention is faster than the blockwise kernel at so few tokens
+    with bf16(), sdpa_kernel(SDPBackend.MATH):
         hidden = model.model(**inputs).last_hidden_state[:, :-1]
         wanted = labels[:, 1:]
         logits = model.lm_head(hidden[wanted >= 0])
-    return functional.cross_entropy(logits.float(), wanted[wanted >= 0], reduction="none")
+    return functional.cross_entropy(logits.float(), wanted[wanted >= 0])
 
 
 @torch.no_grad()
@@ -189,13 +223,20 @@ def main() -> None:
     torch.set_num_threads(1)
     model = build(args.work)
     trained, held_out = Conversations(args.work, "train"), Conversations(args.work, "held_out")
+    prompts = trained.prompts
+    spelling = Spelling(model, prompts.manifest.tokens.audio)
 
     def loss_of(step: int) -> tuple[Tensor, float]:
         if step % TEST_EVERY == 0 and step:
             print(f"step {step} held out:", right_answers(model, held_out, TESTED), flush=True)
         draw = np.random.default_rng((1, step))
-        each = [losses(model, *trained.prompts.batch(trained.rows(what, draw, n))) for what, n in ROWS.items()]
-        loss = torch.cat(each).mean()
+        each = []
+        for what, count in ROWS.items():
+            rows = trained.rows(what, draw, count)
+            each.append(loss_of_rows(model, *prompts.batch(rows)))
+            if any(row.said for row in rows):
+                each[-1] = each[-1] + SPELLING * spelling.loss(rows)
+        loss = torch.stack(each).mean()
         return loss, loss.item()
 
     plan = Plan(args.steps, 1.5e-3, decay=0.02)
