@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -101,3 +105,19 @@ def _shape(brush: ImageDraw.ImageDraw, shape: str, fill: tuple[int, int, int], x
         half = 0.85 * r
         corners = [(x - half, y - half), (x + half, y - half), (x + half, y + half), (x - half, y + half)]
     brush.polygon(corners, fill=fill)
+
+
+def write_clip(path: Path, frames: Pixels, sound: NDArray[np.float32]) -> None:
+    """A file of frames [F, h, w, 3], ``CLIP_FPS`` a second, with sound [n] at 16 kHz; both without loss."""
+    samples = np.round(np.clip(sound, -1, 1) * 32767).astype(np.int16)
+    with av.open(str(path), "w", format="matroska") as file:
+        video: Any = file.add_stream("ffv1", rate=CLIP_FPS)
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "bgr0"
+        audio: Any = file.add_stream("pcm_s16le", rate=sizes.QUESTION_RATE, layout="mono")
+        for frame in frames:
+            file.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(video.encode())
+        block = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        block.sample_rate, block.pts, block.time_base = sizes.QUESTION_RATE, 0, Fraction(1, sizes.QUESTION_RATE)
+        file.mux(audio.encode(block))
+        file.mux(audio.encode())

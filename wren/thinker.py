@@ -60,10 +60,15 @@ def build(work: Path) -> Qwen2_5OmniThinkerForConditionalGeneration:
 
 
 class Conversations:
-    """Draws conversations of the world, with pictures and sound."""
+    """Draws conversations of the world, with pictures and sound.
 
-    def __init__(self, work: Path, split: Split) -> None:
+    Args:
+        whole_clips: clips have all their frames, not only those that the model sees.
+    """
+
+    def __init__(self, work: Path, split: Split, whole_clips: bool = False) -> None:
         self.split = split
+        self.whole_clips = whole_clips
         self.work = work
         self.prompts = Prompts(work)
         self.utterances: dict[str, list[speech_data.Utterance]] = defaultdict(list)
@@ -90,7 +95,8 @@ class Conversations:
             turn = replace(turn, picture=media.picture(question.picture, draw))
         if question.clip and not seen:
             # where a sampler looks differs with its rule and with the file
-            times = np.linspace(0, draw.uniform(1.5, 2.0), 4)
+            every = np.arange(0, media.CLIP_SECONDS, 1 / media.CLIP_FPS)
+            times = every if self.whole_clips else np.linspace(0, draw.uniform(1.5, 2.0), 4)
             sound = media.clip_sound(self.sound(question.clip.word, draw), draw)
             turn = replace(turn, clip=(media.clip(question.clip, draw, times), sound), said=question.clip.word)
         return turn
@@ -145,14 +151,14 @@ class Conversations:
         systems = [None if draw.random() < 0.75 else frame.OTHER_PROMPT for _ in range(count)]
         return [self.prompts.lay(make(draw), system) for system in systems]
 
-    def question(self, kind: Kind, draw: Draw) -> Laid:
-        """A single question of a kind, as in the evaluation."""
-        if kind == "spoken":
-            return self.prompts.lay([self.turn(self.spoken[int(draw.integers(len(self.spoken)))], draw, True)])
+    def question(self, kind: Kind, draw: Draw) -> list[Turn]:
+        """A single question of a kind, behind the turn that it refers to if it does."""
         question = world.draw_question(kind, draw, self.split)
+        if kind == "spoken":
+            question = self.spoken[int(draw.integers(len(self.spoken)))]
         while kind == "picture_spoken" and question.asked not in self.utterances:
             question = world.draw_question(kind, draw, self.split)
-        return self.prompts.lay(self.asked(question, draw, spoken=kind == "picture_spoken"))
+        return self.asked(question, draw, spoken=kind in ("spoken", "picture_spoken"))
 
 
 class Spelling:
@@ -173,10 +179,10 @@ class Spelling:
     def loss(self, rows: list[Laid]) -> Tensor:
         """Of the sounds of the batch that the model has just seen."""
         said = [torch.tensor(ids) for row in rows for ids in row.said]
-        lengths = [audio_tokens(mel.shape[1]) for row in rows for mel in row.mels]
+        lengths = torch.tensor([audio_tokens(mel.shape[1]) for row in rows for mel in row.mels])
         scores = self.outputs.float() @ self.table.weight.T / math.sqrt(self.outputs.shape[1])
-        spelled = nn.utils.rnn.pad_sequence(list(scores.log_softmax(-1).split(lengths)))
-        counts = [len(ids) for ids in said]
+        spelled = nn.utils.rnn.pad_sequence(list(scores.log_softmax(-1).split(lengths.tolist())))
+        counts = torch.tensor([len(ids) for ids in said])
         return functional.ctc_loss(spelled, torch.cat(said), lengths, counts, self.blank, zero_infinity=True)
 
 
@@ -197,7 +203,7 @@ def right_answers(model: Any, conversations: Conversations, count: int) -> dict[
     for kind in world.KINDS:
         draw, right = np.random.default_rng(7), 0
         for _ in range(count // 12):
-            rows = [conversations.question(kind, draw) for _ in range(12)]
+            rows = [conversations.prompts.lay(conversations.question(kind, draw)) for _ in range(12)]
             for row in rows:
                 row.answers = row.answers[-1:]
             inputs, labels = conversations.prompts.batch(rows)
@@ -225,6 +231,7 @@ def main() -> None:
     trained, held_out = Conversations(args.work, "train"), Conversations(args.work, "held_out")
     prompts = trained.prompts
     spelling = Spelling(model, prompts.manifest.tokens.audio)
+    model.model.language_model.compile(dynamic=True)  # minutes at first, then nearly twice as fast
 
     def loss_of(step: int) -> tuple[Tensor, float]:
         if step % TEST_EVERY == 0 and step:

@@ -1,0 +1,185 @@
+"""What Wren can do: held-out questions of every kind to an exported bundle, answered by the product's runtime.
+
+    python -m wren.evaluate BUNDLE [--work DIR] [--count N] [--silent] [--reference CHECKPOINT]
+
+Text is greedy; speech is sampled as it ships, in both voices in turn, streamed in windows, and heard by the ear. A
+second turn is asked behind the model's own first answer. With a checkpoint, transformers' own `generate` answers some
+of the questions too, and both say the greedy text and codes. Results go to WORK/answers.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
+
+from wren import corpus, media, sizes, world
+from wren.ear import Ear, Score, words
+from wren.hear_speech import SEEN, VoiceClassifier
+from wren.mel import mel_of
+from wren.prompts import Turn
+from wren.reference import Reference
+from wren.thinker import Conversations
+
+MOST_TOKENS, MOST_CODES = 64, 500
+CLIPPED = 0.999
+GREEDY = SamplingConfig(max_new_tokens=MOST_TOKENS, temperature=0.0)
+SPOKEN = SamplingConfig(max_new_tokens=MOST_CODES, top_k=40, top_p=0.8, temperature=0.9, repetition_penalty=1.05)
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """A reply of the runtime. ``ended``: the speech came to its end by itself."""
+
+    text: str
+    token_ids: list[int]
+    codec_ids: list[int]
+    sound: NDArray[np.float32]
+    ended: bool
+
+
+class Asker:
+    """Asks a bundle."""
+
+    def __init__(self, session: OmniSession, folder: Path) -> None:
+        self.session, self.folder = session, folder
+
+    def content(self, turn: Turn) -> list[dict[str, Any]]:
+        """A turn's question as the runtime takes it."""
+        parts: list[dict[str, Any]] = []
+        if turn.picture is not None:
+            parts.append({"type": "image", "image": turn.picture})
+        if turn.clip is not None:
+            media.write_clip(self.folder / "clip.mkv", *turn.clip)
+            parts.append({"type": "video", "video": self.folder / "clip.mkv", "use_audio": True})
+        if turn.sound is not None:
+            parts.append({"type": "audio", "audio": (turn.sound, sizes.QUESTION_RATE)})
+        return [*parts, {"type": "text", "text": turn.text}] if turn.text else parts
+
+    def reply(self, turns: list[Turn], voice: str | None, talker: SamplingConfig = SPOKEN, seed: int = 0) -> Reply:
+        """The reply to the last turn; the answers of the others are as they stand."""
+        messages: list[dict[str, Any]] = []
+        for turn in turns[:-1]:
+            messages.append({"role": "user", "content": self.content(turn)})
+            messages.append({"role": "assistant", "content": turn.answer})
+        messages.append({"role": "user", "content": self.content(turns[-1])})
+        voiced: dict[str, Any] = {"voice": voice, "talker": talker, "seed": seed} if voice else {}
+        chunks: list[NDArray[np.float32]] = []
+        for event in self.session.reply(messages, speak=voice is not None, thinker=GREEDY, **voiced):
+            if isinstance(event, AudioChunk):
+                chunks.append(event.samples)
+            elif isinstance(event, Done):
+                done = event
+        sound = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
+        return Reply(done.text, done.token_ids, done.codec_ids, sound, done.speech_finish_reason == "stop")
+
+
+@dataclass
+class Tally:
+    """Counts of one kind and voice. ``both`` counts right answers whose every word was heard."""
+
+    count: int = 0
+    right: int = 0
+    ended: int = 0
+    voiced: int = 0
+    clipped: int = 0
+    both: int = 0
+
+    def shares(self, score: Score) -> dict[str, float]:
+        return {
+            "questions": self.count,
+            "right": self.right / self.count,
+            "word_error_rate": score.rate,
+            "ended": self.ended / self.count,
+            "right_voice": self.voiced / self.count,
+            "clipped_samples": self.clipped,
+            "right_and_heard": self.both / self.count,
+        }
+
+
+def questions(conversations: Conversations, kind: world.Kind, count: int, asker: Asker) -> list[list[Turn]]:
+    """Held-out questions; the turn before a second one has the model's own answer."""
+    draw = np.random.default_rng((11, world.KINDS.index(kind)))
+    asked = []
+    for _ in range(count):
+        turns = conversations.question(kind, draw)
+        for i in range(len(turns) - 1):
+            turns[i] = replace(turns[i], answer=asker.reply(turns[: i + 1], None).text)
+        asked.append(turns)
+    return asked
+
+
+def compare(asker: Asker, reference: Reference, asked: list[list[Turn]]) -> dict[str, float]:
+    """Shares of questions to which runtime and transformers give the same greedy text, and the same codes."""
+    greedy = SamplingConfig(max_new_tokens=MOST_CODES, temperature=0.0, repetition_penalty=1.05)
+    texts = codes = 0
+    for number, turns in enumerate(asked):
+        voice = list(sizes.REPLY_VOICES)[number % 2]
+        ours = asker.reply(turns, voice, greedy)
+        seen = [t if t.clip is None else replace(t, clip=(t.clip[0][:: media.CLIP_FPS // 2], t.clip[1])) for t in turns]
+        text, said = reference.reply([*seen[:-1], replace(seen[-1], answer="")], voice, MOST_CODES)
+        texts += text == ours.token_ids
+        codes += said == ours.codec_ids
+    return {"questions": len(asked), "same_text": texts / len(asked), "same_codes": codes / len(asked)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--work", type=Path, default=sizes.WORK)
+    parser.add_argument("--count", type=int, default=200, help="questions of each kind")
+    parser.add_argument("--silent", action="store_true", help="text only")
+    parser.add_argument("--reference", type=Path, help="checkpoint that transformers answers with")
+    parser.add_argument("--compared", type=int, default=20, help="questions of each kind for transformers")
+    args = parser.parse_args()
+    conversations = Conversations(args.work, "held_out", whole_clips=True)
+    ear = Ear(world.grammar())
+    seen = {v: [r.mel for r in corpus.replies(args.work, v, "train", SEEN)] for v in sizes.REPLY_VOICES}
+    voice_of = None if args.silent else VoiceClassifier(seen)
+    reference = Reference(args.reference, conversations.prompts) if args.reference else None
+    results: dict[str, Any] = {}
+    with OmniSession.open(args.bundle) as session, tempfile.TemporaryDirectory() as folder:
+        asker = Asker(session, Path(folder))
+        for kind in world.KINDS:
+            begin = time.monotonic()
+            asked = questions(conversations, kind, args.count, asker)
+            tallies: dict[str, Tally] = defaultdict(Tally)
+            scores: dict[str, Score] = defaultdict(Score)
+            for number, turns in enumerate(asked):
+                voice = list(sizes.REPLY_VOICES)[number % 2]
+                reply = asker.reply(turns, None if args.silent else voice, seed=number)
+                tally, right = tallies[voice], reply.text == turns[-1].answer
+                tally.count, tally.right = tally.count + 1, tally.right + right
+                if not right and tally.count - tally.right <= 5:
+                    print(f"  {turns[-1].said or turns[-1].text} {turns[-1].answer!r}: {reply.text!r}", flush=True)
+                if voice_of and len(reply.sound):
+                    heard = ear.hear(reply.sound)
+                    tally.ended += reply.ended
+                    tally.voiced += voice_of(mel_of(reply.sound)) == voice
+                    tally.clipped += int((np.abs(reply.sound) >= CLIPPED).sum())
+                    tally.both += right and heard == words(reply.text)
+                    scores[voice].add(reply.text, heard)
+            for voice, tally in tallies.items():
+                results[f"{kind}, {voice}"] = tally.shares(scores[voice])
+            results[kind] = {
+                "questions": len(asked),
+                "right": sum(tally.right for tally in tallies.values()) / len(asked),
+            }
+            if reference:
+                results[kind] |= {"transformers": compare(asker, reference, asked[: args.compared])}
+            for name in (kind, *(f"{kind}, {voice}" for voice in tallies)):
+                print(name, json.dumps(results[name]), f"{time.monotonic() - begin:.0f} s", flush=True)
+            (args.work / "answers.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
