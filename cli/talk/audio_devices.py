@@ -126,7 +126,6 @@ class DeviceMicrophone:
                 yield np.zeros(0, np.float32)
 
     def stop(self) -> None:
-        """As ``Microphone.stop``."""
         self._stopped.set()
 
     def _take(self, block: Any, frames: int, timing: Any, status: Any) -> None:
@@ -156,7 +155,6 @@ class DeviceLoudspeaker:
         self._stream.close()
 
     def start(self) -> None:
-        """As ``Loudspeaker.start``."""
         self._stream.start()
 
     def heard(self) -> float:
@@ -165,7 +163,6 @@ class DeviceLoudspeaker:
         return max(0.0, taken - float(self._stream.latency)) if self._playback.waiting else taken
 
     def drain(self) -> None:
-        """As ``Loudspeaker.drain``."""
         while self._playback.waiting and self._stream.active:
             time.sleep(0.02)
         time.sleep(float(self._stream.latency))

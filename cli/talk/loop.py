@@ -47,7 +47,6 @@ class PushToTalk:
         self._begun = False
 
     def feed(self, samples: Samples, sample_rate: float) -> None:
-        """As ``Ears.feed``."""
         dialogue = self.dialogue
         dialogue.ready()
         dialogue.time += len(samples) / sample_rate
@@ -60,7 +59,6 @@ class PushToTalk:
             dialogue.push(samples, sample_rate)
 
     def flush(self) -> None:
-        """As ``Ears.flush``."""
         self.dialogue.commit()
 
     def _press(self, key: str) -> None:
@@ -95,7 +93,6 @@ class Stage:
         self._speaker, self._view = speaker, view
 
     def event(self, event: DialogueEvent) -> None:
-        """As ``Dialogue``'s ``on_event``."""
         from omniport.runtime.events import AudioChunk
         from omniport.runtime.live.dialogue import TurnBegan, TurnCommitted
 

@@ -80,19 +80,16 @@ class Playback:
             return sum(len(samples) for samples in self._waiting)
 
     def begin(self) -> None:
-        """As ``Loudspeaker.begin``."""
         with self._lock:
             self._waiting.clear()
             self._open, self._played = True, 0
 
     def play(self, samples: Samples) -> None:
-        """As ``Loudspeaker.play``."""
         with self._lock:
             if self._open and len(samples):
                 self._waiting.append(samples)
 
     def stop(self) -> None:
-        """As ``Loudspeaker.stop``."""
         with self._lock:
             self._waiting.clear()
             self._open = False
@@ -141,7 +138,6 @@ class WavMicrophone:
             yield block
 
     def stop(self) -> None:
-        """As ``Microphone.stop``."""
         self._stopped.set()
 
 
@@ -171,26 +167,21 @@ class WavLoudspeaker:
         self._writer.__exit__(kind, error, trace)
 
     def start(self) -> None:
-        """As ``Loudspeaker.start``."""
         self._begun = self._clock()
 
     def begin(self) -> None:
-        """As ``Loudspeaker.begin``."""
         self._advance()
         self._playback.begin()
 
     def play(self, samples: Samples) -> None:
-        """As ``Loudspeaker.play``."""
         self._advance()
         self._playback.play(samples)
 
     def stop(self) -> None:
-        """As ``Loudspeaker.stop``."""
         self._advance()
         self._playback.stop()
 
     def heard(self) -> float:
-        """As ``Loudspeaker.heard``."""
         self._advance()
         return self._playback.played / self._writer.sample_rate
 

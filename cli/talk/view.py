@@ -91,7 +91,6 @@ class JsonView:
         """Nothing to close."""
 
     def ready(self, facts: dict[str, Any], hint: str) -> None:
-        """As ``View.ready``."""
         self._begun = self._clock()
         self._print({"event": "ready", **facts})
 
@@ -99,11 +98,9 @@ class JsonView:
         """Not told."""
 
     def event(self, event: DialogueEvent) -> None:
-        """As ``View.event``."""
         self._print(describe(event))
 
     def problem(self, text: str) -> None:
-        """As ``View.problem``."""
         self._print({"event": "error", "message": text})
 
     def _print(self, value: dict[str, Any]) -> None:
@@ -126,14 +123,12 @@ class PlainView:
         """Nothing to close."""
 
     def ready(self, facts: dict[str, Any], hint: str) -> None:
-        """As ``View.ready``."""
         self._note(hint)
 
     def level(self, rms: float, state: str, seconds: float) -> None:
         """Not told."""
 
     def event(self, event: DialogueEvent) -> None:
-        """As ``View.event``."""
         from omniport.runtime.events import Done, TextDelta, TurnsDropped
         from omniport.runtime.live.dialogue import TurnBegan, TurnCommitted
 
@@ -150,7 +145,6 @@ class PlainView:
             self._note(" | ".join(f"{name} {value}" for name, value in latencies(event.stats)))
 
     def problem(self, text: str) -> None:
-        """As ``View.problem``."""
         self._note(f"error: {text}")
 
     def _write(self, text: str) -> None:
@@ -258,7 +252,6 @@ class LiveView:
         self._stack.close()
 
     def ready(self, facts: dict[str, Any], hint: str) -> None:
-        """As ``View.ready``."""
         with self._lock:
             self.scene.title = "  ".join(str(facts[name]) for name in ("bundle", "voice", "backend") if facts.get(name))
             self.scene.hint = hint
@@ -270,7 +263,6 @@ class LiveView:
             self.scene.state, self.scene.heard = state, seconds
 
     def event(self, event: DialogueEvent) -> None:
-        """As ``View.event``."""
         from omniport.runtime.events import AudioChunk, Done, TextDelta, TurnsDropped
         from omniport.runtime.live.dialogue import TurnBegan, TurnCommitted
 
@@ -290,7 +282,6 @@ class LiveView:
                 self._done(event)
 
     def problem(self, text: str) -> None:
-        """As ``View.problem``."""
         with self._lock:
             self.line("", f"error: {text}", "red")
 
