@@ -80,6 +80,7 @@ class Bounded(Backend):
 
     def __init__(self) -> None:
         self.only, self.closed = Bare(Handle()), 0
+        self.host_nodes = {"dit": (("Loop", "steps"),)}
 
     def graph(self, name: str) -> Bare:
         return self.only
@@ -119,7 +120,7 @@ def over(make: Callable[[Bundle], BackendWrapper]) -> Callable[[Backend, Bundle]
 
     def wrap(inner: Backend, bundle: Bundle) -> BackendWrapper:
         made = make(bundle)
-        made.inner = inner
+        BackendWrapper.__init__(made, inner)
         return made
 
     return wrap
@@ -156,6 +157,7 @@ def test_a_wrapper_keeps_the_contract(
     assert wrapper.at_once() == 1
     assert [wrapper.shares_cores(name) for name in SPEECH] == [False, False, True, False]
     assert wrapper.max_context() == 77
+    assert wrapper.host_nodes == inner.host_nodes
     graph = wrapper.graph("thinker")
     handle = graph.handle()
     assert handle is inner.only.own
@@ -204,6 +206,7 @@ def test_what_a_backend_need_not_say() -> None:
 
 def test_a_composite_answers_for_its_members() -> None:
     engines, others = Minimal(), Bounded()
+    assert CompositeBackend(engines, ["dit"], others).host_nodes == others.host_nodes
     for made in (CompositeBackend(engines, ["dit"], others), CompositeBackend(others, ["thinker"], engines)):
         assert made.at_once() == 1
         assert made.max_context() == 77
