@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MediaError
-from .source import Source, check_source, describe, require, stream
+from .source import Source, check_source, describe, foreign, require, stream
 
 AudioSource = Source | tuple[NDArray[Any], float]
 Samples = NDArray[np.float32]
@@ -182,20 +182,32 @@ def _decode(source: Path | bytes, label: str, max_seconds: float) -> tuple[Sampl
             rate = float(reader.samplerate)
             if 0 < reader.frames < 1 << 48:  # more is how libsndfile says "not known"
                 _check_length(reader.frames, rate, max_seconds, label)
-            return _gather(_sound_blocks(reader), label, max_seconds)
-    except (soundfile.SoundFileError, TypeError, ValueError) as error:
+            if reader.frames or not _unfinished(source):
+                return _gather(_sound_blocks(reader), label, max_seconds)
+        first = "no samples"
+    except MediaError:
+        raise
+    except Exception as error:  # noqa: BLE001  whatever it is, FFmpeg may know better
         first = str(error)
-    av = require("av")
-    try:
-        with stream(source) as opened, open_av(opened) as container:
-            if not container.streams.audio:
-                raise MediaError(f"{label} has no audio track; pass a recording")
-            return read_track(container, label, max_seconds)
-    except (av.FFmpegError, ValueError) as error:
-        raise MediaError(
-            f"{label} cannot be decoded (libsndfile: {first.rstrip('.')}; FFmpeg: {error}); "
-            "expected wav, flac, ogg, mp3 or another format that FFmpeg reads: convert it or check the file"
-        ) from error
+    with (
+        foreign(
+            f"{label} cannot be decoded (libsndfile: {first.rstrip('.')}; FFmpeg's reason follows)",
+            "expected wav, flac, ogg, mp3 or another format that FFmpeg reads: convert it or check the file",
+        ),
+        stream(source) as opened,
+        open_av(opened) as container,
+    ):
+        if not container.streams.audio:
+            raise MediaError(f"{label} has no audio track; pass a recording")
+        return read_track(container, label, max_seconds)
+
+
+def _unfinished(source: Path | bytes) -> bool:
+    """Whether a WAV file's recorder left before it wrote the sizes: the first is not that of the file."""
+    with stream(source) as opened:
+        head = opened.read(12)
+        size = opened.seek(0, 2)
+    return head[:4] == b"RIFF" and head[8:] == b"WAVE" and int.from_bytes(head[4:8], "little") not in (size - 8, size)
 
 
 def _sound_blocks(reader: Any) -> Iterator[tuple[Samples, float]]:

@@ -9,7 +9,6 @@ the same kernel, but rounded once at the end, which differs by a few levels of 2
 from __future__ import annotations
 
 import math
-import struct
 import warnings
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..bundle.manifest import VisionFrontend
 from ..errors import MediaError
-from .source import Source, check_source, describe, require, stream
+from .source import Source, check_source, describe, foreign, require, stream
 
 ImageSource = Any  # Source | PIL.Image.Image | uint8 or float array: Pillow is optional, so it has no name here
 Pixels = NDArray[np.uint8]
@@ -30,18 +29,17 @@ MAX_PIXELS = 89_478_485
 MAX_ASPECT = 200
 #: decoders that may see a file: no format that runs another program (EPS) or only writes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
-#: what Pillow's decoders raise on damaged files
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    RuntimeError,
-)
+#: EXIF orientation -> the name of Pillow's transposition that sets the picture upright
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,28 +87,44 @@ def load_image(source: ImageSource) -> Pixels:
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    image_module = require("PIL.Image")
-    if isinstance(source, image_module.Image):
+    module = require("PIL.Image")
+    if isinstance(source, module.Image):
         _check_pixels(source.width, source.height, "image")
-        return _decode(source, "image")
+        with foreign("image cannot be read", "open its file again"):
+            source.load()
+            return _decode(source, _orientation(source), "image")
     checked = check_source(cast(Source, source), "image")
     label = f"image {describe(source)}"
-    image_module.init()
-    known = [name for name in FORMATS if name in image_module.OPEN]
+    module.init()
+    known = [name for name in FORMATS if name in module.OPEN]
+    with (
+        stream(checked) as opened,
+        warnings.catch_warnings(),
+        foreign(f"{label} is corrupt", "open it in another program or export it again"),
+    ):
+        warnings.simplefilter("ignore")  # notes on metadata, and on size: our own check follows
+        try:
+            image = module.open(opened, formats=known)
+        except module.DecompressionBombError as error:
+            raise MediaError(f"{label} is too large: {error}; at most {MAX_PIXELS} pixels are taken") from error
+        except module.UnidentifiedImageError as error:
+            raise MediaError(
+                f"{label} is not a picture that can be read; expected JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+            ) from error
+        with image:
+            _check_pixels(image.width, image.height, label)
+            turn = _orientation(image)
+            if hasattr(image, "tag_v2"):  # Pillow would turn a TIFF file while it loads, and write its EXIF anew
+                image.getexif().pop(_ORIENTATION, None)
+            return _decode(image, turn, label)
+
+
+def _orientation(image: Any) -> int:
+    """EXIF orientation; 1, upright, if there is none that can be read."""
     try:
-        with stream(checked) as opened, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # notes on metadata, and on size: our own check follows
-            with image_module.open(opened, formats=known) as image:
-                _check_pixels(image.width, image.height, label)
-                return _decode(image, label)
-    except image_module.DecompressionBombError as error:
-        raise MediaError(f"{label} is too large: {error}; at most {MAX_PIXELS} pixels are taken") from error
-    except image_module.UnidentifiedImageError as error:
-        raise MediaError(
-            f"{label} is not a picture that can be read; expected JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
-        ) from error
-    except DECODE_ERRORS as error:
-        raise MediaError(f"{label} is corrupt: {error}; open it in another program or export it again") from error
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001  what is wrong in a photo's metadata is no fault of its pixels
+        return 1
 
 
 def _check_pixels(width: int, height: int, label: str) -> None:
@@ -123,9 +137,10 @@ def _check_pixels(width: int, height: int, label: str) -> None:
         )
 
 
-def _decode(image: Any, label: str) -> Pixels:
-    """A PIL image, upright and in RGB."""
-    image = require("PIL.ImageOps").exif_transpose(image)
+def _decode(image: Any, turn: int, label: str) -> Pixels:
+    """A PIL image in RGB, turned upright by its EXIF orientation."""
+    if turn in _TURNS:  # not ImageOps.exif_transpose: it writes the EXIF anew, which fails for odd entries
+        image = image.transpose(require("PIL.Image").Transpose[_TURNS[turn]])
     if image.mode.startswith("I"):  # 16-bit greys, which convert("RGB") would clip to white
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
@@ -177,16 +192,11 @@ def _from_array(array: NDArray[Any]) -> Pixels:
 def target_size(height: int, width: int, frontend: VisionFrontend, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width after resizing: multiples of patch * merge in the pixel bounds, aspect kept as well as can be.
 
-    Follows the reference's smart_resize, half-to-even rounding included.
+    Follows the reference's smart_resize, half-to-even rounding included: a picture of any size is enlarged as needed.
 
     Raises:
-        MediaError: a side shorter than one patch, or an aspect ratio above ``MAX_ASPECT``.
+        MediaError: an aspect ratio above ``MAX_ASPECT``.
     """
-    if min(height, width) < frontend.patch_size:
-        raise MediaError(
-            f"picture of {width}x{height} pixels is too small: each side needs at least {frontend.patch_size} pixels "
-            "(one patch); pass a larger one"
-        )
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise MediaError(
             f"picture of {width}x{height} pixels is too elongated: its aspect ratio is "
@@ -219,7 +229,7 @@ def image_input(image: Pixels, frontend: VisionFrontend) -> VisionInput:
         image: uint8 [H, W, 3].
 
     Raises:
-        MediaError: wrong shape or dtype, a side under one patch, an aspect ratio above ``MAX_ASPECT``.
+        MediaError: wrong shape or dtype, an aspect ratio above ``MAX_ASPECT``.
     """
     _check_frames(image[None], "image")
     size = target_size(image.shape[0], image.shape[1], frontend, frontend.min_pixels, frontend.max_pixels)
@@ -233,7 +243,7 @@ def video_input(frames: Pixels, frontend: VisionFrontend) -> VisionInput:
         frames: uint8 [F, H, W, 3], F >= 1.
 
     Raises:
-        MediaError: wrong shape or dtype, a side under one patch, an aspect ratio above ``MAX_ASPECT``.
+        MediaError: wrong shape or dtype, an aspect ratio above ``MAX_ASPECT``.
     """
     _check_frames(frames, "video")
     height, width = frames.shape[1:3]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,21 @@ def describe(source: object) -> str:
     if isinstance(source, (str, os.PathLike)):
         return repr(os.fspath(source))
     return f"<{type(source).__name__}>"
+
+
+@contextmanager
+def foreign(problem: str, remedy: str) -> Iterator[None]:
+    """Around another library's parser: whatever it raises becomes MediaError.
+
+    Types are not listed: damaged input makes parsers raise anything, MemoryError, RecursionError and panics included.
+    """
+    try:
+        yield
+    except (MediaError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise MediaError(f"{problem}: {reason}; {remedy}") from error
 
 
 def check_source(source: Source, kind: str) -> Path | bytes:

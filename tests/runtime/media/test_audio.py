@@ -303,6 +303,28 @@ def test_no_samples(tmp_path: Path) -> None:
         load_audio((np.zeros(0), 16000))
 
 
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW"])
+@pytest.mark.parametrize("riff", [0, 4088])
+def test_wav_whose_recorder_was_killed(tmp_path: Path, subtype: str, riff: int) -> None:
+    """The sizes in its header were never written: it is read to its end, to the samples that a whole file gives."""
+    path = write(tmp_path / "whole.wav", speech_like(0.3), subtype=subtype)
+    expected = load_audio(path)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"data") + 4
+    content[4:8] = riff.to_bytes(4, "little")
+    content[at : at + 4] = bytes(4)
+    np.testing.assert_array_equal(load_audio(bytes(content)), expected)
+
+
+def test_finished_wav_without_samples_has_none(tmp_path: Path) -> None:
+    """What follows an empty ``data`` chunk in a whole file is not sound."""
+    content = bytearray(write(tmp_path / "none.wav", np.zeros(0, np.float32)).read_bytes())
+    content += b"LIST" + (400).to_bytes(4, "little") + b"INFO" + bytes(396)
+    content[4:8] = (len(content) - 8).to_bytes(4, "little")
+    with pytest.raises(MediaError, match="no samples"):
+        load_audio(bytes(content))
+
+
 def test_nan_and_infinite_samples(tmp_path: Path) -> None:
     samples = speech_like(0.5)
     samples[4000] = np.nan
