@@ -1,5 +1,6 @@
 # make test: install into .venv, then linters, types and tests (what CI runs)
 # make demo: install, then export a random-weight model and let it answer a spoken question
+# make wren: train Wren from nothing (hours; it goes on where it stopped), export it and ask it questions
 # make docs: write the pages that come from the code
 # make gpu-check: run the tests that need a GPU, then measure this one (docs/results/gpu-NAME.json)
 # make extras: resolve every extra for Python 3.10 to 3.14 on x86-64 and aarch64, from wheels
@@ -11,7 +12,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint demo docs extras build-matrix bench-check gpu-check clean
+.PHONY: test lint demo wren docs extras build-matrix bench-check gpu-check clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -37,6 +38,25 @@ extras: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(PYTHON) -m scripts.demo
+
+WREN := .work/wren
+
+# The parts from vocoder on need not wait for each other's speech: `thinker` may run beside `vocoder` and `dit`.
+wren: $(INSTALLED)
+	@command -v flite >/dev/null || { echo "Wren's sentences are spoken by flite: apt-get install flite"; exit 1; }
+	$(PYTHON) -m pip install --quiet -e '.[wren]'
+	$(PYTHON) -m wren.speech_data replies --work $(WREN)
+	$(PYTHON) -m wren.speech_data questions --work $(WREN)
+	$(PYTHON) -m wren.codes --work $(WREN)
+	$(PYTHON) -m wren.vocoder --work $(WREN)
+	$(PYTHON) -m wren.dit --work $(WREN)
+	$(PYTHON) -m wren.thinker --work $(WREN)
+	$(PYTHON) -m wren.talker --work $(WREN)
+	$(PYTHON) -m wren.assemble --work $(WREN)
+	rm -rf $(WREN)/bundle
+	$(VENV)/bin/omniport export wren/checkpoint $(WREN)/bundle
+	$(PYTHON) -m wren.evaluate $(WREN)/bundle --work $(WREN) --reference wren/checkpoint
+	$(PYTHON) -m wren.assemble --work $(WREN)  # once more: the model card gets the figures
 
 docs: $(INSTALLED)
 	$(PYTHON) -m scripts.make_docs

@@ -1,4 +1,4 @@
-"""The checkpoint: the trained parts in one folder of the Hugging Face layout, in BF16.
+"""The checkpoint: the trained parts in one folder of the Hugging Face layout, in BF16, with a model card.
 
 python -m wren.assemble [--work DIR] [--out DIR]
 """
@@ -6,6 +6,7 @@ python -m wren.assemble [--work DIR] [--out DIR]
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from omniport.export.synthetic.geometries import TTS_FROM_END
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wren import frame, sizes, talker
+from wren import frame, sizes, talker, world
 
 OUT = Path("wren/checkpoint")
+CARD = Path(__file__).parent / "model_card.md"
 
 
 def text_to_speech_id(name: str) -> int:
@@ -49,6 +51,23 @@ def write(
     torch.save(table, out / "spk_dict.pt")
 
 
+def model_card(work: Path) -> str:
+    """The card, with what `wren.evaluate` measured if it did."""
+    measured = work / "answers.json"
+    if not measured.exists():
+        return CARD.read_text().replace("$FIGURES", "Not measured yet.")
+    found = json.loads(measured.read_text())
+    head = "| questions | asked | right | spoken | words heard wrong | right and heard | speech ended |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for kind in world.KINDS:
+        for voice in sizes.REPLY_VOICES:
+            f = found[f"{kind}, {voice}"]
+            shares = [f"{100 * f[name]:.1f}%" for name in ("word_error_rate", "right_and_heard", "ended")]
+            name = kind.replace("_", " ")
+            lines.append(f"| {name} | {f['questions']} | {100 * f['right']:.1f}% | {voice} | {' | '.join(shares)} |")
+    return CARD.read_text().replace("$FIGURES", "\n".join(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=sizes.WORK)
@@ -62,6 +81,7 @@ def main() -> None:
     }
     voices = torch.load(args.work / "spk_dict.pt")
     write(args.out, load_file(args.work / "thinker.safetensors"), talker.load(args.work), token2wav, voices)
+    (args.out / "README.md").write_text(model_card(args.work))
     size = sum(file.stat().st_size for file in args.out.iterdir()) / 1e6
     print(f"{args.out}: {size:.1f} MB", flush=True)
 
