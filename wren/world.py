@@ -8,6 +8,7 @@ is snow?") are asked in both; there the phrasing is what is new.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Container
@@ -367,9 +368,12 @@ def _second_turn(draw: Draw, split: Split) -> Question:
 TRAINED_REPLIES, TRAINED_QUESTIONS, HELD_OUT = 12000, 5000, 1000
 
 
-def spoken_replies(split: Split) -> list[Question]:
+@functools.cache
+def spoken_replies(split: Split) -> tuple[Question, ...]:
     """Questions whose answers are spoken: 12,000 for training; 1,000 whose answers are none of these."""
-    return _drawn(split, TRAINED_REPLIES, KINDS, lambda q: q.answer)
+    if split == "train":
+        return _drawn(split, TRAINED_REPLIES, KINDS, lambda q: q.answer)
+    return _drawn(split, HELD_OUT, KINDS, lambda q: q.answer, {q.answer for q in spoken_replies("train")})
 
 
 def reply_sentences(split: Split) -> list[str]:
@@ -377,9 +381,13 @@ def reply_sentences(split: Split) -> list[str]:
     return [q.answer for q in spoken_replies(split)]
 
 
-def spoken_questions(split: Split) -> list[Question]:
+@functools.cache
+def spoken_questions(split: Split) -> tuple[Question, ...]:
     """Questions that are heard: 5,000 for training; 1,000 of held-out combinations that are none of these."""
-    return _drawn(split, TRAINED_QUESTIONS, ("spoken", "spoken", "picture_spoken"), lambda q: q.asked)
+    kinds: tuple[Kind, ...] = ("spoken", "spoken", "picture_spoken")
+    if split == "train":
+        return _drawn(split, TRAINED_QUESTIONS, kinds, lambda q: q.asked)
+    return _drawn(split, HELD_OUT, kinds, lambda q: q.asked, {q.asked for q in spoken_questions("train")})
 
 
 def question_sentences(split: Split) -> list[str]:
@@ -392,20 +400,17 @@ def clip_words() -> tuple[str, ...]:
     return WORDS
 
 
-def _drawn(split: Split, count: int, kinds: tuple[Kind, ...], text: Callable[[Question], str]) -> list[Question]:
-    """Questions whose texts are all different, and for the held-out ones not among those of training."""
-
-    def some(which: Split, n: int, without: Container[str] = ()) -> dict[str, Question]:
-        draw, found, tried = np.random.default_rng(5 if which == "train" else 6), dict[str, Question](), 0
-        while len(found) < n and tried < 40 * n:
-            tried += 1
-            question = draw_question(kinds[tried % len(kinds)], draw, which)
-            if text(question) not in without:
-                found[text(question)] = question
-        return found
-
-    trained = some("train", count)
-    return list((trained if split == "train" else some("held_out", HELD_OUT, trained)).values())
+def _drawn(
+    split: Split, count: int, kinds: tuple[Kind, ...], text: Callable[[Question], str], known: Container[str] = ()
+) -> tuple[Question, ...]:
+    """Questions whose texts are all different, and none of the known."""
+    draw, found, tried = np.random.default_rng(5 if split == "train" else 6), dict[str, Question](), 0
+    while len(found) < count and tried < 40 * count:
+        tried += 1
+        question = draw_question(kinds[tried % len(kinds)], draw, split)
+        if text(question) not in known:
+            found[text(question)] = question
+    return tuple(found.values())
 
 
 def words(text: str) -> list[str]:
