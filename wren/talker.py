@@ -213,8 +213,9 @@ def loss_of(
     speaker: Speaker, model: Any, data: Sentences, some: Sequence[Sentence], draw: Draw, spoil: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Loss of sentences, and the share of right codes; without ``spoil`` as the talker is used: nothing is hidden."""
+    rows = [data.lay(s, draw) for s in some]
     with bf16():
-        heard = listen(model, data.prompts, [data.lay(s, draw) for s in some])
+        heard = listen(model, data.prompts, rows)
     heard = [Heard(h.prompt.float(), h.reply.float(), h.positions) for h in heard]
     said = [torch.cat([s.codes, torch.tensor([END])]) for s in some]
     fed = [torch.cat([torch.tensor([START]), data.fed(s.codes, draw) if spoil else s.codes]) for s in some]
