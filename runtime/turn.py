@@ -19,7 +19,7 @@ from .errors import MediaError, PromptError, TurnEnded
 from .events import Done, Event, Stats
 from .generation.conversation import Conversation
 from .generation.encoders import Encoders
-from .media.audio import pcm
+from .media.audio import check_level, pcm
 from .media.image import ImageSource, image_input, load_image
 from .pipeline.reply import Reply
 from .pipeline.task import ReplyTask
@@ -75,8 +75,7 @@ class Turn:
         """
         self._require("audio")
         values, rate = pcm((samples, sample_rate))
-        if not np.isfinite(values).all():
-            raise MediaError("these samples hold NaN or infinity; finite samples in -1..1 were expected")
+        check_level(values, rate, "this sound")
         if len(values):
             with self._push():
                 self._sound(values, rate)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MediaError, UsageError
-from ..media.audio import ResampleStream, pcm
+from ..errors import UsageError
+from ..media.audio import ResampleStream, check_level, pcm
 from .dialogue import Dialogue
 from .vad import CHUNK, RATE, SileroVad, SpeechGate, SpeechLimits, VoiceDetector, chunks
 
@@ -94,8 +94,7 @@ class HandsFree:
 
     def _chunks(self, samples: NDArray[Any], sample_rate: float) -> list[NDArray[np.float32]]:
         values, rate = pcm((samples, sample_rate))
-        if not np.isfinite(values).all():
-            raise MediaError("these samples hold NaN or infinity; finite samples in -1..1 were expected")
+        check_level(values, rate, "this sound")
         if self._resampler is None:
             self._resampler = ResampleStream(rate, RATE)
         if rate != self._resampler.rate:

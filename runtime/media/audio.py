@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MediaError
-from .source import Source, check_source, describe, foreign, require, stream
+from .source import as_array, check_source, describe, foreign, is_array, require, stream
 
-AudioSource = Source | tuple[NDArray[Any], float]
+AudioSource = Any  # Source | (samples, rate) | samples: tensors of libraries that are no dependency have no name here
 Samples = NDArray[np.float32]
 
 #: longest recording that is decoded at all: bounds memory against files whose header or content lies
@@ -29,6 +29,10 @@ RATES = (1_000, 1_000_000)
 #: a hole in a track's time stamps longer than this becomes silence (seconds)
 GAP = 0.05
 MAX_CHANNELS = 32
+#: loudest float sample taken: sound may go beyond 1, by 24 dB at most, but values of 16 bits must not pass for it
+MAX_LEVEL = 16.0
+#: sampling rate of samples that come without one, as Qwen's own tools have it (Hz)
+BARE_RATE = 16000
 READ_BLOCK = 1 << 18
 
 
@@ -36,9 +40,9 @@ def load_audio(source: AudioSource, sampling_rate: int = 16000, *, max_seconds: 
     """Read a recording as mono float32 samples at ``sampling_rate``.
 
     Args:
-        source: a path, the bytes of a file, or ``(samples, sample_rate)``. Samples are [n], [n, channels] or
-            [channels, n] (the shorter axis holds the channels); floats are taken to lie in -1..1, int16, int32, int8
-            and uint8 are scaled to it.
+        source: a path or ``file://`` URL, the bytes of a file, ``(samples, sample_rate)``, or samples alone, which are
+            at 16 kHz. Samples are an array or tensor [n], [n, channels] or [channels, n] (the shorter axis holds the
+            channels); floats lie in -1..1, int16, int32, int8 and uint8 are scaled to it.
         sampling_rate: of the result, Hz.
         max_seconds: longer recordings are refused before they fill memory.
 
@@ -46,9 +50,11 @@ def load_audio(source: AudioSource, sampling_rate: int = 16000, *, max_seconds: 
         float32 [n], n >= 1, all finite.
 
     Raises:
-        MediaError: missing, unreadable, empty or too long file; no samples; NaN or infinite samples; a shape, dtype
-            or rate that cannot be audio.
+        MediaError: missing, unreadable, empty or too long file; no samples; NaN, infinite or far too large samples; a
+            shape, dtype or rate that cannot be audio.
     """
+    if is_array(source):
+        source = (source, BARE_RATE)
     if isinstance(source, tuple):
         samples, rate = pcm(source)
         label = "audio array"
@@ -60,6 +66,12 @@ def load_audio(source: AudioSource, sampling_rate: int = 16000, *, max_seconds: 
         raise MediaError(f"{label} holds no samples; record or export it again")
     _check_rate(rate, label)
     _check_length(samples.shape[0], rate, max_seconds, label)
+    check_level(samples, rate, label)
+    return resample(samples, rate, sampling_rate)
+
+
+def check_level(samples: Samples, rate: float, label: str) -> None:
+    """MediaError if any sample is NaN or infinite, or if they are integers that only became floats."""
     finite = np.isfinite(samples)
     if not finite.all():
         bad = np.flatnonzero(~finite)
@@ -67,7 +79,12 @@ def load_audio(source: AudioSource, sampling_rate: int = 16000, *, max_seconds: 
             f"{label} holds {bad.size} NaN or infinite samples (the first at {bad[0] / rate:.3f} s); "
             "expected finite samples in -1..1: fix the recording or replace them"
         )
-    return resample(samples, rate, sampling_rate)
+    level = float(np.abs(samples).max(initial=0.0))
+    if level > MAX_LEVEL:
+        raise MediaError(
+            f"{label} reaches {level:g}; float samples lie in -1..1: divide 16-bit values by 32768, or pass them as "
+            "int16"
+        )
 
 
 def resample(samples: Samples, rate: float, to: float) -> Samples:
@@ -140,10 +157,7 @@ def pcm(source: tuple[Any, ...]) -> tuple[Samples, float]:
     if not isinstance(rate, Real) or isinstance(rate, bool):
         raise MediaError(f"sample rate is a {type(rate).__name__}; expected a positive number of Hz")
     _check_rate(float(rate), "audio array")
-    try:
-        array = np.asarray(values)
-    except ValueError as error:  # lists of different lengths
-        raise MediaError(f"audio samples are no array: {error}; expected [n] or [n, channels]") from error
+    array = as_array(values, "audio samples")
     if array.ndim not in (1, 2) or (array.ndim == 2 and min(array.shape) > MAX_CHANNELS):
         raise MediaError(
             f"audio array has shape {list(array.shape)}; expected [n], [n, channels] or [channels, n] "

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from ..bundle.manifest import VisionFrontend
 from ..errors import MediaError
-from .source import Source, check_source, describe, foreign, require, stream
+from .heif import HeifPicture, is_heif
+from .source import Source, as_array, check_source, describe, foreign, is_array, require, stream
 
 ImageSource = Any  # Source | PIL.Image.Image | uint8 or float array: Pillow is optional, so it has no name here
 Pixels = NDArray[np.uint8]
@@ -29,6 +30,8 @@ MAX_PIXELS = 89_478_485
 MAX_ASPECT = 200
 #: decoders that may see a file: no format that runs another program (EPS) or only writes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+#: bytes of a HEIC file that are read at most
+MAX_HEIF = 1 << 27
 #: EXIF orientation -> the name of Pillow's transposition that sets the picture upright
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -78,8 +81,8 @@ def load_image(source: ImageSource) -> Pixels:
     to 8 bits, the first frame of an animation is taken.
 
     Args:
-        source: a path, the bytes of a file, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]: uint8,
-            or float in 0..1, which is scaled by 255 and rounded.
+        source: a path or ``file://`` URL, the bytes of a file, a PIL image, or an array or tensor [H, W], [H, W, 1],
+            [H, W, 3] or [H, W, 4]: uint8, or float in 0..1, which is scaled by 255 and rounded.
 
     Raises:
         MediaError: missing, empty, corrupt or unknown file; more than ``MAX_PIXELS`` (checked before decoding);
@@ -88,6 +91,8 @@ def load_image(source: ImageSource) -> Pixels:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     module = require("PIL.Image")
+    if is_array(source) and not isinstance(source, module.Image):
+        return _from_array(as_array(source, "pixels of an image"))
     if isinstance(source, module.Image):
         _check_pixels(source.width, source.height, "image")
         with foreign("image cannot be read", "open its file again"):
@@ -108,8 +113,14 @@ def load_image(source: ImageSource) -> Pixels:
         except module.DecompressionBombError as error:
             raise MediaError(f"{label} is too large: {error}; at most {MAX_PIXELS} pixels are taken") from error
         except module.UnidentifiedImageError as error:
+            opened.seek(0)
+            if is_heif(opened.read(32)):
+                opened.seek(0)
+                picture = HeifPicture(opened.read(MAX_HEIF))
+                _check_pixels(picture.width, picture.height, label)
+                return picture.decode()
             raise MediaError(
-                f"{label} is not a picture that can be read; expected JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+                f"{label} is not a picture that can be read; expected JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
             ) from error
         with image:
             _check_pixels(image.width, image.height, label)

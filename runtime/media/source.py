@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import MediaError
 
@@ -51,19 +55,58 @@ def foreign(problem: str, remedy: str) -> Iterator[None]:
         raise MediaError(f"{problem}: {reason}; {remedy}") from error
 
 
+def is_array(value: object) -> bool:
+    """Whether it is an array, or another library's tensor."""
+    return isinstance(value, np.ndarray) or hasattr(value, "__array__") or hasattr(value, "__dlpack__")
+
+
+def as_array(value: Any, label: str) -> NDArray[Any]:
+    """Numbers of NumPy, another library or lists as an array. Gradients and devices are left behind; bfloat16, which
+    NumPy does not have, becomes float32.
+
+    Raises:
+        MediaError: it cannot become one; the message calls it ``label``.
+    """
+    with foreign(f"{label} are no array", "pass a NumPy array"):
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+        array = np.asarray(value)
+        return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def local_name(name: str) -> str:
+    """The path of a ``file://`` URL, as it stands or with its %XX decoded; anything else as it is."""
+    if not name.startswith("file://"):
+        return name
+    path = name[len("file://") :].removeprefix("localhost")
+    return path if os.path.lexists(path) else unquote(path)
+
+
+_WANTED = {
+    "audio": "a path, bytes, (samples, sample_rate), or samples at 16 kHz",
+    "image": "a path, bytes, a PIL image, or an array [H, W, 3]",
+    "video": "a path, bytes, a list of pictures, or an array [F, H, W, 3]",
+}
+
+
 def check_source(source: Source, kind: str) -> Path | bytes:
     """A path that is a readable, non-empty regular file, or non-empty bytes.
 
     Raises:
         MediaError: missing, a folder or device, unreadable, empty, or a URL.
     """
-    if isinstance(source, bytes):
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        source = bytes(source)
         if not source:
             raise MediaError(f"empty {kind}: got 0 bytes; pass the whole content of a file")
         return source
     if not isinstance(source, (str, os.PathLike)):
-        raise MediaError(f"{kind} of type {type(source).__name__} cannot be read; pass a path, bytes or an array")
+        raise MediaError(f"{kind} of type {type(source).__name__} cannot be read; pass {_WANTED[kind]}")
     name = os.fspath(source)
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    name = local_name(name)
     if "://" in name or name.startswith("data:"):
         raise MediaError(f"{kind} {name[:80]!r} is a URL; URLs are not fetched: download it and pass the path or bytes")
     path = Path(name)

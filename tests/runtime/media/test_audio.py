@@ -351,12 +351,43 @@ def test_nan_and_infinite_samples(tmp_path: Path) -> None:
         ((np.zeros(10, bool), 16000), "dtype bool"),
         ((np.zeros(10, complex), 16000), "dtype complex128"),
         (([[1.0], [1.0, 2.0]], 16000), "no array"),
-        (12, "type int"),
+        (12, "type int cannot be read; pass a path, bytes, .*samples at 16 kHz"),
     ],
 )
 def test_arrays_that_are_not_audio(source: Any, words: str) -> None:
     with pytest.raises(MediaError, match=words):
         load_audio(source)
+
+
+def test_tensors_and_bare_samples_as_qwens_tool_takes_them() -> None:
+    import torch
+
+    samples = speech_like(0.3)
+    expected = load_audio((samples, 16000))
+    np.testing.assert_array_equal(load_audio(samples), expected)
+    for tensor in (torch.from_numpy(samples), torch.from_numpy(samples).requires_grad_()):
+        np.testing.assert_array_equal(load_audio((tensor, 16000)), expected)
+    half = torch.from_numpy(samples).to(torch.bfloat16)
+    np.testing.assert_array_equal(load_audio((half, 16000)), half.float().numpy())
+    with pytest.raises(MediaError, match="no array"):
+        load_audio((torch.zeros(10, device="meta"), 16000))
+
+
+def test_integers_that_only_became_floats() -> None:
+    """At the scale of int16 the model would hear noise; what goes a little beyond 1 is clipped sound."""
+    loud = speech_like(0.3)
+    assert load_audio((loud / np.abs(loud).max() * 4, 16000)).max() > 1
+    with pytest.raises(MediaError, match=r"reaches \d+; float samples lie in -1..1: divide 16-bit values by 32768"):
+        load_audio((np.round(loud * 32767), 16000))
+
+
+def test_file_urls(tmp_path: Path) -> None:
+    path = write(tmp_path / "a b.wav", speech_like(0.2))
+    expected = load_audio(path)
+    for name in (f"file://{path}", path.as_uri(), f"file://localhost{path}", str(path)):
+        np.testing.assert_array_equal(load_audio(name), expected)
+    with pytest.raises(MediaError, match="does not exist"):
+        load_audio("file:///nowhere.wav")
 
 
 def test_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
