@@ -26,7 +26,7 @@ class Reference:
         adds no codec pad and start (transformers 5.23 and 5.24).
         """
         inputs, _ = self.prompts.batch([self.prompts.lay(turns)])
-        tokens = self.prompts.manifest.tokens
+        tokens, stop = self.prompts.manifest.tokens, self.prompts.manifest.chat.stop
         ids = torch.nn.functional.pad(inputs.pop("input_ids"), (1, 0), value=tokens.endoftext)
         del inputs["position_ids"]
         clips = len(inputs.get("video_grid_thw", ()))
@@ -41,7 +41,7 @@ class Reference:
             use_audio_in_video=clips > 0,
             thinker_max_new_tokens=64,
             thinker_do_sample=False,
-            thinker_eos_token_id=tokens.im_end,
+            thinker_eos_token_id=list(stop),
             talker_do_sample=False,
             talker_max_new_tokens=most_codes,
             # as shared keywords pixels would reach the talker, which refuses them
@@ -49,4 +49,4 @@ class Reference:
         )
         hook.remove()
         said = sequences[0, ids.shape[1] :].tolist()
-        return said[:-1] if said[-1] == tokens.im_end else said, codes
+        return said[:-1] if said[-1] in stop else said, codes
