@@ -34,7 +34,9 @@ STEPS = 6000
 # Conversations of a step by kind, and turns of each: many, so that most of a row is not the system prompt.
 ROWS: dict[str, int] = {"typed": 6, "spoken": 6, "picture": 8, "clip": 1}
 TURNS: dict[str, int] = {"typed": 8, "spoken": 3, "picture": 5, "clip": 4}
-SPELLING = 0.3  # share of the loss of what is heard
+SHARES: dict[str, float] = {"typed": 1, "spoken": 1, "picture": 1, "clip": 0.5}  # of the loss; a clip alone is noisy
+SPELLING = 0.3  # share of what is heard beside the answers
+FASTER = 0.08  # sounds of training are played faster or slower by so much at most, and with it higher or lower
 TEST_EVERY, TESTED = 250, 60
 
 
@@ -82,6 +84,9 @@ class Conversations:
         """A sentence in some voice, speed, level and noise, float32 [n] at 16 kHz."""
         there = self.utterances[text]
         pcm = speech_data.sound_of(self.work, there[int(draw.integers(len(there)))]).astype(np.float32) / 32768
+        if self.split == "train":
+            at = np.arange(0, len(pcm) - 1, draw.uniform(1 - FASTER, 1 + FASTER))
+            pcm = np.interp(at, np.arange(len(pcm)), pcm).astype(np.float32)
         before, behind = (int(n) for n in draw.integers(0, 4000, 2))
         return speech_data.disturb(np.pad(pcm, (before, behind)), draw)
 
@@ -196,6 +201,7 @@ def loss_of_rows(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tenso
     return functional.cross_entropy(logits.float(), wanted[wanted >= 0])
 
 
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def right_answers(model: Any, conversations: Conversations, count: int) -> dict[str, float]:
     """Share of questions whose whole last answer is the likeliest, by kind."""
@@ -240,10 +246,11 @@ def main() -> None:
         each = []
         for what, count in ROWS.items():
             rows = trained.rows(what, draw, count)
-            each.append(loss_of_rows(model, *prompts.batch(rows)))
+            loss = loss_of_rows(model, *prompts.batch(rows))
             if any(row.said for row in rows):
-                each[-1] = each[-1] + SPELLING * spelling.loss(rows)
-        loss = torch.stack(each).mean()
+                loss = loss + SPELLING * spelling.loss(rows)
+            each.append(SHARES[what] * loss)
+        loss = torch.stack(each).sum() / sum(SHARES.values())
         return loss, loss.item()
 
     plan = Plan(args.steps, 1.5e-3, decay=0.02)

@@ -1,0 +1,65 @@
+"""The thinker's training: what is learned of a conversation, and the sounds that are spelled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from wren import frame, thinker  # noqa: E402
+from wren.prompts import Laid, Prompts, Turn, mel_of_question  # noqa: E402
+
+
+def rows(prompts: Prompts) -> list[Laid]:
+    sound = np.random.default_rng(0).normal(0, 0.05, 20317).astype(np.float32)
+    spoken = Turn("", "Four.", sound=sound, said="What is two plus two?")
+    return [
+        prompts.lay([spoken, Turn("Say that again.", "Four.")]),
+        prompts.lay([Turn("Hello!", "Hello! How can I help you?")], frame.OTHER_PROMPT),
+    ]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wren")
+
+
+def test_answers_alone_are_learned_each_with_its_end(work: Path) -> None:
+    prompts = Prompts(work)
+    _, labels = prompts.batch(rows(prompts))
+    said = [prompts.codec.encode("Four."), prompts.codec.encode("Hello! How can I help you?")]
+    end = prompts.manifest.tokens.im_end
+    assert labels[0][labels[0] >= 0].tolist() == 2 * [*said[0], end]
+    assert labels[1][labels[1] >= 0].tolist() == [*said[1], end]
+
+
+def test_sounds_are_spelled_by_the_audio_encoder(work: Path) -> None:
+    prompts = Prompts(work)
+    model = thinker.build(work)
+    spelling = thinker.Spelling(model, prompts.manifest.tokens.audio)
+    laid = rows(prompts)
+    inputs, labels = prompts.batch(laid)
+    encoder = list(model.model.audio_tower.parameters())
+    optimizer = torch.optim.Adam(encoder, 1e-3)
+    losses = []
+    for _ in range(6):
+        answers = thinker.loss_of_rows(model, inputs, labels)
+        losses.append(spelling.loss(laid))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert answers.isfinite()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("samples", [16000, 16001, 16159, 33333])
+def test_the_mel_of_a_question_is_the_runtimes(work: Path, samples: int) -> None:
+    from omniport.runtime.media.log_mel import log_mel
+
+    loud = np.linspace(0, 0.1, samples).astype(np.float32)
+    sound = np.random.default_rng(samples).standard_normal(samples).astype(np.float32) * loud
+    want = log_mel(sound, frame.manifest(work).audio)
+    np.testing.assert_allclose(mel_of_question(sound), want, atol=1e-4)
