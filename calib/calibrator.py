@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 from omniport.runtime.errors import UsageError
-from omniport.runtime.system.files import replace_file
+from omniport.runtime.system.files import write_output
 from omniport.runtime.system.progress import Progress
 
 from .calibration.calibrate_parts import Job, Stages
@@ -92,7 +92,7 @@ def calibrate(
         stages.run()
         calibration = _gather(header, source, stages)
         report("writing", 0, 1)
-        _write(out, calibration.encode())
+        write_output(out, calibration.encode())
     missing = tuple(name for name in source.definitions if name not in calibration.graphs)
     return CalibrateReport(out, calibration, resumed, missing)
 
@@ -129,13 +129,6 @@ def _gather(header: Header, source: Source, stages: Stages) -> Calibration:
             graphs[name] = found
     records = {name: tuple(site.record for site in sites) for name, sites in graphs.items()}
     return Calibration(msgspec.structs.replace(header, graphs=records), graphs)
-
-
-def _write(out: Path, content: bytes) -> None:
-    try:
-        replace_file(out, content)
-    except OSError as error:
-        raise UsageError(f"cannot write {out}: {error}. Free some space, or choose another place") from error
 
 
 def _version(package: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +27,43 @@ QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progres
 PIPE_WIDTH = 160
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may have it: control characters of files, names and replies are spelled, but for tab and line
+    feed. Whatever the program prints goes through here; only what it draws itself (colours, bars) does not.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def print_line(line: object, err: bool = False) -> None:
+    """One line on stdout or stderr; the lines after a line feed are indented, so that none can pass for another."""
+    typer.echo(printable(str(line)).replace("\n", "\n  "), err=err)
+
+
+def print_text(text: str) -> None:
+    """A piece of a reply on stdout, at once."""
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()
+
+
 def log_console(quiet: bool = False) -> Console:
     """Console for progress and log lines: stderr, or nothing at all when ``quiet``."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    class PrintableConsole(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)
+
+    return PrintableConsole(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+
+def set_up_streams() -> None:
+    """Let no character end a reply: what the stream's encoding does not hold is spelled (``\\u4f60``)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def as_json(value: Any) -> Any:
@@ -41,7 +75,14 @@ def as_json(value: Any) -> Any:
 
 def print_json(value: Any) -> None:
     """One JSON document on one line of stdout, flushed so that a reader at a pipe sees it at once."""
-    sys.stdout.write(json.dumps(as_json(value), ensure_ascii=False) + "\n")
+    print_json_text(json.dumps(as_json(value), ensure_ascii=False) + "\n")
+
+
+def print_json_text(document: str) -> None:
+    """JSON on stdout: characters that its encoding lacks are escaped as JSON escapes them."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    risky = _CONTROL if unicode else re.compile(r"[^\x00-\x7e]")  # the document's own characters are all ASCII
+    sys.stdout.write(risky.sub(lambda found: json.dumps(found[0])[1:-1], document))
     sys.stdout.flush()
 
 
@@ -52,12 +93,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=printable(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         # Text, not str: names like [C,50,H] are data, not markup
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False).print(table)
 
 
@@ -80,7 +121,7 @@ def progress_bar(quiet: bool) -> Iterator[Progress]:
             if not console.is_terminal and [stage] != current:
                 console.print(stage, markup=False)
             current[:] = [stage]
-            bar.update(task, description=stage, completed=done, total=total)
+            bar.update(task, description=printable(stage), completed=done, total=total)
 
         yield update
 

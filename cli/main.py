@@ -31,6 +31,7 @@ from .commands import (
     voices,
 )
 from .commands import run as run_command
+from .common import print_line, set_up_streams
 
 EXIT_BUG = 101
 EXIT_INTERRUPTED = 130
@@ -98,6 +99,7 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
         SystemExit: always, with one of the exit codes above.
     """
     # a polite kill unwinds the stack like Ctrl-C does, so that half-written files are removed
+    set_up_streams()
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     try:
         app(args=None if argv is None else list(argv), prog_name="omniport")
@@ -115,7 +117,7 @@ def _report(error: Exception) -> int:
     from omniport.runtime.errors import OmniportError
 
     if isinstance(error, OmniportError):
-        sys.stderr.write(f"error: {error}\n")
+        print_line(f"error: {error}", err=True)
         return error.exit_code
     traceback.print_exception(error)
     sys.stderr.write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,22 @@ def one_of(words: Iterable[str], **options: Any) -> Any:
     return typer.Option(parser=parse, metavar="|".join(known), **options)
 
 
+def number(metavar: str, least: float = -math.inf, **options: Any) -> Any:
+    """An option that takes a number; infinity and NaN, which Python reads as numbers, are none."""
+
+    def parse(text: str | float) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not a number.") from None
+        if not math.isfinite(value) or value < least:
+            above = f" of at least {least:g}" if least > -math.inf else ""
+            raise typer.BadParameter(f"{text} is not in the range of finite numbers{above}.")
+        return value
+
+    return typer.Option(parser=parse, metavar=metavar, **options)
+
+
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")]
 BackendOption = Annotated[str, one_of(BACKENDS, help="What runs the graphs.")]
 SystemOption = Annotated[
@@ -33,7 +50,7 @@ SystemOption = Annotated[
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")]
 VoiceOption = Annotated[str | None, typer.Option(help="Voice of spoken replies (see omniport voices).")]
 MaxNewTokensOption = Annotated[int | None, typer.Option(min=1, help="Text tokens of a reply at most.")]
-MaxSpeechOption = Annotated[float | None, typer.Option(min=0.1, help="Seconds of speech of a reply at most.")]
+MaxSpeechOption = Annotated[float | None, number("SECONDS", 0.1, help="Seconds of speech of a reply at most.")]
 GreedyFlag = Annotated[bool, typer.Option("--greedy", help="Pick the likeliest token, in speech too.")]
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import log_console, print_json
+from .common import log_console, print_json, print_text
 from .wav import WavWriter
 
 if TYPE_CHECKING:
@@ -70,8 +69,7 @@ class Replier:
                 if self.json:
                     print_json(event_dict(event))
                 elif isinstance(event, TextDelta):
-                    sys.stdout.write(event.text)
-                    sys.stdout.flush()
+                    print_text(event.text)
                 elif not isinstance(event, AudioChunk):
                     log_console(self.quiet).print(
                         f"the conversation outgrew the KV cache: its {event.turns} oldest turns are forgotten",
@@ -81,8 +79,7 @@ class Replier:
         if self.json:
             print_json(event_dict(done) | {"wav": None if speak is None else str(speak)})
         else:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            print_text("\n")
             log_console(self.quiet).print(stats_line(done.stats), style="dim")
         return done
 

@@ -4,85 +4,84 @@ from __future__ import annotations
 
 import io
 import wave
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from omniport.runtime.system.files import partial_path, put_in_place
+from omniport.runtime.system.files import output, writing
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from omniport.runtime.errors import UsageError
+
+
+#: sample count of a header whose lengths are to be ignored: near the most that 32 bits of bytes hold
+_UNKNOWN = 0x7FFFFF00
+_OTHER_FORMATS = frozenset({".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".webm", ".mp4"})
 
 
 class WavWriter:
-    """PCM16 mono WAV, written next to ``path`` and renamed onto it when the ``with`` block ends well.
+    """PCM16 mono WAV that takes its place at ``path`` when the ``with`` block ends well.
 
-    When the block raises, the partial file is removed and whatever was at ``path`` before is untouched.
+    When the block raises, whatever was at ``path`` before is untouched. A pipe or a device is written to as sound
+    arrives, under a header without lengths.
 
     Args:
         path: the file to make; its folder must exist.
         sample_rate: samples per second.
 
     Raises:
-        UsageError: on entry, while writing or at the end, when the file cannot be written.
+        UsageError: on entry, while writing or at the end, when the file cannot be written, or when its name promises
+            another format.
     """
 
     def __init__(self, path: Path, sample_rate: int) -> None:
         self.path = path
         self.sample_rate = sample_rate
         self.samples = 0
-        self._partial = partial_path(path)
+        self._stack = ExitStack()
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> WavWriter:
-        if self.path.is_dir():
-            raise self._error("it is a folder")
-        try:
-            self._file = open(self._partial, "wb")
-            self._file.write(_header(self.sample_rate, 0))  # the true one comes at the end
-        except OSError as error:
-            raise self._error(error.strerror or str(error)) from error
+        refuse_other_format(self.path)
+        self._file = self._stack.enter_context(output(self.path))
+        # the true count comes at the end, where that can be written
+        self._write(_header(self.sample_rate, 0 if self._file.seekable() else _UNKNOWN))
         return self
 
     def write(self, samples: NDArray[np.float32]) -> None:
         """Append float32 [n] samples; values beyond -1..1 are clipped."""
         import numpy as np
 
-        assert self._file is not None, "write() outside the with block"
         pcm = np.round(np.clip(samples, -1.0, 1.0) * 32767.0).astype("<i2")
-        try:
-            self._file.write(pcm.tobytes())
-        except OSError as error:
-            raise self._error(error.strerror or str(error)) from error
+        self._write(pcm.tobytes())
         self.samples += int(pcm.size)
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None, "write() outside the with block"
+        with writing(self.path):
+            self._file.write(data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._finish(keep=kind is None)
-        except OSError as failure:
-            if kind is None:  # the block's own exception says more than a failed close
-                raise self._error(failure.strerror or str(failure)) from failure
-
-    def _finish(self, keep: bool) -> None:
         assert self._file is not None
-        try:
-            with self._file as file:
-                if keep:
-                    file.seek(0)
-                    file.write(_header(self.sample_rate, self.samples))
-            if keep:
-                put_in_place(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            # what ends the block decides whether the file takes its place
+            stack.push(self._stack.__exit__ if kind is None else lambda *_: self._stack.__exit__(kind, error, trace))
+            if kind is None and self._file.seekable():
+                with writing(self.path):
+                    self._file.seek(0)
+                    self._file.write(_header(self.sample_rate, self.samples))
 
-    def _error(self, reason: str) -> UsageError:
+
+def refuse_other_format(path: Path) -> None:
+    """UsageError when a file's name says that it holds compressed sound: what is written is WAV."""
+    if path.suffix.lower() in _OTHER_FORMATS:
         from omniport.runtime.errors import UsageError
 
-        return UsageError(f"cannot write {self.path}: {reason}; give a file name in an existing, writable folder")
+        raise UsageError(f"cannot write {path}: speech is written as WAV; name a .wav file and convert it")
 
 
 def _header(sample_rate: int, samples: int) -> bytes:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..common import QuietFlag, print_table, progress_bar, require_extra, require_folder, size_text
+from ..common import (
+    QuietFlag,
+    print_json_text,
+    print_line,
+    print_table,
+    progress_bar,
+    require_extra,
+    require_folder,
+    size_text,
+)
 from ..options import BundleArgument, one_of
 from .export import EXPORT_MODULES
 
@@ -82,8 +90,7 @@ def command(
 
         draw(whole, plot)
     if json is not None and str(json) == "-":
-        sys.stdout.write(encode_report(report).decode())
-        sys.stdout.flush()
+        print_json_text(encode_report(report).decode())
         return
     _print(report)
 
@@ -112,7 +119,7 @@ def _print(report: BenchReport) -> None:
     columns = ("stage", "input", "time", "rate", "of the roofline", f"{report.against or 'reference'}", "times as fast")
     print_table(f"{report.bundle} ({report.precision}) on {report.environment.processor}", columns, rows)
     for name, stage in report.stages.items():
-        typer.echo(_rates(name, stage))
+        print_line(_rates(name, stage))
 
 
 def _row(stage: str, figure: Figure) -> tuple[str, ...]:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
+from ..common import (
+    JsonFlag,
+    QuietFlag,
+    log_console,
+    print_json,
+    print_line,
+    print_table,
+    progress_bar,
+    require_extra,
+    size_text,
+)
+from ..options import number
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -31,7 +42,7 @@ def command(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Take this many lines; all if left out.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the speech that is sampled.")] = 0,
-    max_speech: Annotated[float, typer.Option(min=0.1, help="Seconds of speech of a sample at most.")] = 3.0,
+    max_speech: Annotated[float, number("SECONDS", 0.1, help="Seconds of speech of a sample at most.")] = 3.0,
     sample_data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a small ready set to this folder, and do nothing else.")
     ] = None,
@@ -90,7 +101,7 @@ def _write_samples(folder: Path, json: bool, quiet: bool) -> None:
     if json:
         print_json({"path": str(path), "samples": len(path.read_text().splitlines()), "bytes": total})
         return
-    typer.echo(path)
+    print_line(path)
     log_console(quiet).print(f"{size_text(total)}. Next: omniport calibrate CHECKPOINT --data {path} OUT.calib")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common import JsonFlag, as_json, print_json, print_table, require_extra, size_text
+from ..options import number
 
 if TYPE_CHECKING:
     from omniport.export import RecipePlan, TargetPlan
@@ -30,7 +31,7 @@ def command(
     context: Annotated[int, typer.Option(help="Tokens of the KV caches.")] = 4096,
     bandwidth: Annotated[
         float | None,
-        typer.Option(help="GB/s at which the target's memory is read, where you measured it yourself.", min=0.1),
+        number("GB/S", 0.1, help="GB/s at which the target's memory is read, where you measured it yourself."),
     ] = None,
     sweep: Annotated[
         Path | None, typer.Option(help="Draw every target by every recipe as a heat map: a .png or .svg file.")

@@ -12,6 +12,7 @@ from ..common import (
     QuietFlag,
     log_console,
     print_json,
+    print_line,
     print_table,
     progress_bar,
     require_extra,
@@ -70,7 +71,7 @@ def _print(report: LossReport) -> None:
     print_table(f"Quantization of {report.base}", columns, map(_row, report.bundles))
     for bundle in report.bundles:
         for what, why in bundle.missing.items():
-            typer.echo(f"{bundle.name}: {what} not measured: {why}", err=True)
+            print_line(f"{bundle.name}: {what} not measured: {why}", err=True)
 
 
 def _row(bundle: BundleLoss) -> list[str]:

@@ -20,7 +20,7 @@ from ..common import (
     require_folder,
     size_text,
 )
-from ..options import one_of
+from ..options import number, one_of
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ def command(
     ] = None,
     target_sqnr: Annotated[
         float | None,
-        typer.Option(metavar="DB", help="Keep as few parts of thinker and talker as give their logits this SQNR."),
+        number("DB", help="Keep as few parts of thinker and talker as give their logits this SQNR."),
     ] = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(metavar="NATS", help="As --target-sqnr, by the divergence of the choice of the next token."),
+        number("NATS", help="As --target-sqnr, by the divergence of the choice of the next token."),
     ] = None,
     data: Annotated[
         Path | None,

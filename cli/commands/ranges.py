@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra
+from ..options import number
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def command(
         typer.Option(metavar="FILE", help='JSON lines with "messages"; without it, built-in samples of each modality.'),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of a reply at most.")] = 64,
-    max_speech: Annotated[float, typer.Option(min=0.1, help="Seconds of speech of a reply at most.")] = 4.0,
+    max_speech: Annotated[float, number("SECONDS", 0.1, help="Seconds of speech of a reply at most.")] = 4.0,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -42,6 +43,7 @@ def command(
     from omniport.runtime.bundle.activation_ranges import encode_ranges
     from omniport.runtime.bundle.reader import MANIFEST_FILE
     from omniport.runtime.errors import UsageError
+    from omniport.runtime.system.files import write_output
 
     target = bundle if out is None else out
     if target.is_dir() and not (target / MANIFEST_FILE).exists():
@@ -60,7 +62,7 @@ def command(
         path = store_ranges(target, ranges)
     else:
         path = target
-        path.write_bytes(encode_ranges(ranges))
+        write_output(path, encode_ranges(ranges))
     if json:
         print_json(_facts(ranges, path))
         return

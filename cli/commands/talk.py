@@ -18,6 +18,7 @@ from ..options import (
     SeedOption,
     SystemOption,
     VoiceOption,
+    number,
     reply_options,
 )
 
@@ -48,8 +49,8 @@ def command(
         bool,
         typer.Option(help="Speech cuts a reply off. Without it nothing is listened to while a reply is played."),
     ] = True,
-    threshold: Annotated[float, typer.Option(metavar="P", help="Probability from which sound is speech.")] = 0.5,
-    silence_ms: Annotated[float, typer.Option(metavar="MS", help="Silence that ends a turn, in milliseconds.")] = 600,
+    threshold: Annotated[float, number("P", 0.0, help="Probability from which sound is speech.")] = 0.5,
+    silence_ms: Annotated[float, number("MS", 0.0, help="Silence that ends a turn, in milliseconds.")] = 600,
     input_wav: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Hear this recording, in real time, in place of a microphone.")
     ] = None,

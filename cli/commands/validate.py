@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,17 @@ from omniport.export.choices import SUITES
 from omniport.runtime.backends import BACKENDS
 from omniport.runtime.bundle.parts import decoders
 
-from ..common import QuietFlag, log_console, print_table, progress_bar, require_extra, require_folder, size_text
+from ..common import (
+    QuietFlag,
+    log_console,
+    print_json_text,
+    print_line,
+    print_table,
+    progress_bar,
+    require_extra,
+    require_folder,
+    size_text,
+)
 from ..options import BundleArgument, one_of
 from .export import EXPORT_MODULES
 
@@ -86,8 +95,7 @@ def command(
             progress("drawing the report", 1, 1)
             write_output(html, render(report, artifacts).encode())
     if json is not None and str(json) == "-":
-        sys.stdout.write(encode(report).decode())
-        sys.stdout.flush()
+        print_json_text(encode(report).decode())
     else:
         print_report(report)
     if html is not None:
@@ -115,11 +123,11 @@ def print_report(report: ValidationReport) -> None:
     title = f"{report.bundle} ({report.precision}) on {report.backend}, suite {report.suite}"
     print_table(title, ("stage", "status", "checks", "failed", "closest to its limit", "in"), rows)
     for check in failures(report):
-        typer.echo(f"FAIL {check.stage}: {check.name}: {check.message or 'a figure is beyond its limit'}")
+        print_line(f"FAIL {check.stage}: {check.name}: {check.message or 'a figure is beyond its limit'}")
     for check in report.checks:
         if check.status == NOT_RUN:
-            typer.echo(f"not run: {check.stage}: {check.name}: {check.message}")
+            print_line(f"not run: {check.stage}: {check.name}: {check.message}")
     verdict = "every check that ran holds" if report.ok else "this bundle does NOT match its checkpoint"
     if not report.ok and not any(failures(report)):
         verdict = "not proven: a graph of the bundle, or all of them, could not run here"
-    typer.echo(f"{verdict} ({report.seconds:.0f} s, peak memory {size_text(report.peak_memory_bytes)})")
+    print_line(f"{verdict} ({report.seconds:.0f} s, peak memory {size_text(report.peak_memory_bytes)})")

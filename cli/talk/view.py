@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..common import log_console, print_json
+from ..common import log_console, print_json, print_text, printable
 from ..show_reply import event_dict
 
 if TYPE_CHECKING:
@@ -149,8 +149,7 @@ class PlainView:
 
     def _write(self, text: str) -> None:
         with self._lock:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print_text(text)
 
     def _note(self, text: str) -> None:
         with self._lock:
@@ -192,7 +191,7 @@ def render(scene: Scene) -> RenderableType:
     state = Text.assemble((f"{symbol} {scene.state:<10}", style), meter(scene.rms))
     state.append(f"  heard {scene.heard:5.1f} s", "default")
     state.append(f"  said {scene.spoken:5.1f} s", "default")
-    parts: list[RenderableType] = [state, Text(scene.said[-600:] or scene.hint, "" if scene.said else "dim")]
+    parts: list[RenderableType] = [state, Text(printable(scene.said[-600:]) or scene.hint, "" if scene.said else "dim")]
     if scene.stats is not None:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
         rows = latencies(scene.stats)
@@ -200,7 +199,7 @@ def render(scene: Scene) -> RenderableType:
             table.add_column(name, justify="left", no_wrap=True)
         table.add_row(*(value for _, value in rows))
         parts.append(table)
-    return Panel(Group(*parts), title=Text(scene.title), title_align="left", border_style="dim")
+    return Panel(Group(*parts), title=Text(printable(scene.title)), title_align="left", border_style="dim")
 
 
 def meter(rms: float) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
+from omniport.runtime.system.files import read_file
 from omniport.runtime.system.progress import Say
 
 from .config import load_config, read_json
@@ -224,11 +225,12 @@ def _index_tensors(files: Sequence[SafetensorsFile]) -> dict[str, tuple[Safetens
 
 def _open_weights(path: Path) -> list[SafetensorsFile]:
     """The checkpoint's weight files. CheckpointError if there are none, some are missing, or they are pickles."""
+    # as transformers chooses: one whole file wins over an index, which a fine-tune saved over its base leaves behind
+    if (path / _SINGLE).exists():
+        return [SafetensorsFile.open(path / _SINGLE)]
     index = path / _INDEX
     if index.exists():
         return _open_indexed(index)
-    if (path / _SINGLE).exists():
-        return [SafetensorsFile.open(path / _SINGLE)]
     shards = sorted(file.name for file in path.glob("*.safetensors"))
     if "adapter_model.safetensors" in shards:
         raise CheckpointError(
@@ -283,7 +285,7 @@ def _fingerprint(config: Path, files: Sequence[SafetensorsFile]) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
 
-    add(config.read_bytes())
+    add(read_file(config, 1 << 26))
     for file in files:
         add(file.header)
         add(str(file.size).encode())

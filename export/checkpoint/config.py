@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from omniport.runtime.errors import CheckpointError
+from omniport.runtime.system.files import read_text
 
 _MODEL_TYPE = "qwen2_5_omni"
 _DIT_NAMES: Mapping[str, str] = {
@@ -33,7 +34,7 @@ _MROPE_SECTION = [16, 24, 24]
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. CheckpointError if the file cannot be read or holds anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -19,6 +19,7 @@ from omniport.runtime.bundle.manifest import (
     VisionFrontend,
 )
 from omniport.runtime.errors import CheckpointError
+from omniport.runtime.system.files import read_file
 
 from .checkpoint import Checkpoint
 from .tokenizer_json import load_tokenizer
@@ -214,7 +215,7 @@ def _preprocessor(ckpt: Checkpoint, part: str) -> dict[str, Any]:
 def _chat_template(ckpt: Checkpoint) -> str | None:
     path = ckpt.path / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_file(path, 1 << 24).decode("utf-8-sig", errors="replace")
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = (ckpt.json(name) or {}).get("chat_template")
         if isinstance(template, str):

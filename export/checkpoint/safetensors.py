@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
+from omniport.runtime.system.files import open_regular
 from omniport.runtime.system.page_cache import expect, forget
 
 MAX_HEADER = 100_000_000
@@ -80,7 +81,7 @@ class SafetensorsFile:
                 a rule of the format.
         """
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 size = file.seek(0, 2)
                 file.seek(0)
                 header = _read_header(file, path, size)

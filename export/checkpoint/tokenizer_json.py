@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from omniport.runtime.errors import CheckpointError
+from omniport.runtime.system.files import read_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from .checkpoint import Checkpoint
@@ -25,7 +27,7 @@ def tokenizer_json(ckpt: Checkpoint) -> bytes:
     """
     path = ckpt.path / "tokenizer.json"
     if path.exists():
-        data = path.read_bytes()
+        data = _read(path)
         _load(data, str(path))
         return data
     vocab = ckpt.json("vocab.json")
@@ -89,12 +91,16 @@ def _load(data: bytes, where: str) -> Tokenizer:
         raise CheckpointError(f"{where} cannot be loaded as a tokenizer ({error}). Download it again.") from error
 
 
-def _read_merges(ckpt: Checkpoint) -> list[tuple[str, str]]:
-    path = ckpt.path / "merges.txt"
+def _read(path: Path) -> bytes:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return read_text(path, 1 << 28).encode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _read_merges(ckpt: Checkpoint) -> list[tuple[str, str]]:
+    path = ckpt.path / "merges.txt"
+    lines = _read(path).decode("utf-8").split("\n")
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
         line = line.removesuffix("\r")

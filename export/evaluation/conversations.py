@@ -25,6 +25,7 @@ from omniport.runtime.media.source import require
 from omniport.runtime.media.video import load_video
 from omniport.runtime.prompt.builder import build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
+from omniport.runtime.system.files import read_text
 
 from ..checkpoint.frontends import SPEECH_PROMPT
 from ..models.signals import RATE, picture, voice
@@ -185,7 +186,8 @@ def read_conversations(path: Path, manifest: Manifest, codec: TextCodec) -> list
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         try:
-            messages = parse_entry(line, path.parent)["messages"]
+            # the reply that a file for calibration may hold is not needed here
+            messages = parse_entry(line, path.parent, optional=("reply",))["messages"]
             build_prompt(messages, manifest, codec)
             conversations.append(_conversation(messages, manifest, f"{path.name}:{number}", where))
         except (ValueError, OmniportError) as error:
@@ -202,7 +204,8 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
         UsageError: it cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # a string in JSON may hold what str.splitlines() takes for the end of a line
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"cannot read {path}: {error}. A UTF-8 file with one JSON object a line was expected"

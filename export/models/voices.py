@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
+from omniport.runtime.system.files import open_regular
 
 from ..checkpoint.checkpoint import Checkpoint
 from .ecapa import SpeakerEncoder, SpeakerSpec
@@ -45,7 +46,8 @@ def load_speakers(path: Path) -> dict[str, Speaker]:
     if not path.exists():
         raise CheckpointError(f"no {path}: the voices are stored there. Copy spk_dict.pt from the base model.")
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle can fail in any way
         raise CheckpointError(
             f"{path} is refused: it is corrupt, or holds something other than tensors and plain values "

@@ -24,7 +24,7 @@ from omniport.runtime.bundle.engines import (
 from omniport.runtime.bundle.listed_files import file_record, sha256_of
 from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import BuildError, BundleError
-from omniport.runtime.system.files import PARTIAL, partial_path, put_in_place, replace_file
+from omniport.runtime.system.files import PARTIAL, partial_path, put_in_place, read_file, replace_file
 
 
 class EngineStore:
@@ -81,7 +81,7 @@ class EngineStore:
         try:
             if sha256_of(beside) != listed.record.sha256:
                 return None
-            return msgspec.json.decode(beside.read_bytes(), type=EngineRecord)
+            return msgspec.json.decode(read_file(beside, 16 << 20), type=EngineRecord)
         except (BundleError, OSError, msgspec.MsgspecError):
             return None
 

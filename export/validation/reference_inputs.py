@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
+from omniport.runtime.system.files import read_text
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..evaluation.conversations import Conversation, Film
@@ -161,9 +162,9 @@ def _chat_template(checkpoint: Checkpoint, tokenizer: Any) -> str:
     """The checkpoint's template: chat_template.jinja, chat_template.json, or the tokenizer's own."""
     jinja, stored = checkpoint.path / "chat_template.jinja", checkpoint.path / "chat_template.json"
     if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
+        return read_text(jinja)
     if stored.exists():
-        return str(json.loads(stored.read_text(encoding="utf-8"))["chat_template"])
+        return str(json.loads(read_text(stored))["chat_template"])
     if tokenizer.chat_template:
         return str(tokenizer.chat_template)
     raise CheckpointError(f"{checkpoint.name} has no chat template; copy chat_template.json from the base model.")

@@ -14,7 +14,7 @@ import msgspec
 
 from ..bundle.parts import PARTS, Part
 from ..errors import UsageError
-from ..system.files import write_output
+from ..system.files import read_file, write_output
 
 SCHEMA = 1
 
@@ -162,7 +162,7 @@ def read_report(path: Path) -> BenchReport:
         UsageError: there is none, it is no report, or its schema is another.
     """
     try:
-        report = msgspec.json.decode(path.read_bytes(), type=BenchReport)
+        report = msgspec.json.decode(read_file(path, 64 << 20), type=BenchReport)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}. Give a file that 'omniport bench --json' wrote") from (
             error

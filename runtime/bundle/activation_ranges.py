@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import BundleError
+from ..system.files import read_file
 from .manifest import Manifest
 from .reader import Bundle
 
@@ -64,7 +65,7 @@ def read_ranges(path: Path, manifest: Manifest | None = None) -> Ranges:
         BundleError: unreadable, of another format, or measured on another checkpoint.
     """
     try:
-        ranges = msgspec.json.decode(path.read_bytes(), type=Ranges)
+        ranges = msgspec.json.decode(read_file(path, 64 << 20), type=Ranges)
     except OSError as error:
         raise BundleError(
             f"cannot read {path}: {error.strerror or error}. Make it with 'omniport ranges' from an FP32 bundle"

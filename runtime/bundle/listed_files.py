@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from ..errors import BundleError
+from ..system.files import open_regular, read_file
 from .manifest import FileRecord
 
 T = TypeVar("T")
@@ -90,12 +92,7 @@ def read_document(path: Path, kind: type[T], about: Document) -> T:
 
 def _read_small(path: Path, about: Document) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > _MAX_DOCUMENT_BYTES:
-            raise BundleError(
-                f"{path} has {size} bytes; at most {_MAX_DOCUMENT_BYTES} was expected: it is not {about.what}"
-            )
-        return path.read_bytes()
+        return read_file(path, _MAX_DOCUMENT_BYTES)
     except OSError as error:
         raise BundleError(
             f"cannot read {path}: {error.strerror or error}. A file made by {about.made_by!r} was expected"
@@ -106,11 +103,12 @@ def _refuse_repeated_keys(text: bytes) -> None:
     """Two values for one key would let two readers see two different bundles."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            repeated = sorted({key for key in keys if keys.count(key) > 1})
-            raise ValueError(f"key {', '.join(repeated)} occurs twice in one object")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            repeated = sorted(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+            more = f" and {len(repeated) - 3} more" if len(repeated) > 3 else ""
+            raise ValueError(f"key {', '.join(repeated[:3])}{more} occurs twice in one object")
+        return found
 
     json.loads(text, object_pairs_hook=unique)
 
@@ -160,7 +158,7 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(_READ_BLOCK):
                 digest.update(block)
                 if advance is not None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from ..errors import UsageError
 
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # 0 on Windows
 #: how the names of files end that are being written
 PARTIAL = ".partial"
 
@@ -55,17 +59,104 @@ def replace_file(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def write_output(path: Path, content: bytes) -> None:
-    """Replace a file that the user named.
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with writing a file that the user named into a UsageError that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        nobody = getattr(error, "errno", 0) == errno.ENXIO
+        reason = "nobody reads this pipe" if nobody else getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot write {path}: {reason}. Give a file in a folder that can be written") from error
+
+
+@contextmanager
+def output(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that the user named; it takes its place at the end of the block, and nothing when the block fails.
+
+    A link stays one: the file that it points to is replaced, and keeps its permissions. A pipe or a device (it is not
+    seekable) is written to as it is.
 
     Raises:
-        UsageError: the folder is missing, or cannot be written.
+        UsageError: the folder is missing, the file cannot be put in place, or nobody reads the pipe.
+    """
+    with writing(path):
+        target = Path(os.path.realpath(path))
+        mode = target.stat().st_mode if target.exists() else None
+        partial = partial_path(target) if mode is None or stat.S_ISREG(mode) else None
+        file = _open_device(target) if partial is None else partial.open("wb")
+    try:
+        yield file
+        with writing(path):
+            file.close()
+            if partial is not None:
+                if mode is not None:
+                    partial.chmod(stat.S_IMODE(mode))
+                put_in_place(partial, target)
+    finally:
+        with suppress(OSError):
+            file.close()
+        if partial is not None:
+            with suppress(OSError):
+                partial.unlink()
+
+
+def _open_device(path: Path) -> BinaryIO:
+    # without O_NONBLOCK opening a pipe waits until somebody reads it
+    descriptor = os.open(path, os.O_WRONLY | NONBLOCK)
+    if NONBLOCK:
+        os.set_blocking(descriptor, True)
+    return cast(BinaryIO, open(descriptor, "wb", buffering=0))
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file that the user named, as ``output`` does.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    with output(path) as file, writing(path):
+        file.write(content)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading. Opening a pipe would wait for a writer, and a device never ends.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
     """
     try:
-        replace_file(path, content)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"cannot write {path}: {reason}. Give a file in a folder that can be written") from error
+        descriptor = os.open(path, os.O_RDONLY | NONBLOCK | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+    except ValueError as error:  # a null byte in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def read_file(path: str | os.PathLike[str], most: int) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or has more than ``most`` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most else file.read(most + 1)  # a file that grows meanwhile is refused too
+    if size > most or len(content) > most:
+        raise OSError(errno.EFBIG, f"it has {size} bytes; at most {most} were expected", str(path))
+    return content
+
+
+def read_text(path: str | os.PathLike[str], most: int = 64 << 20) -> str:
+    """The text of a regular file: UTF-8, with or without the byte order mark that Windows programs write.
+
+    Raises:
+        OSError: as ``read_file``.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_file(path, most).decode("utf-8-sig")
 
 
 def cache_folder() -> Path | None:
