@@ -26,7 +26,7 @@ from .checkpoint import frontends
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.tokenizer_json import tokenizer_json
 from .export_options import ExportOptions
-from .models.module import blocks
+from .models.module import blocks, refuse_not_finite, to_torch
 from .models.registry import parts_of
 from .models.voices import Speaker, Vector, load_speakers, speaker_vectors, write_voice
 from .weights_check import embedding_keys
@@ -138,6 +138,8 @@ def _write_table(ckpt: Checkpoint, key: str, path: Path, advance: Callable[[int]
         for start, stop in blocks(shape, stored.itemsize):
             block = np.ascontiguousarray(ckpt.read(key, start, stop))
             ckpt.forget(key, start, stop)
+            values = to_torch(block)
+            refuse_not_finite(values, key, values.dtype)
             file.append(block)
             advance(block.nbytes)
         return file.finish()

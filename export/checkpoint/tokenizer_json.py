@@ -28,8 +28,13 @@ def tokenizer_json(ckpt: Checkpoint) -> bytes:
     path = ckpt.path / "tokenizer.json"
     if path.exists():
         data = _read(path)
-        _load(data, str(path))
-        return data
+        tokenizer = _load(data, str(path))
+        if tokenizer.truncation is None and tokenizer.padding is None:
+            return data
+        # what a trainer left in the file; transformers sets both anew at every call
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return bytes(tokenizer.to_str(), "utf-8")
     vocab = ckpt.json("vocab.json")
     merges = ckpt.path / "merges.txt"
     if vocab is None or not merges.exists():

@@ -6,7 +6,6 @@ model's size nor on its number of layers. Every byte is written once, in order, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -21,9 +20,8 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime.bundle.data_file import DataFile
 from omniport.runtime.bundle.manifest import FileRecord
-from omniport.runtime.errors import CheckpointError
 
-from ..models.module import Copy, Rule, Transpose, WeightReader, blocks, evaluate, to_numpy, to_torch
+from ..models.module import Copy, Rule, Transpose, WeightReader, blocks, evaluate, refuse_not_finite, to_numpy, to_torch
 
 #: initializers of at least this many bytes go to the data file
 EXTERNAL_BYTES = 1024
@@ -139,7 +137,7 @@ def _blocks_of(rule: Copy | Transpose, dtype: torch.dtype, reader: WeightReader)
             block = to_torch(reader.read(rule.key, start, stop)).to(dtype)
             if time == times - 1:
                 reader.forget(rule.key, start, stop)
-            _refuse_not_finite(block, rule.key, dtype)
+            refuse_not_finite(block, rule.key, dtype)
             yield start, block
 
 
@@ -159,7 +157,7 @@ def _pieces(
             yield to_numpy(next(stored)[1].contiguous())
     else:
         array = _convert(_whole(value, rule, reader), dtype)
-        _refuse_not_finite(to_torch(array), value.name, dtype)
+        refuse_not_finite(to_torch(array), value.name, dtype)
         yield array
 
 
@@ -204,18 +202,6 @@ def _transpose_into(panel: torch.Tensor, start: int, block: torch.Tensor) -> Non
         panel[:, start + first : start + first + len(strip)] = strip.t().contiguous()
 
 
-def _refuse_not_finite(block: torch.Tensor, name: str | None, dtype: torch.dtype) -> None:
-    # The largest magnitude is NaN or infinite if any value is, and needs no mask as large as the block.
-    if not dtype.is_floating_point or block.numel() == 0:
-        return
-    low, high = (float(v) for v in torch.aminmax(block))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise CheckpointError(
-            f"weight {name!r} holds values that are not finite in {str(dtype).removeprefix('torch.')}. If it is finite "
-            "in the checkpoint, export with --precision fp32 or bf16; otherwise download the checkpoint again."
-        )
-
-
 def _convert(array: Array, dtype: torch.dtype) -> Array:
     return to_numpy(to_torch(np.ascontiguousarray(array)).to(dtype))
 
@@ -237,5 +223,7 @@ def _small(value: ir.Value, rule: Rule | None, reader: WeightReader, shape: tupl
     assert value.dtype is not None
     array = np.asarray(_whole(value, rule, reader))
     if rule is not None:
-        array = _convert(array, _torch_dtype(value.dtype))
+        dtype = _torch_dtype(value.dtype)
+        array = _convert(array, dtype)
+        refuse_not_finite(to_torch(array), rule.key if isinstance(rule, Copy | Transpose) else value.name, dtype)
     return array.reshape(shape)

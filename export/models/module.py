@@ -6,6 +6,7 @@ are carried out one tensor at a time, in row blocks, so that memory stays far be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omniport.runtime.errors import CheckpointError
 from torch import nn
 
 from .ops import linear
@@ -144,6 +146,23 @@ class Linear(ExportModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = linear(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+
+def refuse_not_finite(block: torch.Tensor, name: str | None, dtype: torch.dtype) -> None:
+    """Every weight is looked at once, while it is written.
+
+    Raises:
+        CheckpointError: a block of it holds NaN or infinity.
+    """
+    # The largest magnitude is NaN or infinite if any value is, and needs no mask as large as the block.
+    if not dtype.is_floating_point or block.numel() == 0:
+        return
+    low, high = (float(v) for v in torch.aminmax(block))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CheckpointError(
+            f"weight {name!r} holds values that are not finite in {str(dtype).removeprefix('torch.')}. If it is finite "
+            "in the checkpoint, export with --precision fp32 or bf16; otherwise download the checkpoint again."
+        )
 
 
 def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:

@@ -1,13 +1,15 @@
 """Encode and decode text with the byte-level BPE of the bundle's tokenizer.json.
 
-User text can never become a control token: every special token is encoded as the ordinary characters it is made of,
-and the prompt builder puts control ids in by itself.
+User text can never become a control token that frames a message: those are encoded as the ordinary characters they are
+made of, and the prompt builder puts their ids in by itself. Other added tokens of a checkpoint are read from text.
 """
 
 from __future__ import annotations
 
 import codecs
+import json
 import os
+import re
 from collections.abc import Sequence
 
 import msgspec
@@ -15,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders
 
 from ..bundle.manifest import SpecialTokens
 from ..errors import BundleError, PromptError
+from ..system.files import read_text
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -35,12 +38,13 @@ class TextCodec:
     Args:
         tokenizer: byte-level BPE; it is changed in place (control tokens are marked special and never matched in text).
         tokens: ids of the control tokens.
+        special: ids that are left out of a reply's text, besides those that the tokenizer calls special.
 
     Raises:
         BundleError: the tokenizer is not byte-level, or lacks a control token that the manifest names.
     """
 
-    def __init__(self, tokenizer: Tokenizer, tokens: SpecialTokens) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens: SpecialTokens, special: frozenset[int] = frozenset()) -> None:
         if not isinstance(tokenizer.decoder, decoders.ByteLevel):
             raise BundleError(
                 f"the tokenizer's decoder is {type(tokenizer.decoder).__name__}; byte-level BPE (ByteLevel) was "
@@ -54,6 +58,9 @@ class TextCodec:
                 f"the tokenizer has no token for {', '.join(missing)}, which bundle.json names as control tokens. "
                 "tokenizer.json and bundle.json are not from the same export: export the bundle again"
             )
+        # A trainer's settings, which transformers sets anew at every call.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         # A fine-tune may have saved a control token as an ordinary added token, which plain text would match.
         tokenizer.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in contents.values() if c])
         tokenizer.encode_special_tokens = True
@@ -64,7 +71,8 @@ class TextCodec:
                     "so a message could forge control tokens. Export the bundle again from a Qwen2.5-Omni checkpoint"
                 )
         self._tokenizer = tokenizer
-        self._special = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special) | special
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], tokens: SpecialTokens) -> TextCodec:
@@ -74,13 +82,14 @@ class TextCodec:
             BundleError: the file is missing or not a tokenizer, or see the class.
         """
         try:
-            tokenizer = Tokenizer.from_file(os.fspath(path))
+            text, special = _only_control_tokens_special(read_text(path, 1 << 28), tokens)
+            tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises no narrower type for unreadable and malformed files
             raise BundleError(
                 f"cannot read the tokenizer {os.fspath(path)}: {error}. "
                 "A Hugging Face tokenizer.json was expected: export the bundle again"
             ) from error
-        return cls(tokenizer, tokens)
+        return cls(tokenizer, tokens, special)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, in which nothing is a control token.
@@ -141,3 +150,20 @@ class TextStream:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
+
+
+def _only_control_tokens_special(document: str, tokens: SpecialTokens) -> tuple[str, frozenset[int]]:
+    """A tokenizer.json in which no added token but those that frame a message is special, and the ids that were.
+
+    Special tokens are not looked for in text, so that nobody can write one. A checkpoint's own added tokens are for
+    writing. The list is replaced in the text: reading the vocabulary as well would take longer than all the rest.
+    """
+    control = frozenset(msgspec.structs.asdict(tokens).values())
+    found = re.search(r'"added_tokens"\s*:\s*', document)
+    if found is None:
+        return document, frozenset()
+    added, end = json.JSONDecoder().raw_decode(document, found.end())
+    special = frozenset(int(token["id"]) for token in added if token["special"])
+    for token in added:
+        token["special"] = token["id"] in control
+    return document[: found.end()] + json.dumps(added) + document[end:], special

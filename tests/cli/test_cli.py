@@ -27,6 +27,7 @@ from omniport.cli.common import size_text
 from omniport.cli.wav import WavWriter
 from omniport.runtime.backends import BACKENDS
 from omniport.runtime.errors import CheckFailed, UsageError
+from omniport.runtime.media.audio import load_audio
 from support.bundles import make_manifest
 from support.command_line import Omniport, refused
 from support.paths import REPOSITORY
@@ -449,6 +450,29 @@ def test_wav_writer_without_a_sample_is_a_valid_empty_file(tmp_path: Path) -> No
         pass
     with wave.open(str(path), "rb") as file:
         assert (file.getframerate(), file.getnframes()) == (16000, 0)
+
+
+def test_speech_into_a_pipe_is_a_wav_of_unknown_length(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.wav"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with WavWriter(pipe, 24000) as writer:
+            writer.write(np.full(8, 0.5, np.float32))
+        heard = os.read(reader, 1000)
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert heard[:4] == b"RIFF"
+    assert np.frombuffer(heard[44:], "<i2").tolist() == [16384] * 8
+    assert load_audio(heard, 24000).shape == (8,), "lengths that nobody can know are read as the rest of the file"
+
+
+@pytest.mark.parametrize("name", ["reply.mp3", "reply.FLAC", "reply.opus"])
+def test_a_name_that_promises_another_format_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"speech is written as WAV"), WavWriter(tmp_path / name, 24000):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("limit", "samples"), [(20_000, 1 << 20), (20, 8)], ids=["while writing", "at the end"])

@@ -689,3 +689,38 @@ def test_no_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         tokenizer_json(Checkpoint.open(folder))
+
+
+# --- what fine-tunes leave behind --------------------------------------------------------------------------------
+
+
+def test_one_whole_file_wins_over_an_index_as_in_transformers(folder: Path) -> None:
+    """A fine-tune saved over a copy of its sharded base."""
+    tuned = {"thinker.lm_head.weight": torch.full((3, 2), 7.0)}
+    save_file(tuned, folder / "model.safetensors")
+    ckpt = Checkpoint.open(folder)
+    assert ckpt.keys() == ["thinker.lm_head.weight"]
+    assert (ckpt.read("thinker.lm_head.weight", 0, 3) == 7.0).all()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(folder: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    assert load_tokenizer(Checkpoint.open(folder)).encode("hello").ids
+
+
+def test_truncation_and_padding_of_a_trainer_are_left_out(folder: Path) -> None:
+    plain = load_tokenizer(Checkpoint.open(folder)).encode(TEXTS[0] * 4).ids
+
+    def leave(document: dict[str, Any]) -> None:
+        document["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+        document["padding"] = {
+            **{"strategy": {"Fixed": 999}, "direction": "Left", "pad_to_multiple_of": None},
+            **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+        }
+
+    edit_json(folder / "tokenizer.json", leave)
+    written = json.loads(tokenizer_json(Checkpoint.open(folder)))
+    assert written["truncation"] is None
+    assert written["padding"] is None
+    assert load_tokenizer(Checkpoint.open(folder)).encode(TEXTS[0] * 4).ids == plain

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
 from omniport.runtime.errors import UsageError
-from omniport.runtime.system.files import cache_folder, replace_file, replacing, write_output
+from omniport.runtime.system.files import (
+    cache_folder,
+    output,
+    read_file,
+    read_text,
+    replace_file,
+    replacing,
+    write_output,
+)
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
@@ -43,6 +53,66 @@ def test_a_file_that_the_user_named_is_replaced_or_it_is_said_why_not(tmp_path: 
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"two"]
     with pytest.raises(UsageError, match=r"cannot write .*report\.json: No such file.* Give a file in a folder"):
         write_output(tmp_path / "missing" / "report.json", b"three")
+
+
+def test_a_link_stays_one_and_its_file_keeps_its_permissions(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_bytes(b"old")
+    target.chmod(0o600)
+    link.symlink_to("target.json")
+    write_output(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert {path.name for path in tmp_path.iterdir()} == {"target.json", "link.json"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="nobody reads this pipe"):
+        write_output(pipe, b"lost")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_output(pipe, b"heard")
+        assert os.read(reader, 100) == b"heard"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_a_failed_output_leaves_what_was_there_and_its_own_error(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with output(path) as file:
+            file.write(b"half")
+            raise ValueError("of the block, not of the file")
+
+    with pytest.raises(ValueError, match="of the block"):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UsageError, match=r"cannot write .*null"):
+        write_output(tmp_path / "a\0b", b"")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_only_regular_files_are_read_and_none_without_a_bound(tmp_path: Path) -> None:
+    path, pipe = tmp_path / "text", tmp_path / "pipe"
+    path.write_bytes(b"\xef\xbb\xbf" + "größer".encode())
+    assert read_text(path) == "größer"
+    assert len(read_file(path, 11)) == 11
+    with pytest.raises(OSError, match="it has 11 bytes; at most 10"):
+        read_file(path, 10)
+    os.mkfifo(pipe)
+    for odd in (pipe, Path(os.devnull), tmp_path):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_file(odd, 10)
+    with pytest.raises(OSError, match="null"):
+        read_file(tmp_path / "a\0b", 10)
 
 
 def test_writers_do_not_meet(tmp_path: Path) -> None:
