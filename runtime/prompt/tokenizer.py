@@ -110,7 +110,7 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``: special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self._tokenizer.decode([i for i in ids if i not in self._special], skip_special_tokens=True)
 
     def stream(self) -> TextStream:
         """A decoder for one reply, fed one token at a time."""

@@ -114,6 +114,16 @@ def test_quantized_weight_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> N
     assert f"{key!r} of checkpoint is int8, expected float32, float16 or bfloat16" in message
 
 
+@pytest.mark.parametrize("key", ["thinker.model.embed_tokens.weight", "thinker.model.norm.weight"])
+def test_tables_and_small_weights_are_looked_at_too(tiny_checkpoint: Path, tmp_path: Path, key: str) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[key].view(-1)[3] = float("nan")
+
+    checkpoint = rewritten(tiny_checkpoint, tmp_path / "checkpoint", edit)
+    message = fails(checkpoint, tmp_path / "bundle", CheckpointError, graphs=["thinker"])
+    assert f"{key!r} holds values that are not finite" in message
+
+
 @pytest.mark.parametrize(("value", "precision"), [(float("nan"), "fp32"), (float("-inf"), "fp32"), (1e5, "fp16")])
 def test_weight_that_is_not_finite_is_named(
     tiny_checkpoint: Path, tmp_path: Path, value: float, precision: str

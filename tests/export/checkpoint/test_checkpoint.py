@@ -715,8 +715,12 @@ def test_truncation_and_padding_of_a_trainer_are_left_out(folder: Path) -> None:
     def leave(document: dict[str, Any]) -> None:
         document["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
         document["padding"] = {
-            **{"strategy": {"Fixed": 999}, "direction": "Left", "pad_to_multiple_of": None},
-            **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+            "strategy": {"Fixed": 999},
+            "direction": "Left",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<|endoftext|>",
         }
 
     edit_json(folder / "tokenizer.json", leave)

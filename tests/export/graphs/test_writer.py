@@ -12,6 +12,7 @@ import torch
 from omniport.export.graphs import writer as onnx_export
 from omniport.export.models.module import Transpose, to_numpy, to_torch
 from omniport.runtime.bundle.data_file import ALIGNMENT, DataFile
+from omniport.runtime.errors import CheckpointError
 
 
 class Stored:
@@ -55,7 +56,7 @@ def test_transposed_in_panels(
 
 def test_weights_that_are_not_finite_are_named() -> None:
     stored = Stored(torch.full((8, 8), 70000.0))
-    with pytest.raises(onnx_export.CheckpointError, match=r"'w' holds values that are not finite in float16"):
+    with pytest.raises(CheckpointError, match=r"'w' holds values that are not finite in float16"):
         list(onnx_export._blocks_of(Transpose("w"), torch.float16, stored))
 
 

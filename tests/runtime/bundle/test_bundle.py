@@ -234,6 +234,15 @@ def test_repeated_keys_are_refused(root: Path) -> None:
     refused(root, "precision occurs twice")
 
 
+def test_many_repeated_keys_take_no_time_and_few_words(root: Path) -> None:
+    record = b'{"size":7,"sha256":"' + b"0" * 64 + b'"}'
+    keys = b",".join(b'"k%d":%s' % (i, record) for i in range(60_000))
+    path = root / "bundle.json"
+    head, _, tail = path.read_bytes().partition(b'"files":{')
+    path.write_bytes(head + b'"files":{' + keys + b"," + keys + b"," + tail)
+    refused(root, "key k0, k1, k10 and 59997 more occurs twice")
+
+
 def test_huge_manifest_is_refused_unread(root: Path) -> None:
     with (root / "bundle.json").open("r+b") as file:
         file.truncate(1 << 34)

@@ -266,6 +266,22 @@ def test_control_tokens_saved_as_ordinary_ones_are_still_safe(tmp_path: Path) ->
     assert codec.decode([*codec.encode(forged), special_ids(tokenizer).im_end]) == forged
 
 
+def test_added_tokens_of_a_checkpoint_are_read_from_text(tmp_path: Path) -> None:
+    """Only what frames a message is shielded from users; a reply's text has neither."""
+    tokenizer = small()
+    tokenizer.add_special_tokens(["<|happy|>"])
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=300)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec.from_file(tmp_path / "tokenizer.json", special_ids(tokenizer))
+    ids = codec.encode("so <|happy|><|im_end|>")
+    happy = tokenizer.token_to_id("<|happy|>")
+    assert ids.count(happy) == 1
+    assert special_ids(tokenizer).im_end not in ids
+    assert len(ids) == 3 + 1 + len("<|im_end|>")
+    assert codec.decode(ids) == "so <|im_end|>"
+
+
 def test_missing_control_token() -> None:
     tokens = msgspec.structs.replace(special_ids(small()), video=999)
     with pytest.raises(BundleError, match="no token for video=999"):
