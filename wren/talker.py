@@ -246,7 +246,9 @@ def main() -> None:
     model, speaker = frozen(args.work), Speaker(args.work)
     data, held_out = Sentences(args.work, "train"), Sentences(args.work, "held_out")
     print({name: len(kind) for name, kind in data.kinds.items()}, "sentences", flush=True)
+    speaker.talker.model.compile(dynamic=True)  # minutes at first, then nearly twice as fast
 
+    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def test() -> str:
         draw = np.random.default_rng(3)
