@@ -261,7 +261,7 @@ def main() -> None:
             print(f"step {step} held out: {test()}", flush=True)
         draw = np.random.default_rng((2, step))
         value, _ = loss_of(speaker, model, data, data.draw(draw), draw)
-        return value, float(value)
+        return value, value.item()
 
     plan = Plan(args.steps, PLAN.peak, decay=PLAN.decay)
     weights = train(speaker, loss, plan, args.work / "talker.train.pt")
