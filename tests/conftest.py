@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from support.bundles import make_bundle
 from support.command_line import Omniport
+
+if TYPE_CHECKING:
+    from support.live_turns import Live
 
 # The models here are tiny: a second thread only waits for the first, and fights with other processes for the core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -128,3 +133,20 @@ def no_thread_is_left() -> Iterator[None]:
 def root(tmp_path: Path) -> Path:
     """A bundle folder made by hand, with stand-ins for the graph files."""
     return make_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def live(root: Path) -> Live:
+    """A session over fake graphs."""
+    from support.live_turns import Live
+
+    return Live(root)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at a reply's clock is a second later: nobody is so quick that the first sound may wait."""
+    from omniport.runtime.pipeline.reply import Reply
+
+    clock = itertools.count(1)
+    monkeypatch.setattr(Reply, "_elapsed", lambda self: float(next(clock)))

@@ -1,9 +1,12 @@
-"""Helpers of the tests of live turns: a session over fake graphs, media in pieces, events sorted."""
+"""Helpers of the tests of replies and turns: a session over fake graphs, media in pieces, events sorted."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, TextDelta, Turn, TurnsDropped
+from omniport.runtime.backends.base import Array, Graph, GraphWrapper, KvCache, Outputs, RunHandle
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.generation.conversation import Conversation
 from omniport.runtime.media.audio import open_av, read_track
+from omniport.runtime.prompt.builder import Prompt, build_prompt
 from support.fake_backend import FakeBackend, FakeDecoder
 
 
@@ -47,6 +52,19 @@ class Live:
         if codes is not None:
             self.decoder("talker").script = codes
 
+    def prompt(self, messages: list[dict[str, Any]]) -> Prompt:
+        return build_prompt(messages, self.session.manifest, self.session.text_codec)
+
+    def ask(self, text: str, **options: Any) -> Turn:
+        """A turn with this question, not committed yet."""
+        turn = self.session.turn(**options)
+        turn.push_text(text)
+        return turn
+
+    def say(self, text: str, **options: Any) -> tuple[list[TextDelta], NDArray[np.float32], Done, list[TurnsDropped]]:
+        """The answer to a question, sorted."""
+        return sort(self.ask(text, **options).commit())
+
     def fed(self, name: str) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
         """Embeddings [E] and positions [3] of the live cache of the last call, token by token."""
         rows: dict[int, tuple[NDArray[np.float32], NDArray[np.int64]]] = {}
@@ -56,6 +74,74 @@ class Live:
                 rows[int(start) + k] = call["inputs_embeds"][0, k], call["position_ids"][:, 0, k]
         last = self.decoder(name).calls[-1]
         return [rows[k] for k in range(len(last["kv_positions"]))]
+
+
+def assert_fed_alike(got: Live, wanted: Live) -> None:
+    """Both decoders of one session were fed what those of the other were, token by token."""
+    for name in ("thinker", "talker"):
+        a, b = got.fed(name), wanted.fed(name)
+        np.testing.assert_array_equal([p for _, p in a], [p for _, p in b])
+        np.testing.assert_allclose([e for e, _ in a], [e for e, _ in b], rtol=1e-5, atol=1e-5)
+        assert np.std([e for e, _ in b]) > 0.1
+
+
+class Gate(GraphWrapper):
+    """A graph that stops before its ``at``-th run until it is let go; or raises there."""
+
+    def __init__(self, inner: Graph, at: int = 1, error: BaseException | None = None) -> None:
+        super().__init__(inner)
+        self.at, self.error = at, error
+        self.reached, self.go = threading.Event(), threading.Event()
+        self.runs = 0
+
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
+        self.runs += 1
+        if self.runs == self.at:
+            self.reached.set()
+            if self.error is not None:
+                raise self.error
+            assert self.go.wait(20)
+        return super().run(feeds, cache, handle)
+
+
+class Watch:
+    """Notes the runs of graphs: their names in order, and which of them ran at the same time."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.running: list[str] = []
+        self.together: set[tuple[str, ...]] = set()
+
+    @property
+    def most(self) -> int:
+        """Runs at once."""
+        return max(map(len, self.together))
+
+
+class Watched(GraphWrapper):
+    """A graph whose runs are noted, and take ``seconds`` more."""
+
+    def __init__(self, inner: Graph, name: str, watch: Watch, seconds: float = 0.0002) -> None:
+        super().__init__(inner)
+        self.name, self.watch, self.seconds = name, watch, seconds
+
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
+        self.watch.log.append(self.name)
+        self.watch.running.append(self.name)
+        time.sleep(self.seconds)  # lets the others in, if they may
+        self.watch.together.add(tuple(sorted(self.watch.running)))
+        try:
+            return super().run(feeds, cache, handle)
+        finally:
+            self.watch.running.remove(self.name)
+
+
+def start(work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Begin work in a thread of its own; its result or error, within a time, is asked of what comes back."""
+    pool = ThreadPoolExecutor(1)
+    begun = pool.submit(work, *arguments)
+    pool.shutdown(wait=False)
+    return begun
 
 
 def sort(events: Iterator[Event]) -> tuple[list[TextDelta], NDArray[np.float32], Done, list[TurnsDropped]]:
@@ -115,11 +201,11 @@ def push_film(turn: Turn, path: Path, rng: np.random.Generator, lead: float = 0.
         if container.streams.audio:
             samples, rate = read_track(container, "sound", origin=shown[0][0])
     done = 0
-    for time, pixels in shown:
-        until = min(len(samples), max(done, round((time + lead) * rate)))
+    for at, pixels in shown:
+        until = min(len(samples), max(done, round((at + lead) * rate)))
         for part in pieces(rng, until - done, 3000):
             turn.push_audio(samples[done:][part], rate)
         done = until
-        turn.push_frame(pixels, time)
+        turn.push_frame(pixels, at)
     for part in pieces(rng, len(samples) - done, 9000):
         turn.push_audio(samples[done:][part], rate)

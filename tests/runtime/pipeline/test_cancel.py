@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import gc
-import itertools
-import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from omniport.runtime import AudioChunk, Done, Event, OmniportError, SamplingConfig, TextDelta, Turn, TurnEnded
-from omniport.runtime.backends.base import Array, Graph, GraphWrapper, KvCache, RunHandle
+from omniport.runtime import AudioChunk, Done, OmniportError, SamplingConfig, TextDelta, Turn, TurnEnded
 from omniport.runtime.backends.guarded import GuardedBackend
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.reader import Bundle
@@ -21,8 +17,7 @@ from omniport.runtime.concurrency.cancel import Cancelled, CancelToken
 from omniport.runtime.concurrency.channel import Channel
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.events import underruns
-from omniport.runtime.pipeline.reply import Reply
-from support.live_turns import Live, sort, voice
+from support.live_turns import Gate, Live, assert_fed_alike, sort, start, voice
 
 LONG = SamplingConfig(max_new_tokens=400)
 TEXT = "the quick brown fox jumps over the lazy dog"
@@ -30,40 +25,23 @@ CODES = [k % 48 for k in range(200)]
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
-def until_cancelled(turn: Turn) -> None:
-    """Wait until another thread has got as far as cancelling it, which then waits for the graph that runs."""
-    while not turn._task.token.cancelled:
+def cancel_at(gate: Gate, turn: Turn, live: Live) -> dict[str, int]:
+    """Cancel while the graph runs, which is then let go; gives the runs of each graph until then."""
+    canceller = start(turn.cancel)
+    while not turn._task.token.cancelled:  # it has got as far as waiting for the graph
         time.sleep(0.001)
-
-
-class Gate(GraphWrapper):
-    """A graph that stops before its ``at``-th run until it is let go; or raises there."""
-
-    def __init__(self, inner: Graph, at: int, error: BaseException | None = None) -> None:
-        super().__init__(inner)
-        self.at, self.error = at, error
-        self.reached, self.go = threading.Event(), threading.Event()
-        self.runs = 0
-
-    def run(
-        self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None
-    ) -> dict[str, Any]:
-        self.runs += 1
-        if self.runs == self.at:
-            self.reached.set()
-            if self.error is not None:
-                raise self.error
-            assert self.go.wait(20)
-        return super().run(feeds, cache, handle)
+    before = counts(live)
+    gate.go.set()
+    canceller.result(10)
+    return before
 
 
 @pytest.fixture(params=[None, 1], ids=["at once", "in turns"])
-def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+def room(request: pytest.FixtureRequest) -> int | None:
     """Graph runs at once. In turns, the machine is so slow that thinker and talker are held until the first sound."""
     room: int | None = request.param
     if room is not None:
-        clock = itertools.count(1)
-        monkeypatch.setattr(Reply, "_elapsed", lambda self: float(next(clock)))
+        request.getfixturevalue("slow")
     return room
 
 
@@ -86,12 +64,6 @@ def counts(live: Live) -> dict[str, int]:
     return {name: len(getattr(g, "inner", g).calls) for name, g in live.backend.graphs.items()}
 
 
-def say(live: Live, text: str, **options: Any) -> tuple[list[TextDelta], Any, Done, Any]:
-    turn = live.session.turn(**options)
-    turn.push_text(text)
-    return sort(turn.commit())
-
-
 def next_turn_is_right(live: Live, root: Path, asked: Any, said: str) -> None:
     """The session answers as one whose last reply was ``said`` to the end."""
     oracle = Live(root)
@@ -103,12 +75,9 @@ def next_turn_is_right(live: Live, root: Path, asked: Any, said: str) -> None:
         assert done.text == said
     for setup in (live, oracle):
         setup.script("fine", [*range(14), 52])
-    got, wanted = say(live, "and now?"), say(oracle, "and now?")
+    got, wanted = live.say("and now?"), oracle.say("and now?")
     assert list(live.conversation.ids) == list(oracle.conversation.ids)
-    for name in ("thinker", "talker"):
-        a, b = live.fed(name), oracle.fed(name)
-        np.testing.assert_array_equal([p for _, p in a], [p for _, p in b])
-        np.testing.assert_allclose([e for e, _ in a], [e for e, _ in b], rtol=1e-5, atol=1e-5)
+    assert_fed_alike(live, oracle)
     assert (got[2].text, got[2].codec_ids) == (wanted[2].text, wanted[2].codec_ids) == ("fine", list(range(14)))
     np.testing.assert_allclose(got[1], wanted[1], atol=1e-5)
     assert got[1].std() > 0.01
@@ -121,26 +90,14 @@ STAGES += [("dit", 1), ("dit", 17), ("dit", 40), ("bigvgan", 1), ("bigvgan", 3)]
 @pytest.mark.parametrize(("graph", "at"), STAGES)
 def test_cancel_at_every_stage_of_a_reply(root: Path, graph: str, at: int, room: int | None) -> None:
     live, gate = gated(root, graph, at, room=room)
-    turn = live.session.turn(talker=LONG, thinker=LONG)
-    turn.push_text("hello")
-    events: list[Event] = []
-    consumer = threading.Thread(target=lambda: events.extend(turn.commit()))
-    consumer.start()
+    turn = live.ask("hello", talker=LONG, thinker=LONG)
+    consumer = start(lambda: sort(turn.commit()))
     assert gate.reached.wait(20)
     time.sleep(0.05)  # the other workers go as far as they can
-    canceller = threading.Thread(target=turn.cancel)
-    canceller.start()
-    until_cancelled(turn)
-    before = counts(live)
-    gate.go.set()
-    canceller.join(10)
-    consumer.join(10)
-    assert not canceller.is_alive()
-    assert not consumer.is_alive()
-    after = counts(live)
-    steps = sum(after.values()) - sum(before.values())
+    before = cancel_at(gate, turn, live)
+    _, sound, done, _ = consumer.result(10)
+    steps = sum(counts(live).values()) - sum(before.values())
     assert steps <= (room or 3), "each worker ends the step that it is in, no more"
-    _, sound, done, _ = sort(iter(events))
     assert done.finish_reason == done.speech_finish_reason == "cancelled"
     assert TEXT.startswith(done.text)
     assert len(done.codec_ids) * 480 == len(sound)
@@ -154,25 +111,16 @@ def test_cancel_at_every_stage_of_a_reply(root: Path, graph: str, at: int, room:
 def test_cancel_while_listening(root: Path, graph: str, at: int) -> None:
     live, gate = gated(root, graph, at)
     turn = live.session.turn()
-    failed: list[BaseException] = []
 
     def push() -> None:
-        try:
-            for k in range(10):
-                turn.push_audio(voice(1, seed=k), 16000)
-        except TurnEnded as error:
-            failed.append(error)
+        for k in range(10):
+            turn.push_audio(voice(1, seed=k), 16000)
 
-    pusher = threading.Thread(target=push)
-    pusher.start()
+    pusher = start(push)
     assert gate.reached.wait(20)
-    canceller = threading.Thread(target=turn.cancel)
-    canceller.start()
-    until_cancelled(turn)
-    gate.go.set()
-    canceller.join(10)
-    pusher.join(10)
-    assert "cancelled" in str(failed[0])
+    cancel_at(gate, turn, live)
+    with pytest.raises(TurnEnded, match="cancelled"):
+        pusher.result(10)
     with pytest.raises(TurnEnded):
         turn.push_text("more")
     with pytest.raises(TurnEnded):
@@ -185,17 +133,10 @@ def test_cancel_while_the_last_piece_is_encoded(root: Path) -> None:
     live, gate = gated(root, "audio_encoder", 1)
     turn = live.session.turn()
     turn.push_audio(voice(1), 16000)
-    events: list[Event] = []
-    consumer = threading.Thread(target=lambda: events.extend(turn.commit()))
-    consumer.start()
+    consumer = start(lambda: list(turn.commit()))
     assert gate.reached.wait(20)
-    canceller = threading.Thread(target=turn.cancel)
-    canceller.start()
-    until_cancelled(turn)
-    gate.go.set()
-    canceller.join(10)
-    consumer.join(10)
-    (done,) = events
+    cancel_at(gate, turn, live)
+    (done,) = consumer.result(10)
     assert isinstance(done, Done)
     assert done.finish_reason == "cancelled"
     script(live, "audio_encoder", gate, "", [])
@@ -206,55 +147,49 @@ def test_a_run_ends_at_its_next_operator(tiny_bundle: Path) -> None:
     """The longest window of the vocoder takes seconds on a CPU; nobody who interrupts waits for its end."""
     backend = OrtBackend(Bundle.open(tiny_bundle))
     mel = {"mel": np.random.default_rng(0).standard_normal((1, 80, 4000)).astype(np.float32) - 5}
-    start = time.process_time()  # not the clock's: what else the machine does is no work of ours
+    began = time.process_time()  # not the clock's: what else the machine does is no work of ours
     backend.graph("bigvgan").run(mel)
-    whole = time.process_time() - start
+    whole = time.process_time() - began
     assert whole > 0.1, "too quick to be interrupted"
     for late in (0.0, 0.3):
         token = CancelToken()
         graph = GuardedBackend(backend, token, StageTimer()).graph("bigvgan")
-        start = time.process_time()
+        began = time.process_time()
 
-        def cancel(until: float = start + late * whole, token: CancelToken = token) -> None:
+        def cancel(until: float = began + late * whole, token: CancelToken = token) -> None:
             while time.process_time() < until:
                 time.sleep(0.001)
             token.cancel()
 
-        canceller = threading.Thread(target=cancel)
-        canceller.start()
+        canceller = start(cancel)
         with pytest.raises(Cancelled):
             graph.run(mel)
-        assert time.process_time() - start < (late + 0.4) * whole
-        canceller.join()
+        assert time.process_time() - began < (late + 0.4) * whole
+        canceller.result(10)
 
 
-def test_cancel_twice_after_the_end_and_before_anything(root: Path) -> None:
-    live = Live(root)
+def test_cancel_twice_after_the_end_and_before_anything(live: Live, root: Path) -> None:
     live.script("hello", [*range(30), 52])
     turn = live.session.turn()
     turn.cancel()
     turn.cancel()
-    turn = live.session.turn()
-    turn.push_text("hello")
+    turn = live.ask("hello")
     events = turn.commit()
     turn.cancel()  # committed, but nobody has asked for an event
     turn.cancel()
     done = sort(events)[2]
     assert (done.text, done.finish_reason) == ("", "cancelled")
     live.session.reset()
-    turn = live.session.turn()
-    turn.push_text("hi")
+    turn = live.ask("hi")
     done = sort(turn.commit())[2]
     turn.cancel()
     assert done.finish_reason == "stop"
     next_turn_is_right(live, root, lambda t: t.push_text("hi"), "hello")
 
 
-def test_text_that_was_read_counts_as_said(root: Path) -> None:
-    live = Live(root)
+def test_text_that_was_read_counts_as_said(live: Live, root: Path) -> None:
     live.script(TEXT)
-    turn = live.session.turn(speak=False, thinker=LONG)
-    turn.push_text("hello")
+    turn = live.ask("hello", speak=False, thinker=LONG)
     events = turn.commit()
     for _ in range(7):
         next(events)
@@ -268,8 +203,7 @@ def test_text_that_was_read_counts_as_said(root: Path) -> None:
 def test_speech_that_was_heard_counts_as_said(root: Path, heard: float | None, said: int) -> None:
     """Two windows, 36 codes at 15 codes a token: two tokens. ``heard`` is what a loudspeaker got to play of it."""
     live, gate = gated(root, "talker", 150)  # the speech is not complete: the pace is not known
-    turn = live.session.turn(talker=LONG, thinker=LONG)
-    turn.push_text("hello")
+    turn = live.ask("hello", talker=LONG, thinker=LONG)
     events = turn.commit()
     chunks = 0
     while chunks < 2:
@@ -282,15 +216,13 @@ def test_speech_that_was_heard_counts_as_said(root: Path, heard: float | None, s
     next_turn_is_right(live, root, lambda t: t.push_text("hello"), TEXT[:said])
 
 
-def test_the_pace_of_speech_is_learnt(root: Path) -> None:
-    live = Live(root)
+def test_the_pace_of_speech_is_learnt(live: Live) -> None:
     live.script("0123456789", [*CODES[:40], 52])
-    assert say(live, "hello", talker=LONG, thinker=LONG)[2].text == "0123456789"
+    assert live.say("hello", talker=LONG, thinker=LONG)[2].text == "0123456789"
     gate = Gate(live.backend.graphs["talker"], 150)
     live.script(TEXT, [*CODES, 52])
     live.backend.graphs["talker"] = gate
-    turn = live.session.turn(talker=LONG, thinker=LONG)
-    turn.push_text("again")
+    turn = live.ask("again", talker=LONG, thinker=LONG)
     events = turn.commit()
     while not isinstance(next(events), AudioChunk):
         pass
@@ -300,11 +232,9 @@ def test_the_pace_of_speech_is_learnt(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("heard", "said"), [(0.0, ""), (0.25, "012"), (0.64, "01234567"), (99.0, "01234567")])
-def test_a_reply_that_is_still_being_played_can_be_cut_back(root: Path, heard: float, said: str) -> None:
-    live = Live(root)
+def test_a_reply_that_is_still_being_played_can_be_cut_back(live: Live, root: Path, heard: float, said: str) -> None:
     live.script("01234567", [*CODES[:32], 52])  # 0.64 s, 4 codes a token
-    turn = live.session.turn(talker=LONG, thinker=LONG)
-    turn.push_text("hello")
+    turn = live.ask("hello", talker=LONG, thinker=LONG)
     assert sort(turn.commit())[2].finish_reason == "stop"
     turn.cancel(heard)
     turn.cancel(heard)
@@ -314,11 +244,9 @@ def test_a_reply_that_is_still_being_played_can_be_cut_back(root: Path, heard: f
     assert list(live.conversation.ids) == before
 
 
-def test_an_iterator_that_is_dropped_cancels(root: Path) -> None:
-    live = Live(root)
+def test_an_iterator_that_is_dropped_cancels(live: Live, root: Path) -> None:
     live.script(TEXT, [*CODES, 52])
-    turn = live.session.turn(talker=LONG, thinker=LONG)
-    turn.push_text("hello")
+    turn = live.ask("hello", talker=LONG, thinker=LONG)
     for _ in turn.commit():
         break
     gc.collect()
@@ -328,8 +256,7 @@ def test_an_iterator_that_is_dropped_cancels(root: Path) -> None:
 @pytest.mark.parametrize(("graph", "at"), STAGES)
 def test_a_worker_that_fails_ends_the_reply(root: Path, graph: str, at: int, room: int | None) -> None:
     live, gate = gated(root, graph, at, OmniportError("planted"), room)
-    turn = live.session.turn(talker=LONG, thinker=LONG)
-    turn.push_text("hello")
+    turn = live.ask("hello", talker=LONG, thinker=LONG)
     with pytest.raises(OmniportError, match="planted"):
         list(turn.commit())
     script(live, graph, gate, "", [])
@@ -351,16 +278,13 @@ def test_a_push_that_fails_takes_the_turn_back(root: Path) -> None:
 def test_a_bug_keeps_its_type(root: Path) -> None:
     live, _ = gated(root, "dit", 3, ZeroDivisionError("bug"))
     with pytest.raises(ZeroDivisionError):
-        say(live, "hello", talker=LONG, thinker=LONG)
+        live.say("hello", talker=LONG, thinker=LONG)
 
 
-def test_a_slow_consumer_holds_the_workers_back(root: Path) -> None:
-    live = Live(root)
+def test_a_slow_consumer_holds_the_workers_back(live: Live) -> None:
     live.script("a" * 3000, [k % 48 for k in range(1800)])
     endless = SamplingConfig(max_new_tokens=1800)
-    turn = live.session.turn(talker=endless, thinker=endless)
-    turn.push_text("hello")
-    events = turn.commit()
+    events = live.ask("hello", talker=endless, thinker=endless).commit()
     next(events)
     time.sleep(0.2)
     last = -1
@@ -377,37 +301,26 @@ def test_a_slow_consumer_holds_the_workers_back(root: Path) -> None:
 def test_two_sessions_in_two_threads(root: Path) -> None:
     loose = SamplingConfig(max_new_tokens=60, temperature=1.0)
 
-    def talk(session: Any, seed: int, out: list[Any]) -> None:
+    def talk(session: Any, seed: int) -> list[Any]:
+        out = []
         for k in range(4):
             turn = session.turn(thinker=loose, talker=loose, seed=seed + k)
             turn.push_audio(voice(2.5, seed=seed), 16000)
             turn.push_text(f"question {k}")
             _, sound, done, _ = sort(turn.commit())
-            out.append((done.token_ids, done.codec_ids, sound))
+            out.append((done.token_ids, done.codec_ids, sound.tobytes()))
+        return out
 
-    alone: list[list[Any]] = [[], []]
-    for seed, out in enumerate(alone):
-        talk(Live(root).session, 10 * seed, out)
+    alone = [talk(Live(root).session, seed) for seed in (0, 10)]
     shared = Live(root).session
-    together: list[list[Any]] = [[], []]
-    threads = [
-        threading.Thread(target=talk, args=(session, 10 * seed, together[seed]))
-        for seed, session in enumerate((shared, shared.fork()))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    for a, b in zip([*alone[0], *alone[1]], [*together[0], *together[1]], strict=True):
-        assert a[:2] == b[:2]
-        np.testing.assert_array_equal(a[2], b[2])
+    together = [start(talk, session, seed) for session, seed in ((shared, 0), (shared.fork(), 10))]
+    assert [talked.result(60) for talked in together] == alone
     assert len({tuple(a[1]) for a in alone[0]}) == 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("codes", [1, 11, 12, 13, 24, 35, 36, 37, 60, 61, 130])
-def test_workers_give_what_one_after_the_other_gives(root: Path, codes: int, temperature: float) -> None:
-    live = Live(root)
+def test_workers_give_what_one_after_the_other_gives(live: Live, codes: int, temperature: float) -> None:
     config = SamplingConfig(max_new_tokens=codes, temperature=temperature, repetition_penalty=1.1)
     runs = []
     for threads in (True, False):
@@ -434,28 +347,18 @@ def test_channel_blocks_wakes_and_ends() -> None:
             sent.append(k)
         channel.close()
 
-    thread = threading.Thread(target=send)
-    thread.start()
+    sender = start(send)
     time.sleep(0.05)
     assert sent == [0, 1]
     assert [next(channel) for _ in range(5)] == list(range(5))
-    thread.join(5)
+    sender.result(5)
     channel.close()
     assert list(channel) == []
-    waiting: list[str] = []
-
-    def receive() -> None:
-        try:
-            next(Channel(1, token))
-        except Cancelled:
-            waiting.append("woken")
-
-    thread = threading.Thread(target=receive)
-    thread.start()
+    receiver = start(next, Channel(1, token))
     time.sleep(0.02)
     token.cancel()
-    thread.join(5)
-    assert waiting == ["woken"]
+    with pytest.raises(Cancelled):
+        receiver.result(5)
     with pytest.raises(Cancelled):
         channel.send(1)
     with pytest.raises(Cancelled):  # a channel made after the token was set
