@@ -26,7 +26,6 @@ from omniport.runtime import (
     UnknownVoice,
     UsageError,
 )
-from omniport.runtime.prompt.builder import build_prompt
 from omniport.runtime.reply_options import ReplyOptions
 from support.bundles import CODES, edit, make_bundle
 from support.fake_backend import FakeDecoder, FakeEncoder
@@ -34,11 +33,6 @@ from support.live_turns import Live
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 GREEDY = SamplingConfig(max_new_tokens=40)
-
-
-@pytest.fixture
-def live(root: Path) -> Live:
-    return Live(root)
 
 
 def split(events: Iterator[Event]) -> tuple[list[TextDelta], list[AudioChunk], Done]:
@@ -72,7 +66,7 @@ def test_stats(live: Live) -> None:
     _, _, done = split(live.session.reply(HELLO, talker=GREEDY))
     stats = done.stats
     assert (stats.backend, stats.text_tokens, stats.codec_tokens) == ("fake", 5, 30)
-    assert stats.prompt_tokens == len(build_prompt(HELLO, live.session.manifest, live.session.text_codec).token_ids)
+    assert stats.prompt_tokens == len(live.prompt(HELLO).token_ids)
     assert stats.audio_seconds == pytest.approx(0.6)
     assert stats.time_to_first_token is not None
     assert stats.time_to_first_audio is not None
@@ -157,7 +151,7 @@ def fed(decoder: FakeDecoder, key: str) -> NDArray[Any]:
 def test_talker_conditioning(live: Live, length: int, stop: bool, speech: int) -> None:
     text = "abcdef"[: length - 1] if stop else "abcdef"[:length]
     live.script(text, [*range(speech), 52], stop=stop)
-    prompt = build_prompt(HELLO, live.session.manifest, live.session.text_codec)
+    prompt = live.prompt(HELLO)
     _, _, done = split(live.session.reply(HELLO, thinker=SamplingConfig(max_new_tokens=length), talker=GREEDY))
     assert done.text == text
     generated = done.token_ids + ([live.stop] if stop else [])
@@ -171,7 +165,7 @@ def test_talker_conditioning(live: Live, length: int, stop: bool, speech: int) -
 
 def test_talker_positions_continue_the_prompt(live: Live) -> None:
     live.script("abc", [1, 2, 3, 52])
-    prompt = build_prompt(HELLO, live.session.manifest, live.session.text_codec)
+    prompt = live.prompt(HELLO)
     list(live.session.reply(HELLO, talker=GREEDY))
     count = len(prompt.token_ids)
     thinker, talker = (fed(live.decoder(name), "position_ids")[:, 0] for name in ("thinker", "talker"))
@@ -244,7 +238,7 @@ def test_repetition_penalty_sees_the_prompt_ids(live: Live, monkeypatch: pytest.
 
     monkeypatch.setattr(Sampler, "pick", spy)
     live.script("ab", [5, 6, 52])
-    prompt = build_prompt(HELLO, live.session.manifest, live.session.text_codec).token_ids.tolist()
+    prompt = live.prompt(HELLO).token_ids.tolist()
     list(live.session.reply(HELLO, talker=GREEDY))
     thinker = [history for size, history in seen if size != 64]
     talker = [history for size, history in seen if size == 64]
@@ -291,7 +285,7 @@ def test_media_embeddings_go_to_their_places(live: Live) -> None:
     messages = [{"role": "user", "content": content}]
     live.script("abc", [1, 2, 52])
     _, _, done = split(live.session.reply(messages, talker=GREEDY))
-    prompt = build_prompt(messages, live.session.manifest, live.session.text_codec)
+    prompt = live.prompt(messages)
     encoders = {name: live.backend.graphs[f"{name}_encoder"] for name in ("audio", "vision")}
     assert all(isinstance(graph, FakeEncoder) for graph in encoders.values())
     embeds = live.bundle.embedding("thinker").rows(prompt.token_ids)
@@ -334,9 +328,7 @@ def test_long_prompts_are_prefilled_in_chunks(live: Live) -> None:
 
 def test_prompt_too_long(tmp_path: Path) -> None:
     live = Live(make_bundle(tmp_path / "b", max_context=80))
-    base = len(
-        build_prompt([{"role": "user", "content": "x"}], live.session.manifest, live.session.text_codec).token_ids
-    )
+    base = len(live.prompt([{"role": "user", "content": "x"}]).token_ids)
 
     def ask(size: int, speak: bool) -> Any:
         return live.session.reply([{"role": "user", "content": "x" * (1 + size - base)}], speak=speak)

@@ -17,17 +17,11 @@ from omniport.runtime import (
     TurnEnded,
     UsageError,
 )
-from omniport.runtime.prompt.builder import build_prompt
 from support.bundles import edit, make_bundle
 from support.fake_backend import FakeEncoder
-from support.live_turns import Live, film, pieces, push_film, sort, voice
+from support.live_turns import Live, assert_fed_alike, film, pieces, push_film, sort, voice
 
 GREEDY = SamplingConfig(max_new_tokens=60)
-
-
-@pytest.fixture
-def live(root: Path) -> Live:
-    return Live(root)
 
 
 def same_as_message(root: Path, parts: list[dict[str, Any]], push: Any, exact: bool = False) -> None:
@@ -40,11 +34,7 @@ def same_as_message(root: Path, parts: list[dict[str, Any]], push: Any, exact: b
     turn = turned.session.turn(talker=GREEDY, thinker=GREEDY, exact=exact)
     push(turn)
     heard = sort(turn.commit())
-    for name in ("thinker", "talker"):
-        wanted, got = whole.fed(name), turned.fed(name)
-        np.testing.assert_array_equal([p for _, p in got], [p for _, p in wanted])
-        np.testing.assert_allclose([e for e, _ in got], [e for e, _ in wanted], rtol=1e-5, atol=1e-5)
-        assert np.std([e for e, _ in wanted]) > 0.1
+    assert_fed_alike(turned, whole)
     assert (heard[2].token_ids, heard[2].codec_ids) == (told[2].token_ids, told[2].codec_ids)
     assert len(told[2].token_ids) >= 3
     np.testing.assert_allclose(heard[1], told[1], atol=1e-5)
@@ -212,25 +202,22 @@ def test_what_came_before_the_turn_does_not_wait_for_a_piece(live: Live) -> None
 # --- conversations ------------------------------------------------------------------------------------------------
 
 
-def history(live: Live, upto: int | None = None) -> list[int]:
+def history(live: Live) -> list[int]:
     """What the session's conversation holds."""
     return [int(i) for i in live.conversation.ids]
 
 
 def test_a_second_turn_prefills_only_what_is_new(live: Live) -> None:
-    session = live.session
     told = []
     for k, said in enumerate(("hello", "fine", "bye")):
         live.script(said, [*range(20 + k), 52])
-        turn = session.turn()
-        turn.push_text(f"question {k}")
-        _, _, done, dropped = sort(turn.commit())
+        _, _, done, dropped = live.say(f"question {k}")
         assert (done.text, done.finish_reason, done.speech_finish_reason, dropped) == (said, "stop", "stop", [])
         told.append(done.stats)
     messages: list[dict[str, Any]] = []
     for k, said in enumerate(("hello", "fine", "bye")):
         messages += [{"role": "user", "content": f"question {k}"}, {"role": "assistant", "content": said}]
-    ids = build_prompt(messages[:-1], session.manifest, session.text_codec).token_ids
+    ids = live.prompt(messages[:-1]).token_ids
     assert history(live)[: len(ids)] == list(ids)
     for before, stats in itertools.pairwise(told):
         assert stats.reused_tokens == before.prompt_tokens + before.text_tokens
@@ -252,13 +239,8 @@ def test_a_later_turn_equals_the_whole_conversation(root: Path) -> None:
     messages.append({"role": "user", "content": "and now?"})
     for setup in (live, fresh):
         setup.script("last", [*range(15), 52])
-    turn = live.session.turn()
-    turn.push_text("and now?")
-    got, wanted = sort(turn.commit()), sort(fresh.session.reply(messages))
-    for name in ("thinker", "talker"):
-        a, b = live.fed(name), fresh.fed(name)
-        np.testing.assert_array_equal([p for _, p in a], [p for _, p in b])
-        np.testing.assert_allclose([e for e, _ in a], [e for e, _ in b], rtol=1e-5, atol=1e-5)
+    got, wanted = live.say("and now?"), sort(fresh.session.reply(messages))
+    assert_fed_alike(live, fresh)
     assert got[2].codec_ids == wanted[2].codec_ids
     np.testing.assert_allclose(got[1], wanted[1], atol=1e-5)
     assert np.sqrt(np.mean(got[1] ** 2)) > 0.01
@@ -268,13 +250,9 @@ def test_reset_and_system_message(live: Live) -> None:
     live.script("hi", [1, 52])
     for system in (None, "Be brief.", None):
         live.session.reset(system)
-        turn = live.session.turn()
-        turn.push_text("hello")
-        done = sort(turn.commit())[2]
+        done = live.say("hello")[2]
         messages = [{"role": "system", "content": system}] if system else []
-        prompt = build_prompt(
-            [*messages, {"role": "user", "content": "hello"}], live.session.manifest, live.session.text_codec
-        )
+        prompt = live.prompt([*messages, {"role": "user", "content": "hello"}])
         assert history(live)[: len(prompt.token_ids)] == list(prompt.token_ids)
         assert done.stats.reused_tokens == 0
 
@@ -284,9 +262,8 @@ def test_a_conversation_that_outgrows_the_cache(tmp_path: Path) -> None:
     seen = []
     for k in range(8):
         live.script(f"reply {k}", [*range(12), 52])
-        turn = live.session.turn(thinker=SamplingConfig(max_new_tokens=10), talker=SamplingConfig(max_new_tokens=15))
-        turn.push_text(f"question {k} " + "x" * 20)
-        _, sound, done, dropped = sort(turn.commit())
+        limits = {"thinker": SamplingConfig(max_new_tokens=10), "talker": SamplingConfig(max_new_tokens=15)}
+        _, sound, done, dropped = live.say(f"question {k} " + "x" * 20, **limits)
         assert (done.text, len(sound)) == (f"reply {k}", 12 * 480)
         seen.append(dropped[0] if dropped else None)
         if dropped:
@@ -304,7 +281,7 @@ def test_a_conversation_that_outgrows_the_cache(tmp_path: Path) -> None:
             {"role": "user", "content": f"question {k} " + "x" * 20},
             {"role": "assistant", "content": f"reply {k}"},
         ]
-    prompt = build_prompt(messages[:-1], live.session.manifest, live.session.text_codec)
+    prompt = live.prompt(messages[:-1])
     assert history(live)[: len(prompt.token_ids)] == list(prompt.token_ids)
     fed = live.fed("thinker")[: len(prompt.token_ids)]
     np.testing.assert_array_equal(np.stack([p for _, p in fed], axis=1), prompt.position_ids)
@@ -313,9 +290,7 @@ def test_a_conversation_that_outgrows_the_cache(tmp_path: Path) -> None:
 def test_a_turn_too_long_for_the_cache_is_taken_back(tmp_path: Path) -> None:
     live = Live(make_bundle(tmp_path / "bundle", max_context=200))
     live.script("hello", [1, 52])
-    turn = live.session.turn()
-    turn.push_text("hi")
-    sort(turn.commit())
+    live.say("hi")
     before = history(live)
     turn = live.session.turn()
     with pytest.raises(PromptTooLong, match="holds 200"):
@@ -323,14 +298,11 @@ def test_a_turn_too_long_for_the_cache_is_taken_back(tmp_path: Path) -> None:
     with pytest.raises(TurnEnded, match="ended by an error"):
         turn.push_text("more")
     assert history(live) == before, "earlier turns are not dropped for one that can never fit"
-    turn = live.session.turn()
-    turn.push_text("x" * 300)
+    turn = live.ask("x" * 300)
     with pytest.raises(PromptTooLong):
         list(turn.commit())
     assert history(live) == before
-    turn = live.session.turn()
-    turn.push_text("hi")
-    assert sort(turn.commit())[2].text == "hello"
+    assert live.say("hi")[2].text == "hello"
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
@@ -350,9 +322,9 @@ def test_refused_pushes_take_nothing(root: Path) -> None:
             (lambda: turn.push_audio(np.zeros(16000 * 301, np.float32), 16000), "at most 300"),
             (lambda: turn.push_frame(picture, float("nan")), "time is nan"),
             (lambda: turn.push_frame(picture, 1e6), "at most 384"),
-            (lambda: turn.push_frame(np.zeros((3, 3, 3), np.uint8), 0.0), "too small"),
+            (lambda: turn.push_frame(np.zeros((3, 900, 3), np.uint8), 0.0), "too elongated"),
             (lambda: turn.push_frame("nowhere.png", 0.0), "does not exist"),
-            (lambda: turn.push_image(np.zeros((3, 3, 3), np.uint8)), "too small"),
+            (lambda: turn.push_image(np.zeros((3, 900, 3), np.uint8)), "too elongated"),
         ):
             with pytest.raises(MediaError, match=match):
                 bad()

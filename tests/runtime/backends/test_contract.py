@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -29,7 +28,6 @@ from omniport.runtime.backends.base import (
     Backend,
     BackendWrapper,
     Graph,
-    GraphWrapper,
     KvCache,
     Outputs,
     RunHandle,
@@ -42,11 +40,10 @@ from omniport.runtime.concurrency.cancel import CancelToken
 from omniport.runtime.concurrency.schedule import Pace
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import BackendError
-from omniport.runtime.pipeline.reply import Reply
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 from support.bundles import make_bundle, make_manifest
 from support.fake_backend import FakeBackend
-from support.live_turns import sort
+from support.live_turns import Watch, Watched, sort
 from support.paths import REPOSITORY
 
 SPEECH = ("thinker", "talker", "dit", "bigvgan")
@@ -245,64 +242,35 @@ def test_who_delays_the_sound(bundle: Bundle, engines: Collection[str], room: in
     assert [name for name in ("thinker", "talker") if guarded.delays_sound(name)] == delaying
 
 
-class Watched(GraphWrapper):
-    """Notes its runs, and which graphs run at the same time."""
-
-    def __init__(
-        self, inner: Graph, name: str, log: list[str], running: Counter[str], seen: set[tuple[str, ...]]
-    ) -> None:
-        super().__init__(inner)
-        self.name, self.log, self.running, self.seen = name, log, running, seen
-
-    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
-        self.log.append(self.name)
-        self.running[self.name] += 1
-        time.sleep(0.0005)  # lets the others in, if they may
-        self.seen.add(tuple(sorted(name for name, count in self.running.items() if count)))
-        try:
-            return super().run(feeds, cache, handle)
-        finally:
-            self.running[self.name] -= 1
-
-
-def say(bundle: Bundle, engines: Collection[str], log: list[str]) -> set[tuple[str, ...]]:
-    """A spoken reply over engines and a CPU with room for one run; gives the graphs that ran at the same time."""
-    running: Counter[str] = Counter()
-    seen: set[tuple[str, ...]] = set()
+def say(bundle: Bundle, engines: Collection[str]) -> Watch:
+    """A spoken reply over engines and a CPU with room for one run."""
+    watch = Watch()
     gpu, cpu = FakeBackend(bundle.manifest), FakeBackend(bundle.manifest, room=1)
     with OmniSession(bundle, CompositeBackend(gpu, engines, cpu)) as session:
         for backend in (gpu, cpu):
             backend.graphs["thinker"].script = [*session.text_codec.encode(TEXT), bundle.manifest.chat.stop[0]]  # type: ignore[attr-defined]
             backend.graphs["talker"].script = [*(k % 48 for k in range(120)), 52]  # type: ignore[attr-defined]
             for name in SPEECH:
-                backend.graphs[name] = Watched(backend.graphs[name], name, log, running, seen)
+                backend.graphs[name] = Watched(backend.graphs[name], name, watch, seconds=0.0005)
         most = SamplingConfig(max_new_tokens=130)
         done = sort(session.reply([{"role": "user", "content": "hi"}], thinker=most, talker=most))[2]
     assert (done.text, len(done.codec_ids)) == (TEXT, 120)
-    return seen
-
-
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look at the clock is a second later: nobody is so quick that the first sound may wait."""
-    clock = itertools.count(1)
-    monkeypatch.setattr(Reply, "_elapsed", lambda self: float(next(clock)))
+    return watch
 
 
 @pytest.mark.usefixtures("slow")
 def test_a_reply_keeps_slots_and_pacing_beside_an_engine(bundle: Bundle) -> None:
     """An engine of the encoder changes nothing for the graphs on the CPU: one at a time, the first sound first."""
-    log: list[str] = []
-    seen = say(bundle, ["audio_encoder"], log)
-    assert max(map(len, seen)) == 1
-    before = Counter(log[: log.index("bigvgan") + 1])
+    watch = say(bundle, ["audio_encoder"])
+    assert watch.most == 1
+    before = Counter(watch.log[: watch.log.index("bigvgan") + 1])
     assert before == {"thinker": 25, "talker": 25, "dit": 36, "bigvgan": 1}
 
 
 @pytest.mark.usefixtures("slow")
 def test_engines_are_not_held_back_by_graphs_on_the_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "hold", lambda self, made: pytest.fail("held"))
-    seen = say(bundle, ["thinker", "talker"], [])
+    seen = say(bundle, ["thinker", "talker"]).together
     assert not any({"dit", "bigvgan"} <= set(names) for names in seen), "both are on the CPU, with room for one"
     assert any("dit" in names and len(names) > 1 for names in seen), "the decoders go on beside the DiT"
 

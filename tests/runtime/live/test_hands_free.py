@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ from omniport.runtime import (
     UnknownVoice,
     UsageError,
 )
-from omniport.runtime.backends.base import GraphWrapper
 from omniport.runtime.live.dialogue import Dialogue, TurnBegan, TurnCommitted
 from omniport.runtime.live.hands_free import HandsFree
 from omniport.runtime.live.vad import CHUNK, RATE, SileroVad, SpeechGate, SpeechLimits
 from omniport.runtime.media.audio import load_audio
 from support.bundles import edit, make_bundle
-from support.live_turns import Live, pieces
+from support.live_turns import Gate, Live, assert_fed_alike, pieces, start
 
 Samples = NDArray[np.float32]
 LONG = SamplingConfig(max_new_tokens=700)
@@ -169,10 +168,7 @@ def test_a_turn_holds_what_was_said_and_nothing_else(root: Path, most: int) -> N
     first, last = round((began[1].time - 7 * STEP) * RATE), round(committed[1].time * RATE)
     turn.push_audio(sound[first:last], RATE)
     list(turn.commit())
-    for name in ("thinker", "talker"):
-        wanted, got = oracle.fed(name), table.live.fed(name)
-        np.testing.assert_array_equal([p for _, p in got], [p for _, p in wanted])
-        np.testing.assert_allclose([e for e, _ in got], [e for e, _ in wanted], rtol=1e-5, atol=1e-5)
+    assert_fed_alike(table.live, oracle)
     assert committed[1].seconds == pytest.approx((last - first) / RATE)
 
 
@@ -303,20 +299,11 @@ def test_speech_while_the_end_is_played_is_an_interruption(root: Path) -> None:
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
-class Broken(GraphWrapper):
-    """A graph whose next run fails, or waits to be let go."""
-
-    def __init__(self, inner: Any, error: BaseException | None = None) -> None:
-        super().__init__(inner)
-        self.error = error
-        self.reached, self.go = threading.Event(), threading.Event()
-
-    def run(self, feeds: Mapping[str, Any], cache: Any = None, handle: Any = None) -> Any:
-        self.reached.set()
-        if self.error is not None:
-            raise self.error
-        assert self.go.wait(20)
-        return super().run(feeds, cache, handle)
+def gate(table: Table, graph: str, error: BaseException | None = None) -> Gate:
+    """Let the next run of a graph fail, or wait to be let go."""
+    graphs = table.live.backend.graphs
+    graphs[graph] = made = Gate(graphs[graph], error=error)
+    return made
 
 
 def spoken_to(table: Table) -> None:
@@ -325,8 +312,7 @@ def spoken_to(table: Table) -> None:
 
 @pytest.mark.parametrize("where", ["feed", "wait", "close", "flush"])
 def test_an_error_of_the_reply_reaches_the_caller(table: Table, where: str) -> None:
-    graphs = table.live.backend.graphs
-    graphs["bigvgan"] = Broken(graphs["bigvgan"], ZeroDivisionError("the vocoder"))
+    gate(table, "bigvgan", ZeroDivisionError("the vocoder"))
     spoken_to(table)
     thread = table.ears.dialogue._thread
     assert thread is not None
@@ -340,7 +326,6 @@ def test_an_error_of_the_reply_reaches_the_caller(table: Table, where: str) -> N
     with pytest.raises(ZeroDivisionError, match="the vocoder"):
         calls[where]()
     if where != "close":
-        graphs["bigvgan"] = graphs["bigvgan"].inner  # type: ignore[attr-defined]
         spoken_to(table)
         table.ears.wait()
         assert table.of(Done)[-1].finish_reason == "stop"
@@ -362,13 +347,10 @@ def test_an_error_of_the_callback_stops_the_reply(table: Table) -> None:
 
 
 def test_an_error_of_the_encoder_takes_the_turn_back(table: Table) -> None:
-    graphs = table.live.backend.graphs
-    inner = graphs["audio_encoder"]
-    graphs["audio_encoder"] = Broken(inner, ZeroDivisionError("the encoder"))
+    gate(table, "audio_encoder", ZeroDivisionError("the encoder"))
     with pytest.raises(ZeroDivisionError, match="the encoder"):
         spoken_to(table)
     assert table.ears.dialogue.state == "waiting"
-    graphs["audio_encoder"] = inner
     spoken_to(table)
     table.ears.wait()
     assert table.names() == ["TurnBegan", "TurnCommitted", "TurnBegan", "TurnCommitted", "Done"]
@@ -433,46 +415,30 @@ def test_close_during_a_reply(table: Table) -> None:
     go = threading.Event()
     table.react = lambda event: go.wait(20) and None if isinstance(event, AudioChunk) else None
     spoken_to(table)
-    closer = threading.Thread(target=table.ears.close)
-    closer.start()
+    closer = start(table.ears.close)
     go.set()
-    closer.join(10)
-    assert not closer.is_alive()
+    closer.result(10)
     assert table.of(Done)[-1].finish_reason in ("cancelled", "stop")
     table.live.session.turn().cancel()
 
 
 def test_close_while_a_push_computes(table: Table) -> None:
-    graphs = table.live.backend.graphs
-    broken = Broken(graphs["audio_encoder"])
-    graphs["audio_encoder"] = broken
-    failed: list[BaseException] = []
-
-    def feed() -> None:
-        try:
-            table.ears.feed(loud(5.0), RATE)
-        except UsageError as error:
-            failed.append(error)
-
-    feeder = threading.Thread(target=feed)
-    feeder.start()
-    assert broken.reached.wait(20)
-    closer = threading.Thread(target=table.ears.close)
-    closer.start()
+    held = gate(table, "audio_encoder")
+    feeder = start(table.ears.feed, loud(5.0), RATE)
+    assert held.reached.wait(20)
+    closer = start(table.ears.close)
     while not table.ears.dialogue._closed:
         pass
-    broken.go.set()
-    for thread in (closer, feeder):
-        thread.join(10)
-        assert not thread.is_alive()
-    assert failed
+    held.go.set()
+    closer.result(10)
+    with pytest.raises(UsageError):
+        feeder.result(10)
     table.live.session.turn().cancel()
 
 
 def test_an_error_of_the_block_is_not_hidden_by_the_reply(root: Path) -> None:
     table = Table(root)
-    graphs = table.live.backend.graphs
-    graphs["bigvgan"] = Broken(graphs["bigvgan"], ZeroDivisionError("the vocoder"))
+    gate(table, "bigvgan", ZeroDivisionError("the vocoder"))
 
     def work() -> None:
         with table.ears:
