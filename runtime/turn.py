@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .bundle.parts import encoder_of
 from .concurrency.cancel import Cancelled
-from .errors import MediaError, PromptError, TurnEnded
+from .errors import MediaError, PromptError, TurnEnded, UsageError
 from .events import Done, Event, Stats
 from .generation.conversation import Conversation
 from .generation.encoders import Encoders
@@ -77,8 +77,13 @@ class Turn:
         values, rate = pcm((samples, sample_rate))
         check_level(values, rate, "this sound")
         if len(values):
-            with self._push():
-                self._sound(values, rate)
+            frontend = self._task.bundle.manifest.audio
+            frames = frontend.sampling_rate / frontend.hop_length  # of mel a second, four of which make a token
+            with self._lock:
+                self._require_open()
+                self._clip_for("audio").require_sound(len(values), rate)
+                with self._push(int(len(values) / rate * frames / 4)):
+                    self._sound(values, rate)
 
     def push_frame(self, image: ImageSource, time_s: float) -> None:
         """Take the next frame of a video.
@@ -108,7 +113,7 @@ class Turn:
         """
         self._require("image")
         vision = image_input(load_image(image), self._task.bundle.manifest.vision)
-        with self._push():
+        with self._push(vision.tokens + 2):
             self._whole([lambda: self._media.image(vision)])
 
     def push_text(self, text: str) -> None:
@@ -119,9 +124,9 @@ class Turn:
         """
         if not isinstance(text, str):
             raise PromptError(f"the text is a {type(text).__name__}; a string was expected")
-        self._task.codec.encode(text)
+        ids = self._task.codec.encode(text)
         if text:
-            with self._push():
+            with self._push(len(ids)):
                 self._close_clip()
                 self._layout.text(text)
 
@@ -135,14 +140,15 @@ class Turn:
         """
         self._require_open()
         parts = check_content(content, "content")
+        tokens = 0
         for part in parts:
             if part.kind == "text":
-                self._task.codec.encode(part.value)
+                tokens += len(self._task.codec.encode(part.value))
             else:
                 self._require(part.kind)
         lay = [self._media.read(part) for part in parts]
         if lay:
-            with self._push():
+            with self._push(tokens):
                 self._whole(lay)
 
     def commit(self) -> Iterator[Event]:
@@ -188,7 +194,12 @@ class Turn:
         Args:
             heard: seconds of the speech that were played, where the caller knows; all that was delivered if None. With
                 it, a reply that has ended but is still being played can be cut back too, until the next turn begins.
+
+        Raises:
+            UsageError: ``heard`` is no number of seconds.
         """
+        if heard is not None and not (isinstance(heard, Real) and heard >= 0):
+            raise UsageError(f"heard is {heard!r}; seconds of speech, 0 or more, were expected")
         self._task.token.cancel()  # first: a push in another thread holds the lock until it sees this
         with self._lock:
             if self._state == "open":
@@ -203,10 +214,15 @@ class Turn:
         self.cancel()
 
     @contextmanager
-    def _push(self) -> Iterator[None]:
-        """Around what takes something: prefills what it completed, or ends the turn if that fails."""
+    def _push(self, tokens: int = 0) -> Iterator[None]:
+        """Around what takes something: prefills what it completed, or ends the turn if that fails.
+
+        Args:
+            tokens: of it, as far as they are known; PromptTooLong before anything is taken if there is no room.
+        """
         with self._lock:
             self._require_open()
+            self._conversation.require_room(self._layout.pending + tokens)
             try:
                 yield
                 self._advance()

@@ -147,6 +147,15 @@ class Conversation:
                 embeds[media] = 0
                 self._conditioning = np.concatenate([self._conditioning, hidden + embeds])
 
+    def require_room(self, tokens: int) -> None:
+        """Whether the current turn can take so many more tokens.
+
+        Raises:
+            PromptTooLong: it could not, even alone with the system message.
+        """
+        system, current = (sum(len(segment) for segment in turn) for turn in (self.turns[0], self.turns[-1]))
+        require_room(system + (current if len(self.turns) > 1 else 0) + tokens, self._capacity, 1)
+
     def take_dropped(self) -> TurnsDropped | None:
         """What was dropped since this was last asked."""
         dropped, refilled, self._dropped, self._refilled = self._dropped, self._refilled, 0, 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 
 from ..concurrency.cancel import Cancelled
 from ..events import AudioChunk, Done, Event, Stats, TextDelta, TurnsDropped, underruns
@@ -38,6 +39,7 @@ class Reply:
         self._done: Done | None = None
         self._turn: list[Segment] | None = None
         self._undone = False
+        self._heard_before: float | None = None
         self._kept = 0
         self._setup = threading.Lock()  # held while the caller's thread uses the conversation
         self._delivery = threading.Lock()
@@ -46,7 +48,10 @@ class Reply:
         self._samples = 0
 
     def events(self) -> Iterator[Event]:
-        """Run to the end, or until cancelled, yielding events."""
+        """Run to the end, or until cancelled, giving events."""
+        return _Events(self._run(), self.cancel)
+
+    def _run(self) -> Iterator[Event]:
         try:
             with self._setup:
                 dropped = self._prefill()
@@ -71,11 +76,14 @@ class Reply:
     def cancel(self, heard: float | None = None) -> None:
         """Stop the workers and cut the conversation back to what counts as said; see ``Turn.cancel``."""
         self._task.token.cancel()
+        if self._workers is not None and self._workers.inside:
+            self._heard_before = heard  # a signal handler: the reply that it interrupts ends by itself
+            return
         with self._setup:
             ended = self._done
         if ended is None:
             self._end(heard=heard)
-        elif heard is not None and not self._undone:
+        elif heard is not None and not self._undone and self._workers is not None:
             self._shorten(len(self._heard(heard)))
 
     def _shorten(self, count: int) -> None:
@@ -138,7 +146,7 @@ class Reply:
                 return self._done
             if self._workers is not None:
                 self._workers.join()
-            said = self._said(heard)
+            said = self._said(self._heard_before if heard is None else heard)
             self._done = self._sum_up(said)
             self._undone, self._turn = undo, self._conversation.turns[-1]
             if undo:
@@ -207,3 +215,29 @@ class Reply:
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._started
+
+
+class _Events:
+    """What a reply gives. A generator that is dropped before its first event would never know that it was."""
+
+    def __init__(self, events: Iterator[Event], abandon: Callable[[], None]) -> None:
+        self._events, self._abandon, self._begun = events, abandon, False
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        self._begun = True
+        return next(self._events)
+
+    def close(self) -> None:
+        """Cancel the reply, if it has not ended."""
+        if not self._begun:
+            self._begun = True
+            self._abandon()
+        if isinstance(self._events, Generator):
+            self._events.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at the interpreter's end anything may be gone
+            self.close()

@@ -85,6 +85,14 @@ class Workers:
             threading.Thread(target=self._work, args=body, name=f"omniport-{body[0]}", daemon=True)
             for body in (self._bodies if threads else ())
         ]
+        self._state = threading.Condition()
+        self._joined = False  # nothing begins any more
+        self._inside: threading.Thread | None = None  # the caller's thread, while it runs the bodies itself
+
+    @property
+    def inside(self) -> bool:
+        """Whether the thread that asks is the one that runs the bodies, which cannot wait for itself."""
+        return self._inside is threading.current_thread()
 
     def events(self) -> Iterator[TextDelta | AudioChunk]:
         """Start, and give what comes.
@@ -94,11 +102,7 @@ class Workers:
         """
         if self._pace is not None:
             self._pace.begin()
-        for thread in self._threads:
-            thread.start()
-        if not self._threads:
-            for body in self._bodies:
-                self._work(*body)
+        self._run()
         try:
             yield from self._events
         except Cancelled:
@@ -108,8 +112,32 @@ class Workers:
             raise
         self.join()
 
+    def _run(self) -> None:
+        """Start the threads, or do their work in this one. Raises Cancelled if ``join`` came first."""
+        with self._state:
+            if self._joined:
+                raise Cancelled
+            for thread in self._threads:
+                thread.start()
+            if self._threads:
+                return
+            self._inside = threading.current_thread()
+        try:
+            for body in self._bodies:
+                self._work(*body)
+        finally:
+            with self._state:
+                self._inside = None
+                self._state.notify_all()
+
     def join(self) -> None:
-        """Wait until every worker has ended, which they do by themselves or once the token is set."""
+        """Wait until every worker has ended, which they do by themselves or once the token is set; none begins later.
+
+        In whichever thread they work: what they use may be changed afterwards.
+        """
+        with self._state:
+            self._joined = True
+            self._state.wait_for(lambda: self._inside is None)
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()

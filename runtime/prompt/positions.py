@@ -115,6 +115,11 @@ class Layout:
         self.cursor = int(positions.max()) + 1
         return indices
 
+    @property
+    def pending(self) -> int:
+        """Tokens since the last ``segment``."""
+        return self.length - self._taken
+
     def fill(self, indices: NDArray[np.int64], embeds: NDArray[np.float32]) -> None:
         """Give tokens that were appended since the last ``segment`` their embeddings."""
         self._fills.append((indices - self._taken, embeds))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from omniport.runtime import AudioChunk, Done, OmniportError, SamplingConfig, TextDelta, Turn, TurnEnded
+from omniport.runtime import AudioChunk, Done, OmniportError, SamplingConfig, TextDelta, Turn, TurnEnded, UsageError
 from omniport.runtime.backends.guarded import GuardedBackend
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.reader import Bundle
@@ -17,6 +18,7 @@ from omniport.runtime.concurrency.cancel import Cancelled, CancelToken
 from omniport.runtime.concurrency.channel import Channel
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.events import underruns
+from omniport.runtime.pipeline.workers import Workers
 from support.live_turns import Gate, Live, assert_fed_alike, sort, start, voice
 
 LONG = SamplingConfig(max_new_tokens=400)
@@ -168,6 +170,77 @@ def test_a_run_ends_at_its_next_operator(tiny_bundle: Path) -> None:
         canceller.result(10)
 
 
+@pytest.mark.parametrize(("graph", "at"), STAGES)
+def test_cancel_from_another_thread_waits_for_work_in_the_callers(root: Path, graph: str, at: int) -> None:
+    """With ``threads=False`` nothing that the bodies use may change before they have left it."""
+    live, gate = gated(root, graph, at)
+    turn = live.session.turn(talker=LONG, thinker=LONG, threads=False)
+    turn.push_text("hello")
+    consumer = start(lambda: list(turn.commit()))
+    assert gate.reached.wait(20)
+    canceller = start(turn.cancel)
+    while not turn._task.token.cancelled:
+        time.sleep(0.001)
+    time.sleep(0.1)
+    assert not canceller.done(), "it has to wait: a graph is running over the caches"
+    gate.go.set()
+    canceller.result(10)
+    done = sort(iter(consumer.result(10)))[2]
+    assert done.finish_reason == "cancelled"
+    script(live, graph, gate, "", [])
+    next_turn_is_right(live, root, lambda t: t.push_text("hello"), done.text)
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_work_that_has_not_begun_never_does_after_a_cancel(
+    root: Path, threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cancel comes between the prompt and the first step."""
+    live = Live(root)
+    live.script(TEXT, [*CODES, 52])
+    turn = live.session.turn(talker=LONG, thinker=LONG, threads=threads)
+    turn.push_text("hello")
+    begin = Workers.events
+
+    def late(workers: Workers) -> Iterator[Any]:
+        turn.cancel()
+        return begin(workers)
+
+    monkeypatch.setattr(Workers, "events", late)
+    done = sort(turn.commit())[2]
+    monkeypatch.undo()
+    assert (done.finish_reason, done.token_ids) == ("cancelled", [])
+    next_turn_is_right(live, root, lambda t: t.push_text("hello"), "")
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_an_iterator_that_ends_before_its_first_event_ends_the_turn(root: Path, end: str) -> None:
+    live = Live(root)
+    live.script(TEXT, [*CODES, 52])
+    turn = live.session.turn(talker=LONG, thinker=LONG)
+    turn.push_text("hello")
+    events = turn.commit()
+    if end == "close":
+        events.close()  # type: ignore[attr-defined]
+    del events
+    gc.collect()
+    assert turn.ended
+    next_turn_is_right(live, root, lambda t: t.push_text("hello"), "")
+
+
+@pytest.mark.parametrize("heard", [-1.0, float("nan"), "1 s"])
+def test_what_was_heard_is_a_number_of_seconds(root: Path, heard: Any) -> None:
+    live = Live(root)
+    live.script("hello", [*range(30), 52])
+    turn = live.session.turn()
+    turn.push_text("hi")
+    done = sort(turn.commit())[2]
+    with pytest.raises(UsageError, match="seconds of speech"):
+        turn.cancel(heard)
+    assert done.finish_reason == "stop"
+    next_turn_is_right(live, root, lambda t: t.push_text("hi"), "hello")
+
+
 def test_cancel_twice_after_the_end_and_before_anything(live: Live, root: Path) -> None:
     live.script("hello", [*range(30), 52])
     turn = live.session.turn()
@@ -177,6 +250,7 @@ def test_cancel_twice_after_the_end_and_before_anything(live: Live, root: Path) 
     events = turn.commit()
     turn.cancel()  # committed, but nobody has asked for an event
     turn.cancel()
+    turn.cancel(heard=1.0)
     done = sort(events)[2]
     assert (done.text, done.finish_reason) == ("", "cancelled")
     live.session.reset()
