@@ -197,13 +197,12 @@ def test_audio_that_is_too_long(work: Path, ask: Command) -> None:
 # --- images and video ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(1, 1), (20000, 20), (20, 20000)])
+@pytest.mark.parametrize("size", [(20000, 20), (20, 20000)])
 def test_image_of_impossible_size(work: Path, ask: Command, size: tuple[int, int]) -> None:
     from PIL import Image
 
     Image.new("RGB", size, (200, 30, 60)).save(work / "image.png")
-    message = r"1x1 pixels is too small: .* pass a larger one" if size == (1, 1) else r"is too elongated: .* crop it"
-    line = ask("--image", "image.png", message=message)
+    line = ask("--image", "image.png", message=r"is too elongated: .* crop it")
     assert f"{size[0]}x{size[1]}" in line
 
 
