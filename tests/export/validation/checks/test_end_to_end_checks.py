@@ -193,7 +193,7 @@ def test_the_users_conversations_are_added(context: Context, tmp_path: Path, mon
     ("line", "message"),
     [
         ("{", "Expecting property name"),
-        ("[]", 'the key "messages" was expected'),
+        ("[]", 'the key "messages"'),
         ('{"messages": [], "seed": 1}', "seed"),
         ('{"messages": [{"role": "robot", "content": "Hello"}]}', "robot"),
         ('{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "no.wav"}]}]}', "does not exist"),
