@@ -147,14 +147,14 @@ class Conversation:
                 embeds[media] = 0
                 self._conditioning = np.concatenate([self._conditioning, hidden + embeds])
 
-    def require_room(self, tokens: int) -> None:
-        """Whether the current turn can take so many more tokens.
+    def require_room(self, tokens: int = 0, least: int = 1) -> None:
+        """Whether the current turn can take so many more tokens, with ``least`` more behind them.
 
         Raises:
             PromptTooLong: it could not, even alone with the system message.
         """
-        system, current = (sum(len(segment) for segment in turn) for turn in (self.turns[0], self.turns[-1]))
-        require_room(system + (current if len(self.turns) > 1 else 0) + tokens, self._capacity, 1)
+        turns = (self.turns[0], self.turns[-1]) if len(self.turns) > 1 else (self.turns[0],)
+        require_room(sum(map(_tokens, turns)) + tokens, self._capacity, least)
 
     def take_dropped(self) -> TurnsDropped | None:
         """What was dropped since this was last asked."""
@@ -231,9 +231,8 @@ class Conversation:
         self._conditioning = self._conditioning[: self.cached - self._length("talker")]
 
     def _make_room(self, reserve: int, least: int) -> None:
-        system, current = (sum(len(segment) for segment in turn) for turn in (self.turns[0], self.turns[-1]))
-        require_room(system + current if len(self.turns) > 1 else system, self._capacity, least)
-        dropped, cached = 0, self.cached
+        self.require_room(least=least)
+        system, dropped, cached = _tokens(self.turns[0]), 0, self.cached
         while len(self.turns) > 2 and self.length + reserve > self._capacity:
             self.turns.pop(1)
             dropped += 1
@@ -259,6 +258,10 @@ class Conversation:
             offset += len(segment)
             cursor += segment.advance
         return np.concatenate(embeds), np.concatenate(positions, axis=1), np.concatenate(media)
+
+
+def _tokens(turn: list[Segment]) -> int:
+    return sum(len(segment) for segment in turn)
 
 
 def _line(ids: NDArray[np.int64]) -> Segment:

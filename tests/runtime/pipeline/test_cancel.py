@@ -200,15 +200,21 @@ def test_work_that_has_not_begun_never_does_after_a_cancel(
     live.script(TEXT, [*CODES, 52])
     turn = live.session.turn(talker=LONG, thinker=LONG, threads=threads)
     turn.push_text("hello")
-    begin = Workers.events
+    begin, work, begun = Workers.events, Workers._work, list[str]()
 
     def late(workers: Workers) -> Iterator[Any]:
         turn.cancel()
         return begin(workers)
 
+    def watched(workers: Workers, name: str, *body: Any) -> None:
+        begun.append(name)
+        work(workers, name, *body)
+
     monkeypatch.setattr(Workers, "events", late)
+    monkeypatch.setattr(Workers, "_work", watched)
     done = sort(turn.commit())[2]
     monkeypatch.undo()
+    assert begun == []
     assert (done.finish_reason, done.token_ids) == ("cancelled", [])
     next_turn_is_right(live, root, lambda t: t.push_text("hello"), "")
 
