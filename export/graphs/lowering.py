@@ -60,7 +60,7 @@ def _attention_nodes(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
     return y if groups == 1 else op.Reshape(y, op.Constant(value_ints=[0, heads, -1, width]))
 
 
-def _rotary_nodes(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
+def _rotary_nodes(x: Any, cos: Any, sin: Any, interleaved: bool = False) -> Any:
     heads, width = int(x.shape[1]), int(x.shape[3])
     axis = op.Constant(value_ints=[1])
     cos, sin = (op.Unsqueeze(_wide(t, t), axis) for t in (cos, sin))

@@ -40,7 +40,7 @@ def _attention_node(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
     return op.Attention(*inputs, scale=scale)[0]
 
 
-def _rotary_node(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
+def _rotary_node(x: Any, cos: Any, sin: Any, interleaved: bool = False) -> Any:
     return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved))
 
 
@@ -66,7 +66,7 @@ def _merge_heads_node(x: Any) -> Any:
     return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), shape)
 
 
-def _split_blocks_node(x: Any, block: int, back: bool, ahead: bool) -> Any:
+def _split_blocks_node(x: Any, block: int, back: bool = False, ahead: bool = False) -> Any:
     width = int(x.shape[2])
     flat = op.Constant(value_ints=[-1, block * (1 + back + ahead), width])
     if not back and not ahead:

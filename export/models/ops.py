@@ -8,127 +8,32 @@ Shapes: B batch, S new tokens, L live cache length, M cache capacity, H heads, D
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@torch.library.custom_op("omniport::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+_F = TypeVar("_F", bound=Callable[..., Tensor])
 
 
-@torch.library.custom_op("omniport::rotary_embedding", mutates_args=())
-def _rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    if interleaved:
-        a, b = x[..., 0::2], x[..., 1::2]
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+def _operator(shape: Callable[..., Sequence[int]] | None = None) -> Callable[[_F], _F]:
+    """Register a function as an operator that keeps its signature.
+
+    Args:
+        shape: of the result, from the operator's arguments; that of the first argument without.
+    """
+
+    def register(function: _F) -> _F:
+        operator = torch.library.custom_op(f"omniport::{function.__name__}", mutates_args=())(function)
+        operator.register_fake(lambda x, *rest: torch.empty_like(x) if shape is None else x.new_empty(shape(x, *rest)))
+        return cast(_F, operator)
+
+    return register
 
 
-@torch.library.custom_op("omniport::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return weight * y.to(x.dtype)
-
-
-@torch.library.custom_op("omniport::tensor_scatter", mutates_args=())
-def _tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
-    out = cache.clone()
-    for row, start in enumerate(write_index.tolist()):
-        out[row, :, start : start + update.shape[2]] = update[row]
-    return out
-
-
-@torch.library.custom_op("omniport::anti_aliased_snake", mutates_args=())
-def _anti_aliased_snake(
-    x: Tensor, up: Tensor, down: Tensor, alpha: Tensor, inverse_beta: Tensor, even: Tensor, odd: Tensor
-) -> Tensor:
-    _, u = snake_inputs(x, up, alpha, inverse_beta, even, odd)
-    return F.conv1d(u, down, groups=x.shape[1])
-
-
-@torch.library.custom_op("omniport::linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.matmul(x, weight)
-
-
-@_linear.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[1]))
-
-
-@torch.library.custom_op("omniport::split_heads", mutates_args=())
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    # a copy also where one token leaves nothing to move: outputs must not alias inputs
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
-
-
-@_split_heads.register_fake
-def _(x: Tensor, heads: int) -> Tensor:
-    return x.new_empty((x.shape[0], heads, x.shape[1], x.shape[2] // heads))
-
-
-@torch.library.custom_op("omniport::merge_heads", mutates_args=())
-def _merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(-2).clone(memory_format=torch.contiguous_format)
-
-
-@_merge_heads.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[2], x.shape[1] * x.shape[3]))
-
-
-@torch.library.custom_op("omniport::split_blocks", mutates_args=())
-def _split_blocks(x: Tensor, block: int, back: bool, ahead: bool) -> Tensor:
-    blocks = x.unflatten(1, (-1, block))
-    nothing = torch.zeros_like(blocks[:, :1])
-    parts = [blocks]
-    if back:
-        parts.insert(0, torch.cat((nothing, blocks[:, :-1]), dim=1))
-    if ahead:
-        parts.append(torch.cat((blocks[:, 1:], nothing), dim=1))
-    return torch.cat(parts, dim=2).flatten(0, 1)
-
-
-@_split_blocks.register_fake
-def _(x: Tensor, block: int, back: bool, ahead: bool) -> Tensor:
-    return x.new_empty((x.shape[0] * (x.shape[1] // block), block * (1 + back + ahead), x.shape[2]))
-
-
-@torch.library.custom_op("omniport::reshape_like", mutates_args=())
-def _reshape_like(x: Tensor, like: Tensor) -> Tensor:
-    return x.reshape(like.shape).clone()
-
-
-@_reshape_like.register_fake
-def _(x: Tensor, like: Tensor) -> Tensor:
-    return x.new_empty(like.shape)
-
-
-@torch.library.custom_op("omniport::pad_to_blocks", mutates_args=())
-def _pad_to_blocks(x: Tensor, block: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, -x.shape[1] % block)).clone()
-
-
-@_pad_to_blocks.register_fake
-def _(x: Tensor, block: int) -> Tensor:
-    return x.new_empty((x.shape[0], (x.shape[1] + block - 1) // block * block, x.shape[2]))
-
-
-def _like_first(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-for _op in (_attention, _rotary_embedding, _rms_norm, _tensor_scatter, _anti_aliased_snake):
-    _op.register_fake(_like_first)
-
-
+@_operator()
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Scaled dot-product attention with grouped query heads (ONNX Attention-24).
 
@@ -140,9 +45,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     Returns:
         [B, Hq, S, D].
     """
-    return _attention(q, k, v, mask, scale)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
+@_operator()
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotary position embedding (ONNX RotaryEmbedding-23).
 
@@ -150,14 +58,23 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
         x: [B, H, S, D]. cos, sin: [B, S, D/2], the dtype of x.
         interleaved: pairs are (0, 1), (2, 3), ...; otherwise (0, D/2), (1, D/2+1), ....
     """
-    return _rotary_embedding(x, cos, sin, interleaved)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+@_operator()
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis, statistics in float32 (ONNX RMSNormalization-23)."""
-    return _rms_norm(x, weight, eps)
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
 
 
+@_operator()
 def tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
     """Write new keys or values into a static-capacity cache (ONNX TensorScatter-24, linear mode, axis -2).
 
@@ -167,9 +84,13 @@ def tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor
     Returns:
         the updated cache [B, H, M, D]; a runtime may alias it with the input's buffer.
     """
-    return _tensor_scatter(cache, update, write_index)
+    out = cache.clone()
+    for row, start in enumerate(write_index.tolist()):
+        out[row, :, start : start + update.shape[2]] = update[row]
+    return out
 
 
+@_operator()
 def anti_aliased_snake(
     x: Tensor, up: Tensor, down: Tensor, alpha: Tensor, inverse_beta: Tensor, even: Tensor, odd: Tensor
 ) -> Tensor:
@@ -186,7 +107,64 @@ def anti_aliased_snake(
     Returns:
         [B, C, T].
     """
-    return _anti_aliased_snake(x, up, down, alpha, inverse_beta, even, odd)
+    _, u = snake_inputs(x, up, alpha, inverse_beta, even, odd)
+    return F.conv1d(u, down, groups=x.shape[1])
+
+
+@_operator(lambda x, weight: (*x.shape[:-1], weight.shape[1]))
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] @ weight [in, out] -> [..., out]: one MatMul."""
+    return torch.matmul(x, weight)
+
+
+@_operator(lambda x, heads: (x.shape[0], heads, x.shape[1], x.shape[2] // heads))
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, H*D] -> [B, H, S, D]."""
+    # a copy also where one token leaves nothing to move: outputs must not alias inputs
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+@_operator(lambda x: (x.shape[0], x.shape[2], x.shape[1] * x.shape[3]))
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, S, D] -> [B, S, H*D]."""
+    return x.transpose(1, 2).flatten(-2).clone(memory_format=torch.contiguous_format)
+
+
+def _blocks_shape(x: Tensor, block: int, back: bool = False, ahead: bool = False) -> tuple[int, int, int]:
+    return x.shape[0] * (x.shape[1] // block), block * (1 + back + ahead), x.shape[2]
+
+
+@_operator(_blocks_shape)
+def split_blocks(x: Tensor, block: int, back: bool = False, ahead: bool = False) -> Tensor:
+    """Blocks of a sequence as a batch, each with its neighbours, zeros past the ends.
+
+    Args:
+        x: [B, T, E], T a multiple of ``block``.
+        back, ahead: put the block before it in front, the block after it behind.
+
+    Returns:
+        [B*T/block, block*(1 + back + ahead), E].
+    """
+    blocks = x.unflatten(1, (-1, block))
+    nothing = torch.zeros_like(blocks[:, :1])
+    parts = [blocks]
+    if back:
+        parts.insert(0, torch.cat((nothing, blocks[:, :-1]), dim=1))
+    if ahead:
+        parts.append(torch.cat((blocks[:, 1:], nothing), dim=1))
+    return torch.cat(parts, dim=2).flatten(0, 1)
+
+
+@_operator(lambda x, like: like.shape)
+def reshape_like(x: Tensor, like: Tensor) -> Tensor:
+    """x in the shape of ``like``."""
+    return x.reshape(like.shape).clone()
+
+
+@_operator(lambda x, block: (x.shape[0], (x.shape[1] + block - 1) // block * block, x.shape[2]))
+def pad_to_blocks(x: Tensor, block: int) -> Tensor:
+    """[B, T, E] -> [B, T', E]: zeros appended until T' is a multiple of ``block``."""
+    return F.pad(x, (0, 0, 0, -x.shape[1] % block)).clone()
 
 
 def snake_inputs(
@@ -198,41 +176,3 @@ def snake_inputs(
     u = u + inverse_beta * torch.sin(u * alpha).square()
     first, last = u[:, :, :1].index_select(1, even), u[:, :, -1:].index_select(1, odd)
     return padded, torch.cat((first, first, first, u, last, last, last), dim=2)
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] @ weight [in, out] -> [..., out]: one MatMul."""
-    return _linear(x, weight)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, S, H*D] -> [B, H, S, D]."""
-    return _split_heads(x, heads)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, S, D] -> [B, S, H*D]."""
-    return _merge_heads(x)
-
-
-def split_blocks(x: Tensor, block: int, back: bool = False, ahead: bool = False) -> Tensor:
-    """Blocks of a sequence as a batch, each with its neighbours, zeros past the ends.
-
-    Args:
-        x: [B, T, E], T a multiple of ``block``.
-        back, ahead: put the block before it in front, the block after it behind.
-
-    Returns:
-        [B*T/block, block*(1 + back + ahead), E].
-    """
-    return _split_blocks(x, block, back, ahead)
-
-
-def reshape_like(x: Tensor, like: Tensor) -> Tensor:
-    """x in the shape of ``like``."""
-    return _reshape_like(x, like)
-
-
-def pad_to_blocks(x: Tensor, block: int) -> Tensor:
-    """[B, T, E] -> [B, T', E]: zeros appended until T' is a multiple of ``block``."""
-    return _pad_to_blocks(x, block)
