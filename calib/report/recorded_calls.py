@@ -17,20 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
-from omniport.export.evaluation.conversations import Conversation, read_conversations, standard_conversations
+from omniport.export.evaluation.conversations import require_writer, session_conversations, short_reply
 from omniport.export.evaluation.metrics import logit_figures
 from omniport.export.evaluation.recording import RecordedGraph, RecordingBackend
 from omniport.runtime.backends.base import Backend, BackendWrapper, Graph, KvCache, Outputs, RunHandle
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.manifest import Manifest
-from omniport.runtime.bundle.parts import PARTS, decoders, encoder_of
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.errors import CheckFailed, UsageError
+from omniport.runtime.errors import CheckFailed
 from omniport.runtime.events import Done
 from omniport.runtime.session import OmniSession
-from omniport.runtime.speech.windows import SpeechWindows
 from omniport.runtime.system.progress import Progress
 
 Array = NDArray[Any]
@@ -111,17 +109,17 @@ def record(
     Raises:
         UsageError: the bundle cannot answer, or ``data`` is not usable (names the line).
     """
-    if (writer := decoders()[0].name) not in bundle.manifest.graphs:
-        raise UsageError(f"{bundle.root} has no {writer}, so that it cannot answer: export it without --graphs")
+    require_writer(bundle)
     recording = RecordingBackend(OrtBackend(bundle))
     backend: Backend = recording if sound else _SilentBackend(recording, bundle.manifest)
     with tempfile.TemporaryDirectory() as folder, OmniSession(bundle, backend) as session:
-        conversations = _conversations(session, data, Path(folder))
+        conversations = session_conversations(session, data, Path(folder), _NAMES)
         codes: list[list[int]] = []
         for number, conversation in enumerate(conversations):
             if progress is not None:
                 progress(f"recording {conversation.name}", number, len(conversations))
-            codes.append(_answer(session, conversation, max_new_tokens, max_codes))
+            events = short_reply(session, conversation, max_new_tokens, max_codes, threads=False)
+            codes.append([code for event in events if isinstance(event, Done) for code in event.codec_ids])
         calls = {name: _calls(name, graph) for name, graph in recording.graphs.items() if graph.calls}
         spoken = next((tuple(ids) for ids in codes if ids), ())
         return Recording(tuple(c.name for c in conversations), calls, spoken)
@@ -171,28 +169,6 @@ def loss_of(name: str, outputs: Sequence[NDArray[np.float32]], wanted: Sequence[
         return Loss(sqnr)
     figures = logit_figures(np.concatenate(outputs), np.concatenate(wanted))
     return Loss(sqnr, float(figures["kl"] or 0), float(figures["top1_agreement"] or 0))
-
-
-def _conversations(session: OmniSession, data: str | os.PathLike[str] | None, folder: Path) -> Sequence[Conversation]:
-    if data is not None:
-        return read_conversations(Path(data), session.manifest, session.text_codec)
-    graphs = session.manifest.graphs
-    found = standard_conversations(folder, _NAMES)
-    return [c for c in found if all(encoder_of(medium.kind).name in graphs for medium in c.media)]
-
-
-def _answer(session: OmniSession, conversation: Conversation, max_new_tokens: int, max_codes: int) -> list[int]:
-    """Reply; returns the codes of its speech."""
-    manifest = session.manifest
-    thinker = replace(manifest.thinker_sampling, temperature=0.0, max_new_tokens=max_new_tokens)
-    talker = manifest.talker_sampling
-    if talker is not None:
-        talker = replace(talker, max_new_tokens=max_codes)
-    messages, window = conversation.messages(), SpeechWindows()  # the same windows however slow the machine is
-    events = session.reply(
-        messages, speak=manifest.speaks, thinker=thinker, talker=talker, window=window, threads=False
-    )
-    return [code for event in events if isinstance(event, Done) for code in event.codec_ids]
 
 
 def _rows(feeds: Mapping[str, Array]) -> int:

@@ -8,16 +8,21 @@ user's files omniport's own decoders supply it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.parts import decoders, encoder_of
+from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import OmniportError, UsageError
+from omniport.runtime.events import Event
 from omniport.runtime.media.audio import load_audio
 from omniport.runtime.media.image import load_image
 from omniport.runtime.media.log_mel import audio_tokens
@@ -25,6 +30,8 @@ from omniport.runtime.media.source import require
 from omniport.runtime.media.video import load_video
 from omniport.runtime.prompt.builder import build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
+from omniport.runtime.session import OmniSession
+from omniport.runtime.speech.windows import SpeechWindows
 from omniport.runtime.system.files import read_text
 
 from ..checkpoint.frontends import SPEECH_PROMPT
@@ -171,6 +178,51 @@ def _sound(seconds: float, skip: float = 0.0) -> Medium:
 def _still(height: int, width: int) -> Medium:
     pixels = picture(height, width)
     return Medium("image", pixels, pixels)
+
+
+def session_conversations(
+    session: OmniSession, data: str | os.PathLike[str] | None, folder: Path, names: Sequence[str] | None = None
+) -> list[Conversation]:
+    """Those of the user's file, or, without one, the built-in ones that a session's bundle has encoders for.
+
+    Args:
+        folder, names: as in `standard_conversations`.
+
+    Raises:
+        UsageError: ``data`` is not usable (names the line).
+    """
+    if data is not None:
+        return read_conversations(Path(data), session.manifest, session.text_codec)
+    graphs = session.manifest.graphs
+    return [
+        conversation
+        for conversation in standard_conversations(folder, names)
+        if all(encoder_of(medium.kind).name in graphs for medium in conversation.media)
+        and (not conversation.heard or encoder_of("audio").name in graphs)
+    ]
+
+
+def require_writer(bundle: Bundle) -> None:
+    """Raises:
+    UsageError: the bundle lacks the graph that writes, so that it cannot answer.
+    """
+    if (writer := decoders()[0].name) not in bundle.manifest.graphs:
+        raise UsageError(f"{bundle.root} has no {writer}, so that it cannot answer: export it without --graphs")
+
+
+def short_reply(
+    session: OmniSession, conversation: Conversation, max_new_tokens: int, max_codes: int, threads: bool = True
+) -> Iterator[Event]:
+    """The events of a reply of the likeliest tokens, cut short, and spoken if the bundle speaks."""
+    manifest = session.manifest
+    thinker = replace(manifest.thinker_sampling, temperature=0.0, max_new_tokens=max_new_tokens)
+    talker = manifest.talker_sampling
+    if talker is not None:
+        talker = replace(talker, max_new_tokens=max_codes)
+    messages, window = conversation.messages(), SpeechWindows()  # the same windows however slow the machine is
+    yield from session.reply(
+        messages, speak=manifest.speaks, thinker=thinker, talker=talker, window=window, threads=threads
+    )
 
 
 def read_conversations(path: Path, manifest: Manifest, codec: TextCodec) -> list[Conversation]:

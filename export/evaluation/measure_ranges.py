@@ -21,18 +21,17 @@ from omniport.runtime.bundle.activation_ranges import RANGES_FILE, Ranges, encod
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.manifest import Manifest, encode_manifest
-from omniport.runtime.bundle.parts import decoders, encoder_of
+from omniport.runtime.bundle.parts import decoders
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle, read_manifest
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.session import OmniSession
-from omniport.runtime.speech.windows import SpeechWindows
 from omniport.runtime.system.files import replace_file
 from omniport.runtime.system.host import physical_cores
 from omniport.runtime.system.progress import Progress
 
 from ..graphs.lowering import LOWERED_OPSET
 from ..graphs.mixed_precision import ranged_values
-from .conversations import Conversation, read_conversations, standard_conversations
+from .conversations import require_writer, session_conversations, short_reply
 from .half_emulation import load_copy, open_graph
 
 _OUTPUT = "ranges"
@@ -63,11 +62,12 @@ def measure_ranges(
     backend = _ObservingBackend(opened)
     names = []
     with tempfile.TemporaryDirectory() as folder, OmniSession(opened, backend) as session:
-        conversations = _conversations(session, data, Path(folder))
+        conversations = session_conversations(session, data, Path(folder))
         for number, conversation in enumerate(conversations):
             if progress is not None:
                 progress(conversation.name, number, len(conversations))
-            _answer(session, conversation, max_new_tokens, max_codes)
+            for _ in short_reply(session, conversation, max_new_tokens, max_codes):
+                pass
             names.append(conversation.name)
     if progress is not None:
         progress("done", len(names), len(names))
@@ -111,8 +111,7 @@ def store_ranges(bundle: str | Path, ranges: Ranges) -> Path:
 
 def _require_float32(bundle: Bundle) -> None:
     graphs = bundle.manifest.graphs
-    if (writer := decoders()[0].name) not in graphs:
-        raise UsageError(f"{bundle.root} has no {writer}, so that it cannot answer: export it without --graphs")
+    require_writer(bundle)
     other = {name: spec.precision for name, spec in graphs.items() if spec.precision != "float32"}
     if other:
         name, precision = next(iter(other.items()))
@@ -124,29 +123,6 @@ def _require_float32(bundle: Bundle) -> None:
 
 def _ops(manifest: Manifest) -> str:
     return "decomposed" if manifest.graphs[decoders()[0].name].opset <= LOWERED_OPSET else "native"
-
-
-def _conversations(session: OmniSession, data: Path | None, folder: Path) -> Sequence[Conversation]:
-    if data is not None:
-        return read_conversations(data, session.manifest, session.text_codec)
-    graphs = session.manifest.graphs
-    return [
-        conversation
-        for conversation in standard_conversations(folder)
-        if all(encoder_of(medium.kind).name in graphs for medium in conversation.media)
-        and (not conversation.heard or encoder_of("audio").name in graphs)
-    ]
-
-
-def _answer(session: OmniSession, conversation: Conversation, max_new_tokens: int, max_codes: int) -> None:
-    manifest = session.manifest
-    thinker = replace(manifest.thinker_sampling, temperature=0.0, max_new_tokens=max_new_tokens)
-    talker = manifest.talker_sampling
-    if talker is not None:
-        talker = replace(talker, max_new_tokens=max_codes)
-    messages, window = conversation.messages(), SpeechWindows()  # the same windows however slow the machine is
-    for _ in session.reply(messages, speak=manifest.speaks, thinker=thinker, talker=talker, window=window):
-        pass
 
 
 class _ObservingBackend(BackendWrapper):
