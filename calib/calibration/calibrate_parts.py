@@ -30,8 +30,8 @@ from omniport.runtime.system.progress import Progress
 from .checkpoint_source import Source
 from .dataset import Sample
 from .findings import Findings
-from .layer_runner import Call, Engine
-from .lockstep import GrowingCache, Lockstep, Request
+from .layer_runner import Call, LayerRunner
+from .lockstep import LayerCaches, Lockstep, Request
 from .sites import SitePlan, plan_sites
 from .work_dir import Work
 
@@ -99,37 +99,39 @@ class Stages:
             self._plans[graph] = plan_sites(self._job.source.exported[graph])
         return self._plans[graph]
 
-    def _engine(self, graph: str, **options: Any) -> Engine:
+    def _runner(self, graph: str, **options: Any) -> LayerRunner:
         job = self._job
         definition, ckpt = job.source.definitions[graph], job.source.ckpt
         spool = job.work.folder / "spool" / graph
-        return Engine(definition, ckpt, self._sites(graph), spool, **options)
+        return LayerRunner(definition, ckpt, self._sites(graph), spool, **options)
 
-    def _layers(self, engine: Engine, findings: Findings, calls: Callable[[], Iterator[Call]], empty: Call) -> None:
+    def _layers(
+        self, runner: LayerRunner, findings: Findings, calls: Callable[[], Iterator[Call]], empty: Call
+    ) -> None:
         """Take all calls of a part through its layers, from where an earlier run has come to.
 
         Args:
             empty: stands for any call once its inputs have entered.
         """
-        work, depth, name = self._job.work, engine.module.depth, engine.name
+        work, depth, name = self._job.work, runner.module.depth, runner.name
         if not work.done(f"{name}-enter"):
-            engine.enter(calls())
-            findings.take(engine.observers)
-            work.put(f"{name}-calls", len(engine.caches))
+            runner.enter(calls())
+            findings.take(runner.observers)
+            work.put(f"{name}-calls", len(runner.caches))
             work.finish(f"{name}-enter")
-        engine.caches = [list(empty.caches) for _ in range(work.get(f"{name}-calls"))]
+        runner.caches = [list(empty.caches) for _ in range(work.get(f"{name}-calls"))]
         for index in range(depth):
             self._job.progress(name, index, depth)
             if work.done(f"{name}-{index}"):
                 continue
-            engine.run_layer(index, keep_caches=False)
-            findings.take(engine.observers)
+            runner.run_layer(index, keep_caches=False)
+            findings.take(runner.observers)
             work.finish(f"{name}-{index}")
 
     def _encoder(self, graph: str) -> None:
         kinds = PARTS[graph].media
         findings = self.findings(graph)
-        engine = self._engine(graph, memory=0, again=False)
+        runner = self._runner(graph, memory=0, again=False)
         places: list[tuple[int, int, list[int]]] = []
 
         def calls() -> Iterator[Call]:
@@ -138,16 +140,16 @@ class Stages:
                 yield _call(self._job.source, graph, feeds)
             self._job.work.put(f"{graph}-places", places)
 
-        self._layers(engine, findings, calls, Call(()))
-        outputs = zip(self._job.work.get(f"{graph}-places"), engine.leave(), strict=True)
+        self._layers(runner, findings, calls, Call(()))
+        outputs = zip(self._job.work.get(f"{graph}-places"), runner.leave(), strict=True)
         for (number, place), calls_of_one in itertools.groupby(outputs, lambda found: found[0][:2]):
             pieces = [
                 valid_rows(out.numpy(), frames) if frames else [out.numpy()] for (_, _, frames), out in calls_of_one
             ]
             rows = np.concatenate(list(itertools.chain.from_iterable(pieces)))
             self._job.work.put_array(f"media/{number}-{place}", rows)
-        findings.take(engine.observers)
-        engine.close()
+        findings.take(runner.observers)
+        runner.close()
 
     def _media(self, kinds: Sequence[str]) -> Iterator[tuple[int, int, Mapping[str, Array]]]:
         """(sample, place among its media, what the encoder is called with), in order."""
@@ -163,17 +165,17 @@ class Stages:
 
     def _thinker(self, graph: str) -> None:
         findings = self.findings(graph)
-        engine = self._engine(graph, memory=0, again=False, unseen=(_HEAD,))
+        runner = self._runner(graph, memory=0, again=False, unseen=(_HEAD,))
         calls = (self._teach(graph, number, sample) for number, sample in enumerate(self._job.samples))
-        self._layers(engine, findings, lambda: calls, Call((), _no_caches(self._job.source, graph)))
-        for number, (sample, hidden) in enumerate(zip(self._job.samples, engine.leave(), strict=True)):
+        self._layers(runner, findings, lambda: calls, Call((), _no_caches(self._job.source, graph)))
+        for number, (sample, hidden) in enumerate(zip(self._job.samples, runner.leave(), strict=True)):
             # The head is asked after the prompt and after each token of the reply.
             prompt = hidden.shape[1] - len(sample.reply)
-            engine.observers[_HEAD].see(hidden[:, prompt - 1 :])
+            runner.observers[_HEAD].see(hidden[:, prompt - 1 :])
             rows = hidden[0].numpy() + self._job.work.array(f"talk/{number}-embeds")
             self._job.work.put_array(f"talk/{number}-rows", rows)
-        findings.take(engine.observers)
-        engine.close()
+        findings.take(runner.observers)
+        runner.close()
 
     def _teach(self, graph: str, number: int, sample: Sample) -> Call:
         """Prompt and reply of a sample, as one call of the thinker; what the talker needs of it is written down."""
@@ -245,22 +247,22 @@ class Stages:
     def _speak(self, graph: str, job: Callable[[int, Backend], None]) -> None:
         """Run a part for all samples that speak, a group in lockstep, from where an earlier run has come to."""
         work, numbers = self._job.work, self._speaking
-        findings, engine = self.findings(graph), self._engine(graph)
+        findings, runner = self.findings(graph), self._runner(graph)
         lockstep: Lockstep[None]
-        for start in range(work.restore(graph, engine.observers), len(numbers), _GROUP):
+        for start in range(work.restore(graph, runner.observers), len(numbers), _GROUP):
             self._job.progress(graph, start, len(numbers))
-            lockstep = Lockstep(partial(_execute, self._job.source, engine), self._new_cache)
+            lockstep = Lockstep(partial(_execute, self._job.source, runner), self._new_cache)
             lockstep.run([partial(job, number) for number in numbers[start : start + _GROUP]])
-            work.keep(graph, start + _GROUP, engine.observers)
-        findings.take(engine.observers)
-        engine.close()
+            work.keep(graph, start + _GROUP, runner.observers)
+        findings.take(runner.observers)
+        runner.close()
 
     @property
     def _speaking(self) -> list[int]:
         return [number for number, sample in enumerate(self._job.samples) if sample.reply]
 
     def _new_cache(self, graph: str, capacity: int) -> KvCache:
-        return GrowingCache(_no_caches(self._job.source, graph), capacity)
+        return LayerCaches(_no_caches(self._job.source, graph), capacity)
 
     def _voice(self, number: int) -> VoiceSpec:
         """The voice that a sample speaks with: any of them."""
@@ -294,14 +296,14 @@ def _no_caches(source: Source, graph: str) -> list[torch.Tensor]:
     return [torch.zeros(1, geometry.num_kv_heads, 0, geometry.head_dim)] * (2 * geometry.num_layers)
 
 
-def _execute(source: Source, engine: Engine, graph: str, requests: Sequence[Request]) -> list[Outputs]:
+def _execute(source: Source, runner: LayerRunner, graph: str, requests: Sequence[Request]) -> list[Outputs]:
     """Carry out calls that the runtime's loops wait for."""
-    if graph != engine.name:
-        raise OmniportError(f"{graph} was asked for while {engine.name} is calibrated")
+    if graph != runner.name:
+        raise OmniportError(f"{graph} was asked for while {runner.name} is calibrated")
     calls = []
     for request in requests:
-        caches = request.cache.tensors if isinstance(request.cache, GrowingCache) else []
+        caches = request.cache.tensors if isinstance(request.cache, LayerCaches) else []
         call = _call(source, graph, request.feeds)
         calls.append(Call(call.inputs, caches))
     (name,) = (spec.name for spec in source.definitions[graph].outputs if not spec.name.startswith("present_"))
-    return [{name: out.numpy()} for out in engine.run(calls)]
+    return [{name: out.numpy()} for out in runner.run(calls)]

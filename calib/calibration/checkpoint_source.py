@@ -10,8 +10,8 @@ from pathlib import Path
 from omniport.export.bundle_parts import base_manifest, small_parts, write_embeddings
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.export_options import ExportOptions
+from omniport.export.models.model_parts import graph_definitions
 from omniport.export.models.part import GraphDefinition
-from omniport.export.models.registry import graph_definitions
 from omniport.export.weights_check import check_weights
 from omniport.runtime.bundle.manifest import Manifest
 from omniport.runtime.bundle.reader import Bundle

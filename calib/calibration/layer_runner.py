@@ -5,6 +5,7 @@ So memory holds one layer, one call's activations and a little of the spool, wha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +14,20 @@ from typing import Any, cast
 import torch
 from omniport.export.models.audio_encoder import GeluConv
 from omniport.export.models.bigvgan import BigVgan
-from omniport.export.models.module import ExportModule, WeightReader
+from omniport.export.models.module import ExportModule, Stack, WeightReader
 from omniport.export.models.ops import snake_inputs
 from omniport.export.models.part import GraphDefinition
-from omniport.export.models.stack import Stack
 from omniport.export.models.talker import Talker
 from torch import Tensor
 
-from .activation_store import MEMORY_BYTES, Spool
 from .layer_weights import LazyWeights
 from .observers import Observer
 from .sites import SitePlan
 
 #: a part whose weights take no more than this in float32 is read once, not again and again
 RESIDENT_BYTES = 1 << 29
+#: bytes of activations that stay in memory
+MEMORY_BYTES = 64 << 20
 
 
 @dataclass
@@ -37,7 +38,56 @@ class Call:
     caches: list[Tensor] = field(default_factory=list)
 
 
-class Engine:
+class Spool:
+    """Tensors by key, beyond a number of bytes in files of a folder.
+
+    Args:
+        memory: bytes kept in memory; 0 writes everything, so that another process can go on with it.
+    """
+
+    def __init__(self, folder: Path, memory: int = MEMORY_BYTES) -> None:
+        self.folder = folder
+        self._memory = memory
+        self._held: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a tensor, or a tuple of tensors and numbers, in place of what was there."""
+        self._forget(key)
+        size = _nbytes(value)
+        if sum(self._sizes.values()) + size <= self._memory:
+            self._held[key], self._sizes[key] = value, size
+        else:
+            torch.save(value, self._path(key))
+
+    def get(self, key: str) -> Any:
+        """What was kept."""
+        if key in self._held:
+            return self._held[key]
+        return torch.load(self._path(key), weights_only=True)
+
+    def drop(self, key: str) -> None:
+        """Forget it."""
+        self._forget(key)
+        self._path(key).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._held.clear()
+        self._sizes.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def _forget(self, key: str) -> None:
+        self._held.pop(key, None)
+        self._sizes.pop(key, None)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.pt"
+
+
+class LayerRunner:
     """One part, its weights read as they are needed, its sites observed.
 
     Attributes:
@@ -164,3 +214,9 @@ def _watch(module: ExportModule, weight: str, observers: Mapping[str, Observer])
 
 def _filtered(part: Any, x: Tensor, pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return snake_inputs(x, part.up, part.alpha, part.inverse_beta, *pairs)
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return int(value.untyped_storage().nbytes())
+    return sum(map(_nbytes, value)) if isinstance(value, tuple | list) else 0

@@ -18,7 +18,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class GrowingCache:
+class LayerCaches:
     """A KV cache that holds what was written to it and no more.
 
     Attributes:

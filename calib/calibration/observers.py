@@ -134,20 +134,10 @@ class Observer:
         counts, absmax = torch.from_numpy(histogram.counts), torch.from_numpy(self.absmax)
         return absmax, self.count, counts, histogram.exponent, self._kept, self._rows, self._stride
 
-    def restore(
-        self,
-        absmax: torch.Tensor,
-        count: int,
-        counts: torch.Tensor,
-        exponent: int | None,
-        kept: list[torch.Tensor],
-        rows: int,
-        stride: int,
-    ) -> None:
-        """Go on from what another observer had seen."""
-        self.absmax, self.count = absmax.numpy(), count
-        self._histogram.counts, self._histogram.exponent = counts.numpy(), exponent
-        self._kept, self._rows, self._stride = kept, rows, stride
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Go on from what another observer had seen, as its `state` gave it."""
+        absmax, self.count, counts, self._histogram.exponent, self._kept, self._rows, self._stride = state
+        self.absmax, self._histogram.counts = absmax.numpy(), counts.numpy()
 
     def _sample(self, rows: torch.Tensor) -> None:
         """Keep every ``_stride``-th row; when there are too many, every other one of them."""

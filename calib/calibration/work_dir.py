@@ -86,7 +86,7 @@ class Work:
             return 0
         samples, states = torch.load(path, weights_only=True)
         for name, observer in observers.items():
-            observer.restore(*states[name])
+            observer.restore(states[name])
         return int(samples)
 
     def _write(self, path: Path, content: bytes) -> None:

@@ -323,7 +323,7 @@ def test_one_layer_of_weights_is_in_memory(
 ) -> None:
     held: dict[str, int] = {}
     total: dict[str, int] = {}
-    run_layer = engine_module.Engine.run_layer
+    run_layer = engine_module.LayerRunner.run_layer
 
     def watch(self: Any, index: int, keep_caches: bool = True) -> None:
         release = self._lazy.release
@@ -335,7 +335,7 @@ def test_one_layer_of_weights_is_in_memory(
         held[self.name] = max(held.get(self.name, 0), self._lazy.held_bytes)
         total[self.name] = sum(t.numel() * 4 for t in self.module.parameters())
 
-    monkeypatch.setattr(engine_module.Engine, "run_layer", watch)
+    monkeypatch.setattr(engine_module.LayerRunner, "run_layer", watch)
 
     class Enough(Exception):
         pass

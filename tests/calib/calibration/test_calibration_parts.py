@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from omniport.calib.calibration.checkpoint_source import Source
-from omniport.calib.calibration.clips import choose_clips
-from omniport.calib.calibration.layer_runner import Call, Engine
+from omniport.calib.calibration.findings import choose_clips
+from omniport.calib.calibration.layer_runner import Call, LayerRunner
 from omniport.calib.calibration.lockstep import Lockstep, Request
 from omniport.calib.calibration.observers import BINS, KEPT_ROWS, Observer
 from omniport.calib.calibration.scale_search import Product, awq_factors, smooth_factors
@@ -205,7 +205,7 @@ def source(tiny_outlier_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 def vocode(source: Source, folder: Path, mels: Sequence[torch.Tensor], observers: Any = None) -> dict[str, Observer]:
     """What two convolutions of the vocoder read and gave; ``observers``: of a run that was interrupted."""
-    engine = Engine(source.definitions["bigvgan"], source.ckpt, conv_sites("bigvgan", VOCODER), folder / "spool")
+    engine = LayerRunner(source.definitions["bigvgan"], source.ckpt, conv_sites("bigvgan", VOCODER), folder / "spool")
     if observers is not None:
         Work(folder).keep("bigvgan", 1, observers)
         assert Work(folder).restore("bigvgan", engine.observers) == 1
@@ -236,7 +236,7 @@ def test_the_audio_encoder_gives_what_comes_before_gelu(
     monkeypatch.setattr(F, "gelu", lambda x: given.append(x) or gelu(x))  # type: ignore[func-returns-value]
     definition, width = source.definitions["audio_encoder"], source.manifest.audio.n_mels
     sizes = {"conv2.weight": (definition.module().conv2.weight.shape)}  # type: ignore[union-attr]
-    engine = Engine(definition, source.ckpt, conv_sites("audio_encoder", sizes), tmp_path, again=False)
+    engine = LayerRunner(definition, source.ckpt, conv_sites("audio_encoder", sizes), tmp_path, again=False)
     mel = torch.randn(1, width, 200, generator=torch.Generator().manual_seed(0))
     engine.enter([Call((mel, torch.tensor([150])))])
     second = given[1]
