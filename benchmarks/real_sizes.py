@@ -105,7 +105,7 @@ def _trace(options: argparse.Namespace) -> dict[str, Any]:
     """Trace graphs that are not in the cache, which then holds them; no checkpoint is needed."""
     from omniport.export.checkpoint.config import normalise_config
     from omniport.export.graphs.trace import trace
-    from omniport.export.models.registry import graph_definitions
+    from omniport.export.models.model_parts import graph_definitions
     from omniport.export.synthetic.geometries import SIZES as KNOWN
     from omniport.export.synthetic.geometries import checkpoint_config
     from omniport.export.synthetic.tokenizer_files import train_tokenizer

@@ -26,9 +26,9 @@ from .checkpoint import frontends
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.tokenizer_json import tokenizer_json
 from .export_options import ExportOptions
+from .models.model_parts import parts_of
 from .models.module import blocks, refuse_not_finite, to_torch
-from .models.registry import parts_of
-from .models.voices import Speaker, Vector, load_speakers, speaker_vectors, write_voice
+from .models.speakers import Speaker, Vector, load_speakers, speaker_vectors, write_voice
 from .weights_check import embedding_keys
 
 

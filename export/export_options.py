@@ -11,8 +11,8 @@ from omniport.runtime.bundle.manifest import KV_FORMS
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import ExportError
 
-from .choices import OPS, PRECISIONS, ZERO_POINTS
 from .models.part import GraphDefinition
+from .option_values import OPS, PRECISIONS, ZERO_POINTS
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ExportOptions:
         kv: form of the KV cache, ``static`` or ``concat``.
         keep_fp32: regular expressions searched for in ``GRAPH/module.path``: layers that stay float32.
         ranges: a ranges.json; float16 graphs keep in float32 what it shows to overflow.
-        zero_points: of a GPTQ or AWQ checkpoint (`omniport.export.choices.ZERO_POINTS`).
+        zero_points: of a GPTQ or AWQ checkpoint (`omniport.export.option_values.ZERO_POINTS`).
     """
 
     precision: str = "fp32"

@@ -20,13 +20,13 @@ from omniport.runtime.system.progress import Progress, StageProgress
 
 from .bundle_parts import SmallParts, base_manifest, embedding_bytes, small_parts
 from .checkpoint.checkpoint import Checkpoint
-from .choices import PRECISIONS
 from .export_options import ExportOptions
 from .graphs.fingerprint import graph_key, graph_whole, source_key
 from .graphs.lowering import OPSETS
 from .graphs.packed_weights import OPSET as PACKED_OPSET
+from .models.model_parts import graph_definitions
 from .models.part import GraphDefinition
-from .models.registry import graph_definitions
+from .option_values import PRECISIONS
 from .weights_check import check_weights
 
 

@@ -12,9 +12,9 @@ from omniport.runtime.errors import CheckpointError
 
 from .checkpoint.checkpoint import Checkpoint
 from .graphs.packed_weights import check_scales, packed_rules, stored_bytes
+from .models.model_parts import parts_of
 from .models.module import Compute, Constant, Copy, Rule
 from .models.part import GraphDefinition
-from .models.registry import parts_of
 
 
 def embedding_keys(ckpt: Checkpoint) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from omniport.export.choices import BUILDERS, PRECISIONS
+from omniport.export.option_values import BUILDERS, PRECISIONS
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
 from ..options import one_of

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from omniport.export.choices import OPS, PRECISIONS, ZERO_POINTS
+from omniport.export.option_values import OPS, PRECISIONS, ZERO_POINTS
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
 from ..options import one_of

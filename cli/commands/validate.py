@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from omniport.export.choices import SUITES
+from omniport.export.option_values import SUITES
 from omniport.runtime.backends import BACKENDS
 from omniport.runtime.bundle.parts import decoders
 

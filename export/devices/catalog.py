@@ -29,6 +29,12 @@ THIS = "this"
 GB = 10**9
 GIB = 1 << 30
 
+#: what the system, the driver and this program take of a unified memory; of a GPU's own memory the driver alone
+UNIFIED_RESERVE, GPU_RESERVE = 2 * GIB, 1 << 29
+#: memory of a build over the graph's weights, and a constant, which the vocoder's 10,000 layers set: measured with
+#: TensorRT-RTX (docs/results/build-matrix.md)
+BUILD_FACTOR, BUILD_CONSTANT = 2.0, 750_000_000
+
 
 @dataclass(frozen=True)
 class JetPack:
@@ -84,14 +90,17 @@ class Target:
         return "SM" + self.capability.replace(".", "")
 
     @property
-    def built_anywhere(self) -> bool:
-        """Whether tensorrt-rtx builds its engines on any machine; if not, they are built on the machine itself."""
-        return not self.on_device_only
+    def memory_usable(self) -> int:
+        """Bytes of the memory that engines may take."""
+        return self.memory_bytes - (UNIFIED_RESERVE if self.unified else GPU_RESERVE)
 
     @property
-    def on_device_only(self) -> bool:
-        """Whether engines come from the TensorRT on the machine: Jetson boards and data-centre GPUs."""
-        return bool(self.jetpacks) or self.capability not in RTX_RUNS_ON
+    def built_anywhere(self) -> bool:
+        """Whether tensorrt-rtx builds its engines on any machine.
+
+        If not, they come from the TensorRT on the machine itself: Jetson boards and data-centre GPUs.
+        """
+        return not self.jetpacks and self.capability in RTX_RUNS_ON
 
     @property
     def builder(self) -> str:

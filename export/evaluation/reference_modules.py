@@ -10,8 +10,8 @@ from omniport.runtime.errors import CheckpointError
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..models.model_parts import MODEL_PARTS
 from ..models.module import blocks
-from ..models.registry import MODEL_PARTS
 
 
 def load_reference(ckpt: Checkpoint, graph: str) -> nn.Module:

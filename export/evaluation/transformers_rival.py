@@ -20,9 +20,9 @@ from omniport.runtime.errors import UsageError
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..models.decoder import reference_input, reference_logits, reference_stack
+from ..models.decoder_stack import reference_input, reference_logits, reference_stack
+from ..models.model_parts import MODEL_PARTS
 from ..models.part import ModelPart
-from ..models.registry import MODEL_PARTS
 from .reference_modules import cache_keyword, load_reference
 
 Array = NDArray[Any]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.frontends import audio_frontend
 from .layers import LayerNorm
-from .module import ExportModule, Linear
+from .module import Context, ExportModule, Linear, Stack
 from .ops import attention, merge_heads, split_heads
 from .part import (
     Array,
@@ -36,7 +36,6 @@ from .part import (
     qwen_module,
 )
 from .signals import generator, voice
-from .stack import Context, Stack
 
 
 @dataclass(frozen=True)

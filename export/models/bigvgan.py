@@ -17,11 +17,10 @@ from omniport.runtime.bundle.manifest import VocoderGeometry
 from omniport.runtime.bundle.parts import PARTS
 from torch import Tensor, nn
 
-from .module import Compute, ExportModule, WeightReader
+from .module import Compute, Context, ExportModule, Stack, WeightReader
 from .ops import anti_aliased_snake
 from .part import Asked, Case, GraphDefinition, ModelPart, ReferenceModule, Settings, Subject, f32, largest, qwen_module
 from .signals import generator, log_mel_like
-from .stack import Context, Stack
 
 TAPS = 12
 MIN_DB = -115.0

@@ -6,7 +6,8 @@ Shapes: B batch, S new tokens, L live cache length, M cache capacity, H heads, D
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from omniport.runtime.bundle.manifest import DecoderGeometry
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from .layers import GatedMlp, RmsNorm
-from .module import ExportModule, Linear
+from .layers import GatedMlp, RmsNorm, inverse_frequencies
+from .module import Context, ExportModule, Linear, Stack
 from .ops import attention, merge_heads, rotary_embedding, split_heads, tensor_scatter
 from .part import (
     Array,
@@ -34,7 +35,6 @@ from .part import (
     largest,
 )
 from .signals import generator, prompt_inputs, random_positions, random_tokens
-from .stack import Context, Stack
 
 
 class _CachedAttention(ExportModule):
@@ -92,9 +92,8 @@ class _MultimodalRope(ExportModule):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        half = torch.arange(0, config.head_dim, 2, dtype=torch.float, device="cpu") / config.head_dim
         axis = [i % 3 for i, n in enumerate(config.mrope_section) for _ in range(n)]
-        self.constant("inv_freq", 1.0 / (config.rope_theta**half))
+        self.constant("inv_freq", inverse_frequencies(config.head_dim, config.rope_theta))
         self.constant("axis", torch.tensor(axis, dtype=torch.int64, device="cpu"))
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -151,6 +150,47 @@ class Decoder(Stack):
         return self.norm(x)
 
 
+class LanguageModel(Stack):
+    """A decoder with a head: what thinker and talker share.
+
+    A subclass makes its submodules, for their order is that of the weights in the file.
+
+    Attributes:
+        head: name of the submodule that gives logits.
+    """
+
+    model: Decoder
+    head: str
+
+    @property
+    def _head(self) -> Linear:
+        return cast(Linear, self.get_submodule(self.head))
+
+    def embed(self, inputs_embeds: Tensor) -> Tensor:
+        """What the decoder is fed for embeddings float32 [B, S, E], in the dtype of the weights."""
+        return inputs_embeds.to(self._head.weight.dtype)
+
+    @property
+    def depth(self) -> int:
+        return self.model.depth
+
+    def enter(self, *inputs: Any) -> tuple[Tensor, Context]:
+        """As ``forward``; the context ends with the caches, see ``Decoder.enter``."""
+        inputs_embeds, *rest = inputs
+        return self.model.enter(self.embed(inputs_embeds), *rest)
+
+    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
+        return self.model.run_layer(index, x, context)
+
+    def leave(self, x: Tensor, context: Context) -> Tensor:
+        """The hidden state after the final norm; ``logits`` takes it on."""
+        return self.model.leave(x, context)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [B, S, E] -> float32 logits [B, V] of the last token."""
+        return self._head(hidden[:, -1]).float()
+
+
 def decoder_config(config: Any, kv_form: str, embedding_size: int) -> DecoderConfig:
     """Sizes from transformers' text or talker configuration."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -173,19 +213,10 @@ def decoder_config(config: Any, kv_form: str, embedding_size: int) -> DecoderCon
 def decoder_geometry(part: ModelPart, ckpt: Checkpoint) -> DecoderGeometry:
     """What the manifest says of a language model."""
     decoder = decoder_of(part)
-    sizes = decoder.sizes(ckpt.config, "static")
+    sizes = asdict(decoder.sizes(ckpt.config, "static"))
+    del sizes["kv_form"]
     return DecoderGeometry(
-        hidden_size=sizes.hidden_size,
-        embedding_size=sizes.embedding_size,
-        num_layers=sizes.num_layers,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        intermediate_size=sizes.intermediate_size,
-        vocab_size=sizes.vocab_size,
-        rope_theta=sizes.rope_theta,
-        mrope_section=sizes.mrope_section,
-        rms_norm_eps=sizes.rms_norm_eps,
+        **sizes,
         embedding_file=f"embeddings/{part.name}.npy",
         embedding_dtype=ckpt.dtype(decoder.table),
     )

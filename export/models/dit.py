@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from omniport.runtime.backends.base import Graph
 from omniport.runtime.bundle.graph_spec import DimRange
 from omniport.runtime.bundle.manifest import DitGeometry, SolverSpec
 from omniport.runtime.bundle.parts import PARTS
@@ -20,7 +18,9 @@ from omniport.runtime.bundle.reader import Bundle
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from .module import Compute, ExportModule, Linear, Rule, WeightReader
+from .dit_tables import final_table, layer_table, table_keys
+from .layers import inverse_frequencies
+from .module import Compute, Context, ExportModule, Linear, Rule, Stack
 from .ops import attention, merge_heads, pad_to_blocks, reshape_like, rotary_embedding, split_blocks, split_heads
 from .part import (
     Array,
@@ -37,11 +37,9 @@ from .part import (
     qwen_module,
 )
 from .signals import generator, log_mel_like
-from .stack import Context, Stack
-from .voices import Speaker, load_speakers, null_reference, speaker_keys
+from .speakers import Speaker, load_speakers, null_reference, speaker_keys
 
 EPS = 1e-6  # the reference fixes the layer norms' epsilon
-TIME_FREQUENCIES = 256
 
 
 @dataclass(frozen=True)
@@ -66,47 +64,6 @@ class DitConfig:
     times: tuple[float, ...]
     """time points at which the graph can be evaluated (SolverSpec.table)"""
     guidance_scale: float
-
-
-def _read(reader: WeightReader, key: str) -> Tensor:
-    return torch.from_numpy(reader.read(key).astype(np.float32))
-
-
-def _linear(reader: WeightReader, prefix: str, x: Tensor) -> Tensor:
-    return F.linear(x, _read(reader, prefix + ".weight"), _read(reader, prefix + ".bias"))
-
-
-def _time_embedding(reader: WeightReader, prefix: str, times: Sequence[float]) -> Tensor:
-    """silu of the time embedding [steps, width] (transformers: DiTTimestepEmbedding)."""
-    half = TIME_FREQUENCIES // 2
-    frequency = torch.exp(torch.arange(half).float() * -(math.log(10000) / (half - 1)))
-    angle = 1000 * torch.tensor(times, dtype=torch.float32)[:, None] * frequency[None, :]
-    x = torch.cat((angle.sin(), angle.cos()), dim=-1)
-    x = _linear(reader, f"{prefix}time_embed.time_mlp.0", x)
-    return F.silu(_linear(reader, f"{prefix}time_embed.time_mlp.2", F.silu(x)))
-
-
-def _layer_table(reader: WeightReader, *, prefix: str, layer: int, times: Sequence[float]) -> NDArray[Any]:
-    """[steps, 6, width]: shift, 1+scale and gate of attention, then of the MLP (chunk order of AdaLayerNormZero)."""
-    table = _linear(
-        reader, f"{prefix}transformer_blocks.{layer}.attn_norm.linear", _time_embedding(reader, prefix, times)
-    )
-    table = table.unflatten(-1, (6, -1)).contiguous()
-    table[:, 1] += 1
-    table[:, 4] += 1
-    return np.asarray(table)
-
-
-def _final_table(reader: WeightReader, *, prefix: str, times: Sequence[float]) -> NDArray[Any]:
-    """[steps, 2, width]: 1+scale, shift (chunk order of AdaLayerNormZero_Final)."""
-    table = _linear(reader, f"{prefix}norm_out.linear", _time_embedding(reader, prefix, times))
-    table = table.unflatten(-1, (2, -1)).contiguous()
-    table[:, 0] += 1
-    return np.asarray(table)
-
-
-def _null_reference(reader: WeightReader) -> NDArray[Any]:
-    return null_reference(cast(Checkpoint, reader))[None]
 
 
 class _BlockAttention(ExportModule):
@@ -161,8 +118,8 @@ class _Block(ExportModule):
         )
         self.ff = _Feedforward(config.width, config.ff_mult)
         self.width = config.width
-        keys = _table_keys(prefix, f"transformer_blocks.{layer}.attn_norm.linear")
-        rule = Compute(keys, partial(_layer_table, prefix=prefix, layer=layer, times=config.times))
+        keys = table_keys(prefix, f"transformer_blocks.{layer}.attn_norm.linear")
+        rule = Compute(keys, partial(layer_table, prefix=prefix, layer=layer, times=config.times))
         self.computed("modulation", (len(config.times), 6, config.width), rule)
 
     def forward(self, x: Tensor, step: Tensor, rope: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
@@ -170,11 +127,6 @@ class _Block(ExportModule):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.unbind(0)
         x = x + gate * self.attn(F.layer_norm(x, (self.width,), scale, shift, EPS), rope, valid)
         return x + mlp_gate * self.ff(F.layer_norm(x, (self.width,), mlp_scale, mlp_shift, EPS))
-
-
-def _table_keys(prefix: str, linear: str) -> tuple[str, ...]:
-    names = ("time_embed.time_mlp.0", "time_embed.time_mlp.2", linear)
-    return tuple(f"{prefix}{name}.{part}" for name in names for part in ("weight", "bias"))
 
 
 class _Table(ExportModule):
@@ -227,12 +179,15 @@ class Dit(Stack):
         self.transformer_blocks = nn.ModuleList([_Block(config, i, self.prefix) for i in range(config.num_layers)])
         self.proj_out = Linear(config.width, config.mel_dim)
         final: Rule = Compute(
-            _table_keys(self.prefix, "norm_out.linear"), partial(_final_table, prefix=self.prefix, times=config.times)
+            table_keys(self.prefix, "norm_out.linear"), partial(final_table, prefix=self.prefix, times=config.times)
         )
         self.computed("final_modulation", (len(config.times), 2, config.width), final)
-        self.computed("null_reference", (1, config.reference_dim), Compute((), _null_reference))
-        half = torch.arange(0, config.head_dim, 2, dtype=torch.float, device="cpu") / config.head_dim
-        self.constant("inv_freq", 1.0 / (config.rope_theta**half))
+        self.computed(
+            "null_reference",
+            (1, config.reference_dim),
+            Compute((), lambda reader: null_reference(cast(Checkpoint, reader))[None]),
+        )
+        self.constant("inv_freq", inverse_frequencies(config.head_dim, config.rope_theta))
 
     def forward(self, x: Tensor, codes: Tensor, speaker: Tensor, reference: Tensor, step: Tensor) -> Tensor:
         """x: float32 [B, T, 80], codes: int64 [B, T/2], speaker: float32 [B, 192], reference: float32 [B, 128],
@@ -343,13 +298,10 @@ def _case(subject: Subject, what: str, x: NDArray[np.float32], codes: Array, ste
         **subject.bundle.voice(voice).feeds(),
     }
 
-    def ours(graph: Graph) -> Array:
-        return graph.run(feeds)["velocity"]
-
     name = f"{codes.shape[1]} codes, {voice}, step {step}, {what}"
     settings = np.array([solver.table[step], solver.guidance_scale])
     inputs = (x, codes, speaker.ref_mel, speaker.cond, settings)
-    return Case(PART.name, name, ours, _asked(feeds, solver, speaker), inputs)
+    return Case(PART.name, name, lambda graph: graph.run(feeds)["velocity"], _asked(feeds, solver, speaker), inputs)
 
 
 def _asked(feeds: Mapping[str, Array], solver: SolverSpec, speaker: Speaker) -> Asked:

@@ -10,6 +10,11 @@ from .module import ExportModule, Linear
 from .ops import rms_norm
 
 
+def inverse_frequencies(width: int, theta: float) -> Tensor:
+    """float32 [width/2]: radians a position by which each pair of a rotary embedding turns."""
+    return 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float, device="cpu") / width))
+
+
 class RmsNorm(ExportModule):
     """Root-mean-square norm with float32 statistics."""
 

@@ -23,6 +23,8 @@ from .ops import linear
 Array = NDArray[Any]
 #: source bytes handled at once while converting or transposing
 BLOCK_BYTES = 32 << 20
+#: what every layer gets beside the state: tensors, and for decoders the KV caches
+Context = tuple[Any, ...]
 
 
 class WeightReader(Protocol):
@@ -135,6 +137,38 @@ def _prefixed(rule: Rule, prefix: str) -> Rule:
     return rule
 
 
+class Stack(ExportModule):
+    """A part whose ``forward`` is ``enter``, every layer in order, ``leave``.
+
+    Calibration takes all of its samples through one layer before it loads the next
+    (`omniport.calib.calibration.layer_runner`); a graph
+    is traced from ``forward``, which goes the same way.
+    """
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        raise NotImplementedError
+
+    def enter(self, *inputs: Any) -> tuple[torch.Tensor, Context]:
+        """The inputs of ``forward`` -> the first layer's state, and what every layer gets beside it."""
+        raise NotImplementedError
+
+    def run_layer(self, index: int, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """The state after a layer."""
+        raise NotImplementedError
+
+    def leave(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """The state after the last layer -> the output."""
+        raise NotImplementedError
+
+    def run_layers(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """The state after all layers."""
+        for index in range(self.depth):
+            x = self.run_layer(index, x, context)
+        return x
+
+
 class Linear(ExportModule):
     """y = x @ weight + bias with the weight stored [in, out], so that the graph holds a bare MatMul."""
 
@@ -177,24 +211,13 @@ def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
 
 
 def evaluate(rule: Rule, reader: WeightReader) -> Array:
-    """The whole tensor a rule describes (tests and small tensors; export streams instead)."""
+    """The whole tensor a rule describes (small tensors; export streams instead)."""
     if isinstance(rule, Constant):
         return rule.value
     if isinstance(rule, Compute):
         return rule.fn(reader)
     value = reader.read(rule.key)
     return value.reshape(value.shape[0], -1).T if isinstance(rule, Transpose) else value
-
-
-def materialise(module: ExportModule, reader: WeightReader, prefix: str) -> ExportModule:
-    """Move a meta module to the CPU and fill it, for eager comparison with the reference."""
-    module.to_empty(device="cpu")
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    with torch.no_grad():
-        for name, rule in module.named_rules(prefix):
-            value = to_torch(np.ascontiguousarray(evaluate(rule, reader)))
-            tensors[name].copy_(value.reshape(tensors[name].shape))
-    return module.eval()
 
 
 def to_torch(array: NDArray[Any]) -> torch.Tensor:

@@ -11,22 +11,16 @@ from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.frontends import codec_tokens, sampling_defaults, text_tokens
-from .decoder import (
-    Decoder,
-    decoder_config,
-    decoder_geometry,
-    define_decoder,
-    prefill_cases,
-)
+from .decoder_stack import Decoder, LanguageModel, decoder_config, decoder_geometry, define_decoder, prefill_cases
 from .module import Linear
 from .part import DecoderConfig, DecoderPart, GraphDefinition, ModelPart, ReferenceModule, Settings, qwen_module
-from .stack import Context, Stack
 
 
-class Talker(Stack):
+class Talker(LanguageModel):
     """Projection, decoder and codec head (transformers: Qwen2_5OmniTalkerForConditionalGeneration)."""
 
     prefix = "talker."
+    head = "codec_head"
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -43,30 +37,12 @@ class Talker(Stack):
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
         """inputs_embeds: float32 [B, S, thinker width] -> logits float32 [B, codec vocabulary], caches."""
-        x = self.thinker_to_talker_proj(inputs_embeds.to(self.codec_head.weight.dtype))
-        hidden, present = self.model(x, position_ids, kv_positions, write_index, past)
+        hidden, present = self.model(self.embed(inputs_embeds), position_ids, kv_positions, write_index, past)
         return self.logits(hidden), *present
 
-    @property
-    def depth(self) -> int:
-        return self.model.depth
-
-    def enter(self, *inputs: Any) -> tuple[Tensor, Context]:
-        """As ``forward``; the context ends with the caches, see ``Decoder.enter``."""
-        inputs_embeds, *rest = inputs
-        x = self.thinker_to_talker_proj(inputs_embeds.to(self.codec_head.weight.dtype))
-        return self.model.enter(x, *rest)
-
-    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
-        return self.model.run_layer(index, x, context)
-
-    def leave(self, x: Tensor, context: Context) -> Tensor:
-        """The hidden state after the final norm; ``logits`` takes it on."""
-        return self.model.leave(x, context)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [B, S, E] -> float32 logits [B, V] of the last token."""
-        return self.codec_head(hidden[:, -1]).float()
+    def embed(self, inputs_embeds: Tensor) -> Tensor:
+        """inputs_embeds: float32 [B, S, thinker width], projected."""
+        return self.thinker_to_talker_proj(super().embed(inputs_embeds))
 
 
 def _sizes(config: Any, kv_form: str) -> DecoderConfig:
@@ -96,7 +72,7 @@ PART: ModelPart = ModelPart(
     decoder=DecoderPart(
         _sizes,
         "talker.model.embed_tokens.weight",
-        head="codec_head",
+        head=Talker.head,
         stack="model",
         projection="thinker_to_talker_proj",
     ),

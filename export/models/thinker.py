@@ -12,25 +12,19 @@ from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.frontends import sampling_defaults
-from .decoder import (
-    Decoder,
-    decoder_config,
-    decoder_geometry,
-    define_decoder,
-    prefill_cases,
-)
+from .decoder_stack import Decoder, LanguageModel, decoder_config, decoder_geometry, define_decoder, prefill_cases
 from .module import Linear, Transpose
 from .part import DecoderConfig, DecoderPart, GraphDefinition, ModelPart, ReferenceModule, Settings, qwen_module
-from .stack import Context, Stack
 
 
-class Thinker(Stack):
+class Thinker(LanguageModel):
     """Decoder and head over embeddings (transformers: Qwen2_5OmniThinkerForConditionalGeneration, language part).
 
     The token-embedding table is not part of the graph: the runtime looks rows up in a mapped file.
     """
 
     prefix = "thinker."
+    head = "lm_head"
 
     def __init__(self, config: DecoderConfig, tied: bool) -> None:
         super().__init__()
@@ -48,30 +42,8 @@ class Thinker(Stack):
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
         """inputs_embeds: float32 [B, S, E] -> float32 logits [B, V] of the last token, hidden [B, S, E]; caches."""
-        x = inputs_embeds.to(self.lm_head.weight.dtype)
-        hidden, present = self.model(x, position_ids, kv_positions, write_index, past)
+        hidden, present = self.model(self.embed(inputs_embeds), position_ids, kv_positions, write_index, past)
         return self.logits(hidden), hidden.to(torch.float32), *present
-
-    @property
-    def depth(self) -> int:
-        return self.model.depth
-
-    def enter(self, *inputs: Any) -> tuple[Tensor, Context]:
-        """As ``forward``; the context ends with the caches, see ``Decoder.enter``."""
-        inputs_embeds, *rest = inputs
-        x = inputs_embeds.to(self.lm_head.weight.dtype)
-        return self.model.enter(x, *rest)
-
-    def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
-        return self.model.run_layer(index, x, context)
-
-    def leave(self, x: Tensor, context: Context) -> Tensor:
-        """The hidden state after the final norm; ``logits`` takes it on."""
-        return self.model.leave(x, context)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [B, S, E] -> float32 logits [B, V] of the last token."""
-        return self.lm_head(hidden[:, -1]).float()
 
 
 _TABLE = "thinker.model.embed_tokens.weight"
@@ -109,5 +81,5 @@ PART: ModelPart = ModelPart(
     ),
     cases=lambda subject: prefill_cases(PART, subject),
     describe=_describe,
-    decoder=DecoderPart(_sizes, _TABLE, head="lm_head", gives_hidden=True),
+    decoder=DecoderPart(_sizes, _TABLE, head=Thinker.head, gives_hidden=True),
 )

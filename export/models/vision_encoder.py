@@ -16,8 +16,8 @@ from omniport.runtime.media.image import VisionInput, image_input, video_input
 from torch import Tensor, nn
 
 from ..checkpoint.frontends import vision_frontend
-from .layers import GatedMlp, RmsNorm
-from .module import ExportModule, Linear
+from .layers import GatedMlp, RmsNorm, inverse_frequencies
+from .module import Context, ExportModule, Linear, Stack
 from .ops import attention, merge_heads, rotary_embedding, split_heads
 from .part import (
     Array,
@@ -34,7 +34,6 @@ from .part import (
     qwen_module,
 )
 from .signals import generator, picture
-from .stack import Context, Stack
 
 EPS = 1e-6  # the reference fixes the vision norms' epsilon
 
@@ -167,9 +166,7 @@ class VisionEncoder(Stack):
         self.merger = _Merger(config)
         self.full = full
         self.window, self.unit = config.window_patches, config.merge**2
-        quarter = config.width // config.num_heads // 2
-        half = torch.arange(0, quarter, 2, dtype=torch.float, device="cpu") / quarter
-        self.constant("inv_freq", 1.0 / (config.rope_theta**half))
+        self.constant("inv_freq", inverse_frequencies(config.width // config.num_heads // 2, config.rope_theta))
 
     def forward(self, patches: Tensor, grid_hw: Tensor, window_index: Tensor, window_valid: Tensor) -> Tensor:
         """patches: float32 [T, N, 1176], grid_hw: int64 [N, 2] row and column of each patch, window_index: int64 [W*64]

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from omniport.runtime.errors import UsageError
 from omniport.runtime.system.host import physical_cores, total_memory
 
-from ..devices.budget import memory_usable
 from ..devices.catalog import TARGETS, THIS, Target
 from ..devices.detect import find_target
 
@@ -142,7 +141,7 @@ def machine_of(target: Target, bandwidth: float | None = None) -> Machine:
         name=target.name,
         title=target.title,
         memory=target.memory_bytes,
-        usable=memory_usable(target),
+        usable=target.memory_usable,
         bandwidth=specified * (1.0 if bandwidth else GPU_READING),
         layer=GPU_LAYER,
         precision="fp16",

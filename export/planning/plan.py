@@ -18,7 +18,7 @@ from omniport.runtime.generation.decoder import PREFILL_CHUNK
 from omniport.runtime.generation.encoders import AUDIO_CHUNKS
 from omniport.runtime.speech.windows import BEHIND_CODES, SpeechWindows, window_codes
 
-from ..devices.budget import BUILD_CONSTANT, BUILD_FACTOR
+from ..devices.catalog import BUILD_CONSTANT, BUILD_FACTOR
 from .machines import Machine, find_machines
 from .shapes import DecoderShape, ModelShape, find_model
 from .weights import RECIPES, GraphShape, Matrix, PlanRecipe, graph_bytes, itemsize, matrix_bytes

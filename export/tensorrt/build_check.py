@@ -18,8 +18,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
 from omniport.runtime.system.progress import Progress
 
-from ..devices.budget import BUILD_CONSTANT, BUILD_FACTOR, memory_usable
-from ..devices.catalog import RTX_CAPABILITIES, Target, nearest_rtx_capability
+from ..devices.catalog import BUILD_CONSTANT, BUILD_FACTOR, RTX_CAPABILITIES, Target, nearest_rtx_capability
 from ..devices.detect import find_target
 from .build import check_bundle_precision, on_device, require_ranges
 from .builder_api import Api, load_api, too_old_for
@@ -133,7 +132,7 @@ def check_bundle(
         target=target,
         graphs=rows,
         memory_needed=memory_needed(bundle, names, limits),
-        memory_usable=memory_usable(target),
+        memory_usable=target.memory_usable,
         build_memory=build_memory(bundle, names),
         command=on_device(target, str(bundle.root))
         if not target.built_anywhere

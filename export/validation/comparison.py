@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omniport.runtime.backends.base import Backend, Graph
+from omniport.runtime.errors import BackendError, BundleError
 
 from ..evaluation.metrics import MAX_SATURATED, MIN_ENERGY, Figures, compare, energy, logit_figures, saturation
 from ..evaluation.speech_metrics import sound_figures
@@ -117,6 +119,16 @@ def array_check(
         if found.faults:
             found.fault(_where(got, wanted))
     return found.check()
+
+
+def load_graph(backend: Backend, name: str) -> Graph | Check:
+    """The backend's graph, or the check that says why there is none: not run, or failed if the bundle is at fault."""
+    try:
+        return backend.graph(name)
+    except BackendError as error:
+        return Check.not_run(name, "load", str(error))
+    except BundleError as error:
+        return Check.failed(name, "load", str(error))
 
 
 def _where(got: Array, wanted: Array) -> str:

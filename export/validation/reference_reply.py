@@ -28,7 +28,7 @@ from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..evaluation.reference_modules import cache_keyword
-from ..models.voices import Speaker, load_speakers
+from ..models.speakers import Speaker, load_speakers
 from .reference import Reference, array_key
 from .reference_inputs import Inputs
 

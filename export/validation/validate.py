@@ -24,8 +24,8 @@ from omniport.runtime.system.progress import Progress, Say
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import quiet_transformers
-from ..choices import SUITES
 from ..evaluation.machine import environment, is_large, limited_torch, usable_threads
+from ..option_values import SUITES
 from .context import Context
 from .low_memory_backend import LowMemoryBackend
 from .reference import Reference
@@ -282,7 +282,7 @@ def _groups(
     ]
     groups = [group for group in groups if group.stage in wanted]
     if trace is not None:
-        groups.append(_Group(trace, "layers.trace_layers", f"trace {trace}", (trace,), (trace,)))
+        groups.append(_Group(trace, "layer_trace.trace_layers", f"trace {trace}", (trace,), (trace,)))
     return groups
 
 

@@ -9,7 +9,7 @@ import pytest
 import typer
 from omniport.cli.main import app
 from omniport.export.graphs.lowering import OPSETS
-from omniport.export.models.registry import PRECISIONS
+from omniport.export.models.model_parts import PRECISIONS
 from omniport.runtime.backends import BACKENDS
 from omniport.runtime.bench.roofline import CLOCKS
 from omniport.runtime.bundle.manifest import KV_FORMS

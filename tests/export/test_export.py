@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.exporter import ExportReport, export_checkpoint
 from omniport.export.graphs import fingerprint as reuse
-from omniport.export.models.registry import graph_definitions
+from omniport.export.models.model_parts import graph_definitions
 from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.manifest import Manifest
 from omniport.runtime.bundle.parts import PARTS

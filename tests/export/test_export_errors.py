@@ -24,7 +24,7 @@ import torch
 from omniport.export import exporter
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.exporter import export_checkpoint
-from omniport.export.models.registry import graph_definitions
+from omniport.export.models.model_parts import graph_definitions
 from omniport.runtime import Done, OmniSession, SamplingConfig
 from omniport.runtime.bundle import staging
 from omniport.runtime.bundle.parts import PARTS

@@ -11,19 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.backends.base import Backend, Graph
+from omniport.runtime.backends.base import Graph
 from omniport.runtime.bundle.parts import PARTS
-from omniport.runtime.errors import BackendError, BundleError, OmniportError
+from omniport.runtime.errors import OmniportError
 from omniport.runtime.system.files import cache_folder
 
 from ...evaluation.half_emulation import EmulatedBackend
+from ...models.model_parts import MODEL_PARTS
 from ...models.part import Case
-from ...models.registry import MODEL_PARTS
-from ..comparison import array_check
+from ..comparison import array_check, load_graph
 from ..context import Context
 from ..reference import array_key
 from ..types import Check
-from .decode_reference import decoder_references
+from .decoding import decoder_references
 
 Array = NDArray[np.float32]
 
@@ -72,16 +72,6 @@ def _rounded(context: Context, case: Case, wanted: Array) -> Check:
 def _reference(context: Context, case: Case) -> Array:
     key = f"{case.name} {array_key(*case.inputs)}"
     return context.reference.result(case.graph, key, lambda module: {"out": case.reference(module)})["out"]
-
-
-def load_graph(backend: Backend, name: str) -> Graph | Check:
-    """The backend's graph, or the check that says why there is none: not run, or failed if the bundle is at fault."""
-    try:
-        return backend.graph(name)
-    except BackendError as error:
-        return Check.not_run(name, "load", str(error))
-    except BundleError as error:
-        return Check.failed(name, "load", str(error))
 
 
 def _check(context: Context, case: Case, graph: Graph, wanted: Array) -> Check:

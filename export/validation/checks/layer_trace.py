@@ -23,8 +23,8 @@ from omniport.runtime.system.host import physical_cores
 from torch import nn
 
 from ...evaluation.half_emulation import is_bfloat16, load_copy, open_graph
-from ...models.decoder import reference_hidden, reference_stack
-from ...models.registry import MODEL_PARTS
+from ...models.decoder_stack import reference_hidden, reference_stack
+from ...models.model_parts import MODEL_PARTS
 from ...models.signals import generator, random_positions, random_tokens
 from ..comparison import array_check
 from ..context import Context

@@ -32,7 +32,7 @@ from omniport.runtime.speech.windows import Window
 from torch import nn
 
 from ...evaluation.metrics import compare
-from ...models.voices import Speaker, load_speakers
+from ...models.speakers import Speaker, load_speakers
 from ..context import Context
 from ..reference import array_key
 

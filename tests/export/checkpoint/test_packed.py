@@ -18,8 +18,8 @@ from omniport.cli import main
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.evaluation.reference_modules import load_reference
 from omniport.export.exporter import export_checkpoint
-from omniport.export.models.decoder import decoder_cases
-from omniport.export.models.registry import MODEL_PARTS
+from omniport.export.models.decoder_stack import decoder_cases
+from omniport.export.models.model_parts import MODEL_PARTS
 from omniport.export.validation.types import PASS
 from omniport.export.validation.validate import validate
 from omniport.runtime.bundle.reader import Bundle

@@ -16,7 +16,7 @@ from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.exporter import export_checkpoint
 from omniport.export.graphs.mixed_precision import FLOAT32_OPS, KeepFloatPass, mix, module_path, ranged_values
 from omniport.export.graphs.trace import trace
-from omniport.export.models.registry import graph_definitions
+from omniport.export.models.model_parts import graph_definitions
 from omniport.export.validation.checks.graphs import graph_checks
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import ExportError

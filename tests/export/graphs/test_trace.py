@@ -12,8 +12,8 @@ from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.graphs import trace as tracing
 from omniport.export.graphs.trace import trace
 from omniport.export.graphs.writer import write_model
+from omniport.export.models.model_parts import graph_definitions
 from omniport.export.models.part import GraphDefinition
-from omniport.export.models.registry import graph_definitions
 from omniport.runtime.speech.ode import rk4_schedule
 
 

@@ -15,9 +15,9 @@ from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.evaluation.transformers_rival import TransformersRival
 from omniport.export.exporter import export_checkpoint
 from omniport.export.graphs.trace import trace
+from omniport.export.models.model_parts import MODEL_PARTS, graph_definitions, register, unregister
 from omniport.export.models.module import ExportModule, Linear
 from omniport.export.models.part import Case, GraphDefinition, ModelPart, ReferenceModule, Settings, Subject, f32
-from omniport.export.models.registry import MODEL_PARTS, graph_definitions, register, unregister
 from omniport.export.validation.types import FAIL
 from omniport.export.validation.validate import validate
 from omniport.runtime.bench.benchmark import bench

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.models.ecapa import SpeakerEncoder, SpeakerSpec
-from omniport.export.models.voices import (
+from omniport.export.models.speakers import (
     SPEAKER_PREFIX,
     Speaker,
     load_speakers,

@@ -15,7 +15,7 @@ import pytest
 from omniport.export.validation.checks import decoding as decode_checks
 from omniport.export.validation.checks import end_to_end as end_to_end_checks
 from omniport.export.validation.checks import graphs as graph_checks
-from omniport.export.validation.checks import layers as layer_trace
+from omniport.export.validation.checks import layer_trace
 from omniport.export.validation.checks import preprocessing as preprocess_checks
 from omniport.export.validation.checks import speech as speech_checks
 from omniport.export.validation.context import Context

@@ -21,7 +21,7 @@ from omniport.export.models.signals import log_mel_like, picture, voice
 from omniport.export.validation.checks import decoding as decode_module
 from omniport.export.validation.checks.decoding import decode_checks
 from omniport.export.validation.checks.graphs import graph_checks
-from omniport.export.validation.checks.layers import trace_layers
+from omniport.export.validation.checks.layer_trace import trace_layers
 from omniport.export.validation.comparison import array_check
 from omniport.export.validation.reference import Reference
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check
