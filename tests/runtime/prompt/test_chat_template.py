@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.prompt import chat_template
 from omniport.runtime.prompt.positions import Layout
-from omniport.runtime.prompt.tokenizer import TextCodec
-from support.bundles import make_bundle
+from support.live_turns import Live
 from support.paths import REPOSITORY
 
 RUNTIME = REPOSITORY / "runtime"
@@ -36,12 +34,8 @@ def test_nothing_else_spells_the_template(path: Path) -> None:
     assert bool(list(spellings(ast.parse(path.read_text())))) == (path == HOME)
 
 
-def test_a_conversation_is_its_messages_one_after_the_other(tmp_path: Path) -> None:
-    bundle = Bundle.open(make_bundle(tmp_path / "bundle"))
-    manifest, codec = (
-        bundle.manifest,
-        TextCodec.from_file(bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens),
-    )
+def test_a_conversation_is_its_messages_one_after_the_other(live: Live) -> None:
+    manifest, codec = live.session.manifest, live.session.text_codec
     layout = Layout(manifest, codec)
     chat_template.begin_message(layout, "user")
     layout.text("Hi")

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from pathlib import Path
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from omniport.runtime.bundle.manifest import AudioFrontend
-from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.media.audio import ResampleStream, resample
 from omniport.runtime.media.log_mel import LogMelStream, log_mel
 from omniport.runtime.prompt.positions import Layout, SoundVideo, grid_positions, video_times
-from omniport.runtime.prompt.tokenizer import TextCodec
-from support.bundles import make_bundle
+from support.live_turns import Live, pieces
 
 RATE = 16000
 FRONTEND = AudioFrontend()
-
-
-def pieces(rng: np.random.Generator, total: int, most: int) -> list[slice]:
-    """``total`` cut at random, empty pieces among them."""
-    cuts = [0]
-    while cuts[-1] < total:
-        cuts.append(min(total, cuts[-1] + int(rng.integers(0, most))))
-    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
@@ -76,10 +63,8 @@ def test_the_floor_of_a_block_is_that_of_the_sound_so_far() -> None:
 
 
 @pytest.fixture
-def layout(tmp_path: Path) -> Layout:
-    bundle = Bundle.open(make_bundle(tmp_path / "bundle"))
-    manifest = bundle.manifest
-    return Layout(manifest, TextCodec.from_file(bundle.path(manifest.tokenizer_file), manifest.tokens))
+def layout(live: Live) -> Layout:
+    return Layout(live.session.manifest, live.session.text_codec)
 
 
 def lay(layout: Layout, feed: list[tuple[int, int]], grids: int, sound: int, step: float) -> NDArray[np.int64]:

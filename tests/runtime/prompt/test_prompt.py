@@ -12,27 +12,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import av
+import msgspec
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from omniport.runtime.bundle.manifest import (
-    AudioFrontend,
-    ChatSpec,
-    DecoderGeometry,
-    KvSpec,
-    Manifest,
-    SamplingConfig,
-    Source,
-    SpecialTokens,
-    VisionFrontend,
-)
+from omniport.runtime.bundle.manifest import ChatSpec, Manifest, SpecialTokens, VisionFrontend
 from omniport.runtime.errors import MediaError, PromptError, PromptTooLong
 from omniport.runtime.media.video import VideoClip, load_video
 from omniport.runtime.prompt import builder as module
 from omniport.runtime.prompt.builder import Prompt, build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
-from support.bundles import CONTROLS
+from support.bundles import CONTROLS, make_manifest
 from support.timing import ratio
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
@@ -84,49 +75,24 @@ class Setup:
     """matches control strings in rendered text, as the reference processor's does"""
 
 
-def make_manifest(tokens: SpecialTokens, max_context: int = 32768) -> Manifest:
-    thinker = DecoderGeometry(
-        hidden_size=64,
-        embedding_size=64,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=32,
-        intermediate_size=64,
-        vocab_size=400,
-        rope_theta=1e6,
-        mrope_section=(4, 6, 6),
-        rms_norm_eps=1e-6,
-        embedding_file="thinker.npy",
-        embedding_dtype="float32",
+def manifest_with(tokens: SpecialTokens, max_context: int = 32768) -> Manifest:
+    vision = VisionFrontend(
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        min_pixels=28 * 28,
+        max_pixels=2000 * 2000,
+        video_min_pixels=28 * 28,
+        video_max_pixels=2000 * 2000,
     )
-    return Manifest(
-        created_by="test",
-        source=Source(name="test", fingerprint=""),
-        precision="fp32",
-        audio=AudioFrontend(),
-        vision=VisionFrontend(
-            image_mean=(0.5, 0.5, 0.5),
-            image_std=(0.5, 0.5, 0.5),
-            min_pixels=28 * 28,
-            max_pixels=2000 * 2000,
-            video_min_pixels=28 * 28,
-            video_max_pixels=2000 * 2000,
-        ),
-        tokens=tokens,
-        chat=ChatSpec(system_prompt=SYSTEM, stop=(tokens.im_end,)),
-        thinker=thinker,
-        thinker_sampling=SamplingConfig(),
-        kv=KvSpec(form="static", dtype="float32", max_context=max_context),
-        graphs={},
-        files={},
-    )
+    chat = ChatSpec(system_prompt=SYSTEM, stop=(tokens.im_end,))
+    made = make_manifest(speak=False, max_context=max_context)
+    return msgspec.structs.replace(made, tokens=tokens, chat=chat, vision=vision)
 
 
 def make_setup(ids: dict[str, int], base: Tokenizer) -> Setup:
     tokenizer = with_controls(base, ids)
     tokens = SpecialTokens(**ids)
-    return Setup(make_manifest(tokens), TextCodec(Tokenizer.from_str(tokenizer.to_str()), tokens), tokenizer)
+    return Setup(manifest_with(tokens), TextCodec(Tokenizer.from_str(tokenizer.to_str()), tokens), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -586,9 +552,9 @@ def test_bad_media_name_their_place(small: Setup, part: dict[str, Any], message:
 def test_too_long(small: Setup) -> None:
     messages = [user(audio(4.0), text("hear?"))]
     size = len(build_prompt(messages, small.manifest, small.codec).token_ids)
-    fits = make_manifest(small.manifest.tokens, max_context=size)
+    fits = manifest_with(small.manifest.tokens, max_context=size)
     assert len(build_prompt(messages, fits, small.codec).token_ids) == size
-    tight = make_manifest(small.manifest.tokens, max_context=size - 1)
+    tight = manifest_with(small.manifest.tokens, max_context=size - 1)
     with pytest.raises(
         PromptTooLong, match=rf"takes {size} tokens \({size - 100} of text, 100 of media\).*holds {size - 1}"
     ):
