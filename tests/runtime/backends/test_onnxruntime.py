@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from omniport.runtime.backends import BACKENDS, open_backend
+from omniport.runtime.backends.base import Graph
 from omniport.runtime.backends.onnxruntime import backend as ort
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.backends.onnxruntime.kv_cache import OrtCache, StaticCache
@@ -26,49 +28,42 @@ from omniport.runtime.backends.onnxruntime.providers import (
     record_placement,
     warn_of_host_nodes,
 )
-from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
+from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, OmniportError
 from onnx import TensorProto, helper
+from onnx.external_data_helper import set_external_data
 from support.bundles import make_bundle, make_manifest, write_manifest
+from support.onnx_graphs import KINDS, make_model, spec, tensor
 
 COPIED = "in-place optimization not activated"
 CAPACITY, HEADS, WIDTH, VOCABULARY = 16, 2, 4, 11
-KIND = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
 
 
-def value(tensor: TensorSpec) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(tensor.name, KIND[tensor.dtype], list(tensor.shape))
-
-
-def decoder_spec(dtype: str, aliased: bool = True) -> GraphSpec:
-    past = TensorSpec("past_key_0", dtype, ("batch", HEADS, "capacity", WIDTH))
-    present = TensorSpec("present_key_0", dtype, ("batch", HEADS, "capacity", WIDTH))
-    return GraphSpec(
-        name="thinker",
-        file="graphs/thinker.onnx",
-        data=("graphs/thinker.data",),
-        precision="float32",
-        opset=24,
-        inputs=(
-            TensorSpec("inputs_embeds", "float32", ("batch", "tokens", HEADS * WIDTH)),
-            TensorSpec("kv_positions", "int64", ("live",)),
-            TensorSpec("write_index", "int64", ("batch",)),
-            past,
-        ),
-        outputs=(TensorSpec("logits", "float32", ("batch", VOCABULARY)), present),
+def decoder_spec(dtype: str = "float32", aliased: bool = True) -> GraphSpec:
+    rows = ("batch", HEADS, "capacity", WIDTH)
+    made = spec(
+        "thinker",
+        [
+            tensor("inputs_embeds", "batch", "tokens", HEADS * WIDTH),
+            tensor("kv_positions", "live", dtype="int64"),
+            tensor("write_index", "batch", dtype="int64"),
+            tensor("past_key_0", *rows, dtype=dtype),
+        ],
+        [tensor("logits", "batch", VOCABULARY), tensor("present_key_0", *rows, dtype=dtype)],
         dims={},
         aliases={"present_key_0": "past_key_0"} if aliased else {},
     )
+    return msgspec.structs.replace(made, data=("graphs/thinker.data",))
 
 
 def decoder_model(dtype: str = "float32", domain: str = "") -> onnx.ModelProto:
     """logits = (sum of the live cache) @ head, and an operator of a foreign ``domain``."""
-    node, spec = helper.make_node, decoder_spec(dtype)
+    node, made = helper.make_node, decoder_spec(dtype)
     nodes = [
         node("Reshape", ["inputs_embeds", "split"], ["heads"]),
         node("Transpose", ["heads"], ["new"], perm=[0, 2, 1, 3]),
-        node("Cast", ["new"], ["rows"], to=KIND[dtype]),
+        node("Cast", ["new"], ["rows"], to=KINDS[dtype]),
         node("TensorScatter", ["past_key_0", "rows", "write_index"], ["present_key_0"], axis=2, mode="linear"),
         node("Shape", ["kv_positions"], ["length"]),
         node("Slice", ["present_key_0", "zero", "length", "two"], ["live"]),
@@ -82,34 +77,39 @@ def decoder_model(dtype: str = "float32", domain: str = "") -> onnx.ModelProto:
     constants = {"zero": [0], "two": [2], "axes": [1, 2], "split": [0, 0, HEADS, WIDTH]}
     initializers = [helper.make_tensor(k, TensorProto.INT64, [len(v)], v) for k, v in constants.items()]
     initializers.append(onnx.numpy_helper.from_array(head, "head"))
-    graph = helper.make_graph(
-        nodes, "decoder", [value(t) for t in spec.inputs], [value(t) for t in spec.outputs], initializers
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    return make_model(nodes, made.inputs, made.outputs, initializers)
 
 
-def bundle_with(root: Path, model: onnx.ModelProto | bytes, spec: GraphSpec, external: str | None = None) -> Bundle:
+def bundle_with(
+    root: Path,
+    model: onnx.ModelProto | bytes | None = None,
+    spec: GraphSpec | None = None,
+    external: str | None = None,
+) -> Bundle:
     """A bundle whose thinker graph is ``model``; weights go to the external file of that location."""
+    model, spec = decoder_model() if model is None else model, spec or decoder_spec()
     make_bundle(root)
     path = root / spec.file
-    if isinstance(model, bytes):
-        path.write_bytes(model)
-    elif external is None:
-        path.write_bytes(model.SerializeToString())
-    else:
-        for tensor in model.graph.initializer:
-            if tensor.name == "head":
-                (path.parent / "thinker.data").write_bytes(tensor.raw_data)
-                size = len(tensor.raw_data)
-                tensor.ClearField("raw_data")
-                tensor.data_location = TensorProto.EXTERNAL
-                for key, text in (("location", external), ("offset", "0"), ("length", str(size))):
-                    tensor.external_data.add(key=key, value=text)
-        path.write_bytes(model.SerializeToString())
+    if external is not None:
+        (head,) = (tensor for tensor in model.graph.initializer if tensor.name == "head")
+        (path.parent / "thinker.data").write_bytes(head.raw_data)
+        set_external_data(head, external, offset=0, length=len(head.raw_data))
+        head.ClearField("raw_data")
+    path.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
     manifest = make_manifest()
     graphs = {**manifest.graphs, "thinker": spec}
     write_manifest(root, msgspec.structs.replace(manifest, graphs=graphs))
     return Bundle.open(root, verify=True)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return bundle_with(tmp_path / "b")
+
+
+@pytest.fixture
+def graph(bundle: Bundle) -> Graph:
+    return open_backend("ort-cpu", bundle).graph("thinker")
 
 
 def feed(embeds: np.ndarray, start: int) -> dict[str, Any]:
@@ -124,12 +124,12 @@ def rows(count: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, HEADS * WIDTH)).astype(np.float32)
 
 
-def test_a_stopped_run_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
-    graph = OrtBackend(bundle_with(tmp_path / "bundle", decoder_model(), decoder_spec("float32"))).graph("thinker")
+def test_a_stopped_run_leaves_the_cache_as_it_was(graph: Graph) -> None:
     stopped, whole = graph.new_cache(CAPACITY), graph.new_cache(CAPACITY)
     for cache in (stopped, whole):
         graph.run(feed(rows(5), 0), cache)
     handle = graph.handle()
+    assert handle is not None
     handle.stop()
     with pytest.raises(BackendError, match="could not run graph 'thinker'"):
         graph.run(feed(rows(3, seed=2), 5), stopped, handle)
@@ -167,22 +167,17 @@ def test_cache_is_updated_in_place(
     assert COPIED not in capfd.readouterr().err
 
 
-def test_a_copy_of_the_cache_shows_on_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_copy_of_the_cache_shows_on_stderr(graph: Graph, capfd: pytest.CaptureFixture[str]) -> None:
     # The check above rests on this warning: it must come when the graph does force a copy.
-    bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))
-    graph = open_backend("ort-cpu", bundle).graph("thinker")
     cache = graph.new_cache(CAPACITY)
     assert isinstance(cache, StaticCache)
-    other = graph._ort.OrtValue.ortvalue_from_numpy(np.zeros((1, HEADS, CAPACITY, WIDTH), np.float32))
+    other = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, HEADS, CAPACITY, WIDTH), np.float32))
     cache.binding.bind_ortvalue_output("present_key_0", other)
     graph.run(feed(rows(2), 0), cache)
     assert COPIED in capfd.readouterr().err
 
 
-def test_two_caches_are_apart_and_a_used_one_starts_anew(tmp_path: Path) -> None:
-    graph = open_backend("ort-cpu", bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))).graph(
-        "thinker"
-    )
+def test_two_caches_are_apart_and_a_used_one_starts_anew(graph: Graph) -> None:
     first, second = graph.new_cache(CAPACITY), graph.new_cache(8)
     a = graph.run(feed(rows(6), 0), first)["logits"]
     b = graph.run(feed(rows(6, seed=2), 0), second)["logits"]
@@ -193,10 +188,7 @@ def test_two_caches_are_apart_and_a_used_one_starts_anew(tmp_path: Path) -> None
     np.testing.assert_array_equal(a, kept)
 
 
-def test_feeds_are_checked(tmp_path: Path) -> None:
-    graph = open_backend("ort-cpu", bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))).graph(
-        "thinker"
-    )
+def test_feeds_are_checked(graph: Graph) -> None:
     cache, good = graph.new_cache(CAPACITY), feed(rows(2), 0)
     with pytest.raises(OmniportError, match="as its cache"):
         graph.run(good)
@@ -209,8 +201,8 @@ def test_feeds_are_checked(tmp_path: Path) -> None:
     assert np.isfinite(graph.run(good, cache)["logits"]).all()
 
 
-def test_graphs_are_kept_and_closing_ends_that(tmp_path: Path) -> None:
-    backend = open_backend("auto", bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32")), threads=1)
+def test_graphs_are_kept_and_closing_ends_that(bundle: Bundle) -> None:
+    backend = open_backend("auto", bundle, threads=1)
     assert backend.name in ("ort-cpu", "ort-cuda")
     assert backend.graph("thinker") is backend.graph("thinker")
     backend.close()
@@ -218,9 +210,8 @@ def test_graphs_are_kept_and_closing_ends_that(tmp_path: Path) -> None:
         backend.graph("thinker")
 
 
-def test_runs_at_once_are_what_the_cores_have_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_at_once_are_what_the_cores_have_room_for(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "physical_cores", lambda: 8)
-    bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))
     room = {threads: OrtBackend(bundle, threads=threads).at_once() for threads in (None, 8, 4, 3, 1, 16)}
     assert room == {None: 1, 8: 1, 4: 2, 3: 2, 1: 8, 16: 1}
     device = OrtBackend(bundle)
@@ -229,8 +220,8 @@ def test_runs_at_once_are_what_the_cores_have_room_for(tmp_path: Path, monkeypat
 
 
 def test_only_decoders_have_a_cache(tmp_path: Path) -> None:
-    spec = msgspec.structs.replace(decoder_spec("float32", aliased=False))
-    graph = open_backend("ort-cpu", bundle_with(tmp_path / "b", decoder_model(), spec)).graph("thinker")
+    bundle = bundle_with(tmp_path / "b", spec=decoder_spec(aliased=False))
+    graph = open_backend("ort-cpu", bundle).graph("thinker")
     with pytest.raises(BackendError, match="keeps no KV cache"):
         graph.new_cache(4)
 
@@ -238,15 +229,13 @@ def test_only_decoders_have_a_cache(tmp_path: Path) -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def test_unknown_names_are_listed(tmp_path: Path) -> None:
-    bundle = Bundle.open(make_bundle(tmp_path / "b"))
+def test_unknown_names_are_listed(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match=r"'tpu'.*auto, ort-cpu, ort-cuda, ort-tensorrt-rtx, tensorrt, tensorrt-rtx"):
         open_backend("tpu", bundle)
     assert "ort-tensorrt-rtx" in BACKENDS
 
 
-def test_the_plugin_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = Bundle.open(make_bundle(tmp_path / "b"))
+def test_the_plugin_says_what_is_missing(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, PLUGIN, None)
     with pytest.raises(BackendError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
         open_backend("ort-tensorrt-rtx", bundle)
@@ -261,11 +250,8 @@ def test_the_plugin_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
         plugin_devices(empty)
 
 
-def test_work_on_the_host_is_named(tmp_path: Path) -> None:
+def test_work_on_the_host_is_named(bundle: Bundle) -> None:
     """A session on the CPU, asked as one on a GPU would be: everything but shape arithmetic is named."""
-    import onnxruntime
-
-    bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"))
     options = onnxruntime.SessionOptions()
     record_placement(options)
     path = str(bundle.path("graphs/thinker.onnx"))
@@ -281,8 +267,8 @@ def test_work_on_the_host_is_named(tmp_path: Path) -> None:
     assert host_nodes(SimpleNamespace()) == ()
 
 
-def test_graphs_are_loaded_once_by_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = OrtBackend(bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32")))
+def test_graphs_are_loaded_once_by_many_threads(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = OrtBackend(bundle)
     load, loaded = backend._load, []
 
     def slow(name: str) -> Any:
@@ -291,40 +277,33 @@ def test_graphs_are_loaded_once_by_many_threads(tmp_path: Path, monkeypatch: pyt
         return load(name)
 
     monkeypatch.setattr(backend, "_load", slow)
-    threads = [threading.Thread(target=backend.graph, args=("thinker",)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        graphs = list(pool.map(backend.graph, ["thinker"] * 4))
     assert loaded == ["thinker"]
+    assert graphs == [graphs[0]] * 4
 
 
-def test_missing_onnxruntime_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = Bundle.open(make_bundle(tmp_path / "b"))
+def test_missing_onnxruntime_names_the_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for name in ("auto", "ort-cpu", "ort-cuda"):
         with pytest.raises(BackendError, match=r"pip install 'omniport\[ort\]'"):
             open_backend(name, bundle)
 
 
-def test_missing_cuda_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
-
-    bundle = Bundle.open(make_bundle(tmp_path / "b"))
+def test_missing_cuda_names_the_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match=r"pip install 'omniport\[ort-gpu\]'"):
         open_backend("ort-cuda", bundle)
 
 
 def test_bfloat16_is_refused_on_the_cpu(tmp_path: Path) -> None:
-    spec = msgspec.structs.replace(decoder_spec("float32"), precision="bfloat16")
+    half = msgspec.structs.replace(decoder_spec(), precision="bfloat16")
     with pytest.raises(BackendError, match=r"bfloat16.*--precision fp32"):
-        open_backend("ort-cpu", bundle_with(tmp_path / "b", decoder_model(), spec))
+        open_backend("ort-cpu", bundle_with(tmp_path / "b", spec=half))
 
 
 def load(tmp_path: Path, model: onnx.ModelProto | bytes, external: str | None = None) -> None:
-    bundle = bundle_with(tmp_path / "b", model, decoder_spec("float32"), external)
-    OrtBackend(bundle).graph("thinker")
+    OrtBackend(bundle_with(tmp_path / "b", model, external=external)).graph("thinker")
 
 
 def test_a_graph_that_the_bundle_lacks(tmp_path: Path) -> None:
@@ -393,6 +372,6 @@ def test_a_graph_with_another_signature(tmp_path: Path) -> None:
 
 
 def test_scan_sees_what_a_model_asks_for(tmp_path: Path) -> None:
-    bundle = bundle_with(tmp_path / "b", decoder_model(), decoder_spec("float32"), "thinker.data")
+    bundle = bundle_with(tmp_path / "b", external="thinker.data")
     summary = scan_onnx(bundle.path("graphs/thinker.onnx"))
     assert (summary.domains, summary.functions, summary.external) == ({""}, 0, {"thinker.data"})

@@ -296,6 +296,7 @@ CASES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "text": lambda: [{"role": "user", "content": "What do you see?\n\nनमस्ते 👩\u200d👧 e\u0301"}],
     "text parts join": lambda: [user(text("What do "), text("you s"), text("ee\n"), text("\nand hear?"))],
     "text at line ends": lambda: [{"role": "user", "content": "\n\nhear?\n\n"}],
+    "empty system prompt": lambda: [{"role": "system", "content": ""}, user(text("hear?"))],
     "own system prompt": lambda: [{"role": "system", "content": "Be brief."}, user(text("hear?"))],
     "system not first": lambda: [user(text("hear?")), {"role": "system", "content": "Be brief."}, user(text("see?"))],
     "turns": lambda: [
@@ -364,16 +365,21 @@ def spans_fit(prompt: Prompt, setup: Setup) -> None:
     np.testing.assert_array_equal(prompt.media_mask, wanted)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_equals_transformers(setup: Setup, case: Callable[[], list[dict[str, Any]]]) -> None:
-    messages = case()
+def same_as_reference(setup: Setup, messages: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """``theirs``: the messages with media as the reference is given them."""
     prompt = build_prompt(messages, setup.manifest, setup.codec)
-    expected = Reference(setup).run(messages)
+    expected = Reference(setup).run(theirs)
     assert prompt.token_ids.dtype == prompt.position_ids.dtype == np.int64
     np.testing.assert_array_equal(prompt.token_ids, expected.ids)
     np.testing.assert_array_equal(prompt.position_ids, expected.positions)
     assert prompt.next_position == expected.next_position
     spans_fit(prompt, setup)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_equals_transformers(setup: Setup, case: Callable[[], list[dict[str, Any]]]) -> None:
+    messages = case()
+    same_as_reference(setup, messages, messages)
 
 
 def test_cases_reach_the_odd_corners(small: Setup) -> None:
@@ -427,12 +433,8 @@ def test_real_video_file(small: Setup, monkeypatch: pytest.MonkeyPatch, use_audi
     film = Film(len(clip.frames) // 2, 84, 112, clip.second_per_grid, len(clip.audio) / 16000)
     assert (film.grids, film.second_per_grid) == (4, 1.0)
     part = {"type": "video", "video": source, "use_audio": use_audio}
-    prompt = build_prompt([user(text("What do you "), part, text("hear?"))], small.manifest, small.codec)
-    expected = Reference(small).run([user(text("What do you "), video(film, use_audio), text("hear?"))])
-    np.testing.assert_array_equal(prompt.token_ids, expected.ids)
-    np.testing.assert_array_equal(prompt.position_ids, expected.positions)
-    assert prompt.next_position == expected.next_position
-    spans_fit(prompt, small)
+    theirs = video(film, use_audio)
+    same_as_reference(small, *([user(text("What do you "), each, text("hear?"))] for each in (part, theirs)))
 
 
 def test_rounding_does_not_part_tokens_from_their_positions(small: Setup) -> None:
@@ -474,12 +476,6 @@ def test_messages_cannot_forge_control_tokens(small: Setup) -> None:
     assert (counts["im_start"], counts["im_end"], counts["audio_bos"], counts["video"]) == (3, 2, 1, 0)
     assert forged in small.codec.decode(prompt.token_ids.tolist())
     spans_fit(prompt, small)
-
-
-def test_empty_system_prompt(small: Setup) -> None:
-    messages = [{"role": "system", "content": ""}, user(text("hear?"))]
-    expected = Reference(small).run(messages)
-    np.testing.assert_array_equal(build_prompt(messages, small.manifest, small.codec).token_ids, expected.ids)
 
 
 def test_messages_are_left_alone(small: Setup) -> None:
