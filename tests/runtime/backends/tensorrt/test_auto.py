@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from omniport.cli.main import app
 from omniport.export.validation.validate import validate
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend, select
@@ -15,9 +16,9 @@ from omniport.runtime.backends.tensorrt import backend as trt
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
 from omniport.runtime.system.host import gpu_capability
+from support.command_line import Omniport
 from support.fake_device import CAPABILITY, VERSION, FakeDriver, FakeRuntime, with_engines
 from support.live_turns import sort
-from typer.testing import CliRunner
 
 no_gpu = pytest.mark.skipif(gpu_capability() is not None, reason="says what happens without a GPU, and here is one")
 
@@ -72,8 +73,11 @@ def fallback(bundle: Bundle) -> str:
 
 
 @pytest.fixture
-def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
-    return with_engines(tiny_bundle, tmp_path / "b", ["thinker", "talker"])
+def bundle(tiny_bundle: Path, tmp_path: Path, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """With engines that this machine can run."""
+    made = with_engines(tiny_bundle, tmp_path / "b", ["thinker", "talker"])
+    installed(monkeypatch, made, gpu)
+    return made
 
 
 def test_engines_of_another_version(bundle: Bundle, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,35 +88,41 @@ def test_engines_of_another_version(bundle: Bundle, gpu: FakeDriver, monkeypatch
     assert said.endswith(f"omniport build {bundle.root} --target this --builder tensorrt-rtx (so for talker)")
 
 
-def test_engines_of_another_gpu(
-    bundle: Bundle, tiny_bundle: Path, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "found", "said"),
+    [
+        (
+            "system.host.gpu_capability",
+            lambda: "8.6",
+            "compute capability 8.9, and this machine's GPU has 8.6. Build it here: omniport build",
+        ),
+        (
+            "backends.select._has_bindings",
+            lambda: False,
+            "cuda-bindings is not installed here: pip install 'omniport[rtx]'",
+        ),
+        (
+            "backends.tensorrt.runtime_api.installed_runtimes",
+            list,
+            "tensorrt-rtx is not installed here: pip install 'omniport[rtx]'",
+        ),
+        (
+            "backends.tensorrt.backend.CudaDriver",
+            Mock(side_effect=BackendError("the NVIDIA driver is older than cuda-bindings")),
+            "the NVIDIA driver is older than cuda-bindings",
+        ),
+    ],
+    ids=["another GPU", "no bindings", "no TensorRT", "an old driver"],
+)
+def test_machines_that_cannot(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, found: Callable[[], object], said: str
 ) -> None:
-    installed(monkeypatch, bundle, gpu)
-    monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: "8.6")
-    assert "compute capability 8.9, and this machine's GPU has 8.6. Build it here: omniport build" in fallback(bundle)
+    monkeypatch.setattr(f"omniport.runtime.{name}", found)
+    assert said in fallback(bundle)
 
 
-def test_missing_packages(bundle: Bundle, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, bundle, gpu)
-    monkeypatch.setattr(select, "_has_bindings", lambda: False)
-    assert "cuda-bindings is not installed here: pip install 'omniport[rtx]'" in fallback(bundle)
-    monkeypatch.setattr("omniport.runtime.backends.tensorrt.runtime_api.installed_runtimes", list)
-    assert "tensorrt-rtx is not installed here: pip install 'omniport[rtx]'" in fallback(bundle)
-
-
-def test_a_driver_that_is_too_old(bundle: Bundle, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, bundle, gpu)
-
-    def refuses() -> FakeDriver:
-        raise BackendError("the NVIDIA driver is older than cuda-bindings")
-
-    monkeypatch.setattr(trt, "CudaDriver", refuses)
-    assert "the NVIDIA driver is older than cuda-bindings" in fallback(bundle)
-
-
-def test_a_damaged_engine(bundle: Bundle, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_engine(bundle: Bundle) -> None:
     """The talker's engine runs, the thinker's does not: mixed, and said."""
-    installed(monkeypatch, bundle, gpu)
     (engine,) = bundle.root.glob("engines/*/thinker.engine")
     engine.write_bytes(b"cut")
     with pytest.warns(RuntimeWarning, match=r"runs thinker of .*thinker\.engine .* bytes"):
@@ -128,15 +138,11 @@ def test_engines_for_other_machines_beside_ours_are_no_matter(
     assert open_backend("auto", other, threads=1).name == "tensorrt-rtx (thinker, talker) + ort-cpu"
 
 
-def test_inspect_says_which_run_here(
-    bundle: Bundle, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    installed(monkeypatch, bundle, gpu)
-
+def test_inspect_says_which_run_here(bundle: Bundle, omniport: Omniport, monkeypatch: pytest.MonkeyPatch) -> None:
     def inspect(*options: str) -> tuple[str, str]:
-        assert CliRunner().invoke(app, ["inspect", str(bundle.root), *options]).exit_code == 0
-        result = CliRunner().invoke(app, ["inspect", str(bundle.root), *options])
-        return result.stdout, result.stderr
+        code, out, err = omniport("inspect", bundle.root, *options)
+        assert code == 0
+        return out, err
 
     assert json.loads(inspect("--json")[0])["not_here"] == {}
     monkeypatch.setattr(select, "installed_version", lambda builder: "1.8.0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -232,16 +232,11 @@ def test_threads_take_turns(bundle: Bundle, backend: TrtBackend, driver: FakeDri
     content = [{"type": "text", "text": "Hello"}]
     with OmniSession(bundle, backend) as session:
         wanted = answer(session, content)
-        found: list[Any] = []
         sessions = [session.fork() for _ in range(3)]
-        threads = [threading.Thread(target=lambda s=s: found.append(answer(s, content))) for s in sessions]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(lambda fork: answer(fork, content), sessions))
         for fork in sessions:
             fork.close()
-    assert len(found) == 3
     for got in found:
         assert (got[2].token_ids, got[2].codec_ids) == (wanted[2].token_ids, wanted[2].codec_ids)
         assert np.array_equal(got[1], wanted[1])
@@ -273,12 +268,8 @@ def test_images_of_each_class_have_a_context_with_its_profile(bundle: Bundle, dr
     for height, width in ((84, 112), (84, 112), (224, 224), (252, 280), (84, 84)):
         pixels = np.random.default_rng(height).integers(0, 255, (height, width, 3), np.uint8)
         vision = image_input(pixels, bundle.manifest.vision)
-        feeds = {
-            "patches": vision.patches,
-            "grid_hw": vision.grid_hw,
-            "window_index": vision.window_index,
-            "window_valid": vision.window_valid,
-        }
+        names = ("patches", "grid_hw", "window_index", "window_valid")
+        feeds = {name: getattr(vision, name) for name in names}
         assert close(backend.graph("vision_encoder").run(feeds)["embeds"], ort.run(feeds)["embeds"], 1e-4)
     assert [context.profile for context in runtime.contexts] == [0, 1, 2]
     assert [context.calls for context in runtime.contexts] == [3, 1, 1]

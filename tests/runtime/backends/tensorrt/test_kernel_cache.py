@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -178,59 +179,28 @@ def test_a_folder_that_cannot_be_written_is_no_failure(engine: Engine, cache: Pa
     assert file_of(engine).read() == b""
 
 
-class Native:
-    """ICudaEngine, IRuntimeConfig and IRuntimeCache of TensorRT-RTX, as far as they are called."""
-
-    num_io_tensors = 0
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.taken = True
-
-    def create_runtime_config(self) -> Native:
-        return self
-
-    def create_runtime_cache(self) -> Native:
-        self.calls.append("create_runtime_cache")
-        return self
-
-    def set_runtime_cache(self, cache: Native) -> bool:
-        assert cache is self
-        self.calls.append("set_runtime_cache")
-        return True
-
-    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
-        self.strategy = strategy
-
-    def create_execution_context(self, config: Native) -> object:
-        return object()
-
-    def deserialize(self, kernels: bytes) -> bool:
-        self.calls.append(f"deserialize {kernels!r}")
-        return self.taken
-
-    def serialize(self) -> bytes:
-        return KERNELS
-
-
 def test_calls_of_tensorrt_rtx() -> None:
     """Names are those of the real module, where it is installed; one cache is shared by an engine's contexts."""
     runtime = trt_runtime.TrtRuntime("tensorrt-rtx")
-    native = Native()
+    native = Mock(num_io_tensors=0)
+    config = native.create_runtime_config.return_value
+    kept = config.create_runtime_cache.return_value
+    kept.deserialize.side_effect = [True, False]
+    kept.serialize.return_value = KERNELS
     loaded = trt_runtime._TrtEngine(runtime, native)
     assert loaded.take_kernels(KERNELS)
-    native.taken = False
     assert not loaded.take_kernels(b"other")
     loaded.context(False)
     loaded.context(True)
     assert loaded.kernels() == KERNELS
-    assert native.calls == [
-        "create_runtime_cache",
-        f"deserialize {KERNELS!r}",
-        "deserialize b'other'",
-        "set_runtime_cache",
-        "set_runtime_cache",
+    assert [made for made in config.mock_calls if "runtime_cache" in made[0] and "serialize()" not in str(made)] == [
+        call.create_runtime_cache(),
+        call.create_runtime_cache().deserialize(KERNELS),
+        call.create_runtime_cache().deserialize(b"other"),
+        call.set_runtime_cache(kept),
+        call.set_runtime_cache(kept),
     ]
+    assert native.create_execution_context.call_args_list == [call(config)] * 2
     for kind, names in {
         "ICudaEngine": ("create_runtime_config",),
         "IRuntimeConfig": ("create_runtime_cache", "set_runtime_cache"),
@@ -240,9 +210,7 @@ def test_calls_of_tensorrt_rtx() -> None:
 
 
 def test_an_engine_that_compiles_nothing_keeps_nothing() -> None:
-    class Plain:
-        num_io_tensors = 0
-
-    loaded = trt_runtime._TrtEngine(trt_runtime.TrtRuntime("tensorrt-rtx"), Plain())
+    plain = Mock(spec=["num_io_tensors"], num_io_tensors=0)
+    loaded = trt_runtime._TrtEngine(trt_runtime.TrtRuntime("tensorrt-rtx"), plain)
     assert not loaded.take_kernels(KERNELS)
     assert loaded.kernels() == b""

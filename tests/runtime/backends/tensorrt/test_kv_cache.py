@@ -63,11 +63,6 @@ def growing_model() -> tuple[onnx.ModelProto, GraphSpec]:
 
 
 @pytest.fixture
-def driver() -> FakeDriver:
-    return FakeDriver()
-
-
-@pytest.fixture
 def backend(tmp_path: Path, driver: FakeDriver) -> TrtBackend:
     root = put_graphs(tmp_path / "bundle", growing_model(), kv="concat")
     bundle = with_engines(root, root, ["thinker"])
