@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import venv
+import sys
 from pathlib import Path
 
 import pytest
-from support.paths import REPOSITORY
+from support.interpreters import fresh_install, run
 
 from scripts.sample_media import make_media
 
@@ -41,23 +39,7 @@ print("spoke", samples)
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a fresh virtual environment with ``omniport[ort,media]``."""
-    folder = tmp_path_factory.mktemp("bare") / "venv"
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    install = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{REPOSITORY}[ort,media]"],
-        capture_output=True,
-        text=True,
-    )
-    if "connection" in install.stderr.lower() and install.returncode:
-        pytest.skip(f"no package index can be reached: {install.stderr[-200:]}")
-    assert install.returncode == 0, install.stderr
-    return python
-
-
-def run(python: Path, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return subprocess.run([python, *args], capture_output=True, text=True, env=env, cwd=python.parent)
+    return fresh_install(sys.executable, tmp_path_factory.mktemp("bare") / "venv")
 
 
 @pytest.mark.slow
@@ -71,9 +53,9 @@ def test_a_bundle_replies_without_torch(python: Path, tiny_bundle: Path, tmp_pat
 @pytest.mark.slow
 def test_commands_that_need_more_say_what_to_install(python: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     omniport = python.parent / "omniport"
-    doctor = subprocess.run([omniport, "doctor"], capture_output=True, text=True)
+    doctor = run(omniport, "doctor")
     assert doctor.returncode == 0, doctor.stderr
-    export = subprocess.run([omniport, "export", str(tmp_path), str(tmp_path / "out")], capture_output=True, text=True)
+    export = run(omniport, "export", tmp_path, tmp_path / "out")
     assert export.returncode == 2
     assert "omniport[export]" in export.stderr
     assert "Traceback" not in export.stderr

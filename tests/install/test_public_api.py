@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,9 +13,12 @@ import omniport.calib
 import omniport.export
 import omniport.runtime
 import pytest
+from support.interpreters import in_fresh_python
 from support.paths import REPOSITORY
 
 PACKAGES = (omniport.runtime, omniport.export, omniport.calib)
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "optimum", "numpy", "msgspec"}
+HEAVY |= {"av", "PIL", "soundfile", "soxr"}
 
 
 def folder_of(package: ModuleType) -> Path:
@@ -25,24 +26,25 @@ def folder_of(package: ModuleType) -> Path:
 
 
 @pytest.mark.parametrize("name", [package.__name__ for package in PACKAGES])
-def test_importing_a_package_loads_nothing_until_it_is_used(name: str) -> None:
+def test_importing_a_package_is_quick_and_loads_nothing_until_it_is_used(name: str) -> None:
+    """Processor seconds beside those of numpy's import on the same machine (0.1 s on a desktop core)."""
     code = (
-        "import json, sys, time\nstart = time.process_time()\n"
-        f"import {name}\nprint(json.dumps([time.process_time() - start, sorted(sys.modules)]))"
+        f"import json, sys, time\nstart = time.process_time()\nimport {name}\nthen = time.process_time()\n"
+        "modules = list(sys.modules)\nimport numpy\n"
+        "print(json.dumps([then - start, time.process_time() - then, modules]))"
     )
-    runs = [
-        json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    assert min(spent for spent, _ in runs) < 0.1
-    loaded = {module.partition(".")[0] for module in runs[0][1]}
-    assert not loaded & {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "numpy", "msgspec"}
+    runs = [json.loads(in_fresh_python(code)) for _ in range(3)]
+    ours, numpy = (min(times) for times in list(zip(*runs, strict=True))[:2])
+    assert ours < min(numpy, 0.1)
+    loaded = {module.partition(".")[0] for module in runs[0][2]}
+    assert not loaded & HEAVY
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_every_public_name_is_there_and_documented(package: ModuleType) -> None:
     for name in package.__all__:
         value = getattr(package, name)
+        assert value is not None, name
         assert inspect.getdoc(value) or not callable(value), name
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match="nonsense"):
@@ -65,26 +67,12 @@ def test_names_for_types_and_for_running_are_the_same(package: ModuleType) -> No
     assert imported == set(package.__all__) == {name for names in package._MODULES.values() for name in names}
 
 
-@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
-def test_six_arguments_by_position_at_most(package: ModuleType) -> None:
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    counts = {}
-    for name in package.__all__:
-        value = getattr(package, name)
-        if callable(value) and not (inspect.isclass(value) and issubclass(value, Exception)):
-            parameters = inspect.signature(value).parameters.values()
-            counts[name] = sum(parameter.kind in positional for parameter in parameters)
-    assert counts
-    assert not {name: count for name, count in counts.items() if count > 6}
-
-
 def test_a_package_that_is_missing_is_named_with_its_extra() -> None:
     code = (
         "import sys\nsys.modules['torch'] = None\nimport omniport.export\n"
         "try: omniport.export.export_checkpoint\nexcept ImportError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == (
+    assert in_fresh_python(code).strip() == (
         "omniport.export.export_checkpoint needs torch, not installed here: pip install 'omniport[export]'"
     )
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.paths import REPOSITORY
+from support.interpreters import fresh_install, run
 
 GREEDY = """
 import sys
@@ -29,19 +29,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = os.environ.get("PYTHON310") or shutil.which("python3.10")
     if not found or subprocess.run([found, "-c", ""], capture_output=True).returncode:
         pytest.skip("no Python 3.10 on this machine: set PYTHON310 to its path")
-    folder = tmp_path_factory.mktemp("py310")
-    subprocess.run([found, "-m", "venv", folder], check=True)
-    install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"{REPOSITORY}[ort,media]"]
-    done = subprocess.run(install, capture_output=True, text=True)
-    if done.returncode and "connection" in done.stderr.lower():
-        pytest.skip(f"no package index can be reached: {done.stderr[-200:]}")
-    assert done.returncode == 0, done.stderr
-    return folder / "bin" / "python"
-
-
-def run(python: str | Path, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return subprocess.run([python, *args], capture_output=True, text=True, env=env, cwd="/")
+    return fresh_install(found, tmp_path_factory.mktemp("py310"))
 
 
 def test_a_lowered_bundle_answers_as_on_newer_pythons(python: Path, lowered_bundle: Path) -> None:

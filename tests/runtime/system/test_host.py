@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -18,6 +17,7 @@ from omniport.runtime.system.host import (
     total_memory,
     usable_cpus,
 )
+from support.interpreters import in_fresh_python
 
 LINUX = sys.platform.startswith("linux")
 
@@ -66,8 +66,7 @@ def test_a_watch_sees_what_is_gone_again() -> None:
         "import numpy as np\nfrom omniport.runtime.system.host import MemoryWatch\nwatch = MemoryWatch()\n"
         "held = np.ones(64 << 20, np.uint8)\nwatch.look()\ndel held\nprint(watch.peak())"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 64 << 20 <= int(told.stdout) < 80 << 20
+    assert 64 << 20 <= int(in_fresh_python(code)) < 80 << 20
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
