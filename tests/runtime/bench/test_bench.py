@@ -11,8 +11,7 @@ from omniport.cli.main import app
 from omniport.export.evaluation.transformers_rival import TransformersRival
 from omniport.runtime.bench.benchmark import bench
 from omniport.runtime.bench.results import BenchReport, changes, merged, read_report, write_report
-from omniport.runtime.bench.roofline import alternate, ratio_of
-from omniport.runtime.bench.work import read_profile
+from omniport.runtime.bench.roofline import alternate, ratio_of, read_profile
 from omniport.runtime.bench.workloads import Sizes
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
