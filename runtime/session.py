@@ -253,7 +253,7 @@ class OmniSession:
         )
         task = self._task(options)
         with task.timer("preprocess"):
-            prompt = build_prompt(messages, self.manifest, self.text_codec)
+            prompt = build_prompt(messages, self.manifest, self.text_codec, self.max_context)
         # The talker prefills two tokens more than the prompt has.
         require_room(len(prompt.token_ids), self.max_context, reply=2 if speak else 1)
         for span in prompt.media:

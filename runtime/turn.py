@@ -20,13 +20,14 @@ from .events import Done, Event, Stats
 from .generation.conversation import Conversation
 from .generation.encoders import Encoders
 from .media.audio import check_level, pcm
-from .media.image import ImageSource, image_input, load_image
+from .media.image import ImageSource, load_image
 from .pipeline.reply import Reply
 from .pipeline.task import ReplyTask
 from .prompt import chat_template
-from .prompt.builder import Media, check_content
+from .prompt.builder import Media, Part, check_content
 from .prompt.live_clip import LiveClip
 from .prompt.positions import Layout
+from .prompt.room import Room
 
 _ENDED = "this turn was cancelled or ended by an error; session.turn() begins another"
 
@@ -112,9 +113,9 @@ class Turn:
             MediaError, TurnEnded, PromptTooLong.
         """
         self._require("image")
-        vision = image_input(load_image(image), self._task.bundle.manifest.vision)
-        with self._push(vision.tokens + 2):
-            self._whole([lambda: self._media.image(vision)])
+        lay, tokens = self._read([Part("image", image, "the picture")])
+        with self._push(tokens + 2):
+            self._whole(lay)
 
     def push_text(self, text: str) -> None:
         """Take text. It closes the clip before it, and follows on text before it without a space.
@@ -140,16 +141,20 @@ class Turn:
         """
         self._require_open()
         parts = check_content(content, "content")
-        tokens = 0
         for part in parts:
-            if part.kind == "text":
-                tokens += len(self._task.codec.encode(part.value))
-            else:
+            if part.kind != "text":
                 self._require(part.kind)
-        lay = [self._media.read(part) for part in parts]
+        lay, tokens = self._read(parts)
         if lay:
             with self._push(tokens):
                 self._whole(lay)
+
+    def _read(self, parts: Sequence[Part]) -> tuple[list[Callable[[], None]], int]:
+        """Decode parts that must fit together beside the turn so far: what appends each, and their tokens."""
+        conversation = self._conversation
+        room = Room(conversation.capacity, conversation.committed + self._layout.pending)
+        made = self._media.read(parts, self._task.codec, room)
+        return [decode() for decode in made], room.tokens
 
     def commit(self) -> Iterator[Event]:
         """The turn is complete: answer it.

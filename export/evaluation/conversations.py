@@ -281,7 +281,7 @@ def parse_entry(line: str, folder: Path, optional: Sequence[str] = ()) -> dict[s
         for part in content if isinstance(content, list) else []:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("audio", "image", "video") and isinstance(part.get(kind), str):
-                part[kind] = str(folder / part[kind])
+                part[kind] = part[kind] if "://" in part[kind] else str(folder / part[kind])
     return entry
 
 

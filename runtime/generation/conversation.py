@@ -48,7 +48,7 @@ class Conversation:
         self.codes_per_token = _CODES_PER_TOKEN
         self._bundle = bundle
         self._new_cache = new_cache
-        self._capacity = capacity
+        self.capacity = capacity
         self._speaks = bundle.manifest.talker is not None
         self._decoders: dict[str, Decoder] = {}
         # float32 [n, H] of the tokens that the thinker has and the talker does not
@@ -147,14 +147,18 @@ class Conversation:
                 embeds[media] = 0
                 self._conditioning = np.concatenate([self._conditioning, hidden + embeds])
 
+    @property
+    def committed(self) -> int:
+        """Tokens of the system message and the current turn, which are never dropped."""
+        return sum(map(_tokens, (self.turns[0], self.turns[-1]) if len(self.turns) > 1 else (self.turns[0],)))
+
     def require_room(self, tokens: int = 0, least: int = 1) -> None:
         """Whether the current turn can take so many more tokens, with ``least`` more behind them.
 
         Raises:
             PromptTooLong: it could not, even alone with the system message.
         """
-        turns = (self.turns[0], self.turns[-1]) if len(self.turns) > 1 else (self.turns[0],)
-        require_room(sum(map(_tokens, turns)) + tokens, self._capacity, least)
+        require_room(self.committed + tokens, self.capacity, least)
 
     def take_dropped(self) -> TurnsDropped | None:
         """What was dropped since this was last asked."""
@@ -233,7 +237,7 @@ class Conversation:
     def _make_room(self, reserve: int, least: int) -> None:
         self.require_room(least=least)
         system, dropped, cached = _tokens(self.turns[0]), 0, self.cached
-        while len(self.turns) > 2 and self.length + reserve > self._capacity:
+        while len(self.turns) > 2 and self.length + reserve > self.capacity:
             self.turns.pop(1)
             dropped += 1
         if dropped:

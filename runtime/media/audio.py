@@ -25,7 +25,7 @@ Samples = NDArray[np.float32]
 #: longest recording that is decoded at all: bounds memory against files whose header or content lies
 MAX_SECONDS = 3600.0
 #: sampling rates taken; a rate of 1 Hz in a damaged header would multiply the samples by 16,000
-RATES = (1_000, 1_000_000)
+RATES = (1_000, 384_000)
 #: a hole in a track's time stamps longer than this becomes silence (seconds)
 GAP = 0.05
 MAX_CHANNELS = 32
@@ -56,27 +56,31 @@ def load_audio(source: AudioSource, sampling_rate: int = 16000, *, max_seconds: 
     if is_array(source):
         source = (source, BARE_RATE)
     if isinstance(source, tuple):
-        samples, rate = pcm(source)
         label = "audio array"
+        samples, rate = pcm(source)
+        _check_length(samples.shape[0], rate, max_seconds, label)
+        check_level(samples, rate, label)
+        made = resample(samples, rate, sampling_rate)
     else:
         checked = check_source(source, "audio")
         label = f"audio {describe(source)}"
-        samples, rate = _decode(checked, label, max_seconds)
-    if samples.shape[0] == 0:
+        made = _decode(checked, label, max_seconds, sampling_rate)
+    if made.shape[0] == 0:
         raise MediaError(f"{label} holds no samples; record or export it again")
-    _check_rate(rate, label)
-    _check_length(samples.shape[0], rate, max_seconds, label)
-    check_level(samples, rate, label)
-    return resample(samples, rate, sampling_rate)
+    return made
 
 
-def check_level(samples: Samples, rate: float, label: str) -> None:
-    """MediaError if any sample is NaN or infinite, or if they are integers that only became floats."""
+def check_level(samples: Samples, rate: float, label: str, before: int = 0) -> None:
+    """MediaError if any sample is NaN or infinite, or if they are integers that only became floats.
+
+    Args:
+        before: samples of the recording that came before these.
+    """
     finite = np.isfinite(samples)
     if not finite.all():
         bad = np.flatnonzero(~finite)
         raise MediaError(
-            f"{label} holds {bad.size} NaN or infinite samples (the first at {bad[0] / rate:.3f} s); "
+            f"{label} holds {bad.size} NaN or infinite samples (the first at {(before + bad[0]) / rate:.3f} s); "
             "expected finite samples in -1..1: fix the recording or replace them"
         )
     level = float(np.abs(samples).max(initial=0.0))
@@ -187,17 +191,19 @@ def _mono(values: NDArray[Any]) -> Samples:
     return mono
 
 
-def _decode(source: Path | bytes, label: str, max_seconds: float) -> tuple[Samples, float]:
+def _decode(source: Path | bytes, label: str, max_seconds: float, to: float) -> Samples:
     """libsndfile first, FFmpeg for what it does not know."""
     soundfile = require("soundfile")
     file = stream(source) if isinstance(source, bytes) else str(source)
     try:
         with soundfile.SoundFile(file) as reader:
             rate = float(reader.samplerate)
+            _check_rate(rate, label)
+            _check_channels(reader.channels, label)
             if 0 < reader.frames < 1 << 48:  # more is how libsndfile says "not known"
                 _check_length(reader.frames, rate, max_seconds, label)
             if reader.frames or not _unfinished(source):
-                return _gather(_sound_blocks(reader), label, max_seconds)
+                return _gather(_sound_blocks(reader), label, max_seconds, to)
         first = "no samples"
     except MediaError:
         raise
@@ -213,7 +219,7 @@ def _decode(source: Path | bytes, label: str, max_seconds: float) -> tuple[Sampl
     ):
         if not container.streams.audio:
             raise MediaError(f"{label} has no audio track; pass a recording")
-        return read_track(container, label, max_seconds)
+        return read_track(container, label, to, max_seconds)
 
 
 def _unfinished(source: Path | bytes) -> bool:
@@ -230,15 +236,25 @@ def _sound_blocks(reader: Any) -> Iterator[tuple[Samples, float]]:
         yield _mono(block.T), float(reader.samplerate)
 
 
-def _gather(blocks: Iterator[tuple[Samples, float]], label: str, max_seconds: float) -> tuple[Samples, float]:
-    """Join blocks of one rate; refuses to grow past ``max_seconds``. No blocks: no samples, rate 0."""
+def _gather(blocks: Iterator[tuple[Samples, float]], label: str, max_seconds: float, to: float) -> Samples:
+    """Blocks of one rate, resampled to ``to`` while they come; refuses to grow past ``max_seconds``."""
     kept: list[Samples] = []
-    total, rate = 0, 0.0
+    total = 0
+    resampler: ResampleStream | None = None
     for block, rate in blocks:
+        resampler = resampler or ResampleStream(rate, to)
+        check_level(block, rate, label, total)
         total += block.shape[0]
         _check_length(total, rate, max_seconds, label)
-        kept.append(block)
-    return (np.concatenate(kept) if kept else np.zeros(0, np.float32)), rate
+        kept.append(resampler.push(block))
+    if resampler is None or not total:
+        return np.zeros(0, np.float32)
+    return np.concatenate([*kept, resampler.finish()])
+
+
+def _check_channels(channels: int, label: str) -> None:
+    if channels > MAX_CHANNELS:
+        raise MediaError(f"{label} has {channels} channels, at most {MAX_CHANNELS} are taken: mix it down")
 
 
 def open_av(opened: Any) -> Any:
@@ -247,37 +263,41 @@ def open_av(opened: Any) -> Any:
 
 
 def read_track(
-    container: Any, label: str, max_seconds: float = MAX_SECONDS, origin: float | None = None
-) -> tuple[Samples, float]:
+    container: Any, label: str, to: float, max_seconds: float = MAX_SECONDS, origin: float | None = None
+) -> Samples:
     """Decode the first audio track of an open PyAV container.
 
     Args:
         container: an open container that has an audio stream.
         label: how messages call the source.
+        to: rate of the result, Hz.
         max_seconds: longer tracks are refused.
         origin: time in the container (seconds) that sample 0 stands for: what lies before it is dropped, a later
             start becomes silence. None: the track's own start.
 
     Returns:
-        mono float32 [n] at the track's rate, and that rate in Hz (0 when there are no samples). Holes in the time
-        stamps are silence.
+        mono float32 [n], all finite. Holes in the time stamps are silence.
 
     Raises:
         MediaError: too long, or a rate that cannot be or changes. PyAV's FFmpegError: broken data.
     """
-    return _gather(_track_blocks(container, label, max_seconds, origin), label, max_seconds)
+    return _gather(_track_blocks(container, label, max_seconds, origin), label, max_seconds, to)
 
 
 def _track_blocks(
     container: Any, label: str, max_seconds: float, origin: float | None
 ) -> Iterator[tuple[Samples, float]]:
+    track = container.streams.audio[0]
     rate = 0.0
     position = 0  # samples emitted
-    for frame in container.decode(container.streams.audio[0]):
+    if track.codec_context is not None:
+        _check_channels(track.codec_context.channels, label)
+    for frame in container.decode(track):
         rate = rate or float(frame.sample_rate)
         if rate != frame.sample_rate:
             raise MediaError(f"{label} changes its rate from {rate:g} to {frame.sample_rate} Hz; re-encode it")
         _check_rate(rate, label)
+        _check_channels(frame.layout.nb_channels, label)
         block = _frame_samples(frame)
         if frame.time is not None:
             origin = frame.time if origin is None else origin
@@ -286,7 +306,8 @@ def _track_blocks(
                 block = block[-start:]
             elif start - position > (GAP * rate if position else 0):
                 _check_length(start, rate, max_seconds, label)
-                yield np.zeros(start - position, np.float32), rate
+                for at in range(position, start, READ_BLOCK):
+                    yield np.zeros(min(READ_BLOCK, start - at), np.float32), rate
                 position = start
         position += block.shape[0]
         yield block, rate

@@ -8,8 +8,8 @@ the same kernel, but rounded once at the end, which differs by a few levels of 2
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,15 +19,14 @@ from numpy.typing import NDArray
 from ..bundle.manifest import VisionFrontend
 from ..errors import MediaError
 from .heif import HeifPicture, is_heif
+from .limits import VisionLimits, image_size, video_size
 from .source import Source, as_array, check_source, describe, foreign, is_array, require, stream
 
 ImageSource = Any  # Source | PIL.Image.Image | uint8 or float array: Pillow is optional, so it has no name here
 Pixels = NDArray[np.uint8]
 
-#: largest picture that is decoded, in pixels: the size Pillow takes for a decompression bomb
-MAX_PIXELS = 89_478_485
-#: longest side over shortest side, as the reference's smart_resize
-MAX_ASPECT = 200
+#: largest picture that is decoded, in pixels: Pillow takes 4 bytes for each, 256 MiB
+MAX_PIXELS = 1 << 26
 #: decoders that may see a file: no format that runs another program (EPS) or only writes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 #: bytes of a HEIC file that are read at most
@@ -90,14 +89,35 @@ def load_image(source: ImageSource) -> Pixels:
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    pixels: Pixels = _read(source, _decode)
+    return pixels
+
+
+def picture_size(source: ImageSource) -> tuple[int, int]:
+    """Height and width of a picture, upright, by its header.
+
+    Raises:
+        MediaError: as ``load_image``, as far as the header tells.
+    """
+    if isinstance(source, np.ndarray):
+        _check_array(source)
+        return source.shape[0], source.shape[1]
+    size: tuple[int, int] = _read(
+        source, lambda image, turn, label: (image.width, image.height) if turn in range(5, 9) else image.size[::-1]
+    )
+    return size
+
+
+def _read(source: ImageSource, use: Callable[[Any, int, str], Any]) -> Any:
+    """``use(picture, turn, label)`` of an open picture; of a HEIC file's or a tensor's pixels, as a picture."""
     module = require("PIL.Image")
     if is_array(source) and not isinstance(source, module.Image):
-        return _from_array(as_array(source, "pixels of an image"))
+        return use(module.fromarray(_from_array(as_array(source, "pixels of an image"))), 1, "image array")
     if isinstance(source, module.Image):
         _check_pixels(source.width, source.height, "image")
         with foreign("image cannot be read", "open its file again"):
             source.load()
-            return _decode(source, _orientation(source), "image")
+            return use(source, _orientation(source), "image")
     checked = check_source(cast(Source, source), "image")
     label = f"image {describe(source)}"
     module.init()
@@ -118,7 +138,7 @@ def load_image(source: ImageSource) -> Pixels:
                 opened.seek(0)
                 picture = HeifPicture(opened.read(MAX_HEIF))
                 _check_pixels(picture.width, picture.height, label)
-                return picture.decode()
+                return use(module.fromarray(picture.decode()), 1, label)
             raise MediaError(
                 f"{label} is not a picture that can be read; expected JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
             ) from error
@@ -127,7 +147,7 @@ def load_image(source: ImageSource) -> Pixels:
             turn = _orientation(image)
             if hasattr(image, "tag_v2"):  # Pillow would turn a TIFF file while it loads, and write its EXIF anew
                 image.getexif().pop(_ORIENTATION, None)
-            return _decode(image, turn, label)
+            return use(image, turn, label)
 
 
 def _orientation(image: Any) -> int:
@@ -153,10 +173,11 @@ def _decode(image: Any, turn: int, label: str) -> Pixels:
     if turn in _TURNS:  # not ImageOps.exif_transpose: it writes the EXIF anew, which fails for odd entries
         image = image.transpose(require("PIL.Image").Transpose[_TURNS[turn]])
     if image.mode.startswith("I"):  # 16-bit greys, which convert("RGB") would clip to white
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
             raise MediaError(f"{label} holds {grey.min()}..{grey.max()}; expected 8 or 16 bits a channel: convert it")
-        return _rgb(np.round(grey / 257).astype(np.uint8))
+        bands = [np.round(grey[row : row + 256] / 257).astype(np.uint8) for row in range(0, len(grey), 256)]
+        return _rgb(np.concatenate(bands))
     if image.mode == "F":
         raise MediaError(f"{label} holds floating-point pixels; expected 8 or 16 bits a channel: convert it")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
@@ -174,14 +195,18 @@ def _rgb(grey: Pixels) -> Pixels:
     return np.repeat(grey.reshape(*grey.shape[:2], 1), 3, axis=2)
 
 
-def _from_array(array: NDArray[Any]) -> Pixels:
-    """Check an array and bring it to uint8 [H, W, 3]."""
+def _check_array(array: NDArray[Any]) -> None:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise MediaError(
             f"image array has shape {list(array.shape)}; expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]: "
             "move the channels last"
         )
     _check_pixels(array.shape[1], array.shape[0], "image array")
+
+
+def _from_array(array: NDArray[Any]) -> Pixels:
+    """Check an array and bring it to uint8 [H, W, 3]."""
+    _check_array(array)
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
             raise MediaError("image array holds NaN or infinite values; expected uint8, or float in 0..1")
@@ -200,31 +225,7 @@ def _from_array(array: NDArray[Any]) -> Pixels:
     return np.ascontiguousarray(array)
 
 
-def target_size(height: int, width: int, frontend: VisionFrontend, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width after resizing: multiples of patch * merge in the pixel bounds, aspect kept as well as can be.
-
-    Follows the reference's smart_resize, half-to-even rounding included: a picture of any size is enlarged as needed.
-
-    Raises:
-        MediaError: an aspect ratio above ``MAX_ASPECT``.
-    """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise MediaError(
-            f"picture of {width}x{height} pixels is too elongated: its aspect ratio is "
-            f"{max(height, width) / min(height, width):.0f}, at most {MAX_ASPECT} is taken; crop it"
-        )
-    unit = frontend.patch_size * frontend.merge_size
-    rows, columns = round(height / unit), round(width / unit)
-    if rows * columns * unit * unit > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
-    elif rows * columns * unit * unit < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
-    return rows * unit, columns * unit
-
-
-def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
+def resize(pixels: Pixels, height: int, width: int) -> Pixels:
     """uint8 [H, W, 3] to [height, width, 3], Pillow BICUBIC."""
     if pixels.shape[:2] == (height, width):
         return pixels
@@ -233,33 +234,34 @@ def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
     return np.asarray(resized)
 
 
-def image_input(image: Pixels, frontend: VisionFrontend) -> VisionInput:
+def image_input(image: Pixels, frontend: VisionFrontend, size: tuple[int, int] | None = None) -> VisionInput:
     """Prepare one still picture: it is shown twice to fill a temporal patch.
 
     Args:
         image: uint8 [H, W, 3].
+        size: height and width that it is shown in; the bundle's own choice if None.
 
     Raises:
         MediaError: wrong shape or dtype, an aspect ratio above ``MAX_ASPECT``.
     """
     _check_frames(image[None], "image")
-    size = target_size(image.shape[0], image.shape[1], frontend, frontend.min_pixels, frontend.max_pixels)
-    return _build(image[None], size, frontend)
+    shown = size or image_size(image.shape[0], image.shape[1], frontend, VisionLimits())
+    return _build(image[None], shown, frontend)
 
 
-def video_input(frames: Pixels, frontend: VisionFrontend) -> VisionInput:
+def video_input(frames: Pixels, frontend: VisionFrontend, size: tuple[int, int] | None = None) -> VisionInput:
     """Prepare a clip's frames; the last one is repeated to fill the last temporal patch.
 
     Args:
         frames: uint8 [F, H, W, 3], F >= 1.
+        size: height and width that they are shown in; the bundle's own choice if None.
 
     Raises:
         MediaError: wrong shape or dtype, an aspect ratio above ``MAX_ASPECT``.
     """
     _check_frames(frames, "video")
-    height, width = frames.shape[1:3]
-    size = target_size(height, width, frontend, frontend.video_min_pixels, frontend.video_max_pixels)
-    return _build(frames, size, frontend)
+    count, height, width = frames.shape[:3]
+    return _build(frames, size or video_size(height, width, count, frontend, VisionLimits()), frontend)
 
 
 def _check_frames(frames: NDArray[Any], kind: str) -> None:
@@ -278,7 +280,7 @@ def _build(frames: Pixels, size: tuple[int, int], frontend: VisionFrontend) -> V
     # One temporal patch at a time: a long clip is never held in float twice.
     for step in range(steps):
         wanted = [min(i, frames.shape[0] - 1) for i in range(step * depth, (step + 1) * depth)]
-        resized = {i: _resize(frames[i], size[0], size[1]) for i in set(wanted)}
+        resized = {i: resize(frames[i], size[0], size[1]) for i in set(wanted)}
         pixels = np.stack([resized[i] for i in wanted])
         # [depth, block row, row in block, y, block column, column in block, x, channel]
         blocks = pixels.reshape(depth, rows // merge, merge, patch, columns // merge, merge, patch, 3)

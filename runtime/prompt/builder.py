@@ -8,29 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from numbers import Real
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle.manifest import Manifest
-from ..errors import MediaError, PromptError, PromptTooLong
+from ..errors import MediaError, PromptError
 from ..media.audio import load_audio
-from ..media.image import VisionInput, image_input, load_image, video_input
+from ..media.image import VisionInput, image_input, load_image, picture_size, video_input
+from ..media.limits import VisionLimits
 from ..media.log_mel import audio_tokens, chunk_mel, log_mel
-from ..media.video import load_video
+from ..media.video import open_video
 from . import chat_template
 from .positions import Layout, Segment, SoundVideo, grid_positions, video_times
+from .room import PlannedImage, PlannedVideo, Room, too_long
 from .tokenizer import TextCodec
 
 MediaKind = Literal["audio", "image", "video"]
+_Made = TypeVar("_Made")
 
+#: what Qwen's qwen-omni-utils takes on a picture or video, and on a video alone; see ``VisionLimits``
+_SIZE = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+_FRAMES = ("total_pixels", "fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
+#: those that are seconds, or a rate; the others are whole numbers
+_REAL = ("fps", "video_start", "video_end")
 #: part type -> its keys
 _PARTS: Mapping[str, frozenset[str]] = {
     "text": frozenset({"type", "text"}),
     "audio": frozenset({"type", "audio"}),
-    "image": frozenset({"type", "image"}),
-    "video": frozenset({"type", "video", "use_audio"}),
+    "image": frozenset({"type", "image", *_SIZE}),
+    "video": frozenset({"type", "video", "use_audio", *_SIZE, *_FRAMES}),
 }
 _PART_HELP = (
     '{"type": "text", "text": T}, {"type": "audio", "audio": X}, {"type": "image", "image": X} or '
@@ -96,6 +106,9 @@ class Prompt:
         return mask
 
 
+_NO_LIMITS = VisionLimits()
+
+
 @dataclass(frozen=True)
 class Part:
     """One checked piece of content. ``where`` names it in messages to the user."""
@@ -104,39 +117,48 @@ class Part:
     value: Any
     where: str
     use_audio: bool = False
+    limits: VisionLimits = _NO_LIMITS
 
 
-def build_prompt(messages: Sequence[Mapping[str, Any]], manifest: Manifest, codec: TextCodec) -> Prompt:
+def build_prompt(
+    messages: Sequence[Mapping[str, Any]], manifest: Manifest, codec: TextCodec, capacity: int | None = None
+) -> Prompt:
     """Read the media that ``messages`` name and lay everything out as one prompt.
 
     Args:
         messages: ``{"role": "system" | "user" | "assistant", "content": ...}``; content is a string or a list of parts:
             text, audio, image, or video, the last with its sound if ``use_audio`` is true (false if left out, as in the
-            reference). Unless the first message is a system message the bundle's system prompt is put in.
+            reference). A picture or video may carry bounds, see ``VisionLimits``; those without are shown smaller if
+            all together would not fit. Unless the first message is a system message the
+            bundle's system prompt is put in.
+
+        capacity: tokens that the KV cache holds; what the bundle was exported for if None.
 
     Raises:
         PromptError: the messages are malformed. All of them are checked before any medium is read.
-        PromptTooLong: more tokens than the bundle's KV cache was exported for.
+        PromptTooLong: more tokens than the KV cache holds; known before pictures and videos are decoded.
         MediaError: a medium cannot be read or used.
     """
     checked = _check_messages(messages)
     if checked[0][0] != "system":
         checked.insert(0, ("system", [Part("text", manifest.chat.system_prompt, "the bundle's system prompt")]))
+    capacity = manifest.kv.max_context if capacity is None else capacity
     layout = Layout(manifest, codec)
     media = Media(layout)
+    lay = iter(media.read([part for _, parts in checked for part in parts], codec, Room(capacity)))
     for role, parts in checked:
         chat_template.begin_message(layout, role)
-        for part in parts:
-            media.read(part)()
+        for _ in parts:
+            next(lay)()()
         chat_template.end_message(layout)
     chat_template.begin_reply(layout)
-    capacity = manifest.kv.max_context
     if layout.length > capacity:
-        filled = sum(len(span.indices) for span in media.spans)
-        raise PromptTooLong(
-            f"the prompt takes {layout.length} tokens ({layout.length - filled} of text, {filled} of media); this "
-            f"bundle's KV cache holds {capacity}. Shorten it, or export with a larger --max-context"
-        )
+        sizes = {
+            kind: sum(len(s.indices) for s in media.spans if s.kind == kind) for kind in ("audio", "image", "video")
+        }
+        filled = sum(sizes.values())
+        sizes["text"] = layout.length - filled
+        raise too_long(layout.length, layout.length - filled, filled, capacity, sizes)
     return Prompt(layout.segment(), media.spans)
 
 
@@ -152,36 +174,62 @@ class Media:
         self._layout = layout
         self.spans: list[MediaSpan] = []
 
-    def read(self, part: Part) -> Callable[[], None]:
-        """Read what a part names; gives the function that appends it, which cannot fail.
+    def read(self, parts: Sequence[Part], codec: TextCodec, room: Room) -> list[Callable[[], Callable[[], None]]]:
+        """Plan parts: sound is read, pictures and videos are measured, and all must fit ``room`` together.
+
+        Returns:
+            for every part a function that decodes it, and gives the function that appends it, which cannot fail.
 
         Raises:
-            MediaError: it cannot be read or used.
+            MediaError: one cannot be read or used. PromptError: text that is not Unicode. PromptTooLong.
         """
-        if part.kind == "text":
-            return lambda: self._layout.text(part.value)
-        read = {"audio": self._audio, "image": self._image, "video": self._video}[part.kind]
+        planned = [self._named(part, partial(self._plan, part, room, codec)) for part in parts]
+        room.fit()
+        return [partial(self._named, part, make) for part, make in zip(parts, planned, strict=True)]
+
+    @staticmethod
+    def _named(part: Part, make: Callable[[], _Made]) -> _Made:
+        """``make()``, whose MediaError names the part."""
         try:
-            return read(part)
+            return make()
         except MediaError as error:
             raise MediaError(f"{part.where}: {error}") from error
 
-    def _audio(self, part: Part) -> Callable[[], None]:
+    def _plan(self, part: Part, room: Room, codec: TextCodec) -> Callable[[], Callable[[], None]]:
+        if part.kind == "text":
+            room.take("text", codec.count(part.value, room.capacity))
+            return lambda: lambda: self._layout.text(part.value)
+        if part.kind == "audio":
+            lay, tokens = self._audio(part)
+            room.take("audio", tokens)
+            return lambda: lay
+        return self._image(part, room) if part.kind == "image" else self._video(part, room)
+
+    def _audio(self, part: Part) -> tuple[Callable[[], None], int]:
         frontend, tokens, layout = self._manifest.audio, self._manifest.tokens, self._layout
-        mel = log_mel(load_audio(part.value, frontend.sampling_rate), frontend)
+        mel = log_mel(load_audio(part.value, frontend.sampling_rate, max_seconds=frontend.max_seconds), frontend)
         chunks, frames = chunk_mel(mel, frontend)
+        count = audio_tokens(mel.shape[1])
 
         def lay() -> None:
             layout.control(tokens.audio_bos)
-            indices = layout.line(np.full(audio_tokens(mel.shape[1]), tokens.audio))
+            indices = layout.line(np.full(count, tokens.audio))
             layout.control(tokens.audio_eos)
             self.spans.append(MediaSpan("audio", indices, chunks=chunks, frames=frames))
 
-        return lay
+        return lay, count
 
-    def _image(self, part: Part) -> Callable[[], None]:
-        vision = image_input(load_image(part.value), self._manifest.vision)
-        return lambda: self.image(vision)
+    def _image(self, part: Part, room: Room) -> Callable[[], Callable[[], None]]:
+        vision = self._manifest.vision
+        plan = PlannedImage(*picture_size(part.value), vision, part.limits)
+        plan.size(1.0)
+        room.add("image", plan)
+
+        def decode() -> Callable[[], None]:
+            made = image_input(load_image(part.value), vision, plan.size(room.share))
+            return lambda: self.image(made)
+
+        return decode
 
     def image(self, vision: VisionInput) -> None:
         """Append a still picture."""
@@ -193,18 +241,28 @@ class Media:
         layout.control(manifest.tokens.vision_eos)
         self.spans.append(MediaSpan("image", indices, vision=vision))
 
-    def _video(self, part: Part) -> Callable[[], None]:
-        manifest = self._manifest
-        clip = load_video(part.value, manifest.vision, with_audio=part.use_audio)
-        vision = video_input(clip.frames, manifest.vision)
-        times = video_times(vision.grid_thw[0], clip.second_per_grid, manifest)
-        grid = grid_positions(vision.grid_thw, times, manifest.vision.merge_size)
+    def _video(self, part: Part, room: Room) -> Callable[[], Callable[[], None]]:
+        manifest, frontend = self._manifest, self._manifest.vision
+        video = open_video(part.value)
+        plan = PlannedVideo(video, frontend, part.limits)
+        plan.shown(1.0)
         # The reference has one use_audio_in_video switch for the whole prompt, under which a video without a sound
         # track breaks its positions. Here every video decides for itself; a silent one is laid out as if not asked.
-        mel = None if clip.audio is None or not clip.audio.size else log_mel(clip.audio, manifest.audio)
-        if mel is None or not audio_tokens(mel.shape[1]):
-            return lambda: self._silent(vision, grid)
-        return lambda: self._sounding(vision, grid, mel)
+        audio = video.sound(part.limits, manifest.audio.max_seconds) if part.use_audio else None
+        mel = None if audio is None or not audio.size else log_mel(audio, manifest.audio)
+        if mel is not None and not audio_tokens(mel.shape[1]):
+            mel = None
+        room.add("video", plan)
+        room.take("audio", 0 if mel is None else audio_tokens(mel.shape[1]))
+
+        def decode() -> Callable[[], None]:
+            shown, size = plan.shown(room.share)
+            vision = video_input(video.read(shown.indices, size), frontend, size)
+            times = video_times(vision.grid_thw[0], shown.second_per_grid, manifest)
+            grid = grid_positions(vision.grid_thw, times, frontend.merge_size)
+            return lambda: self._silent(vision, grid) if mel is None else self._sounding(vision, grid, mel)
+
+        return decode
 
     def _silent(self, vision: VisionInput, grid: NDArray[np.int64]) -> None:
         tokens, layout = self._manifest.tokens, self._layout
@@ -278,7 +336,27 @@ def _check_part(part: object, where: str) -> Part:
         raise PromptError(f"{where}.{kind} is None; a path, bytes or an array was expected")
     if not isinstance(use_audio, bool):
         raise PromptError(f"{where}.use_audio is {use_audio!r}; true or false was expected")
-    return Part(kind, value, f"{where}.{kind}", use_audio)
+    return Part(kind, value, f"{where}.{kind}", use_audio, _limits(part, where))
+
+
+def _limits(part: Mapping[str, Any], where: str) -> VisionLimits:
+    """What a part asks of its pixels and frames; PromptError if that cannot be."""
+    given = {name: part[name] for name in (*_SIZE, *_FRAMES) if part.get(name) is not None}
+    for name, value in given.items():
+        least = 0.0 if name.startswith("video_") else 1e-3 if name in _REAL else 1.0
+        known = isinstance(value, Real if name in _REAL else int) and not isinstance(value, bool)
+        if not known or not least <= float(value) < 1e12:
+            wanted = "a finite number" if name in _REAL else "a whole number"
+            raise PromptError(f"{where}.{name} is {value!r}; {wanted} of {least:g} or more was expected")
+    for one, other in (("resized_height", "resized_width"), ("resized_width", "resized_height")):
+        if one in given and other not in given:
+            raise PromptError(f"{where} has {one} without {other}; give both or neither")
+    for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_start", "video_end")):
+        if low in given and high in given and given[low] > given[high]:
+            raise PromptError(f"{where} has {low} {given[low]} above {high} {given[high]}; swap or correct them")
+    if "fps" in given and "nframes" in given:
+        raise PromptError(f"{where} has both fps and nframes; give one of them")
+    return VisionLimits(**given)
 
 
 def _check_keys(given: Mapping[Any, Any], known: frozenset[str], needed: frozenset[str], where: str) -> None:

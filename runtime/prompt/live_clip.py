@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from ..bundle.manifest import AudioFrontend, Manifest
 from ..errors import MediaError
 from ..media.audio import ResampleStream
-from ..media.image import Pixels, VisionInput, target_size, video_input
+from ..media.image import Pixels, VisionInput, video_input
+from ..media.limits import VisionLimits, video_size
 from ..media.log_mel import LogMelStream, MelBlock, audio_tokens, pad_chunk, require_tokens
 from .positions import Fill, Layout, SoundVideo, grid_positions, video_times
 
@@ -145,7 +146,7 @@ class LivePictures(_Tokens):
                 f"a frame of {width}x{height} pixels follows one of {w}x{h}; resize it: one clip, one size"
             )
         vision = self._manifest.vision
-        target_size(pixels.shape[0], pixels.shape[1], vision, vision.video_min_pixels, vision.video_max_pixels)
+        video_size(pixels.shape[0], pixels.shape[1], vision.temporal_patch_size, vision, VisionLimits())
         start = self._origins[0] if self._settled else self.first if self._pushed else time
         self.require_span(time, origin if sounding else start)
 

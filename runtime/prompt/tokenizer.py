@@ -19,6 +19,11 @@ from ..bundle.manifest import SpecialTokens
 from ..errors import BundleError, PromptError
 from ..system.files import read_text
 
+#: longest stretch of text that is encoded (characters); a context of 32,768 tokens holds an eighth of that in English
+MAX_TEXT = 1 << 20
+#: characters that are counted at once, and tokens that a cut between two blocks may add
+_BLOCK, _CUT = 1 << 16, 64
+
 
 def _byte_alphabet() -> dict[str, int]:
     """The character that stands for each byte in a byte-level BPE vocabulary (GPT-2's table), reversed."""
@@ -91,12 +96,28 @@ class TextCodec:
             ) from error
         return cls(tokenizer, tokens, special)
 
+    def count(self, text: str, most: int) -> int:
+        """Tokens of ``text``; more than ``most``, but not how many, of text that is far longer.
+
+        Raises:
+            PromptError: see ``encode``.
+        """
+        if len(text) > _BLOCK:  # a tokenizer takes 170 bytes of memory a character: whole blocks are counted first
+            counted = 0
+            for start in range(0, len(text), _BLOCK):
+                counted += len(self.encode(text[start : start + _BLOCK])) - _CUT
+                if counted > most:
+                    return counted
+        return len(self.encode(text))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, in which nothing is a control token.
 
         Raises:
-            PromptError: the text is not valid Unicode (lone surrogates).
+            PromptError: the text is not valid Unicode (lone surrogates), or longer than ``MAX_TEXT``.
         """
+        if len(text) > MAX_TEXT:
+            raise PromptError(f"the text has {len(text)} characters, at most {MAX_TEXT} are taken; shorten it")
         try:
             return self._ids(self._tokenizer, text)
         except TypeError as error:

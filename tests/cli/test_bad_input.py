@@ -191,7 +191,7 @@ def test_audio_that_is_not_finite(work: Path, ask: Command, bad: float) -> None:
 
 def test_audio_that_is_too_long(work: Path, ask: Command) -> None:
     write_wav(work / "long.wav", np.sin(np.arange(16000 * 301, dtype=np.float32) / 20))
-    ask("--audio", "long.wav", message=r"audio is too long: 301\.0 s or more.* cut it into shorter clips")
+    ask("--audio", "long.wav", message=r"audio .* is too long: 301\.0 s or more.* cut it into shorter clips")
 
 
 # --- images and video ----------------------------------------------------------------------------------------

@@ -19,9 +19,15 @@ from omniport.runtime import (
 )
 from support.bundles import edit, make_bundle
 from support.fake_backend import FakeEncoder
-from support.live_turns import Live, assert_fed_alike, film, pieces, push_film, sort, voice
+from support.live_turns import Live, as_live, assert_fed_alike, film, pieces, push_film, sort, voice
 
 GREEDY = SamplingConfig(max_new_tokens=60)
+
+
+@pytest.fixture(autouse=True)
+def _frames_as_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live clip cannot know how long it will be: it shows other frames than a whole file."""
+    monkeypatch.setattr("omniport.runtime.media.video.sample_frames", as_live)
 
 
 def same_as_message(root: Path, parts: list[dict[str, Any]], push: Any, exact: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from omniport.runtime.backends.base import Array, Graph, GraphWrapper, KvCache, 
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.generation.conversation import Conversation
 from omniport.runtime.media.audio import open_av, read_track
+from omniport.runtime.media.limits import Sampling
 from omniport.runtime.prompt.builder import Prompt, build_prompt
 from support.fake_backend import FakeBackend, FakeDecoder
 
@@ -199,7 +201,7 @@ def push_film(turn: Turn, path: Path, rng: np.random.Generator, lead: float = 0.
     samples, rate = np.zeros(0, np.float32), 16000.0
     with path.open("rb") as file, open_av(file) as container:
         if container.streams.audio:
-            samples, rate = read_track(container, "sound", origin=shown[0][0])
+            samples = read_track(container, "sound", rate, origin=shown[0][0])
     done = 0
     for at, pixels in shown:
         until = min(len(samples), max(done, round((at + lead) * rate)))
@@ -209,3 +211,10 @@ def push_film(turn: Turn, path: Path, rng: np.random.Generator, lead: float = 0.
         turn.push_frame(pixels, at)
     for part in pieces(rng, len(samples) - done, 9000):
         turn.push_audio(samples[done:][part], rate)
+
+
+def as_live(frames: int, rate: float, frontend: Any, limits: Any, most: int | None = None) -> Sampling:
+    """In the place of ``sample_frames``: a live clip shows the frames on show at 0, 0.5, 1.0 s."""
+    instants = np.arange(max(1, math.ceil(frames / rate * 2 - 0.01))) / 2
+    indices = np.minimum((instants * rate + 1e-3).astype(np.int64), frames - 1)
+    return Sampling(np.append(indices, indices[-1:] * np.ones(len(indices) % 2, np.int64)), 1.0)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from omniport.runtime.bundle.manifest import VisionFrontend
 from omniport.runtime.errors import MediaError
 from omniport.runtime.media import image as vision
+from omniport.runtime.media import limits
 from omniport.runtime.media.image import VisionInput, image_input, load_image, video_input
 from PIL import Image
 
@@ -125,7 +126,7 @@ def test_sizes_as_the_reference() -> None:
         if max(height, width) > 200 * min(height, width):
             continue
         expected = smart_resize(height, width, 28, 3136, 500_000)
-        assert vision.target_size(height, width, FRONTEND, 3136, 500_000) == expected
+        assert limits.target_size(height, width, FRONTEND, 3136, 500_000) == expected
 
 
 def test_transparency_is_composited_as_in_the_reference() -> None:

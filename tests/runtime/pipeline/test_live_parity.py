@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from omniport.runtime import OmniSession, SamplingConfig
-from support.live_turns import film, pieces, push_film, sort, voice
+from support.live_turns import as_live, film, pieces, push_film, sort, voice
 
 THINKER = SamplingConfig(max_new_tokens=10)
 TALKER = SamplingConfig(max_new_tokens=14, temperature=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _frames_as_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live clip cannot know how long it will be: it shows other frames than a whole file."""
+    monkeypatch.setattr("omniport.runtime.media.video.sample_frames", as_live)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime.bundle.manifest import ChatSpec, Manifest, SpecialTokens, VisionFrontend
 from omniport.runtime.errors import MediaError, PromptError, PromptTooLong
-from omniport.runtime.media.video import VideoClip, load_video
+from omniport.runtime.media.limits import Sampling, VisionLimits
+from omniport.runtime.media.video import load_video, open_video
 from omniport.runtime.prompt import builder as module
 from omniport.runtime.prompt.builder import Prompt, build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
@@ -136,14 +137,28 @@ class Film:
 
 @pytest.fixture(autouse=True)
 def _films(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_film(source: Film, frontend: VisionFrontend, with_audio: bool) -> VideoClip:
-        count = source.grids * frontend.temporal_patch_size
-        frames = np.random.default_rng(0).integers(0, 255, (count, source.height, source.width, 3)).astype(np.uint8)
-        heard = tone(source.sound)[0] if with_audio and source.sound is not None else None
-        times = np.arange(count) * source.second_per_grid / frontend.temporal_patch_size
-        return VideoClip(frames, times, source.second_per_grid, heard)
+    monkeypatch.setattr(module, "open_video", Screening)
 
-    monkeypatch.setattr(module, "load_video", load_film)
+
+class Screening:
+    """An open ``Film``."""
+
+    listed = False
+
+    def __init__(self, film: Film) -> None:
+        self.frames = film.grids * 2
+        self.height, self.width = film.height, film.width
+        self._film = film
+
+    def sample(self, frontend: VisionFrontend, limits: VisionLimits, most: int | None = None) -> Sampling:
+        assert most is None
+        return Sampling(np.arange(self.frames), self._film.second_per_grid)
+
+    def read(self, indices: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.uint8]:
+        return np.random.default_rng(0).integers(0, 255, (len(indices), *size, 3)).astype(np.uint8)
+
+    def sound(self, limits: VisionLimits, max_seconds: float) -> NDArray[np.float32] | None:
+        return None if self._film.sound is None else tone(self._film.sound)[0]
 
 
 def tone(seconds: float) -> tuple[NDArray[np.float32], int]:
@@ -425,7 +440,7 @@ def film_file() -> bytes:
 
 @pytest.mark.parametrize("use_audio", [True, False])
 def test_real_video_file(small: Setup, monkeypatch: pytest.MonkeyPatch, use_audio: bool) -> None:
-    monkeypatch.setattr(module, "load_video", load_video)
+    monkeypatch.setattr(module, "open_video", open_video)
     source = film_file()
     clip = load_video(source, small.manifest.vision, with_audio=True)
     assert clip.audio is not None
@@ -526,7 +541,7 @@ def test_malformed_messages(small: Setup, messages: Any, message: str) -> None:
 
 
 def test_everything_is_checked_before_media_are_read(small: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_audio", lambda *a: pytest.fail("read a file first"))
+    monkeypatch.setattr(module, "load_audio", lambda *a, **k: pytest.fail("read a file first"))
     with pytest.raises(PromptError, match=r"messages\[1\]"):
         build_prompt([user({"type": "audio", "audio": "a.wav"}), {"role": "nobody"}], small.manifest, small.codec)
 
@@ -562,7 +577,8 @@ def _ready_media(monkeypatch: pytest.MonkeyPatch) -> None:
     """Media that cost nothing, so that only the layout is timed."""
     vision = SimpleNamespace(grid_thw=(60, 20, 28), tokens=60 * 20 * 28 // 4)
     monkeypatch.setattr(module, "video_input", lambda *a: vision)
-    monkeypatch.setattr(module, "load_video", lambda *a, **k: VideoClip(None, None, 1.0, np.ones(1, np.float32)))  # type: ignore[arg-type]
+    monkeypatch.setattr(Screening, "read", lambda *a: None)
+    monkeypatch.setattr(Screening, "sound", lambda *a: np.ones(1, np.float32))
     monkeypatch.setattr(module, "log_mel", lambda *a: np.zeros((128, 6000), np.float32))
     monkeypatch.setattr(module, "chunk_mel", lambda *a: (None, None))
 
