@@ -51,6 +51,13 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of sampling and of th
 VoiceOption = Annotated[str | None, typer.Option(help="Voice of spoken replies (see omniport voices).")]
 MaxNewTokensOption = Annotated[int | None, typer.Option(min=1, help="Text tokens of a reply at most.")]
 MaxSpeechOption = Annotated[float | None, number("SECONDS", 0.1, help="Seconds of speech of a reply at most.")]
+MaxPixelsOption = Annotated[
+    int | None, typer.Option(min=784, help="Pixels of a picture, and of a video's frame, at most; larger ones shrink.")
+]
+FpsOption = Annotated[float | None, number("FPS", 0.001, help="Frames a second that are shown of a video.")]
+MaxFramesOption = Annotated[int | None, typer.Option(min=2, help="Frames that are shown of a video at most.")]
+ImagesOption = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Image to send; may be repeated.")]
+VideosOption = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Video to send; may be repeated.")]
 GreedyFlag = Annotated[bool, typer.Option("--greedy", help="Pick the likeliest token, in speech too.")]
 
 

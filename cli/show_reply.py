@@ -109,20 +109,35 @@ def stats_line(stats: Stats) -> str:
     return " | ".join([*parts, f"{stats.total_time:.2f} s in all", stats.backend])
 
 
-def user_message(
-    text: str, audio: list[Path], image: list[Path], video: list[Path], use_audio_in_video: bool
-) -> dict[str, Any]:
-    """One user message. Parts come in the order video, image, audio, text, as the model's users arrange them."""
-    parts: list[dict[str, Any]] = []
-    parts += [{"type": "video", "video": path, "use_audio": use_audio_in_video} for path in video]
-    parts += [{"type": "image", "image": path} for path in image]
-    parts += [{"type": "audio", "audio": path} for path in audio]
-    if text:
-        parts.append({"type": "text", "text": text})
-    return {"role": "user", "content": parts}
+@dataclass(frozen=True)
+class MediaOptions:
+    """How media files are sent; None: as the bundle says.
+
+    Attributes:
+        use_audio_in_video: a video's sound is heard.
+        max_pixels: of a picture, and of a video's frame.
+        fps: frames a second of a video. max_frames: how many at most.
+    """
+
+    use_audio_in_video: bool = True
+    max_pixels: int | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+
+    def content(self, text: str, audio: list[Path], image: list[Path], video: list[Path]) -> list[dict[str, Any]]:
+        """Parts in the order video, image, audio, text, as the model's users arrange them."""
+        pixels = {"max_pixels": self.max_pixels}
+        frames = {"use_audio": self.use_audio_in_video, "fps": self.fps, "max_frames": self.max_frames}
+        parts: list[dict[str, Any]] = []
+        parts += [{"type": "video", "video": path, **frames, **pixels} for path in video]
+        parts += [{"type": "image", "image": path, **pixels} for path in image]
+        parts += [{"type": "audio", "audio": path} for path in audio]
+        if text:
+            parts.append({"type": "text", "text": text})
+        return parts
 
 
-def chat(replier: Replier, system: str | None, speak: Path | None, use_audio_in_video: bool) -> None:
+def chat(replier: Replier, system: str | None, speak: Path | None, media_options: MediaOptions) -> None:
     """Hold a conversation: every line of stdin is a turn; what was said stays in the KV cache.
 
     A turn that fails on bad input is reported and dropped; the conversation goes on. With ``speak`` set to
@@ -142,10 +157,10 @@ def chat(replier: Replier, system: str | None, speak: Path | None, use_audio_in_
         elif line.startswith("/"):
             _add_medium(line, media, console)
         elif line or any(media.values()):
-            message = user_message(line, media["audio"], media["image"], media["video"], use_audio_in_video)
+            content = media_options.content(line, media["audio"], media["image"], media["video"])
             media = {kind: [] for kind in media}
             try:
-                replier.turn(message["content"], None if speak is None else speak.with_stem(f"{speak.stem}-{turn + 1}"))
+                replier.turn(content, None if speak is None else speak.with_stem(f"{speak.stem}-{turn + 1}"))
             except UserError as error:
                 console.print(f"error: {error}", style="red", markup=False)
                 continue

@@ -44,6 +44,10 @@ def base_manifest(
     described: dict[str, Any] = {}
     for part in parts_of(config).values():
         described |= part.describe(ckpt, solver)
+    if "vision" in described:
+        described["vision"] = frontends.bounded(
+            described["vision"], options.max_pixels, options.fps, options.max_frames
+        )
     return Manifest(
         created_by=f"omniport {importlib.metadata.version('omniport')}",
         source=Source(name=ckpt.name, fingerprint=ckpt.fingerprint),

@@ -28,6 +28,8 @@ class ExportOptions:
         keep_fp32: regular expressions searched for in ``GRAPH/module.path``: layers that stay float32.
         ranges: a ranges.json; float16 graphs keep in float32 what it shows to overflow.
         zero_points: of a GPTQ or AWQ checkpoint (`omniport.export.option_values.ZERO_POINTS`).
+        max_pixels: of a picture, and of a video's frame; None: as the checkpoint says.
+        fps: frames a second that are shown of a video. max_frames: how many at most. None: as Qwen's tool.
     """
 
     precision: str = "fp32"
@@ -37,6 +39,9 @@ class ExportOptions:
     keep_fp32: tuple[str, ...] = ()
     ranges: Path | None = None
     zero_points: str = "keep"
+    max_pixels: int | None = None
+    fps: float | None = None
+    max_frames: int | None = None
 
     @property
     def patterns(self) -> list[re.Pattern[str]]:
@@ -65,6 +70,16 @@ class ExportOptions:
             )
 
         self._check_precision()
+        self._check_vision()
+
+    def _check_vision(self) -> None:
+        for flag, value, least in (
+            ("--max-pixels", self.max_pixels, 784),
+            ("--fps", self.fps, 0.001),
+            ("--max-frames", self.max_frames, 2),
+        ):
+            if value is not None and not least <= value < 2**31:
+                raise ExportError(f"{flag} {value}: expected a finite number of {least} or more")
 
     def _check_precision(self) -> None:
         for text in self.keep_fp32:

@@ -72,6 +72,9 @@ def export_checkpoint(
     keep_fp32: Sequence[str] = (),
     ranges: str | os.PathLike[str] | None = None,
     zero_points: str = "keep",
+    max_pixels: int | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a checkpoint to the bundle folder ``out``.
@@ -95,6 +98,8 @@ def export_checkpoint(
             file becomes part of the bundle. Without it, ranges that ``out`` has stay there and change nothing.
         zero_points: of a GPTQ or AWQ checkpoint: ``keep`` them with the weights, or ``separate`` them into a product of
             their own, for TensorRT.
+        max_pixels: bound of the bundle's pictures and of its videos' frames, where a part of a message states none.
+        fps: frames a second of its videos, likewise. max_frames: their number at most, likewise.
         progress: called with the stage, and the bytes written so far and in total.
 
     Raises:
@@ -103,7 +108,9 @@ def export_checkpoint(
     """
     started = time.perf_counter()
     measured = None if ranges is None else Path(ranges)
-    options = ExportOptions(precision, max_context, ops, kv, tuple(keep_fp32), measured, zero_points)
+    options = ExportOptions(
+        precision, max_context, ops, kv, tuple(keep_fp32), measured, zero_points, max_pixels, fps, max_frames
+    )
     plan = plan_export(checkpoint, Path(out), options, graphs, progress)
     check_space(plan.out, int(plan.weight_bytes * 1.02))
     with staging(plan.out) as folder:

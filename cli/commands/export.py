@@ -9,7 +9,7 @@ import typer
 from omniport.export.option_values import OPS, PRECISIONS, ZERO_POINTS
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
-from ..options import one_of
+from ..options import FpsOption, MaxFramesOption, MaxPixelsOption, one_of
 
 NAME = "export"
 EXAMPLE = "omniport export Qwen/Qwen2.5-Omni-3B bundle --precision fp16"
@@ -49,6 +49,9 @@ def command(
         str,
         one_of(ZERO_POINTS, help="Zero points of GPTQ/AWQ weights: keep, or separate into a second MatMul (TensorRT)."),
     ] = "keep",
+    max_pixels: MaxPixelsOption = None,
+    fps: FpsOption = None,
+    max_frames: MaxFramesOption = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -73,6 +76,9 @@ def command(
             keep_fp32=tuple(keep_fp32 or ()),
             ranges=ranges,
             zero_points=zero_points,
+            max_pixels=max_pixels,
+            fps=fps,
+            max_frames=max_frames,
             progress=progress,
         )
     if json:

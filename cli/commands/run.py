@@ -12,16 +12,21 @@ from ..common import JsonFlag, QuietFlag
 from ..options import (
     BackendOption,
     BundleArgument,
+    FpsOption,
     GreedyFlag,
+    ImagesOption,
+    MaxFramesOption,
     MaxNewTokensOption,
+    MaxPixelsOption,
     MaxSpeechOption,
     SeedOption,
     SystemOption,
+    VideosOption,
     VoiceOption,
     one_of,
     reply_options,
 )
-from ..show_reply import Replier, chat, user_message
+from ..show_reply import MediaOptions, Replier, chat
 
 NAME = "run"
 EXAMPLE = "omniport run bundle --audio question.wav --image picture.png --speak reply.wav"
@@ -31,9 +36,12 @@ def command(
     bundle: BundleArgument,
     text: Annotated[str, typer.Option(help="What the user writes.")] = "",
     audio: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Audio to send; may be repeated.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Image to send; may be repeated.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Video to send; may be repeated.")] = None,
+    image: ImagesOption = None,
+    video: VideosOption = None,
     use_audio_in_video: Annotated[bool, typer.Option(help="Listen to the sound of each video.")] = True,
+    max_pixels: MaxPixelsOption = None,
+    fps: FpsOption = None,
+    max_frames: MaxFramesOption = None,
     system: SystemOption = None,
     voice: VoiceOption = None,
     speak: Annotated[Path | None, typer.Option(metavar="OUT.wav", help="Speak the reply into this WAV file.")] = None,
@@ -57,8 +65,9 @@ def command(
     """
     from omniport.runtime.errors import UsageError
 
-    message = user_message(text, audio or [], image or [], video or [], use_audio_in_video)
-    if json and not message["content"]:
+    media = MediaOptions(use_audio_in_video, max_pixels, fps, max_frames)
+    content = media.content(text, audio or [], image or [], video or [])
+    if json and not content:
         raise UsageError("--json needs an input: give --text, --audio, --image or --video")
     if voice is not None and speak is None:
         raise UsageError("--voice is the voice of speech, and there is none: add --speak OUT.wav or drop --voice")
@@ -79,7 +88,7 @@ def command(
             solver=solver,
         )
         replier = Replier(session, options, json=json, quiet=quiet)
-        if message["content"]:
-            replier.reply([*messages, message], speak)
+        if content:
+            replier.reply([*messages, {"role": "user", "content": content}], speak)
         else:
-            chat(replier, system, speak, use_audio_in_video)
+            chat(replier, system, speak, media)

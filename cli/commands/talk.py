@@ -12,11 +12,16 @@ from ..common import JsonFlag, QuietFlag
 from ..options import (
     BackendOption,
     BundleArgument,
+    FpsOption,
     GreedyFlag,
+    ImagesOption,
+    MaxFramesOption,
     MaxNewTokensOption,
+    MaxPixelsOption,
     MaxSpeechOption,
     SeedOption,
     SystemOption,
+    VideosOption,
     VoiceOption,
     number,
     reply_options,
@@ -38,6 +43,11 @@ def command(
     voice: VoiceOption = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Show replies and do not speak them.")] = False,
     system: SystemOption = None,
+    image: ImagesOption = None,
+    video: VideosOption = None,
+    max_pixels: MaxPixelsOption = None,
+    fps: FpsOption = None,
+    max_frames: MaxFramesOption = None,
     hands_free: Annotated[
         bool,
         typer.Option(
@@ -80,6 +90,8 @@ def command(
     The model hears while you speak and answers as soon as you have spoken. A terminal shows what is heard, what is
     said and how long each stage took; elsewhere the replies' text goes to stdout and the rest to stderr.
 
+    What --image and --video name is shown at the beginning of the first turn.
+
     With --input-wav the recording plays in real time and the command ends with the last reply. With a microphone it
     ends with Ctrl-C; with --push-to-talk also with q or the end of stdin.
 
@@ -91,6 +103,7 @@ def command(
     from omniport.runtime import Dialogue, HandsFree, OmniSession
     from omniport.runtime.live.vad import SpeechLimits
 
+    from ..show_reply import MediaOptions
     from ..talk.loop import PushToTalk, Stage, Talk, read_keys
 
     limits = SpeechLimits(threshold=threshold, silence_ms=silence_ms)
@@ -112,7 +125,9 @@ def command(
             exact=exact,
         )
         heard = None if speaker is None else speaker.heard
-        dialogue = stack.enter_context(Dialogue(session, Stage(speaker, view).event, heard=heard, **options))
+        shown = MediaOptions(True, max_pixels, fps, max_frames).content("", [], image or [], video or [])
+        stage = Stage(speaker, view)
+        dialogue = stack.enter_context(Dialogue(session, stage.event, heard=heard, shown=shown, **options))
         ears: Ears
         if hands_free:
             ears = HandsFree(dialogue, limits=limits, barge_in=barge_in)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from omniport.runtime.bundle.manifest import (
     AudioFrontend,
     ChatSpec,
@@ -115,6 +116,20 @@ def vision_frontend(ckpt: Checkpoint) -> VisionFrontend:
         min_pixels=limits[0],
         max_pixels=limits[1],
     )
+
+
+def bounded(
+    frontend: VisionFrontend, max_pixels: int | None, fps: float | None, max_frames: int | None
+) -> VisionFrontend:
+    """A frontend whose pictures and frames have at most ``max_pixels``, its videos fewer frames; None: no change."""
+    changes: dict[str, Any] = {} if fps is None else {"video_fps": fps}
+    if max_frames is not None:
+        changes["video_max_frames"] = max_frames
+    if max_pixels is not None:
+        # of a video, Qwen's tool takes at least 1.05 times the lower bound for the upper one
+        bounds = {"min_pixels": 1.0, "max_pixels": 1.0, "video_min_pixels": 1.05, "video_max_pixels": 1.0}
+        changes |= {name: min(getattr(frontend, name), int(max_pixels / part)) for name, part in bounds.items()}
+    return msgspec.structs.replace(frontend, **changes)
 
 
 def special_tokens(ckpt: Checkpoint) -> SpecialTokens:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from omniport.runtime.media.image import load_image
 from omniport.runtime.media.log_mel import audio_tokens
 from omniport.runtime.media.source import require
 from omniport.runtime.media.video import load_video
-from omniport.runtime.prompt.builder import build_prompt
+from omniport.runtime.prompt.builder import build_prompt, vision_limits
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.session import OmniSession
 from omniport.runtime.speech.windows import SpeechWindows
@@ -57,12 +57,14 @@ class Medium:
         source: what omniport is given.
         decoded: float32 [n] at 16 kHz, uint8 [H, W, 3], or a `Film`.
         heard: video only: its sound is part of the prompt.
+        bounds: of pixels and frames, as the part states them.
     """
 
     kind: str
     source: Any
     decoded: Any
     heard: bool = False
+    bounds: Mapping[str, Any] = field(default_factory=dict)
 
 
 Part = str | Medium
@@ -94,6 +96,8 @@ class Conversation:
                 "the reference has one use_audio_in_video switch for a whole prompt; this conversation has videos with "
                 "and without sound"
             )
+        if any(vision_limits(medium.bounds, self.where).sets_size for medium in self.media):
+            return "transformers' processors bound no single picture or video; leave its bounds out to compare"
         return ""
 
     def messages(self) -> list[dict[str, Any]]:
@@ -109,7 +113,7 @@ class Conversation:
 def _ours(part: Part) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    return {"type": part.kind, part.kind: part.source} | ({"use_audio": True} if part.heard else {})
+    return {"type": part.kind, part.kind: part.source, **part.bounds} | ({"use_audio": True} if part.heard else {})
 
 
 def _theirs(part: Part) -> dict[str, Any]:
@@ -165,8 +169,9 @@ def film(folder: Path, seconds: float, heard: float | None = None, size: tuple[i
             out.mux(sound.encode(block))
             out.mux(sound.encode())
     inside = None if samples is None else samples.astype(np.float32) / np.float32(32768)
-    shown = np.stack(frames[:: round(fps / _FPS)])
-    return Medium("video", path, Film(shown, 2 / _FPS, inside), heard=inside is not None)
+    count = max(4, int(seconds * _FPS) // 2 * 2)  # as Qwen's tool chooses frames
+    shown = np.stack([frames[round(k)] for k in np.linspace(0, len(frames) - 1, count)])
+    return Medium("video", path, Film(shown, 2 / _FPS, inside), inside is not None, {"fps": _FPS, "max_frames": 768})
 
 
 def _sound(seconds: float, skip: float = 0.0) -> Medium:
@@ -291,17 +296,19 @@ def _conversation(messages: Sequence[Mapping[str, Any]], manifest: Manifest, nam
     def decode(part: Mapping[str, Any]) -> Part:
         kind = str(part["type"])
         value = part[kind]
+        bounds = {key: part[key] for key in part if key not in ("type", kind, "use_audio") and part[key] is not None}
         if kind == "text":
             return str(value)
         if kind == "audio":
             return Medium(kind, value, load_audio(value, manifest.audio.sampling_rate))
         if kind == "image":
-            return Medium(kind, value, load_image(value))
-        clip = load_video(value, manifest.vision, with_audio=bool(part.get("use_audio", False)))
+            return Medium(kind, value, load_image(value), bounds=bounds)
+        limits = vision_limits(bounds, where)
+        clip = load_video(value, manifest.vision, with_audio=bool(part.get("use_audio", False)), limits=limits)
         frames = 0 if clip.audio is None else -(-len(clip.audio) // manifest.audio.hop_length)
         heard = audio_tokens(frames) > 0
         sound: NDArray[np.float32] | None = None if clip.audio is None or not heard else clip.audio.astype(np.float32)
-        return Medium(kind, value, Film(clip.frames, clip.second_per_grid, sound), heard)
+        return Medium(kind, value, Film(clip.frames, clip.second_per_grid, sound), heard, bounds)
 
     turns = []
     for message in messages:

@@ -8,7 +8,7 @@ processor one at a time, and the two frames of a temporal patch are joined after
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omniport.runtime.bundle.manifest import VisionFrontend
 from omniport.runtime.errors import CheckpointError
 from omniport.runtime.system.files import read_text
 
@@ -55,11 +56,14 @@ class Inputs:
 class Processor:
     """The checkpoint's processors.
 
+    Args:
+        vision: of the bundle; where it was exported with lower bounds of pixels, they hold here too.
+
     Raises:
         CheckpointError: the checkpoint has no chat template, or lacks a processor's files.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, vision: VisionFrontend | None = None) -> None:
         from transformers import AutoTokenizer, WhisperFeatureExtractor
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -73,6 +77,7 @@ class Processor:
                 f"{checkpoint.name} lacks files of transformers' tokenizer or processors: {error}. Copy "
                 "tokenizer_config.json and preprocessor_config.json from the base model."
             ) from error
+        self._still_size, self._clip_size = _sizes(self.images.size, vision)
         self.template = _chat_template(checkpoint, self.tokenizer)
         self._prompts: dict[str, Inputs] = {}
 
@@ -129,18 +134,15 @@ class Processor:
         )
         return out["input_features"], out["attention_mask"]
 
-    def still(self, pixels: NDArray[np.uint8], **options: Any) -> tuple[torch.Tensor, list[int]]:
+    def still(self, pixels: NDArray[np.uint8], size: Mapping[str, int] | None = None) -> tuple[torch.Tensor, list[int]]:
         """Patches [N, 1176] and grid of one picture."""
-        out = self.images(pixels, return_tensors="pt", **options)
+        out = self.images(pixels, return_tensors="pt", size=dict(size or self._still_size))
         return out["pixel_values"], [int(n) for n in out["image_grid_thw"][0]]
 
     def clip(self, frames: NDArray[np.uint8]) -> tuple[torch.Tensor, list[int]]:
         """Patches [T * N, 1176] and grid of uint8 [F, H, W, 3]; an odd last frame is repeated."""
-        from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
-
         frames = np.concatenate([frames, frames[-1:]]) if len(frames) % 2 else frames
-        size = Qwen2_5OmniProcessor.videos_kwargs["size"]  # not the images' bounds
-        stills = [self.still(frame, size=size) for frame in frames]
+        stills = [self.still(frame, self._clip_size) for frame in frames]
         _, rows, columns = stills[0][1]
         # A still is shown twice, [N, C, 2, 14, 14]: the first half of one and the second of the next make a pair.
         doubled = [patches.reshape(rows * columns, 3, 2, 14, 14) for patches, _ in stills]
@@ -148,14 +150,28 @@ class Processor:
         return torch.cat(pairs).reshape(len(pairs) * rows * columns, -1), [len(pairs), rows, columns]
 
 
+def _sizes(own: Any, vision: VisionFrontend | None) -> tuple[dict[str, int], dict[str, int]]:
+    """Bounds of pixels for pictures and for videos, in the words of the processors."""
+    from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
+
+    sizes: list[dict[str, int]] = []
+    videos: Any = Qwen2_5OmniProcessor.videos_kwargs["size"]  # type: ignore[typeddict-item, unused-ignore]
+    for size, prefix in ((own, ""), (videos, "video_")):
+        edges = {"shortest_edge": f"{prefix}min_pixels", "longest_edge": f"{prefix}max_pixels"}
+        sizes.append(
+            {edge: size[edge] if vision is None else min(size[edge], getattr(vision, n)) for edge, n in edges.items()}
+        )
+    return sizes[0], sizes[1]
+
+
 @lru_cache(maxsize=1)
-def open_processor(checkpoint: Checkpoint) -> Processor:
+def open_processor(checkpoint: Checkpoint, vision: VisionFrontend | None = None) -> Processor:
     """The checkpoint's processors, kept for the groups of checks that follow each other.
 
     Raises:
         CheckpointError: as `Processor`.
     """
-    return Processor(checkpoint)
+    return Processor(checkpoint, vision)
 
 
 def _chat_template(checkpoint: Checkpoint, tokenizer: Any) -> str:

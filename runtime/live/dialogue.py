@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -61,6 +61,7 @@ class Dialogue:
             event of the next. It may block, to hold a reply back, but not past ``interrupted``, and must not call
             methods of this object.
         heard: seconds of the current reply's sound that were played, where the caller knows.
+        shown: content that the first turn begins with, before its sound, as in ``Turn.push``.
         options: of every turn, as in ``OmniSession.turn``: voice, speak, thinker, talker, seed, exact and others.
 
     Attributes:
@@ -69,6 +70,7 @@ class Dialogue:
 
     Raises:
         UsageError, UnknownVoice: bad options, or a bundle that does not hear.
+        PromptError, MediaError, PromptTooLong: ``shown`` cannot be shown.
     """
 
     def __init__(
@@ -77,10 +79,14 @@ class Dialogue:
         on_event: Callable[[DialogueEvent], None],
         *,
         heard: Callable[[], float] | None = None,
+        shown: Sequence[Mapping[str, Any]] = (),
         **options: Any,
     ) -> None:
         with session.turn(**options) as trial:  # discarded: options are refused now, not when somebody has spoken
             trial.push_audio(np.zeros(0, np.float32), 16000)
+            if shown:
+                trial.push(shown)
+        self._shown = shown
         self.time = self.seconds = 0.0
         self._new_turn, self._on_event, self._heard = partial(session.turn, **options), on_event, heard
         self._lock = threading.RLock()
@@ -126,6 +132,9 @@ class Dialogue:
             self._cut_reply(interrupted)
             self._check()  # it may have failed just now
             self._open, self.seconds = self._new_turn(), 0.0
+            if self._shown:
+                self._open.push(self._shown)
+                self._shown = ()
 
     def push(self, samples: NDArray[Any], sample_rate: float) -> None:
         """Sound of the open turn, see ``Turn.push_audio``; an error other than MediaError discards the turn."""

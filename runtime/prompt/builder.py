@@ -336,11 +336,15 @@ def _check_part(part: object, where: str) -> Part:
         raise PromptError(f"{where}.{kind} is None; a path, bytes or an array was expected")
     if not isinstance(use_audio, bool):
         raise PromptError(f"{where}.use_audio is {use_audio!r}; true or false was expected")
-    return Part(kind, value, f"{where}.{kind}", use_audio, _limits(part, where))
+    return Part(kind, value, f"{where}.{kind}", use_audio, vision_limits(part, where))
 
 
-def _limits(part: Mapping[str, Any], where: str) -> VisionLimits:
-    """What a part asks of its pixels and frames; PromptError if that cannot be."""
+def vision_limits(part: Mapping[str, Any], where: str) -> VisionLimits:
+    """What a part of a message asks of its pixels and frames.
+
+    Raises:
+        PromptError: it cannot be; ``where`` names the part.
+    """
     given = {name: part[name] for name in (*_SIZE, *_FRAMES) if part.get(name) is not None}
     for name, value in given.items():
         least = 0.0 if name.startswith("video_") else 1e-3 if name in _REAL else 1.0

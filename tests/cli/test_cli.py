@@ -323,6 +323,27 @@ def test_run_takes_every_medium(omniport: Omniport, tiny_bundle: Path, sample_me
     assert prompts[0] - prompts[1] >= 125
 
 
+def test_run_bounds_pixels_and_frames(omniport: Omniport, tiny_bundle: Path, sample_media: dict[str, Path]) -> None:
+    def prompt(*words: object) -> int:
+        code, text, err = omniport("run", tiny_bundle, "--text", "So?", "--json", *SHORT, *words)
+        assert code == 0, err
+        return int(json.loads(text.splitlines()[-1])["stats"]["prompt_tokens"])
+
+    text = prompt()
+    image = prompt("--image", sample_media["image"]) - text
+    assert 4 < prompt("--image", sample_media["image"], "--max-pixels", 3136) - text < image
+    video = ("--video", sample_media["video"], "--no-use-audio-in-video")
+    whole = prompt(*video) - text
+    assert prompt(*video, "--max-frames", 4) - text < whole / 2
+    assert prompt(*video, "--fps", 0.5) - text < whole / 2
+    for words, problem in (
+        (("--max-pixels", 10), "784"),
+        (("--fps", "nan"), "finite"),
+        (("--max-frames", 1), "greater than or equal to 2"),
+    ):
+        refused(omniport("run", tiny_bundle, *video, *words), problem)
+
+
 def test_run_refuses_bad_input_and_leaves_nothing(omniport: Omniport, tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "reply.wav"
     bad = tmp_path / "bad.bin"
@@ -568,7 +589,7 @@ def test_the_optimum_sub_command_hands_every_option_on(monkeypatch: pytest.Monke
     monkeypatch.setattr(main, "run", calls.append)
     line = (
         "model out --precision fp16 --graphs dit --max-context 64 --ops decomposed --kv concat --keep-fp32 a.* "
-        "--keep-fp32 b --ranges r.json --zero-points separate --json --quiet"
+        "--keep-fp32 b --ranges r.json --zero-points separate --max-pixels 784 --fps 0.5 --max-frames 8 --json --quiet"
     )
     for arguments in (line.split(), ["model", "out"]):
         command = register.OmniportExportCommand.__new__(register.OmniportExportCommand)
@@ -577,6 +598,7 @@ def test_the_optimum_sub_command_hands_every_option_on(monkeypatch: pytest.Monke
     assert calls[0] == [
         "export",
         *("--precision=fp16", "--graphs=dit", "--max-context=64", "--ops=decomposed", "--kv=concat", "--keep-fp32=a.*"),
-        *("--keep-fp32=b", "--ranges=r.json", "--zero-points=separate", "--json", "--quiet", "--", "model", "out"),
+        *("--keep-fp32=b", "--ranges=r.json", "--zero-points=separate", "--max-pixels=784", "--fps=0.5"),
+        *("--max-frames=8", "--json", "--quiet", "--", "model", "out"),
     ]
     assert calls[1] == ["export", "--", "model", "out"]

@@ -21,6 +21,7 @@ from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.exporter import ExportReport, export_checkpoint
 from omniport.export.graphs import fingerprint as reuse
 from omniport.export.models.model_parts import graph_definitions
+from omniport.export.validation.validate import validate
 from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.manifest import Manifest
 from omniport.runtime.bundle.parts import PARTS
@@ -323,6 +324,22 @@ def test_context_is_the_decoders_business(rerun: Callable[..., ExportReport], bu
     assert made(report) == {"thinker", "talker"}
     assert manifest(bundle).kv.max_context == 2048
     assert manifest(bundle).graphs["talker"].dims["capacity"].max == 2048
+
+
+def test_bounds_of_pixels_and_frames_change_no_graph(
+    rerun: Callable[..., ExportReport], bundle: Path, tiny_checkpoint: Path
+) -> None:
+    before = manifest(bundle).vision
+    assert made(rerun(max_pixels=5000, fps=1.0, max_frames=16)) == set()
+    after = manifest(bundle).vision
+    assert before is not None
+    assert after is not None
+    assert (after.min_pixels, after.max_pixels) == (min(5000, before.min_pixels), 5000)
+    assert (after.video_min_pixels, after.video_max_pixels) == (4761, 5000)
+    assert (after.video_fps, after.video_max_frames) == (1.0, 16)
+    report = validate(bundle, tiny_checkpoint, graphs=["preprocess"]).report
+    assert report.checks
+    assert not [check.name for check in report.checks if check.status != "pass"], "the reference is bounded alike"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

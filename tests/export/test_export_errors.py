@@ -265,6 +265,9 @@ def test_tokenizer_is_built_from_vocab_and_merges(tiny_checkpoint: Path, tmp_pat
         ({"graphs": ["thinkr"]}, r"no graph named thinkr; known: audio_encoder, "),
         ({"max_context": 10}, r"--max-context 10: expected 64 to 32768"),
         ({"max_context": 40000}, r"--max-context 40000: expected 64 to 32768"),
+        ({"max_pixels": 100}, r"--max-pixels 100: expected a finite number of 784 or more"),
+        ({"fps": float("nan")}, r"--fps nan: expected a finite number"),
+        ({"max_frames": 1}, r"--max-frames 1: expected a finite number of 2 or more"),
     ],
 )
 def test_wrong_options(tiny_checkpoint: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:

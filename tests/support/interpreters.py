@@ -18,9 +18,9 @@ def run(python: str | Path, *args: str | Path) -> subprocess.CompletedProcess[st
     return subprocess.run([python, *args], capture_output=True, text=True, env=env, cwd="/")
 
 
-def in_fresh_python(code: str) -> str:
+def in_fresh_python(code: str, *args: str | Path, stdin: str = "") -> str:
     """What code prints that ends well."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *args], input=stdin, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -71,7 +71,7 @@ def end_to_end_checks(context: Context, data: Path | None = None) -> Iterator[Ch
     settings = _settings(context)
     codec = TextCodec.from_file(context.bundle.path(manifest.tokenizer_file), manifest.tokens)
     own = [] if data is None else read_conversations(data, manifest, codec)
-    processor = open_processor(context.checkpoint)
+    processor = open_processor(context.checkpoint, context.bundle.manifest.vision)
     with tempfile.TemporaryDirectory() as folder:
         conversations = [*standard_conversations(Path(folder), _FULL if context.full else _QUICK), *own]
         able, inputs = [], []

@@ -37,7 +37,7 @@ _LARGE = (600, 700)
 
 def preprocess_checks(context: Context) -> Iterator[Check]:
     """Log-mel, pixels, window layout and token ids; stage ``preprocess``."""
-    processor = open_processor(context.checkpoint)
+    processor = open_processor(context.checkpoint, context.bundle.manifest.vision)
     if encoder_of("audio").name in context.bundle.manifest.graphs:
         context.progress("preprocess: sound")
         yield from _mel_checks(context, processor)
@@ -51,7 +51,9 @@ def preprocess_checks(context: Context) -> Iterator[Check]:
 def position_checks(context: Context) -> Iterator[Check]:
     """TMRoPE positions of prompts of every modality, and of the reply's first token; stage ``positions``."""
     context.progress("positions")
-    yield from _conversation_checks(context, open_processor(context.checkpoint), "positions")
+    yield from _conversation_checks(
+        context, open_processor(context.checkpoint, context.bundle.manifest.vision), "positions"
+    )
 
 
 def _conversation_checks(context: Context, processor: Processor, stage: str) -> Iterator[Check]:

@@ -484,6 +484,24 @@ def test_a_dialogue_by_hand(root: Path) -> None:
     assert not [e for e in events if isinstance(e, AudioChunk)]
 
 
+def test_the_first_turn_shows_pictures_and_the_second_does_not(root: Path) -> None:
+    live = Live(root)
+    live.script("hello")
+    shown = [{"type": "image", "image": np.full((56, 56, 3), 90, np.uint8)}]
+    events: list[Any] = []
+    with Dialogue(live.session, events.append, shown=shown, speak=False) as dialogue:
+        for _ in range(2):
+            dialogue.begin()
+            dialogue.push(loud(1.0), RATE)
+            dialogue.commit()
+            dialogue.wait()
+    image = live.session.manifest.tokens.image
+    seen = [list(segment.ids).count(image) for turn in live.conversation.turns for segment in turn]
+    assert sum(seen) == 4
+    with pytest.raises(MediaError, match=r"absent\.png"):
+        Dialogue(live.session, events.append, shown=[{"type": "image", "image": root / "absent.png"}], speak=False)
+
+
 # --- a real detector ----------------------------------------------------------------------------------------------
 
 
