@@ -1,9 +1,10 @@
 """Write a folder under a temporary name, and rename it into place once it is complete.
 
-Next to ``NAME`` a folder ``.NAME.partial-XXXX`` holds ``new``, what is being written, and for a moment ``old``, what it
-replaces. Its owner holds a lock on it, which the kernel releases however the process ends: one that nobody holds was
-left by a process that was killed, and the next export removes it (after putting ``old`` back, should the kill have come
-between the two renames).
+Next to ``NAME`` a folder ``.NAME.partial-XXXX`` holds ``new``, what is being written. It is written out to disk, then
+both change places in one step; where the system cannot do that, ``NAME`` becomes ``old`` in that folder first. The
+folder's owner holds a lock on it, which the kernel releases however the process ends: one that nobody holds was left by
+a process that was killed. Whoever reads or writes ``NAME`` next for a new version puts ``old`` back, should the kill
+have come between two renames, and removes the rest.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, ExportError
+from ..system.files import exchange, sync
 from .manifest import Manifest
 from .reader import MANIFEST_FILE, read_manifest
 
@@ -40,15 +42,20 @@ def staging(out: Path) -> Iterator[Path]:
     lock: int | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        recover(target)
         room = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         lock = folder_lock(room)
         fresh = room / "new"
         fresh.mkdir()
         yield fresh
-        if target.exists():
+        for path in (*fresh.rglob("*"), fresh):
+            sync(path)
+        if not target.exists():
+            fresh.rename(target)
+        elif not exchange(fresh, target):
             target.rename(room / "old")
-        fresh.rename(target)
+            fresh.rename(target)
+        sync(target.parent)
     except OSError as error:
         raise _explain(error, target) from error
     finally:
@@ -95,6 +102,7 @@ def previous_manifest(out: Path) -> Manifest | None:
     Raises:
         ExportError: something else is there. It is not for this program to remove.
     """
+    recover(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_FILE).exists():
@@ -113,8 +121,9 @@ def unlisted(out: Path, manifest: Manifest) -> list[str]:
     return [name for name in found if name != MANIFEST_FILE and name not in manifest.files]
 
 
-def _sweep(target: Path) -> None:
-    """Remove what killed exports to ``target`` left behind."""
+def recover(out: Path) -> None:
+    """Put back what a killed export to ``out`` had moved aside, and remove what else it left behind."""
+    target = Path(os.path.realpath(out))
     for name in glob.glob(f".{glob.escape(target.name)}.partial-*", root_dir=target.parent):
         room = target.parent / name
         lock = folder_lock(room)

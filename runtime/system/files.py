@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,8 @@ from ..errors import UsageError
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # 0 on Windows
 #: how the names of files end that are being written
 PARTIAL = ".partial"
+#: of Linux' renameat2
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def partial_path(path: Path) -> Path:
@@ -23,12 +27,49 @@ def partial_path(path: Path) -> Path:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Let a whole file take the place of ``path``.
+    """Let a whole file take the place of ``path``: it is on the disk before its name changes.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: it cannot be written out, or renamed.
     """
+    sync(partial)
     os.replace(partial, path)
+    sync(path.parent)
+
+
+def exchange(fresh: Path, target: Path) -> bool:
+    """Let two folders change places in one step; False where the system or its file system cannot.
+
+    Raises:
+        OSError: anything else.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(fresh), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EPERM):  # an old kernel, NFS and others, a container's filter
+        return False
+    raise OSError(number, os.strerror(number), str(target))
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk.
+
+    Raises:
+        OSError: the disk is full, or failed.
+    """
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has nothing to sync
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
