@@ -19,7 +19,7 @@ _VIDEO_TOTAL = 128_000 * 28 * 28 * 9 // 10
 _MIN_FRAMES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionLimits:
     """What a part asks of its picture or video, in the words of Qwen's tool; None: the bundle's own.
 

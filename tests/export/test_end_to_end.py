@@ -116,7 +116,8 @@ def film(
             block.sample_rate, block.pts, block.time_base = 16000, 0, Fraction(1, 16000)
             out.mux(track.encode(block))
             out.mux(track.encode())
-    shown = frames[:: fps // 2]  # 2 frames a second
+    wanted = max(4, int(seconds * 2) // 2 * 2)  # as Qwen's tool: 2 frames a second, an even number, evenly spread
+    shown = frames[np.round(np.linspace(0, count - 1, wanted)).astype(int)]
     inside = None if samples is None else samples.astype(np.float32) / 32768
     return Medium("video", path, (shown, inside), use_audio=samples is not None)
 
@@ -140,7 +141,7 @@ CASES: dict[str, Callable[[Path], list[Turn]]] = {
     "image": lambda _: [user(photo("chelsea.png"), "What is this?")],
     "two images": lambda _: [user(photo("coffee.png", 97, 201), photo("rocket.jpg", 301, 130), "Which is larger?")],
     "video": lambda folder: [user(film(folder, 5.0), "What happens?")],
-    "odd video": lambda folder: [user(film(folder, 2.3, size=(131, 333)), "What happens?")],
+    "short video": lambda folder: [user(film(folder, 2.3, size=(131, 333)), "What happens?")],
     "video with sound": lambda folder: [user(film(folder, 5.0, heard=5.0), "What happens?")],
     "video longer than its sound": lambda folder: [user(film(folder, 5.0, heard=2.9), "What happens?")],
     # What follows starts below positions that the picture's rows have used.
