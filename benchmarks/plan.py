@@ -115,7 +115,7 @@ def _decode(root: Path, name: str) -> dict[str, Any]:
         tokens.feed(0, context)
         rounds = []
         for _ in range(ROUNDS):
-            rates = measure_rates(0.3)
+            rates = measure_rates(4)
             step = min(tokens.feed(index, index + 1)[0] for index in range(context, context + STEPS))
             rounds.append([rates.bandwidth, rates.products, step])
         found[str(context)] = rounds

@@ -6,15 +6,12 @@ where each comes from. What nobody measured is called assumed there.
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
 from omniport.runtime.errors import UsageError
 from omniport.runtime.system.host import physical_cores, total_memory
+from omniport.runtime.system.rates import product_rate, read_bandwidth
 
 from ..devices.catalog import TARGETS, THIS, Target
 from ..devices.detect import find_target
@@ -174,35 +171,6 @@ def cpu_machine(rates: Rates, memory: int | None = None) -> Machine:
     )
 
 
-def measure_rates(seconds: float = 1.5, clock: Callable[[], float] = time.perf_counter) -> Rates:
-    """Read bandwidth and FP32 matrix products of this machine's processor, the best that is seen in that time.
-
-    As many threads as physical cores read 128 MB each, far more than a cache holds.
-
-    Args:
-        clock: ``time.process_time`` counts the processor's time instead, shared out to the threads: on a busy machine,
-            what others take does not count.
-    """
-    threads = physical_cores()
-    share = 1 if clock is time.perf_counter else threads
-    blocks = [np.ones(32 << 20, np.float32) for _ in range(threads)]
-    square = np.ones((1024, 1024), np.float32)
-    read = products = 0.0
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or not products:
-        started = clock()
-        _read_all(blocks)
-        read = max(read, share * sum(block.nbytes for block in blocks) / (clock() - started))
-        started = clock()
-        square @ square
-        products = max(products, share * 2 * 1024**3 / (clock() - started))
-    return Rates(read, products)
-
-
-def _read_all(blocks: Sequence[NDArray[np.float32]]) -> None:
-    # a dot product: numpy's own reductions compute more than they read
-    threads = [threading.Thread(target=np.dot, args=(block, block)) for block in blocks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def measure_rates(tries: int = 20) -> Rates:
+    """Read bandwidth and FP32 matrix products of this machine's processor, the best of so many tries."""
+    return Rates(read_bandwidth(physical_cores(), tries), product_rate(tries))

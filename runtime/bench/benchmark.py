@@ -22,11 +22,11 @@ from ..speech.ode import solve, with_method
 from ..speech.ode_methods import METHODS
 from ..system.host import physical_cores, resident_memory
 from ..system.progress import Progress
+from ..system.rates import Clock
 from .reply_timing import measure_reply
 from .results import REPLY, BenchReport, Figure, Machine, StageResult, Work, measured_parts
 from .roofline import (
     CLOCKS,
-    Clock,
     Profile,
     alternate,
     environment,

@@ -2,9 +2,6 @@
 
 The two ways are timed in alternation, so that other load affects both.
 
-Both rates are measured with numpy, whose products use the same vector units as any runtime's, and both are the best of
-several tries: a roofline is what can be reached, not what happened to be.
-
 Operations are counted from ONNX Runtime's profile: it names the operators that really ran, with the shapes that they
 had. So it also says where the time went.
 """
@@ -20,19 +17,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..backends.onnxruntime.backend import OrtBackend, OrtGraph
 from ..bundle.reader import Bundle
 from ..system.host import cpu_name, physical_cores, total_memory
+from ..system.rates import READ_BYTES, SIDE, Clock, product_rate, read_bandwidth
 from .results import Environment, Machine, Timing
-
-Clock = Callable[[], float]
 
 #: wall: what a user waits for, on an idle machine. cpu: processor time of the process, which other programs hardly
 #: change; it says nothing of threads, so it goes with one.
@@ -41,10 +34,6 @@ CLOCKS: Mapping[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_ti
 #: seconds between the two: threads of the one's pool go to sleep before the other is timed
 SETTLE = 0.05
 
-#: larger than any last-level cache that this would run beside
-_READ_BYTES = 1 << 28
-_PIECE = 1 << 20
-_SIDE = 1536
 _LIBRARIES = ("omniport", "numpy", "onnxruntime")
 
 #: operators, by how their operations are counted
@@ -73,7 +62,7 @@ def environment(more: tuple[str, ...] = ()) -> Environment:
 
 
 def measure_machine(
-    threads: int, tries: int = 5, read_bytes: int = _READ_BYTES, side: int = _SIDE, clock: Clock = time.perf_counter
+    threads: int, tries: int = 5, read_bytes: int = READ_BYTES, side: int = SIDE, clock: Clock = time.perf_counter
 ) -> Machine:
     """Read bandwidth and matrix product rate with that many threads.
 
@@ -83,40 +72,10 @@ def measure_machine(
         read_bytes: of the array that is read. side: of the square float32 matrices.
     """
     return Machine(
-        read_bandwidth=_bandwidth(threads, tries, read_bytes, clock),
-        matmul_rate=_products(tries, side, clock),
+        read_bandwidth=read_bandwidth(threads, tries, read_bytes, clock),
+        matmul_rate=product_rate(tries, side, clock),
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
-
-
-def _bandwidth(threads: int, tries: int, size: int, clock: Clock) -> float:
-    """Bytes a second: every thread reads its share of one array, in pieces, by a dot product with itself."""
-    array = np.ones(size // 4, np.float32)
-    shares = np.array_split(array, threads)
-
-    def read(share: np.ndarray[tuple[int], np.dtype[np.float32]]) -> None:
-        for start in range(0, len(share), _PIECE):
-            piece = share[start : start + _PIECE]
-            np.dot(piece, piece)
-
-    with ThreadPoolExecutor(threads) as pool:
-        return size / _best(lambda: list(pool.map(read, shares)), tries, clock)
-
-
-def _products(tries: int, side: int, clock: Clock) -> float:
-    a = np.random.default_rng(0).standard_normal((side, side), np.float32)
-    out = np.empty_like(a)
-    return 2.0 * side**3 / _best(lambda: np.matmul(a, a, out=out), tries, clock)
-
-
-def _best(run: Callable[[], object], tries: int, clock: Clock) -> float:
-    run()
-    times = []
-    for _ in range(tries):
-        begin = clock()
-        run()
-        times.append(clock() - begin)
-    return min(times)
 
 
 def _version(name: str) -> str:
