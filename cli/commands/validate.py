@@ -57,6 +57,13 @@ def command(
     asr: Annotated[
         str, typer.Option(metavar="CMD", help="Speech recogniser: prints the words in the WAV file it is given last.")
     ] = "",
+    acceptance: Annotated[
+        bool,
+        typer.Option(
+            "--acceptance",
+            help="For the real weights: the recorded question of transformers' own test.",
+        ),
+    ] = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is stdout.")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a self-contained page.")] = None,
     quiet: QuietFlag = False,
@@ -74,7 +81,8 @@ def command(
     from omniport.export.validation.summary import encode
     from omniport.runtime.system.files import write_output
 
-    names = tuple(name.strip() for name in graphs.split(",") if name.strip()) or None
+    given = tuple(name.strip() for name in graphs.split(",") if name.strip())
+    names = (*given, "acceptance") if acceptance else given or None
     with progress_bar(quiet) as progress:
         report, artifacts = validate(
             bundle,

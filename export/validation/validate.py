@@ -33,6 +33,8 @@ from .types import FAIL, NOT_RUN, Check, ValidationReport
 
 Artifacts = dict[str, NDArray[Any]]
 
+_EVERYTHING = ("preprocess", "positions", *PARTS, "end_to_end", "speech")
+
 
 @dataclass(frozen=True)
 class _Group:
@@ -247,15 +249,18 @@ class _Loaded:
 
 
 def group_names() -> tuple[str, ...]:
-    """What ``graphs`` may name: each of these is one or two groups of checks."""
-    return ("preprocess", "positions", *PARTS, "end_to_end", "speech")
+    """What ``graphs`` may name: each of these is one or two groups of checks.
+
+    ``acceptance`` is not part of everything: it is for the real weights, and fetches two files.
+    """
+    return (*_EVERYTHING, "acceptance")
 
 
 def _groups(
     graphs: Sequence[str] | None, data: str | os.PathLike[str] | None, trace: str | None, asr: str | None
 ) -> list[_Group]:
     """Everything to run, in an order in which no part is loaded twice."""
-    wanted = group_names() if graphs is None else tuple(graphs)
+    wanted = _EVERYTHING if graphs is None else tuple(graphs)
     groups = [
         _Group("preprocess", "preprocessing.preprocess_checks", "preprocess"),
         _Group("positions", "preprocessing.position_checks", "preprocess"),
@@ -264,12 +269,13 @@ def _groups(
         groups.append(_Group(name, "graphs.graph_checks", name, (name,), (name,)))
         if part.decodes:
             groups.append(_Group(name, "decoding.decode_checks", name, (name,), (name,)))
+    hearing_and_seeing = tuple(name for name, part in PARTS.items() if not part.speaks)
     groups += [
         _Group(
             "end_to_end",
             "end_to_end.end_to_end_checks",
             "end_to_end",
-            tuple(name for name, part in PARTS.items() if not part.speaks),
+            hearing_and_seeing,
             options={} if data is None else {"data": Path(data)},
         ),
         _Group(
@@ -279,6 +285,7 @@ def _groups(
             tuple(part.name for part in speech_parts() if not part.decodes),
             options={} if asr is None else {"asr": asr},
         ),
+        _Group("acceptance", "acceptance.acceptance_checks", "end_to_end", needs=hearing_and_seeing),
     ]
     groups = [group for group in groups if group.stage in wanted]
     if trace is not None:

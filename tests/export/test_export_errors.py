@@ -396,7 +396,8 @@ def test_killed_between_the_renames_brings_the_old_bundle_back(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_failing_rename_brings_the_old_bundle_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["one step", "two renames"])
+def test_failing_rename_brings_the_old_bundle_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "bundle.json").write_text("old")
     rename = Path.rename
@@ -406,7 +407,13 @@ def test_failing_rename_brings_the_old_bundle_back(tmp_path: Path, monkeypatch: 
             raise OSError(errno.EIO, "bad disk")
         return rename(self, target)
 
+    def exchange(fresh: Path, target: Path) -> bool:
+        if how == "one step":
+            raise OSError(errno.EIO, "bad disk")
+        return False
+
     monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(staging, "exchange", exchange)
     with pytest.raises(ExportError, match="cannot write"), staging.staging(tmp_path / "bundle") as folder:
         (folder / "bundle.json").write_text("new")
     assert contents(tmp_path) == {"bundle/bundle.json": b"old"}
