@@ -8,7 +8,9 @@ format. Channels are averaged; soxr's HQ resampler gives ceil(n * out / in) samp
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MediaError
+from ..system.stderr import dropped_from_stderr
 from .source import as_array, check_source, describe, foreign, is_array, require, stream
 
 AudioSource = Any  # Source | (samples, rate) | samples: tensors of libraries that are no dependency have no name here
@@ -34,6 +37,8 @@ MAX_LEVEL = 16.0
 #: sampling rate of samples that come without one, as Qwen's own tools have it (Hz)
 BARE_RATE = 16000
 READ_BLOCK = 1 << 18
+#: lines of mpg123
+_MPG123 = re.compile(rb"\s*$|\[src/libmpg123/|Note: |Warning: ")
 
 
 def load_audio(source: AudioSource, sampling_rate: int = 16000, *, max_seconds: float = MAX_SECONDS) -> Samples:
@@ -196,7 +201,7 @@ def _decode(source: Path | bytes, label: str, max_seconds: float, to: float) -> 
     soundfile = require("soundfile")
     file = stream(source) if isinstance(source, bytes) else str(source)
     try:
-        with soundfile.SoundFile(file) as reader:
+        with _quiet(source), soundfile.SoundFile(file) as reader:
             rate = float(reader.samplerate)
             _check_rate(rate, label)
             _check_channels(reader.channels, label)
@@ -220,6 +225,14 @@ def _decode(source: Path | bytes, label: str, max_seconds: float, to: float) -> 
         if not container.streams.audio:
             raise MediaError(f"{label} has no audio track; pass a recording")
         return read_track(container, label, to, max_seconds)
+
+
+def _quiet(source: Path | bytes) -> AbstractContextManager[None]:
+    """libsndfile reads MP3 with mpg123, which tells stderr about every damaged frame."""
+    with stream(source) as opened:
+        head = opened.read(3)
+    is_mp3 = head == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
+    return dropped_from_stderr(_MPG123) if is_mp3 else nullcontext()
 
 
 def _unfinished(source: Path | bytes) -> bool:

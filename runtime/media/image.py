@@ -8,6 +8,7 @@ the same kernel, but rounded once at the end, which differs by a few levels of 2
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ MAX_PIXELS = 1 << 26
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 #: bytes of a HEIC file that are read at most
 MAX_HEIF = 1 << 27
+_SILENT = logging.NullHandler()
 #: EXIF orientation -> the name of Pillow's transposition that sets the picture upright
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -111,6 +113,7 @@ def picture_size(source: ImageSource) -> tuple[int, int]:
 def _read(source: ImageSource, use: Callable[[Any, int, str], Any]) -> Any:
     """``use(picture, turn, label)`` of an open picture; of a HEIC file's or a tensor's pixels, as a picture."""
     module = require("PIL.Image")
+    logging.getLogger("PIL").addHandler(_SILENT)  # else Python writes what it logs of a damaged file to stderr
     if is_array(source) and not isinstance(source, module.Image):
         return use(module.fromarray(_from_array(as_array(source, "pixels of an image"))), 1, "image array")
     if isinstance(source, module.Image):
