@@ -22,11 +22,11 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from omniport.export.source_code import json_key
-from omniport.runtime.backends.onnxruntime.onnx_scan import STANDARD_DOMAINS, scan_onnx
 from omniport.runtime.bundle.data_file import ALIGNMENT
 from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.manifest import SCHEMA_VERSION, FileRecord, Quantization
+from omniport.runtime.bundle.onnx_scan import check_graph_file
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.bundle.recipes import find_recipe
 from omniport.runtime.bundle.staging import check_space, previous_manifest, staging, take_over, unlisted
@@ -300,9 +300,7 @@ def _new_bytes(choices: Sequence[Choice], sources: Mapping[str, Stored]) -> int:
 def _model(bundle: Bundle, spec: GraphSpec) -> ir.Model:
     """The graph, its weights left in their files."""
     path = bundle.path(spec.file)
-    summary = scan_onnx(path)
-    if summary.domains - STANDARD_DOMAINS or summary.functions:
-        raise BundleError(f"{path} holds more than standard operators. Export the bundle again")
+    check_graph_file(path, spec)
     try:
         return ir.from_proto(onnx.load(path, load_external_data=False))
     except Exception as error:  # protobuf's own exceptions share no base class

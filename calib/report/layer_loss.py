@@ -20,6 +20,7 @@ from omniport.export.evaluation.half_emulation import load_copy, open_graph
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.bundle.graph_spec import TensorSpec
 from omniport.runtime.bundle.integer_weights import integers_name, scales_name, zero_points_name
+from omniport.runtime.bundle.onnx_scan import check_graph_file
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
 from onnx import numpy_helper
@@ -106,6 +107,7 @@ class _File:
     def __init__(self, bundle: Bundle, name: str) -> None:
         spec = bundle.manifest.graphs[name]
         self._bundle, self._folder = bundle, PurePosixPath(spec.file).parent
+        check_graph_file(bundle.path(spec.file), spec)
         self.graph = onnx.load(bundle.path(spec.file), load_external_data=False).graph
         self.tensors = {tensor.name: tensor for tensor in self.graph.initializer}
         self._makers = {output: node for node in self.graph.node for output in node.output}

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from omniport.runtime.backends.base import BackendWrapper, Graph
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend, OrtGraph, import_onnxruntime
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
+from omniport.runtime.bundle.onnx_scan import check_graph_file
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, ExportError
 from omniport.runtime.system.host import physical_cores
@@ -156,6 +157,7 @@ def load_copy(path: Path, spec: GraphSpec, emulate: bool) -> tuple[ir.Model, Gra
     Raises:
         ExportError: the graph has a half-precision output that is not a KV cache, or types cannot be inferred.
     """
+    check_graph_file(path, spec)
     proto = onnx.load(path, load_external_data=False)
     if not emulate:
         return ir.from_proto(proto), spec

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from omniport.runtime.bundle.onnx_scan import scan_onnx
 from omniport.runtime.errors import BundleError
 from onnx import TensorProto
 
@@ -197,6 +198,7 @@ def open_onnx(path: Path) -> OnnxFile:
     Raises:
         BundleError: no ONNX file, or weights that are kept somewhere else than beside it.
     """
+    scan_onnx(path)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (OSError, ValueError, Exception) as error:

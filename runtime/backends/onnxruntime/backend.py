@@ -17,18 +17,18 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...bundle.graph_spec import GraphSpec
+from ...bundle.onnx_scan import check_graph_file
 from ...errors import BackendError, BundleError, OmniportError
 from ...system import host
 from ...system.host import physical_cores
 from ..base import NO_GPU, Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
 from .kv_cache import GrowingCache, OrtCache, StaticCache
-from .onnx_scan import STANDARD_DOMAINS, scan_onnx
 from .providers import (
     INSTALL_PLUGIN,
     PLUGIN,
@@ -215,7 +215,9 @@ class OrtBackend(Backend):
             )
         spec = known[name]
         path = self._bundle.path(spec.file)
-        _check_graph_file(self._bundle, spec, path)
+        check_graph_file(path, spec)
+        for file in spec.data:
+            self._bundle.path(file)
         _check_version(self._ort.__version__, spec)
         try:
             session = self._session(path)
@@ -337,24 +339,6 @@ def _refuse_bfloat16(spec: GraphSpec) -> None:
             f"graph {spec.name!r} is bfloat16, for which ONNX Runtime has no CPU kernels: export with --precision fp32 "
             "(or fp16) for the CPU, or run this bundle on a GPU"
         )
-
-
-def _check_graph_file(bundle: Bundle, spec: GraphSpec, path: Path) -> None:
-    """Standard operators only, and no weights but those that the manifest lists for this graph."""
-    summary = scan_onnx(path)
-    foreign = sorted(summary.domains - STANDARD_DOMAINS)
-    if foreign or summary.functions:
-        what = f"operators of {', '.join(foreign)}" if foreign else f"{summary.functions} local functions"
-        raise BundleError(f"{path} uses {what}; a bundle's graphs hold standard ONNX operators only. Export it again")
-    folder = PurePosixPath(spec.file).parent
-    for location in sorted(summary.external):
-        name = str(folder / location)
-        if name not in spec.data or ".." in PurePosixPath(name).parts:
-            raise BundleError(
-                f"{path} takes weights from {location!r}, which bundle.json does not list for graph {spec.name!r} "
-                f"(it lists {', '.join(spec.data) or 'none'}). Export the bundle again"
-            )
-        bundle.path(name)
 
 
 def _check_signature(session: Any, spec: GraphSpec) -> None:

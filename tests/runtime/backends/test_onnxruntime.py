@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,6 @@ from omniport.runtime.backends.base import Graph
 from omniport.runtime.backends.onnxruntime import backend as ort
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.backends.onnxruntime.kv_cache import OrtCache, StaticCache
-from omniport.runtime.backends.onnxruntime.onnx_scan import scan_onnx
 from omniport.runtime.backends.onnxruntime.providers import (
     PLUGIN,
     PROVIDERS,
@@ -29,9 +29,10 @@ from omniport.runtime.backends.onnxruntime.providers import (
     warn_of_host_nodes,
 )
 from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.bundle.onnx_scan import scan_onnx
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, OmniportError
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 from support.bundles import make_bundle, make_manifest, write_manifest
 from support.onnx_graphs import KINDS, make_model, spec, tensor
@@ -368,6 +369,54 @@ def test_a_graph_with_another_signature(tmp_path: Path) -> None:
     model = decoder_model()
     model.graph.output.append(helper.make_tensor_value_info("live32", TensorProto.FLOAT, None))
     with pytest.raises(BundleError, match=r"has outputs \['live32'.*bundle.json says"):
+        load(tmp_path, model)
+
+
+def stored_elsewhere(name: str) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=1, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="unlisted.bin")
+    return tensor
+
+
+def sparse() -> onnx.SparseTensorProto:
+    places = numpy_helper.from_array(np.array([3], np.int64), "places")
+    return onnx.SparseTensorProto(values=stored_elsewhere("values"), indices=places, dims=[8])
+
+
+def with_attribute(model: onnx.ModelProto, **fields: Any) -> None:
+    model.graph.node[0].attribute.append(onnx.AttributeProto(name="value", **fields))
+
+
+def with_unknown_field(model: onnx.ModelProto) -> None:
+    model.graph.node[0].MergeFromString(b"\xc2\x3e\x01x")  # field 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda model: with_attribute(model, sparse_tensor=sparse()), "attribute field 22 is not known"),
+        (lambda model: with_attribute(model, sparse_tensors=[sparse()]), "attribute field 23 is not known"),
+        (lambda model: with_attribute(model, tp=onnx.TypeProto(denotation="x")), "attribute field 14 is not known"),
+        (lambda model: with_attribute(model, ref_attr_name="x"), "attribute field 21 is not known"),
+        (lambda model: model.graph.sparse_initializer.append(sparse()), "graph field 15 is not known"),
+        (lambda model: model.training_info.add(), "model field 20 is not known"),
+        (with_unknown_field, "node field 1000 is not known"),
+    ],
+)
+def test_what_is_not_known_to_be_safe_is_refused(
+    tmp_path: Path, change: Callable[[onnx.ModelProto], object], field: str
+) -> None:
+    model = decoder_model()
+    change(model)
+    with pytest.raises(BundleError, match=field):
+        load(tmp_path, model)
+
+
+@pytest.mark.parametrize("fields", [{"t": stored_elsewhere("t")}, {"tensors": [stored_elsewhere("t")]}])
+def test_tensors_of_attributes_are_looked_into(tmp_path: Path, fields: dict[str, Any]) -> None:
+    model = decoder_model()
+    with_attribute(model, **fields)
+    with pytest.raises(BundleError, match=r"takes weights from 'unlisted.bin', which bundle.json does not list"):
         load(tmp_path, model)
 
 
