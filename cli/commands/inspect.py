@@ -33,6 +33,7 @@ def command(
     """
     from omniport.runtime.bundle.engines import list_engines, verify_engine
     from omniport.runtime.bundle.reader import Bundle
+    from omniport.runtime.errors import BundleError
 
     with progress_bar(quiet or json or not verify) as progress:
         # the library counts bytes over all files: one bar, whatever file it is at
@@ -41,6 +42,12 @@ def command(
         for number, engine in enumerate(built.usable if verify else ()):
             progress("verify engines", number, len(built.usable))
             verify_engine(engine)
+        if verify and built.unusable:
+            name, reason = next(iter(built.unusable.items()))
+            raise BundleError(
+                f"{len(built.unusable)} of {len(built.usable) + len(built.unusable)} listed engines cannot be used: "
+                f"{name}: {reason}"
+            )
     manifest = opened.manifest
     facts = {**summary(manifest, verified=verify), **engine_facts(built), "not_here": not_here(built)}
     if json:

@@ -30,6 +30,7 @@ from omniport.runtime.bundle.manifest import FileRecord
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError
 from support.bundles import edit, make_bundle
+from support.command_line import Omniport, refused
 
 HERE = {"builder": "tensorrt-rtx", "version": "1.7.1", "capability": "8.9"}
 NAME = engine_path("tensorrt-rtx", "rtx-4090", "fp32", "dit")
@@ -154,6 +155,26 @@ def test_a_changed_engine_is_not_loaded(root: Path) -> None:
     unusable(root, "has 18 bytes; engines/engines.json lists 9")
     (root / NAME).unlink()
     unusable(root, "cannot be opened")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda root: (root / NAME).write_bytes(b"an eng"), "has 6 bytes"),
+        (lambda root: (root / NAME).write_bytes(b"an enginE"), "sha256"),
+        (lambda root: (root / NAME).unlink(), "cannot be opened"),
+        (lambda root: (root / record_path(NAME)).write_text("{}"), "engines/engines.json"),
+        (lambda root: (root / record_path(NAME)).unlink(), "cannot be opened"),
+        (lambda root: edit(root, lambda m: m["files"]["graphs/dit.data"].update(sha256="f" * 64)), "sha256"),
+    ],
+)
+@pytest.mark.parametrize("output", ["--quiet", "--json"])
+def test_inspect_verify_fails_on_an_engine_that_cannot_be_used(
+    root: Path, omniport: Omniport, damage: Callable[[Path], object], reason: str, output: str
+) -> None:
+    assert omniport("inspect", root, "--verify", output)[0] == 0
+    damage(root)
+    refused(omniport("inspect", root, "--verify", output), reason)
 
 
 def test_a_graph_that_was_exported_again(root: Path) -> None:
