@@ -100,7 +100,7 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     """
     # a polite kill unwinds the stack like Ctrl-C does, so that half-written files are removed
     set_up_streams()
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         app(args=None if argv is None else list(argv), prog_name="omniport")
     except KeyboardInterrupt:
@@ -110,6 +110,11 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     finally:
         signal.signal(signal.SIGTERM, previous)
     sys.exit(0)
+
+
+def _terminated(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop what the first has set going
+    sys.exit(EXIT_TERMINATED)
 
 
 def _report(error: Exception) -> int:

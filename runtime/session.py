@@ -17,6 +17,7 @@ from .backends.base import Backend, KvCache
 from .bundle.manifest import Manifest, SamplingConfig
 from .bundle.parts import encoder_of
 from .bundle.reader import Bundle
+from .concurrency.owner import Owner
 from .errors import UsageError
 from .events import Event
 from .generation.conversation import Conversation
@@ -49,8 +50,8 @@ class OmniSession:
         self.max_context = _context(max_context, min(exported, backend.max_context() or exported))
         self.text_codec = TextCodec.from_file(bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens)
         self._backend: Backend | None = backend
-        self._shared = _Shared()
-        self._lock = threading.Lock()
+        self._shared, self._owner = _Shared(), Owner()
+        self._lock = threading.RLock()  # a signal handler may close the session in the thread that holds it
         self._pool = CachePool(self._new_cache, self.max_context)
         self._conversation: Conversation | None = None
         self._system: str | None = None
@@ -95,8 +96,9 @@ class OmniSession:
         """The backend.
 
         Raises:
-            UsageError: the session is closed.
+            UsageError: the session is closed, or was used in the process that this one is a fork of.
         """
+        self._owner.check()
         if self._backend is None:
             raise UsageError("the session is closed; open another one with OmniSession.open(...)")
         return self._backend
@@ -110,29 +112,35 @@ class OmniSession:
     def close(self) -> None:
         """Cancel what is under way, and release caches, and graphs with the last session that shares them.
 
-        Closing twice does nothing.
+        Closing twice does nothing, and so does closing in a fork of the process that used it.
         """
-        if self._backend is None:
+        if self._owner.elsewhere:
             return
-        if self._turn is not None:
-            self._turn.cancel()
-        for reply in tuple(self._replies):
-            reply.cancel()
-        backend, self._backend, self._conversation = self._backend, None, None
-        self._pool.clear()
+        with self._lock:
+            if self._backend is None:
+                return
+            if self._turn is not None:
+                self._turn.cancel()
+            for reply in tuple(self._replies):
+                reply.cancel()
+            backend, self._backend, self._conversation = self._backend, None, None
+            self._pool.clear()
         if self._shared.leave():
             backend.close()
 
     def load(self) -> None:
         """Load every graph now. Otherwise each is loaded when it is first used, which the first reply waits for."""
+        self._owner.claim()
         for name in self.manifest.graphs:
             self.backend.graph(name)
 
     def fork(self) -> OmniSession:
         """Another session, with another conversation, over the same graphs: weights are in memory once."""
-        other = OmniSession(self.bundle, self.backend, max_context=self.max_context)
-        other._shared = self._shared.join()
-        return other
+        self._owner.check()
+        with self._lock:
+            other = OmniSession(self.bundle, self.backend, max_context=self.max_context)
+            other._shared, other._owner = self._shared.join(), self._owner
+            return other
 
     def reset(self, system: str | None = None) -> None:
         """Begin a new conversation.
@@ -143,6 +151,7 @@ class OmniSession:
         Raises:
             UsageError: a turn is open.
         """
+        self._owner.check()
         with self._lock:
             self._require_no_turn()
             if self._conversation is not None:
@@ -188,6 +197,7 @@ class OmniSession:
             threads=threads,
             ignore_stop=ignore_stop,
         )
+        self._owner.claim()
         with self._lock:
             self._require_no_turn()
             task = self._task(options)
@@ -251,6 +261,7 @@ class OmniSession:
             threads=threads,
             ignore_stop=ignore_stop,
         )
+        self._owner.claim()
         task = self._task(options)
         with task.timer("preprocess"):
             prompt = build_prompt(messages, self.manifest, self.text_codec, self.max_context)
@@ -259,11 +270,13 @@ class OmniSession:
         for span in prompt.media:
             self.bundle.require_graph(encoder_of(span.kind).name, f"the {span.kind}")
         reply = WholeReply(task, prompt, self._pool, started)
-        self._replies.add(reply)
+        with self._lock:
+            _ = self.backend  # it may have been closed meanwhile
+            self._replies.add(reply)
         return reply.events()
 
     def _task(self, options: ReplyOptions) -> ReplyTask:
-        return make_task(self.bundle, self.text_codec, self.backend, options, self.max_context)
+        return make_task(self.bundle, self.text_codec, self.backend, options, self.max_context, self._owner)
 
     def _require_no_turn(self) -> None:
         if self._turn is not None and not self._turn.ended:

@@ -77,6 +77,7 @@ class Turn:
         self._require("audio")
         values, rate = pcm((samples, sample_rate))
         check_level(values, rate, "this sound")
+        self._task.owner.check()
         if len(values):
             frontend = self._task.bundle.manifest.audio
             frames = frontend.sampling_rate / frontend.hop_length  # of mel a second, four of which make a token
@@ -145,7 +146,7 @@ class Turn:
             if part.kind != "text":
                 self._require(part.kind)
         lay, tokens = self._read(parts)
-        if lay:
+        if tokens:
             with self._push(tokens):
                 self._whole(lay)
 
@@ -170,6 +171,7 @@ class Turn:
             TurnEnded. PromptTooLong.
         """
         started = time.perf_counter()
+        self._task.owner.check()
         with self._lock:
             self._require_open()
             if not self._anything:
@@ -205,6 +207,8 @@ class Turn:
         """
         if heard is not None and not (isinstance(heard, Real) and heard >= 0):
             raise UsageError(f"heard is {heard!r}; seconds of speech, 0 or more, were expected")
+        if self._task.owner.elsewhere:  # nothing of it runs in a fork
+            return
         self._task.token.cancel()  # first: a push in another thread holds the lock until it sees this
         with self._lock:
             if self._state == "open":
@@ -225,6 +229,7 @@ class Turn:
         Args:
             tokens: of it, as far as they are known; PromptTooLong before anything is taken if there is no room.
         """
+        self._task.owner.check()
         with self._lock:
             self._require_open()
             self._conversation.require_room(self._layout.pending + tokens)

@@ -22,6 +22,7 @@ import numpy as np
 from omniport.runtime.bundle.staging import check_space
 from omniport.runtime.errors import ExportError, UsageError
 from omniport.runtime.system.progress import Progress
+from omniport.runtime.system.signals import uninterrupted
 
 from .geometries import CODEBOOK, CODEC, CODEC_VOCAB, SIZES, TTS_FROM_END, Size, checkpoint_config
 from .random_weights import Outliers, Scaling, generator, write_shards
@@ -64,7 +65,8 @@ def make_checkpoint(
                 out.rmdir()
             os.replace(aside, out)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            with uninterrupted():
+                shutil.rmtree(aside, ignore_errors=True)
             raise
     except OSError as error:
         raise ExportError(

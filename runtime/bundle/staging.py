@@ -23,6 +23,7 @@ from typing import Any
 
 from ..errors import BundleError, ExportError
 from ..system.files import exchange, sync
+from ..system.signals import uninterrupted
 from .manifest import Manifest
 from .reader import MANIFEST_FILE, read_manifest
 
@@ -43,8 +44,9 @@ def staging(out: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
-        room = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        lock = folder_lock(room)
+        with uninterrupted():
+            room = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+            lock = folder_lock(room)
         fresh = room / "new"
         fresh.mkdir()
         yield fresh
@@ -59,14 +61,15 @@ def staging(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise _explain(error, target) from error
     finally:
-        if room is not None:
-            _remove(room, target)
-        if lock is not None:
-            os.close(lock)
-        if not target.exists():
-            for folder in missing:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+        with uninterrupted():
+            if room is not None:
+                _remove(room, target)
+            if lock is not None:
+                os.close(lock)
+            if not target.exists():
+                for folder in missing:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
 
 
 def take_over(source: Path, target: Path, link: bool = True) -> None:

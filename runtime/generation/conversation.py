@@ -6,6 +6,7 @@ changed: the tokens are set right, the caches are cut back to what is still true
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -54,6 +55,7 @@ class Conversation:
         # float32 [n, H] of the tokens that the thinker has and the talker does not
         self._conditioning: Floats = np.zeros((0, bundle.manifest.thinker.hidden_size), np.float32)
         self._dropped = self._refilled = 0
+        self._lock = threading.Lock()  # a reply may be shortened while the next turn begins
         self._backend: Backend | None = None
         self._timer = StageTimer()
 
@@ -102,12 +104,14 @@ class Conversation:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.turns = [[]]
-        self._cut(0)
+        with self._lock:
+            self.turns = [[]]
+            self._cut(0)
 
     def begin_turn(self) -> None:
-        """What is added from now on is a new turn."""
-        self.turns.append([])
+        """What is added from now on is a new turn; the last one can't be shortened any more."""
+        with self._lock:
+            self.turns.append([])
 
     def undo_turn(self) -> None:
         """Discard the last turn."""
@@ -207,15 +211,18 @@ class Conversation:
             self._conditioning = np.concatenate([self._conditioning, np.stack(conditioning[:consumed])])
         self.add(_line(closing))
 
-    def shorten_answer(self, count: int) -> None:
-        """Cut the last turn's reply back to its first ``count`` tokens."""
-        turn = self.turns[-1]
-        reply, closing = turn[-2:]
-        del turn[-2:]
-        prompt = self.length
-        self.add(_line(reply.ids[:count]))
-        self._cut(prompt + count)
-        self.add(closing)
+    def shorten_answer(self, turn: list[Segment] | None, count: int) -> bool:
+        """Cut a turn's reply back to its first ``count`` tokens, if it is the last; whether it is."""
+        with self._lock:
+            if self.turns[-1] is not turn:
+                return False
+            reply, closing = turn[-2:]
+            del turn[-2:]
+            prompt = self.length
+            self.add(_line(reply.ids[:count]))
+            self._cut(prompt + count)
+            self.add(closing)
+            return True
 
     def _segments(self) -> Iterator[Segment]:
         for turn in self.turns:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 
 from ..concurrency.cancel import Cancelled
+from ..concurrency.owner import Owner
 from ..events import AudioChunk, Done, Event, Stats, TextDelta, TurnsDropped, underruns
 from ..generation.conversation import Conversation
 from ..generation.thinker import ThinkerRun
@@ -49,7 +50,7 @@ class Reply:
 
     def events(self) -> Iterator[Event]:
         """Run to the end, or until cancelled, giving events."""
-        return _Events(self._run(), self.cancel)
+        return _Events(self._run(), self.cancel, self._task.owner)
 
     def _run(self) -> Iterator[Event]:
         try:
@@ -88,8 +89,7 @@ class Reply:
 
     def _shorten(self, count: int) -> None:
         """The reply is complete, but was not heard to its end: keep ``count`` tokens of it."""
-        if self._conversation.turns[-1] is self._turn and count < self._kept:
-            self._conversation.shorten_answer(count)
+        if count < self._kept and self._conversation.shorten_answer(self._turn, count):
             self._kept = count
 
     def _prepare(self) -> None:
@@ -220,23 +220,24 @@ class Reply:
 class _Events:
     """What a reply gives. A generator that is dropped before its first event would never know that it was."""
 
-    def __init__(self, events: Iterator[Event], abandon: Callable[[], None]) -> None:
-        self._events, self._abandon, self._begun = events, abandon, False
+    def __init__(self, events: Iterator[Event], abandon: Callable[[], None], owner: Owner) -> None:
+        self._events, self._abandon, self._owner = events, abandon, owner
 
     def __iter__(self) -> Iterator[Event]:
         return self
 
     def __next__(self) -> Event:
-        self._begun = True
+        self._owner.check()
         return next(self._events)
 
     def close(self) -> None:
-        """Cancel the reply, if it has not ended."""
-        if not self._begun:
-            self._begun = True
-            self._abandon()
+        """Cancel the reply, if it has not ended; from any thread, while another waits for an event too."""
+        if self._owner.elsewhere:
+            return
+        self._abandon()
         if isinstance(self._events, Generator):
-            self._events.close()
+            with suppress(ValueError):  # it is executing: the thread in it sees that the reply has ended
+                self._events.close()
 
     def __del__(self) -> None:
         with suppress(Exception):  # at the interpreter's end anything may be gone

@@ -10,6 +10,7 @@ from ..bundle.manifest import VoiceSpec
 from ..bundle.parts import decoders, speech_parts
 from ..bundle.reader import Bundle
 from ..concurrency.cancel import CancelToken
+from ..concurrency.owner import Owner
 from ..concurrency.timing import StageTimer
 from ..errors import UsageError
 from ..generation.sampling import Sampler, validate_sampling
@@ -40,6 +41,7 @@ class ReplyTask:
         speech: None for a reply that is only read.
         reserve: tokens of the KV cache that shall be free for the reply.
         threads: workers at once, each in its thread; False: one after the other in the caller's.
+        owner: the process that works on it.
         exact: of a live turn, see `OmniSession.turn`.
     """
 
@@ -54,9 +56,12 @@ class ReplyTask:
     reserve: int
     threads: bool
     exact: bool
+    owner: Owner
 
 
-def make_task(bundle: Bundle, codec: TextCodec, backend: Backend, options: ReplyOptions, capacity: int) -> ReplyTask:
+def make_task(
+    bundle: Bundle, codec: TextCodec, backend: Backend, options: ReplyOptions, capacity: int, owner: Owner
+) -> ReplyTask:
     """Check how a reply is asked for, and make what it takes.
 
     Args:
@@ -85,6 +90,7 @@ def make_task(bundle: Bundle, codec: TextCodec, backend: Backend, options: Reply
         reserve=min(longest, capacity // 4),
         threads=options.threads,
         exact=options.exact,
+        owner=owner,
     )
 
 

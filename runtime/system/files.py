@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ..errors import UsageError
+from .signals import uninterrupted
 
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # 0 on Windows
 #: how the names of files end that are being written
@@ -86,7 +87,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         put_in_place(partial, path)
     finally:
-        with suppress(OSError):
+        with uninterrupted(), suppress(OSError):
             partial.unlink()
 
 
@@ -135,11 +136,12 @@ def output(path: Path) -> Iterator[BinaryIO]:
                     partial.chmod(stat.S_IMODE(mode))
                 put_in_place(partial, target)
     finally:
-        with suppress(OSError):
-            file.close()
-        if partial is not None:
+        with uninterrupted():
             with suppress(OSError):
-                partial.unlink()
+                file.close()
+            if partial is not None:
+                with suppress(OSError):
+                    partial.unlink()
 
 
 def _open_device(path: Path) -> BinaryIO:

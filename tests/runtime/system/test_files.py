@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,43 @@ def test_cache_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMNIPORT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cache_folder() == Path("/somewhere/omniport")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_for_the_end_of_cleaning_up(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the half-written file is removed: the file goes, then the signal is acted on."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    def half() -> None:
+        with replacing(tmp_path / "out") as partial:
+            partial.write_text("half")
+            raise KeyError
+
+    unlink = Path.unlink
+
+    def unlinking(path: Path, missing_ok: bool = False) -> None:
+        signal.raise_signal(number)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlinking)
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stopped):
+            half()
+    finally:
+        signal.signal(number, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cleaning_up_in_another_thread(tmp_path: Path) -> None:
+    """Signals are the main thread's."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(replace_file, tmp_path / "out", b"whole").result(10)
+    assert (tmp_path / "out").read_bytes() == b"whole"

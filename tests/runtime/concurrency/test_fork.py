@@ -1,0 +1,86 @@
+"""A session that is used stays with its process: a fork of it is told so, at once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omniport.runtime import OmniSession, UsageError
+from support.live_turns import Live
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on Windows"),
+    pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
+]
+
+
+def in_a_fork(check: Callable[[], object]) -> None:
+    """It passes in a fork of this process, in a few seconds."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            check()
+            code = 0
+        finally:
+            os._exit(code)
+    limit = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > limit:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
+
+
+def refused(call: Callable[[], Any]) -> None:
+    with pytest.raises(UsageError, match="fork"):
+        call()
+
+
+def test_a_fork_in_a_reply(live: Live) -> None:
+    live.script("Yes.", [*range(40), 52])
+    session, turn = live.session, live.ask("Hello")
+    events = turn.commit()
+    next(events)
+    message = [{"role": "user", "content": "Hello"}]
+
+    def check() -> None:
+        with session._lock:  # as another thread of the parent might hold it
+            for call in (session.turn, session.fork, session.reset, session.load, lambda: session.reply(message)):
+                refused(call)
+            refused(lambda: turn.push_text("more"))
+            refused(turn.commit)
+            refused(lambda: next(events))
+            turn.cancel()
+            session.close()
+
+    in_a_fork(check)
+    assert list(events)[-1].finish_reason == "stop"  # type: ignore[union-attr]
+    session.close()
+
+
+def test_a_fork_before_the_first_turn(root: Path) -> None:
+    """A server may open the bundle, then fork its workers."""
+    live = Live(root)
+    live.script("Yes.")
+
+    def check() -> None:
+        assert live.say("Well?", speak=False)[2].text == "Yes."
+        live.session.close()
+
+    in_a_fork(check)
+    assert live.say("Well?", speak=False)[2].text == "Yes."
+    in_a_fork(lambda: refused(live.session.turn))
+
+
+def test_forks_of_a_session_are_of_its_process(live: Live) -> None:
+    other: OmniSession = live.session.fork()
+    live.script("Yes.")
+    live.say("Well?", speak=False)
+    in_a_fork(lambda: refused(other.turn))

@@ -1,0 +1,27 @@
+"""Seeds of the fuzzers, and how many inputs each kind tried.
+
+In the suite every kind runs a few fixed seeds. ``OMNIPORT_FUZZ_SEEDS=FIRST:COUNT`` runs others (``make fuzz``), each a
+test of its own, so that a failure names the seed: ``OMNIPORT_FUZZ_SEEDS=N:1 pytest tests/fuzz -k KIND`` runs it again.
+``OMNIPORT_FUZZ_LOG`` names a folder where the inputs are counted.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_ASKED = os.environ.get("OMNIPORT_FUZZ_SEEDS")
+_LOG = os.environ.get("OMNIPORT_FUZZ_LOG")
+
+
+def seeds(kind: str, few: int) -> list[int]:
+    """Seeds to run: ``few`` of them in the suite."""
+    first, count = map(int, _ASKED.split(":")) if _ASKED else (0, few)
+    return list(range(first, first + count))
+
+
+def note(kind: str, outcome: str = "tried") -> None:
+    """Count one input of a kind."""
+    if _LOG:
+        with (Path(_LOG) / f"{kind}.{os.getpid()}").open("a") as file:
+            file.write(outcome + "\n")
