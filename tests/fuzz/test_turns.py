@@ -344,7 +344,7 @@ class Contract(RuleBasedStateMachine):
 
     def push(self, call: Callable[[], Any]) -> bool:
         """Whether it was taken; a push that was refused has taken nothing, and dropped nothing."""
-        before = self.open_turn, (self.tokens(), self.open_turn._layout.pending)
+        before = self.tokens(), self.open_turn._layout.pending
         try:
             self.elsewhere(call)
         except (MediaError, PromptError):
