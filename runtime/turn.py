@@ -75,16 +75,15 @@ class Turn:
             MediaError, TurnEnded, PromptTooLong.
         """
         self._require("audio")
+        self._task.owner.check()
         values, rate = pcm((samples, sample_rate))
         check_level(values, rate, "this sound")
-        self._task.owner.check()
         if len(values):
-            frontend = self._task.bundle.manifest.audio
-            frames = frontend.sampling_rate / frontend.hop_length  # of mel a second, four of which make a token
             with self._lock:
                 self._require_open()
-                self._clip_for("audio").require_sound(len(values), rate)
-                with self._push(int(len(values) / rate * frames / 4)):
+                clip = self._clip_for("audio")
+                clip.require_sound(len(values), rate)
+                with self._push(clip.waiting(len(values), rate), clip):
                     self._sound(values, rate)
 
     def push_frame(self, image: ImageSource, time_s: float) -> None:
@@ -101,11 +100,16 @@ class Turn:
             MediaError, TurnEnded, PromptTooLong.
         """
         self._require("image")
+        self._task.owner.check()
         if not isinstance(time_s, Real) or isinstance(time_s, bool) or not math.isfinite(time_s):
             raise MediaError(f"the frame's time is {time_s!r}; seconds from the start of the turn were expected")
         pixels = load_image(image)
-        with self._push():
-            self._picture(pixels, float(time_s))
+        with self._lock:
+            self._require_open()
+            clip, time_s = self._clip_for("video"), float(time_s)
+            clip.require_picture(pixels, time_s)
+            with self._push(clip.waiting(frame=(pixels, time_s)), clip):
+                self._picture(pixels, time_s)
 
     def push_image(self, image: ImageSource) -> None:
         """Take a still picture. It closes the clip before it.
@@ -223,15 +227,18 @@ class Turn:
         self.cancel()
 
     @contextmanager
-    def _push(self, tokens: int = 0) -> Iterator[None]:
+    def _push(self, tokens: int, clip: LiveClip | None = None) -> Iterator[None]:
         """Around what takes something: prefills what it completed, or ends the turn if that fails.
 
         Args:
-            tokens: of it, as far as they are known; PromptTooLong before anything is taken if there is no room.
+            tokens: of it at most; PromptTooLong before anything is taken if there is no room.
+            clip: that it belongs to, whose waiting tokens are among them; another one ends before.
         """
         self._task.owner.check()
         with self._lock:
             self._require_open()
+            if self._clip is not None and self._clip is not clip:
+                tokens += self._clip.waiting()
             self._conversation.require_room(self._layout.pending + tokens)
             try:
                 yield

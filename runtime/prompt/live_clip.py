@@ -76,7 +76,11 @@ class LiveSound(_Tokens):
     @property
     def frames(self) -> int:
         """Mel frames if the clip ended now."""
-        samples = math.ceil(self._samples * self._frontend.sampling_rate / self.rate)
+        return self.frames_with(0)
+
+    def frames_with(self, more: int) -> int:
+        """Mel frames if the clip ended after so many samples more."""
+        samples = math.ceil((self._samples + more) * self._frontend.sampling_rate / self.rate)
         return -(-samples // self._frontend.hop_length)
 
     def push(self, samples: Floats) -> None:
@@ -159,6 +163,18 @@ class LivePictures(_Tokens):
                 "Times are seconds from the start of the turn, on the clock of its sound. Commit the turn, or push "
                 "text to begin another clip"
             )
+
+    def tokens_with(self, frame: tuple[Pixels, float] | None, origin: float) -> int:
+        """Tokens at most, if the clip ended now or after this frame, and started at ``origin`` or with a frame."""
+        pixels, last = frame or (self._frames[0][1], self.last)
+        vision, pushed = self._manifest.vision, self._pushed + (frame is not None)
+        first = self.first if self._pushed else last
+        start = self._origins[0] if self._settled else min(first, origin)
+        usual = (last - first) / (pushed - 1) if pushed > 1 else self._step
+        instants = max(self._instants, 1, math.ceil((last - start + usual) / self._step - 0.01))
+        depth = vision.temporal_patch_size
+        height, width = video_size(pixels.shape[0], pixels.shape[1], depth, vision, VisionLimits())
+        return -(-instants // depth) * (height * width // (vision.patch_size * vision.merge_size) ** 2)
 
     def push(self, pixels: Pixels, time: float, origin: float) -> None:
         """Take a frame uint8 [H, W, 3]; ``origin`` is where the clip starts if it has sound."""
@@ -290,6 +306,20 @@ class LiveClip:
         """MediaError if this is a sound too short for a token."""
         if self._pictures is None and self._sound is not None:
             require_tokens(self._sound.frames, self._manifest.audio)
+
+    def waiting(self, samples: int = 0, rate: float = 0.0, frame: tuple[Pixels, float] | None = None) -> int:
+        """Tokens at most that are not laid out yet, were the clip to end after these samples or this frame."""
+        sound, pictures, count = self._sound, self._pictures, 4  # what begins and ends it
+        if sound is None and samples:
+            sound = LiveSound(self._manifest.audio, rate, self._encoders, self._exact)
+        if sound is not None:
+            count += audio_tokens(sound.frames_with(samples)) + 1 - len(sound.indices)
+        if pictures is None and frame is not None:
+            pictures = LivePictures(self._manifest, self._encoders)
+        if pictures is not None:
+            origin = self._origin if sound is not None else math.inf
+            count += pictures.tokens_with(frame, origin) - len(pictures.indices)
+        return count
 
     def close(self) -> Fill | None:
         """No more will come: lay out the rest. Gives the tokens whose embeddings an ``exact`` clip has changed."""

@@ -25,7 +25,7 @@ def uninterrupted() -> Iterator[None]:
         for number, handler in handlers.items():
             if callable(handler):
                 signal.signal(number, handler)
-        for number in came:
-            handler = handlers[signal.Signals(number)]
+        for late in came:
+            handler = handlers[signal.Signals(late)]
             if callable(handler):
-                handler(number, None)
+                handler(late, None)
