@@ -23,6 +23,7 @@ from omniport.runtime.bundle.staging import check_space, staging, take_over
 from omniport.runtime.system.progress import Progress, StageProgress
 
 from .bundle_parts import write_embeddings
+from .checkpoint.tokenizer_json import own_tokens
 from .export_options import ExportOptions
 from .export_plan import ExportPlan, KeptGraph, NewGraph, plan_export
 from .graphs.lowering import OPSETS
@@ -30,6 +31,11 @@ from .graphs.mixed_precision import mix
 from .graphs.packed_weights import import_packed
 from .graphs.trace import trace
 from .graphs.writer import write_model
+
+_LOST_SPEECH = (
+    "config.json says enable_audio_output, and the checkpoint has no talker or token2wav weights: the bundle answers "
+    "in text. For speech, put the thinker's weights back into the whole base model and export that."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +59,18 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote."""
+    """What an export wrote.
+
+    Attributes:
+        added_tokens: those of the checkpoint's tokenizer that the published models do not have.
+        notes: what the user should know of the bundle.
+    """
 
     path: Path
     seconds: float
     graphs: tuple[GraphReport, ...]
+    added_tokens: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def export_checkpoint(
@@ -115,7 +128,9 @@ def export_checkpoint(
     check_space(plan.out, int(plan.weight_bytes * 1.02))
     with staging(plan.out) as folder:
         rows = write_bundle(plan, folder, progress)
-    return ExportReport(plan.out, round(time.perf_counter() - started, 3), rows)
+    notes = (_LOST_SPEECH,) if plan.checkpoint.lost_speech else ()
+    seconds = round(time.perf_counter() - started, 3)
+    return ExportReport(plan.out, seconds, rows, own_tokens(plan.parts.tokenizer), notes)
 
 
 @dataclass(frozen=True)

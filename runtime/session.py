@@ -286,12 +286,13 @@ class OmniSession:
         return self.backend.graph(name).new_cache(self.max_context)
 
     def _opening(self) -> Segment:
-        """The system message."""
+        """The system message; empty where the user gave none, and the bundle has none."""
         layout = Layout(self.manifest, self.text_codec)
-        chat_template.begin_message(layout, "system")
-        layout.text(self.manifest.chat.system_prompt if self._system is None else self._system)
-        chat_template.end_message(layout)
-        layout.flush()
+        if self._system is not None or self.manifest.chat.system_prompt:
+            chat_template.begin_message(layout, "system")
+            layout.text(self.manifest.chat.system_prompt if self._system is None else self._system)
+            chat_template.end_message(layout)
+            layout.flush()
         return layout.segment()
 
 

@@ -91,6 +91,9 @@ def command(
         for row in report.graphs
     )
     print_table(f"Exported to {report.path}", ("graph", "nodes", "weights", "seconds"), rows)
+    tokens = " ".join(report.added_tokens)
+    for note in (*([f"added tokens of the checkpoint: {tokens}"] if tokens else []), *report.notes):
+        log_console(quiet).print(note, markup=False)
     for row in report.graphs:
         if row.overflowing:
             log_console(quiet).print(

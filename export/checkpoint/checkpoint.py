@@ -42,6 +42,11 @@ _RENAMES: Sequence[tuple[str, str]] = (
 )
 
 
+_SPEECH = re.compile(r"(talker|token2wav)\.")
+#: names of a thinker saved alone, which may lack its prefix
+_THINKER = re.compile(r"(model|audio_tower|visual|lm_head)\.")
+
+
 class Checkpoint:
     """An opened checkpoint. Tensor names are the hub's, whichever way the file stores them.
 
@@ -56,6 +61,8 @@ class Checkpoint:
             (two fine-tunes of one model have equal headers).
         packing: how packed weights are stored; None in an unquantized checkpoint.
         packed: those weights by name.
+        lost_speech: config.json says that it speaks, and no weight of talker or token2wav is stored. It is taken for
+            one that does not.
     """
 
     def __init__(
@@ -71,6 +78,9 @@ class Checkpoint:
         self.config = config
         self._files = tuple(files)
         self._where = _index_tensors(files)
+        self.lost_speech = bool(config.enable_audio_output) and not any(map(_SPEECH.match, self._where))
+        if self.lost_speech:
+            config.enable_audio_output = False
         self.packing = packing
         self.packed: dict[str, PackedWeight] = {}
         self.packed = find_packed(packing, set(self._where), self)
@@ -99,7 +109,7 @@ class Checkpoint:
 
     @property
     def has_speech(self) -> bool:
-        """Whether the checkpoint speaks (``enable_audio_output``)."""
+        """Whether the checkpoint speaks: ``enable_audio_output``, and weights of it."""
         return bool(self.config.enable_audio_output)
 
     @property
@@ -177,7 +187,7 @@ class Checkpoint:
         """
         patterns = list(IGNORED_WEIGHTS)
         if not self.has_speech:
-            patterns.append(r"(talker|token2wav)\..*")
+            patterns.append(_SPEECH.pattern + ".*")
         ignored = re.compile("|".join(patterns))
         return [key for key in self.keys() if key not in used and not ignored.fullmatch(key) and not self._empty(key)]
 
@@ -201,6 +211,8 @@ class Checkpoint:
 
 
 def _hub_name(stored: str) -> str:
+    if _THINKER.match(stored):
+        stored = f"thinker.{stored}"
     for prefix, hub in _RENAMES:
         if stored.startswith(prefix):
             return hub + stored[len(prefix) :]

@@ -22,6 +22,8 @@ from omniport.runtime.errors import CheckpointError
 from omniport.runtime.system.files import read_text
 
 _MODEL_TYPE = "qwen2_5_omni"
+#: the thinker saved alone, as fine-tuning tools do: its configuration is the whole config.json
+THINKER_TYPE = "qwen2_5_omni_thinker"
 _DIT_NAMES: Mapping[str, str] = {
     "dim": "hidden_size",
     "depth": "num_hidden_layers",
@@ -53,7 +55,7 @@ def load_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointError(f"{folder} is not a checkpoint: it holds no config.json. Give the folder that does.")
-    raw = read_json(path)
+    raw = whole_config(read_json(path))
     _check_architecture(raw, path)
     normalised = normalise_config(raw)
 
@@ -67,6 +69,13 @@ def load_config(folder: Path) -> Any:
         raise CheckpointError(f"{path} is not a usable {_MODEL_TYPE} configuration: {error}") from error
     _check_rope(config, path)
     return config
+
+
+def whole_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's object; that of a thinker saved alone as a whole model that does not speak."""
+    if raw.get("model_type") != THINKER_TYPE:
+        return dict(raw)
+    return {"model_type": _MODEL_TYPE, "thinker_config": dict(raw), "enable_audio_output": False}
 
 
 def normalise_config(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +106,8 @@ def _check_architecture(raw: Mapping[str, Any], path: Path) -> None:
         names = raw.get("architectures")
         raise CheckpointError(
             f"{path} describes model_type {found!r}" + (f" (architectures {names})" if names else "") + "; omniport "
-            f"supports {_MODEL_TYPE!r} (Qwen2.5-Omni 3B, 7B and fine-tunes of the whole model)."
+            f"supports {_MODEL_TYPE!r} (Qwen2.5-Omni 3B, 7B and their fine-tunes) and {THINKER_TYPE!r} "
+            "(the thinker alone)."
         )
     if not isinstance(raw.get("thinker_config"), dict):
         raise CheckpointError(f"{path} has no thinker_config. Download the file again.")

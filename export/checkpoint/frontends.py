@@ -31,6 +31,9 @@ SPEECH_PROMPT = (
     "visual inputs, as well as generating text and speech."
 )
 
+#: the default of Qwen2.5-Omni's chat template, for a checkpoint without one
+TEXT_PROMPT = "You are a helpful assistant."
+
 #: field of SpecialTokens -> string in the tokenizer
 TOKEN_STRINGS: Mapping[str, str] = {
     "endoftext": "<|endoftext|>",
@@ -164,8 +167,10 @@ def special_tokens(ckpt: Checkpoint) -> SpecialTokens:
 def chat_spec(ckpt: Checkpoint) -> ChatSpec:
     """System prompt and stop ids: im_end, endoftext, and what generation_config.json or config.json call eos.
 
+    A checkpoint that speaks has the speech prompt, any other the default of its own chat template.
+
     Raises:
-        CheckpointError: the chat template is not ChatML, or a stop id is outside the vocabulary.
+        CheckpointError: the chat template is not ChatML or cannot be used, or a stop id is outside the vocabulary.
     """
     template = _chat_template(ckpt)
     tokens = special_tokens(ckpt)
@@ -182,7 +187,8 @@ def chat_spec(ckpt: Checkpoint) -> ChatSpec:
         stop += eos if isinstance(eos, list) else [] if eos is None else [eos]
     for token_id in stop:
         _in_vocabulary(ckpt, "eos_token_id", token_id, text.vocab_size)
-    return ChatSpec(system_prompt=SPEECH_PROMPT, stop=tuple(dict.fromkeys(stop)))
+    prompt = SPEECH_PROMPT if ckpt.has_speech else _default_prompt(ckpt, template)
+    return ChatSpec(system_prompt=prompt, stop=tuple(dict.fromkeys(stop)))
 
 
 def text_tokens(ckpt: Checkpoint) -> TextTokens:
@@ -236,6 +242,24 @@ def _chat_template(ckpt: Checkpoint) -> str | None:
         if isinstance(template, str):
             return template
     return None
+
+
+def _default_prompt(ckpt: Checkpoint, template: str | None) -> str:
+    """The system message that a chat template puts before a user's; empty if it puts none."""
+    if template is None:
+        return TEXT_PROMPT
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    user = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    try:
+        text = str(render_jinja_template(conversations=[user], chat_template=template)[0][0])
+    except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(
+            f"the chat template of {ckpt.name} cannot be used: {error}. Copy it from the base model."
+        ) from error
+    opening, _, rest = text.lstrip().partition(f"{TOKEN_STRINGS['im_start']}system\n")
+    return "" if opening else rest.partition(TOKEN_STRINGS["im_end"])[0]
 
 
 def _same(ckpt: Checkpoint, first: str, got: object, second: str, wanted: object) -> None:

@@ -16,6 +16,31 @@ from .checkpoint import Checkpoint
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+#: every control string of Qwen2.5-Omni's vocabulary, in id order (the real ids start at 151643)
+CONTROL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|AUDIO|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_bos|>",
+    "<|vision_eos|>",
+    "<|vision_pad|>",
+    "<|IMAGE|>",
+    "<|VIDEO|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+)
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -43,6 +68,12 @@ def tokenizer_json(ckpt: Checkpoint) -> bytes:
             "base model."
         )
     return tokenizer_from_vocab(vocab, _read_merges(ckpt), _added_tokens(ckpt))
+
+
+def own_tokens(stored: bytes) -> tuple[str, ...]:
+    """Added tokens of a tokenizer.json that the published models do not have, by id."""
+    added = Tokenizer.from_str(stored.decode()).get_added_tokens_decoder()
+    return tuple(token.content for _, token in sorted(added.items()) if token.content not in CONTROL_TOKENS)
 
 
 def load_tokenizer(ckpt: Checkpoint) -> Tokenizer:

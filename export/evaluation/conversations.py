@@ -104,9 +104,13 @@ class Conversation:
         """As omniport takes them."""
         return [{"role": role, "content": [_ours(part) for part in parts]} for role, parts in self.turns]
 
-    def decoded(self) -> list[dict[str, Any]]:
-        """As the reference takes them: media decoded, the speech prompt put in where no system message is."""
-        turns = self.turns if self.turns[0][0] == "system" else (("system", (SPEECH_PROMPT,)), *self.turns)
+    def decoded(self, speaks: bool = True) -> list[dict[str, Any]]:
+        """As the reference takes them: media decoded, a model that ``speaks`` is given the speech prompt.
+
+        It is put in where no system message is; for other models the chat template may put in its own.
+        """
+        given = self.turns[0][0] == "system" or not speaks
+        turns = self.turns if given else (("system", (SPEECH_PROMPT,)), *self.turns)
         return [{"role": role, "content": [_theirs(part) for part in parts]} for role, parts in turns]
 
 

@@ -17,7 +17,7 @@ from omniport.runtime.bundle.parts import speech_parts
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
 
-from ..checkpoint.config import normalise_config, read_json
+from ..checkpoint.config import normalise_config, read_json, whole_config
 from ..synthetic.geometries import SIZES, geometry_config
 from .weights import GraphShape, Matrix
 
@@ -95,6 +95,7 @@ def shape_of_config(raw: Mapping[str, Any], name: str) -> ModelShape:
     Raises:
         CheckpointError: not the configuration of a Qwen2.5-Omni model.
     """
+    raw = whole_config(raw)
     if raw.get("model_type") != "qwen2_5_omni":
         raise CheckpointError(f"{name}: config.json describes {raw.get('model_type')!r}; 'qwen2_5_omni' was expected")
     config = normalise_config(raw)

@@ -14,31 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: every control string of Qwen2.5-Omni's vocabulary, in id order (the real ids start at 151643)
-CONTROL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|AUDIO|>",
-    "<|audio_bos|>",
-    "<|audio_eos|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_bos|>",
-    "<|vision_eos|>",
-    "<|vision_pad|>",
-    "<|IMAGE|>",
-    "<|VIDEO|>",
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-)
+from ..checkpoint.tokenizer_json import CONTROL_TOKENS
+
 _PLAIN_CONTROLS = frozenset(CONTROL_TOKENS[14:])  # Qwen2's files mark these as added but not special
 _FIRST_REAL_ID = 151643
 

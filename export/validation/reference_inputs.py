@@ -67,7 +67,7 @@ class Processor:
         from transformers import AutoTokenizer, WhisperFeatureExtractor
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        self.config = checkpoint.config.thinker_config
+        self.config, self.speaks = checkpoint.config.thinker_config, checkpoint.has_speech
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.path)
             self.extractor: Any = WhisperFeatureExtractor.from_pretrained(checkpoint.path)
@@ -92,7 +92,7 @@ class Processor:
     def inputs(self, conversation: Conversation) -> Inputs:
         """Process a conversation that the reference supports (``Conversation.unsupported`` is empty)."""
         media = _Media(self, conversation.heard)
-        messages = conversation.decoded()
+        messages = conversation.decoded(self.speaks)
         parts = [part for message in messages for part in message["content"] if part["type"] != "text"]
         expansions = [(str(part["type"]), media.expand(part)) for part in parts]
         text = self.tokenizer.apply_chat_template(

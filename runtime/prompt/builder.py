@@ -140,7 +140,7 @@ def build_prompt(
         MediaError: a medium cannot be read or used.
     """
     checked = _check_messages(messages)
-    if checked[0][0] != "system":
+    if checked[0][0] != "system" and manifest.chat.system_prompt:
         checked.insert(0, ("system", [Part("text", manifest.chat.system_prompt, "the bundle's system prompt")]))
     capacity = manifest.kv.max_context if capacity is None else capacity
     layout = Layout(manifest, codec)

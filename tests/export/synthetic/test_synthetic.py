@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omniport.export.checkpoint.tokenizer_json import CONTROL_TOKENS
 from omniport.export.synthetic import make_checkpoint as synthetic
 from omniport.export.synthetic import random_weights as synthetic_weights
 from omniport.export.synthetic.geometries import checkpoint_config
 from omniport.export.synthetic.make_checkpoint import SIZES, hub_key, make_checkpoint
 from omniport.export.synthetic.random_weights import Plan, Scaling, tensor_blocks, write_shards
-from omniport.export.synthetic.tokenizer_files import CONTROL_TOKENS, train_tokenizer
+from omniport.export.synthetic.tokenizer_files import train_tokenizer
 from omniport.runtime.errors import ExportError, UsageError
 from transformers import AutoTokenizer, PreTrainedModel, Qwen2_5OmniForConditionalGeneration, WhisperFeatureExtractor
 
