@@ -5,7 +5,6 @@ The decoder checks types and field names; this checks what types cannot express.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +13,10 @@ import msgspec
 
 from ..errors import BundleError
 from ..speech.ode import SCHEDULED
+from .geometry import number_problems
 from .graph_spec import DTYPES, GraphSpec
 from .listed_files import SHA256, bad_path
-from .manifest import KV_FORMS, DecoderGeometry, Manifest, SolverSpec
+from .manifest import KV_FORMS, Manifest, SolverSpec
 from .parts import PARTS, speech_parts
 
 _SPEECH_FIELDS = ("talker", "talker_sampling", "text_tokens", "codec", "dit", "vocoder", "solver")
@@ -37,17 +37,11 @@ def check_manifest(manifest: Manifest, path: Path) -> None:
 
 def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _file_problems(manifest)
-    for part in (manifest.audio, manifest.vision, *manifest.decoders.values(), manifest.dit, manifest.vocoder):
-        if part is not None:
-            yield from _positive(part)
     yield from _speech_problems(manifest)
     yield from _kv_problems(manifest)
     for name, graph in manifest.graphs.items():
         yield from _graph_problems(name, graph)
-    for name, decoder in manifest.decoders.items():
-        yield from _decoder_problems(name, decoder)
-    if manifest.kv.max_context < 2:
-        yield f"kv.max_context is {manifest.kv.max_context}; at least 2 was expected"
+    yield from number_problems(manifest)
     yield from _token_problems(manifest)
     yield from _quantization_problems(manifest)
 
@@ -57,8 +51,8 @@ def _file_problems(manifest: Manifest) -> Iterator[str]:
         reason = "is the manifest itself" if name == "bundle.json" else bad_path(name)
         if reason:
             yield f"file {name!r} {reason}; a relative path with '/' that stays inside the bundle was expected"
-        if record.size < 0:
-            yield f"file {name!r} has size {record.size}; 0 or more was expected"
+        if not 0 <= record.size < 1 << 50:
+            yield f"file {name!r} has size {record.size}; 0 or more, and below 2**50, was expected"
         if not SHA256.fullmatch(record.sha256):
             yield f"file {name!r} has sha256 {record.sha256[:80]!r}; 64 hexadecimal digits were expected"
     for what, name in _references(manifest):
@@ -79,18 +73,6 @@ def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield f"file of graph {name!r}", graph.file
         for data in graph.data:
             yield f"data of graph {name!r}", data
-
-
-def _positive(part: msgspec.Struct) -> Iterator[str]:
-    """Every number of a geometry is more than zero (pixel means may be anything, look-around may be none)."""
-    free = {"image_mean", "mrope_section", "look_back_blocks", "look_ahead_blocks", "context_frames"}
-    for field, value in msgspec.structs.asdict(part).items():
-        values = value if isinstance(value, tuple) else (value,)
-        for number in values:
-            if isinstance(number, str):
-                continue
-            if not math.isfinite(number) or number < 0 or (number == 0 and field not in free):
-                yield f"{type(part).__name__}.{field} is {value!r}; more than zero was expected"
 
 
 def _speech_problems(manifest: Manifest) -> Iterator[str]:
@@ -170,11 +152,6 @@ def _quantization_problems(manifest: Manifest) -> Iterator[str]:
     for name in (*manifest.quantization.layers, *manifest.quantization.graph_recipes):
         if name not in PARTS:
             yield f"quantization names a graph {name!r}; known: {', '.join(PARTS)}"
-
-
-def _decoder_problems(name: str, decoder: DecoderGeometry) -> Iterator[str]:
-    if decoder.num_heads % decoder.num_kv_heads:
-        yield f"{name} has {decoder.num_heads} heads for {decoder.num_kv_heads} KV heads; a multiple was expected"
 
 
 def _token_problems(manifest: Manifest) -> Iterator[str]:

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,10 @@ def concat_of_nothing(m: dict[str, Any]) -> None:
     m["graphs"]["thinker"]["grows"] = {"a": "b"}
 
 
+def with_input(m: dict[str, Any], graph: str, name: str, shape: list[Any]) -> None:
+    m["graphs"][graph]["inputs"] = [{"name": name, "dtype": "float32", "shape": shape}]
+
+
 EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("unknown field", lambda m: m.update(colour="red"), "unknown field `colour`"),
     ("unknown nested field", lambda m: m["kv"].update(colour="red"), "unknown field `colour`.*kv"),
@@ -122,6 +126,14 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("swapped graphs", lambda m: m["graphs"].update(dit=m["graphs"]["thinker"]), "graph 'dit'"),
     ("half a speech part", lambda m: m.pop("dit"), "incomplete: dit"),
     ("zero layers", lambda m: m["thinker"].update(num_layers=0), "num_layers is 0"),
+    ("window of no patches", lambda m: m["vision"].update(window_size=3), "window_size 3 is no multiple"),
+    ("least above most", lambda m: m["vision"].update(min_pixels=10**8), "min_pixels 100000000 is above"),
+    ("hop above window", lambda m: m["audio"].update(hop_length=401), "hop_length 401 is above"),
+    ("other mel bins", lambda m: with_input(m, "dit", "x", ["b", "f", 7]), "tensor 'x' .* instead of 7 was expected"),
+    ("no batch", lambda m: with_input(m, "thinker", "inputs_embeds", ["n", WIDTH]), "3 dimensions were expected"),
+    ("endless", lambda m: with_input(m, "talker", "own", [1 << 40]), "has a size of 1099511627776"),
+    ("other rate", lambda m: m["vocoder"].update(sample_rate=16000), "vocoder.sample_rate is 16000"),
+    ("other sections", lambda m: m["thinker"].update(mrope_section=[1]), "half of head_dim"),
     ("odd heads", lambda m: m["thinker"].update(num_heads=3, num_kv_heads=2), "3 heads for 2"),
     ("talker of another width", lambda m: m["talker"].update(embedding_size=8), "talker.embedding_size is 8"),
     ("no context", lambda m: m["kv"].update(max_context=1), "max_context is 1"),
@@ -145,6 +157,39 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
 def test_wrong_manifests_are_refused(root: Path, change: Callable[[dict[str, Any]], object], match: str) -> None:
     edit(root, change)
     refused(root, match)
+
+
+def numbers(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where numbers stand in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from numbers(inner, (*where, key))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield where
+
+
+@pytest.mark.parametrize("value", [10**18, -(10**18)])
+def test_every_number_has_a_range(root: Path, value: int) -> None:
+    whole = json.loads((root / "bundle.json").read_text())
+    places = list(numbers(whole))
+    assert len(places) > 150
+    taken = []
+    for where in places:
+
+        def put(manifest: dict[str, Any], where: tuple[Any, ...] = where) -> None:
+            inner: Any = manifest
+            for key in where[:-1]:
+                inner = inner[key]
+            inner[where[-1]] = value
+
+        edit(root, put)
+        try:
+            Bundle.open(root)
+            taken.append((where, "taken"))
+        except BundleError as error:
+            taken += [(where, str(error))] if "\n" in str(error) else []
+        (root / "bundle.json").write_text(json.dumps(whole))
+    assert taken == []
 
 
 @pytest.mark.parametrize(
