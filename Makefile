@@ -3,6 +3,7 @@
 # make wren: train Wren from nothing (hours; it goes on where it stopped), export it and ask it questions
 # make docs: write the pages that come from the code
 # make gpu-check: run the tests that need a GPU, then measure this one (docs/results/gpu-NAME.json)
+# make fuzz: mutated files, messages, arguments and turns for an hour (docs/results/fuzz.md)
 # make extras: resolve every extra for Python 3.10 to 3.14 on x86-64 and aarch64, from wheels
 # make build-matrix: build the engines of real-width graphs for several GPUs, without one (docs/results/build-matrix.md)
 # make bench-check: measure the real-width model and compare its ratios with docs/results/bench.json, within a noise band
@@ -12,7 +13,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint demo wren docs extras build-matrix bench-check gpu-check clean
+.PHONY: test lint demo wren docs fuzz extras build-matrix bench-check gpu-check clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -60,6 +61,11 @@ wren: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(PYTHON) -m scripts.make_docs
+
+FUZZ_SECONDS := 3600
+
+fuzz: $(INSTALLED)
+	$(PYTHON) -m scripts.fuzz --seconds $(FUZZ_SECONDS)
 
 MATRIX := .work/small
 

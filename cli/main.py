@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 a check failed, 2 bad input or usage, 101 a bug in omniport,
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import traceback
@@ -119,11 +120,14 @@ def _terminated(*_: object) -> NoReturn:
 
 def _report(error: Exception) -> int:
     # imported here: --help and --version need none of the runtime
-    from omniport.runtime.errors import OmniportError
+    from omniport.runtime.errors import OmniportError, UserError
 
     if isinstance(error, OmniportError):
         print_line(f"error: {error}", err=True)
         return error.exit_code
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # from whatever looks at a path first
+        print_line(f"error: {error.filename}: the name is too long; give a shorter path", err=True)
+        return UserError.exit_code
     traceback.print_exception(error)
     sys.stderr.write(
         "\nThis is a bug in omniport. Please report it on the project's issue tracker with the traceback above, the "

@@ -8,6 +8,7 @@ test of its own, so that a failure names the seed: ``OMNIPORT_FUZZ_SEEDS=N:1 pyt
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 _ASKED = os.environ.get("OMNIPORT_FUZZ_SEEDS")
@@ -25,3 +26,21 @@ def note(kind: str, outcome: str = "tried") -> None:
     if _LOG:
         with (Path(_LOG) / f"{kind}.{os.getpid()}").open("a") as file:
             file.write(outcome + "\n")
+
+
+class Peak:
+    """How far this process's memory rises from now on; not known, and 0, where there is no /proc."""
+
+    def __init__(self) -> None:
+        self._before = 0
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status("VmRSS")
+
+    def risen(self) -> int:
+        """Bytes."""
+        return max(0, _status("VmHWM") - self._before) if self._before else 0
+
+
+def _status(field: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) << 10
