@@ -1,4 +1,4 @@
-"""Run the fuzzers of tests/fuzz with fresh seeds for some time; write how many inputs they tried (docs/results/fuzz.md).
+"""Run the fuzzers of tests/fuzz with fresh seeds for some time, and write how many inputs they tried.
 
 Run from the repository's root: python -m scripts.fuzz --seconds 3600
 """
@@ -58,12 +58,12 @@ def page(counts: dict[str, Counter[str]], seconds: float, seeds: str, failed: in
     """The figures."""
     total = sum(sum(outcomes.values()) for outcomes in counts.values())
     verdict = "none was at fault" if not failed else f"**{failed} runs of {BATCH} seeds failed**"
-    rows = [
-        f"| {kind} | {sum(outcomes.values()):,} | {', '.join(f'{n:,} {what}' for what, n in sorted(outcomes.items()))} |"
-        for kind, outcomes in sorted(counts.items())
-    ]
-    head = f"{total:,} inputs in {seconds / 60:.0f} minutes, seeds {seeds}: {verdict}.\n\n| kind | inputs | outcome |\n|---|---|---|\n"
-    return head + "\n".join(rows) + "\n"
+    lines = [f"{total:,} inputs in {seconds / 60:.0f} minutes, seeds {seeds}: {verdict}.", ""]
+    lines += ["| kind | inputs | outcome |", "|---|---|---|"]
+    for kind, outcomes in sorted(counts.items()):
+        what = ", ".join(f"{number:,} {outcome}" for outcome, number in sorted(outcomes.items()))
+        lines.append(f"| {kind} | {sum(outcomes.values()):,} | {what} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
