@@ -21,6 +21,8 @@ from typing import Any
 from omniport.runtime.errors import CheckpointError
 from omniport.runtime.system.files import read_text
 
+from .config_ranges import check_numbers
+
 _MODEL_TYPE = "qwen2_5_omni"
 #: the thinker saved alone, as fine-tuning tools do: its configuration is the whole config.json
 THINKER_TYPE = "qwen2_5_omni_thinker"
@@ -79,7 +81,9 @@ def whole_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def normalise_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of config.json's object with the key names of transformers 5. CheckpointError on contradicting names."""
+    """A copy of config.json's object with the key names of transformers 5. CheckpointError on contradicting names, and
+    numbers out of range."""
+    check_numbers(raw)
     config = copy.deepcopy(dict(raw))
     thinker = _section(config, "thinker_config")
     for section in (config, thinker):

@@ -1,0 +1,60 @@
+"""Numbers of config.json: each has a range, and what is out of it is refused at once, by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omniport.export.checkpoint.config import normalise_config
+from omniport.export.planning.shapes import shape_of_config
+from omniport.runtime.errors import CheckpointError
+
+
+def numbers(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from numbers(inner, (*where, key))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield where
+
+
+def changed(raw: dict[str, Any], where: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    raw = copy.deepcopy(raw)
+    inner: Any = raw
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    return raw
+
+
+@pytest.fixture(scope="module")
+def raw(tiny_checkpoint: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((tiny_checkpoint / "config.json").read_text())
+    return config
+
+
+@pytest.mark.parametrize("value", [10**18, -(10**18), 1e300, float("inf"), float("nan")])
+def test_every_number_has_a_range(raw: dict[str, Any], value: float) -> None:
+    places = list(numbers(raw))
+    assert len(places) > 100
+    for where in places:
+        name = [key for key in where if isinstance(key, str)][-1]
+        with pytest.raises(CheckpointError, match=rf"config.json: \S*{name} is "):
+            normalise_config(changed(raw, where, value))
+
+
+def test_layers_and_lists_without_end(raw: dict[str, Any]) -> None:
+    layers = ("thinker_config", "text_config", "num_hidden_layers")
+    with pytest.raises(CheckpointError, match=r"thinker_config.text_config.num_hidden_layers is 1000000; 0 to 1024"):
+        shape_of_config(changed(raw, layers, 10**6), "x")
+    with pytest.raises(CheckpointError, match="has 5000 items"):
+        normalise_config(raw | {"extra": [1] * 5000})
+    deep: Any = 1
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(CheckpointError, match="nested more than 32 deep"):
+        normalise_config(raw | {"extra": deep})
