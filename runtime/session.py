@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -33,6 +34,8 @@ from .speech.ode_methods import Solver
 from .speech.windows import Window
 from .turn import Turn
 
+_LOG = logging.getLogger(__name__)
+
 
 class OmniSession:
     """A bundle opened with a backend.
@@ -55,6 +58,7 @@ class OmniSession:
         self._pool = CachePool(self._new_cache, self.max_context)
         self._conversation: Conversation | None = None
         self._system: str | None = None
+        self._warned = False
         self._turn: Turn | None = None
         self._replies: weakref.WeakSet[WholeReply] = weakref.WeakSet()
 
@@ -206,6 +210,8 @@ class OmniSession:
             conversation.use(task.backend, task.timer)
             if not conversation.length:
                 conversation.add(self._opening())
+            if speak and self._system is not None:
+                self._compare_prompt(self._system)
             self._turn = Turn(task, conversation)
             return self._turn
 
@@ -265,6 +271,8 @@ class OmniSession:
         task = self._task(options)
         with task.timer("preprocess"):
             prompt = build_prompt(messages, self.manifest, self.text_codec, self.max_context)
+        if speak and messages[0]["role"] == "system":
+            self._compare_prompt(messages[0]["content"])
         # The talker prefills two tokens more than the prompt has.
         require_room(len(prompt.token_ids), self.max_context, reply=2 if speak else 1)
         for span in prompt.media:
@@ -284,6 +292,16 @@ class OmniSession:
 
     def _new_cache(self, name: str) -> KvCache:
         return self.backend.graph(name).new_cache(self.max_context)
+
+    def _compare_prompt(self, system: str | Sequence[Mapping[str, Any]]) -> None:
+        """Warn, once, of a spoken reply under another system message than the talker was trained with."""
+        text = system if isinstance(system, str) else "".join(str(part.get("text")) for part in system)
+        if not self._warned and self.manifest.chat.system_prompt not in text:
+            self._warned = True
+            _LOG.warning(
+                "speech may be poor: the talker was trained with the bundle's own system message, and this "
+                "conversation has another. Leave it out, or begin it with chat.system_prompt of bundle.json"
+            )
 
     def _opening(self) -> Segment:
         """The system message; empty where the user gave none, and the bundle has none."""

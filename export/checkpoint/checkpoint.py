@@ -204,10 +204,27 @@ class Checkpoint:
     def _find(self, key: str) -> tuple[SafetensorsFile, str]:
         if key not in self._where:
             raise CheckpointError(
-                f"weight {key!r} is missing from {self.name}; it holds {len(self._where)} tensors. The checkpoint is "
-                "incomplete, or config.json belongs to another model."
+                f"weight {key!r} is missing from {self.name}; it holds {len(self._where)} tensors. "
+                + _why_missing(self._where)
             )
         return self._where[key]
+
+
+def _why_missing(names: Iterable[str]) -> str:
+    """What the names of the stored tensors tell about one that is not there."""
+    stored = list(names)
+    if any(".lora_" in name or ".base_layer." in name for name in stored):
+        return (
+            "It holds a LoRA adapter that is not merged. Merge it first: load it with peft, call merge_and_unload() "
+            "and then save_pretrained(), and export that folder."
+        )
+    for prefix in ("base_model.model.", "module.", "_orig_mod.", "model.thinker."):
+        if any(name.startswith((prefix, f"thinker.{prefix}")) for name in stored):
+            return (
+                f"Its names begin with {prefix!r}, which a trainer's wrapper put there. Save the model inside the "
+                "wrapper (unwrap it, then save_pretrained), and export that folder."
+            )
+    return "The checkpoint is incomplete, or config.json belongs to another model."
 
 
 def _hub_name(stored: str) -> str:

@@ -23,6 +23,7 @@ from omniport.runtime.system.files import read_text
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..evaluation.conversations import Conversation, Film
+from .types import NoChatTemplate
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class Processor:
         vision: of the bundle; where it was exported with lower bounds of pixels, they hold here too.
 
     Raises:
-        CheckpointError: the checkpoint has no chat template, or lacks a processor's files.
+        CheckpointError: the checkpoint lacks a processor's files.
     """
 
     def __init__(self, checkpoint: Checkpoint, vision: VisionFrontend | None = None) -> None:
@@ -78,7 +79,7 @@ class Processor:
                 "tokenizer_config.json and preprocessor_config.json from the base model."
             ) from error
         self._still_size, self._clip_size = _sizes(self.images.size, vision)
-        self.template = _chat_template(checkpoint, self.tokenizer)
+        self.checkpoint = checkpoint
         self._prompts: dict[str, Inputs] = {}
 
     def prompt(self, conversation: Conversation) -> Inputs:
@@ -90,13 +91,20 @@ class Processor:
         return self._prompts[conversation.name]
 
     def inputs(self, conversation: Conversation) -> Inputs:
-        """Process a conversation that the reference supports (``Conversation.unsupported`` is empty)."""
+        """Process a conversation that the reference supports (``Conversation.unsupported`` is empty).
+
+        Raises:
+            NoChatTemplate: the checkpoint has none, so there is no reference for its prompts.
+        """
         media = _Media(self, conversation.heard)
         messages = conversation.decoded(self.speaks)
         parts = [part for message in messages for part in message["content"] if part["type"] != "text"]
         expansions = [(str(part["type"]), media.expand(part)) for part in parts]
         text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+            messages,
+            chat_template=_chat_template(self.checkpoint, self.tokenizer),
+            tokenize=False,
+            add_generation_prompt=True,
         )
         text = _fill(text, [(getattr(self.tokenizer, f"{kind}_token"), inside) for kind, inside in expansions])
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False).input_ids, np.int64)
@@ -183,7 +191,7 @@ def _chat_template(checkpoint: Checkpoint, tokenizer: Any) -> str:
         return str(json.loads(read_text(stored))["chat_template"])
     if tokenizer.chat_template:
         return str(tokenizer.chat_template)
-    raise CheckpointError(f"{checkpoint.name} has no chat template; copy chat_template.json from the base model.")
+    raise NoChatTemplate(f"{checkpoint.name} has no chat template; copy chat_template.json from the base model.")
 
 
 @dataclass

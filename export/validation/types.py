@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import msgspec
+from omniport.runtime.errors import CheckpointError
 
 REPORT_SCHEMA_VERSION = 1
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not_run"
+
+
+class NoChatTemplate(CheckpointError):
+    """The checkpoint has no chat template: checks that compare prompts cannot run."""
 
 
 class Check(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -29,7 +29,7 @@ from ..option_values import SUITES
 from .context import Context
 from .low_memory_backend import LowMemoryBackend
 from .reference import Reference
-from .types import FAIL, NOT_RUN, Check, ValidationReport
+from .types import FAIL, NOT_RUN, Check, NoChatTemplate, ValidationReport
 
 Artifacts = dict[str, NDArray[Any]]
 
@@ -189,6 +189,8 @@ def _group_checks(plan: _Plan, group: _Group, loaded: _Loaded, artifacts: Artifa
             check.figures = {key: _plain(value) for key, value in check.figures.items()}
             check.limits = {key: float(value) for key, value in check.limits.items()}
             checks.append(check)
+    except NoChatTemplate as error:
+        checks.append(_not_run(group, str(error)))
     except Exception as error:
         # BackendError and BundleError tell what a graph did, the other user errors what was asked for
         if isinstance(error, UserError) and not isinstance(error, BackendError | BundleError):

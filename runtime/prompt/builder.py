@@ -126,11 +126,11 @@ def build_prompt(
     """Read the media that ``messages`` name and lay everything out as one prompt.
 
     Args:
-        messages: ``{"role": "system" | "user" | "assistant", "content": ...}``; content is a string or a list of parts:
-            text, audio, image, or video, the last with its sound if ``use_audio`` is true (false if left out, as in the
-            reference). A picture or video may carry bounds, see ``VisionLimits``; those without are shown smaller if
-            all together would not fit. Unless the first message is a system message the
-            bundle's system prompt is put in.
+        messages: ``{"role": ..., "content": ...}``; the role is system, user, assistant or tool (what a call gave), the
+            content a string or a list of parts: text, audio, image, or video, the last with its sound if ``use_audio``
+            is true (false if left out, as in the reference). A picture or video may carry bounds, see ``VisionLimits``;
+            those without are shown smaller if all together would not fit. Unless the first message is a system message
+            the bundle's system prompt is put in.
 
         capacity: tokens that the KV cache holds; what the bundle was exported for if None.
 

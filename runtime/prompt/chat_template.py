@@ -13,7 +13,8 @@ from ..bundle.manifest import Manifest
 from .positions import Layout
 from .tokenizer import TextCodec
 
-ROLES = ("system", "user", "assistant")
+#: ``tool``, the result of a call, is laid out like the others, as the published template does
+ROLES = ("system", "user", "assistant", "tool")
 
 
 def begin_message(layout: Layout, role: str) -> None:

@@ -83,6 +83,26 @@ def test_missing_or_wrong_shaped_weight_is_named(tiny_checkpoint: Path, tmp_path
     assert time.process_time() - started < 10, "found before anything is traced"
 
 
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model."])
+def test_names_of_a_trainers_wrapper_are_recognised(tiny_checkpoint: Path, tmp_path: Path, prefix: str) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[prefix + key] = tensors.pop(key)
+
+    message = fails(rewritten(tiny_checkpoint, tmp_path / "checkpoint", edit), tmp_path / "bundle", CheckpointError)
+    assert f"names begin with {prefix!r}" in message
+
+
+def test_an_unmerged_adapter_is_recognised(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        module = "thinker.model.layers.0.self_attn.q_proj"
+        tensors[f"{module}.base_layer.weight"] = tensors.pop(f"{module}.weight")
+        tensors[f"{module}.lora_A.default.weight"] = torch.zeros(4, 4)
+
+    message = fails(rewritten(tiny_checkpoint, tmp_path / "checkpoint", edit), tmp_path / "bundle", CheckpointError)
+    assert "merge_and_unload()" in message
+
+
 def test_transposed_weight_is_wrong_shaped(tiny_checkpoint: Path, tmp_path: Path) -> None:
     key = "thinker.model.layers.0.mlp.gate_proj.weight"
 

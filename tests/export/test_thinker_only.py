@@ -12,6 +12,8 @@ import pytest
 import torch
 from omniport.export.exporter import export_checkpoint
 from omniport.export.planning.shapes import find_model
+from omniport.export.validation.types import NOT_RUN
+from omniport.export.validation.validate import validate
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.events import Done
 from omniport.runtime.reply_options import SamplingConfig
@@ -125,3 +127,15 @@ def test_own_added_tokens_are_listed(tiny_checkpoint: Path, tmp_path: Path, omni
     call = ("export", checkpoint, tmp_path / "bundle", "--graphs", "audio_encoder")
     assert "added tokens of the checkpoint: <|emotion_happy|>" in omniport(*call)[2]
     assert json.loads(omniport(*call, "--json")[1])["added_tokens"] == ["<|emotion_happy|>"]
+
+
+def test_validate_without_a_chat_template(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = rewritten(tiny_checkpoint, tmp_path / "checkpoint", _without_speech)
+    (checkpoint / "chat_template.jinja").unlink()
+    (checkpoint / "chat_template.json").unlink()
+    export_checkpoint(checkpoint, tmp_path / "bundle", max_context=4096)
+    report, _ = validate(tmp_path / "bundle", checkpoint, graphs=("preprocess", "positions", "audio_encoder"))
+    assert report.ok
+    skipped = [check for check in report.checks if check.status == NOT_RUN]
+    assert {check.stage for check in skipped} == {"preprocess", "positions"}
+    assert all("has no chat template" in check.message for check in skipped)

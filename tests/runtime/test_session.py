@@ -84,6 +84,19 @@ def test_stats(live: Live) -> None:
     assert stats.peak_memory_bytes > 1 << 20
 
 
+def test_speech_under_another_system_message_is_warned_of_once(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    own = live.session.manifest.chat.system_prompt
+    for system in (own, f"{own} Be brief."):
+        list(live.session.reply([{"role": "system", "content": system}, *HELLO]))
+    brief = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *HELLO]
+    list(live.session.reply(brief, speak=False))
+    assert not caplog.records
+    list(live.session.reply(brief))
+    list(live.session.reply(brief))
+    assert [record.message for record in caplog.records] == [caplog.records[0].message]
+    assert "speech may be poor" in caplog.text
+
+
 def test_text_only(live: Live) -> None:
     live.script("hi")
     texts, chunks, done = split(live.session.reply(HELLO, speak=False))

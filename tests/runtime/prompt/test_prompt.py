@@ -312,6 +312,7 @@ CASES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "text parts join": lambda: [user(text("What do "), text("you s"), text("ee\n"), text("\nand hear?"))],
     "text at line ends": lambda: [{"role": "user", "content": "\n\nhear?\n\n"}],
     "empty system prompt": lambda: [{"role": "system", "content": ""}, user(text("hear?"))],
+    "tool": lambda: [user(text("hear?")), {"role": "tool", "content": "42"}],
     "own system prompt": lambda: [{"role": "system", "content": "Be brief."}, user(text("hear?"))],
     "system not first": lambda: [user(text("hear?")), {"role": "system", "content": "Be brief."}, user(text("see?"))],
     "turns": lambda: [
@@ -508,7 +509,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "role missing": ([{"content": "hi"}], r"messages\[0\] has the wrong keys \(missing 'role'\)"),
     "content missing": ([{"role": "user"}], r"missing 'content'"),
     "unknown message key": ([{"role": "user", "content": "x", "name": "y"}], r"unknown 'name'.*content, role"),
-    "unknown role": ([user(HELLO), {"role": "tool", "content": "x"}], r"messages\[1\] has role 'tool'.*system, user"),
+    "unknown role": (
+        [user(HELLO), {"role": "function", "content": "x"}],
+        r"messages\[1\] has role 'function'.*system, user",
+    ),
     "role of another type": ([{"role": ["user"], "content": "x"}], r"role \['user'\]"),
     "content of another type": ([{"role": "user", "content": 3}], r"messages\[0\]\.content is a int"),
     "content bytes": ([{"role": "user", "content": b"x"}], r"content is a bytes"),
