@@ -64,17 +64,17 @@ def audio_frontend(ckpt: Checkpoint) -> AudioFrontend:
     """Log-mel settings and encoder chunking. CheckpointError if the processor and the encoder disagree."""
     settings = _preprocessor(ckpt, "feature_extractor")
     encoder = ckpt.config.thinker_config.audio_config
-    n_mels = int(settings.get("feature_size", encoder.num_mel_bins))
+    n_mels = int(_number(ckpt, settings, "feature_size", encoder.num_mel_bins))
     _same(ckpt, "feature_size (mel bins)", n_mels, "audio_config.num_mel_bins", encoder.num_mel_bins)
     return AudioFrontend(
-        sampling_rate=int(settings.get("sampling_rate", 16000)),
-        n_fft=int(settings.get("n_fft", 400)),
-        hop_length=int(settings.get("hop_length", 160)),
+        sampling_rate=int(_number(ckpt, settings, "sampling_rate", 16000)),
+        n_fft=int(_number(ckpt, settings, "n_fft", 400)),
+        hop_length=int(_number(ckpt, settings, "hop_length", 160)),
         n_mels=n_mels,
         chunk_frames=2 * encoder.n_window,
         # a convolution of stride 2, then average pooling by 2
         chunk_tokens=encoder.n_window // 2,
-        max_seconds=float(settings.get("chunk_length", 300)),
+        max_seconds=_number(ckpt, settings, "chunk_length", 300),
     )
 
 
@@ -99,7 +99,7 @@ def vision_frontend(ckpt: Checkpoint) -> VisionFrontend:
             int(settings.get(name) or size[edge])
             for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"preprocessor_config.json of {ckpt.name} lacks usable image_mean, image_std, min_pixels or max_pixels "
             f"({error!r}). Copy the file from the base model."
@@ -220,6 +220,17 @@ def sampling_defaults(ckpt: Checkpoint) -> tuple[SamplingConfig, SamplingConfig]
 
 
 _TTS_NAMES = {"bos": "start", "eos": "end", "pad": "pad"}
+
+
+def _number(ckpt: Checkpoint, settings: Mapping[str, Any], name: str, default: float) -> float:
+    """A setting of the preprocessor. CheckpointError unless it is a number above 0 and below 1e9."""
+    value = settings.get(name, default)
+    if not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise CheckpointError(
+            f"preprocessor_config.json of {ckpt.name} has {name} {value!r}; a number above 0 up to 1e9 was expected. "
+            "Copy the file from the base model."
+        )
+    return float(value)
 
 
 def _preprocessor(ckpt: Checkpoint, part: str) -> dict[str, Any]:

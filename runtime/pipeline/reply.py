@@ -66,7 +66,8 @@ class Reply:
         except Cancelled:
             pass
         except GeneratorExit:  # the caller has lost interest
-            self.cancel()
+            if not self._task.owner.elsewhere:
+                self.cancel()
             raise
         except BaseException:
             self._task.token.cancel()
