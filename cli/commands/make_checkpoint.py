@@ -22,7 +22,7 @@ def command(
         one_of(
             SIZES,
             help="tiny: under 10 M parameters. small: the 3B's layer widths, 4 layers a stack, about 1.4 B. "
-            "3b, 7b: the geometry of the published models, 11 and 22 GB.",
+            "3b, 7b: the geometry of the published models, 12 and 22 GB.",
         ),
     ] = "tiny",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,

@@ -25,7 +25,7 @@ from omniport.runtime.system.progress import Progress
 from omniport.runtime.system.signals import uninterrupted
 
 from .geometries import CODEBOOK, CODEC, CODEC_VOCAB, SIZES, TTS_FROM_END, Size, checkpoint_config
-from .random_weights import Outliers, Scaling, generator, write_shards
+from .random_weights import Outliers, Scaling, generator, stored_bytes, write_shards
 from .tokenizer_files import SyntheticTokenizer, train_tokenizer, write_text_files
 
 
@@ -37,7 +37,7 @@ def make_checkpoint(
     Args:
         out: folder to make; it must not exist, or be empty.
         size: ``tiny`` (under 10 M parameters), ``small`` (the 3B's widths, 1.4 B parameters, 2.8 GB), ``3b`` (5.5 B,
-            11 GB) or ``7b`` (10.7 B, 22 GB).
+            12 GB) or ``7b`` (10.7 B, 22 GB).
         seed: same seed, same bytes.
         outliers: plant large activation channels and key biases in thinker and talker, as trained Qwen2.5 has them.
         progress: called with (tensor name, bytes done, bytes in all).
@@ -88,7 +88,7 @@ def _write(folder: Path, size: Size, seed: int, outliers: bool, progress: Progre
     _write_speakers(folder / "spk_dict.pt", size, seed)
     scaling = _scaling(size, tokenizer, seed, outliers)
     shapes = _shapes(folder)
-    check_space(folder, 2 * sum(map(math.prod, shapes.values())), "checkpoint")
+    check_space(folder, sum(stored_bytes(key, shape) for key, shape in shapes.items()), "checkpoint")
     write_shards(folder, shapes, scaling, seed=seed, shard_bytes=size.shard_bytes, progress=progress)
 
 
@@ -113,7 +113,10 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             model = Qwen2_5OmniForConditionalGeneration(config)
     finally:
         logger.setLevel(level)
-    return {hub_key(key): tuple(value.shape) for key, value in model.state_dict().items()}
+    shapes = {hub_key(key): tuple(value.shape) for key, value in model.state_dict().items()}
+    # a buffer that transformers computes, and that the published files hold
+    frequencies = model.token2wav.code2wav_dit_model.rotary_embed.inv_freq
+    return shapes | {"token2wav.code2wav_dit_model.rotary_embed.inv_freq": tuple(frequencies.shape)}
 
 
 def _scaling(size: Size, tokenizer: SyntheticTokenizer, seed: int, outliers: bool) -> Scaling:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,6 +135,8 @@ def _base_plan(key: str, shape: Sequence[int], scaling: Scaling) -> Plan:
     if len(shape) == 1:
         is_norm = re.search(r"(norm\d?|layer_norm|layernorm|ln_q|ln_post)\.weight$", key) is not None
         return Plan(std=0.1, mean=1.0 if is_norm else 0.0)
+    if key.endswith(".inv_freq"):
+        return Plan(std=0.0, values={i: 10000.0 ** (-i / shape[0]) for i in range(shape[0])})
     if key.endswith("conv_post.weight"):
         # each kernel by itself: no offset reaches the waveform
         return Plan(std=scaling.wave_gain / math.sqrt(_fan_in(key, shape)), centre=shape[-1])
@@ -206,6 +209,15 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
+def _float32(key: str) -> bool:
+    return key.startswith("token2wav.")
+
+
+def stored_bytes(key: str, shape: Sequence[int]) -> int:
+    """Size of a tensor in the checkpoint."""
+    return (4 if _float32(key) else 2) * math.prod(shape)
+
+
 def write_shards(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -215,11 +227,14 @@ def write_shards(
     shard_bytes: int,
     progress: Progress | None = None,
 ) -> None:
-    """Write bfloat16 safetensors shards and their index; never holds more than a block of a tensor in each thread.
+    """Write safetensors shards and their index as the published ones lie: token2wav float32, the rest bfloat16.
+
+    Shards are cut in the order of ``shapes``; in a shard the wider dtype comes first, then names in order. Values drawn
+    for float32 are bfloat16's too, all but ``inv_freq``. Never holds more than a block of a tensor in each thread.
 
     The file layout is the safetensors format: little-endian header length, JSON header, then the data.
     """
-    sizes = {key: 2 * math.prod(shape) for key, shape in shapes.items()}
+    sizes = {key: stored_bytes(key, shape) for key, shape in shapes.items()}
     total = sum(sizes.values())
     shards = _split(sizes, shard_bytes)
     weight_map: dict[str, str] = {}
@@ -227,7 +242,8 @@ def write_shards(
     for number, keys in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(keys, name)
-        for key in _write_shard(folder / name, {key: shapes[key] for key in keys}, scaling, seed):
+        ordered = sorted(keys, key=lambda key: (not _float32(key), key))
+        for key in _write_shard(folder / name, {key: shapes[key] for key in ordered}, scaling, seed):
             done += sizes[key]
             if progress is not None:
                 progress(key, done, total)
@@ -240,9 +256,9 @@ def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], scaling: Sca
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for key, shape in shapes.items():
-        offsets[key], size = end, 2 * math.prod(shape)
+        offsets[key], size = end, stored_bytes(key, shape)
         end += size
-        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [offsets[key], end]}
+        header[key] = {"dtype": "F32" if _float32(key) else "BF16", "shape": shape, "data_offsets": [offsets[key], end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(_THREADS) as pool:
@@ -251,7 +267,7 @@ def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], scaling: Sca
         def write(key: str) -> str:
             position = 8 + len(encoded) + offsets[key]
             for block in tensor_blocks(key, shapes[key], plan_tensor(key, shapes[key], scaling), seed):
-                position += _write_bfloat16(file.fileno(), block, position)
+                position += _write_block(file.fileno(), _stored(key, block), position)
             return key
 
         try:
@@ -261,11 +277,18 @@ def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], scaling: Sca
             raise
 
 
-def _write_bfloat16(fd: int, block: NDArray[np.float32], position: int) -> int:
-    """Write a block as bfloat16 at a position; the number of bytes."""
+def _stored(key: str, block: NDArray[np.float32]) -> NDArray[Any]:
     import ml_dtypes
 
-    view = block.astype(ml_dtypes.bfloat16).reshape(-1).view(np.uint8).data
+    if key.endswith(".inv_freq"):
+        return block
+    rounded = block.astype(ml_dtypes.bfloat16)
+    return rounded.astype(np.float32) if _float32(key) else rounded
+
+
+def _write_block(fd: int, block: NDArray[Any], position: int) -> int:
+    """Write a block at a position; the number of bytes."""
+    view = block.reshape(-1).view(np.uint8).data
     size = len(view)
     while view:
         written = os.pwrite(fd, view, position)

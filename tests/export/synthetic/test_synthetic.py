@@ -94,7 +94,7 @@ def test_has_every_file_of_a_hub_checkpoint(tiny_checkpoint: Path) -> None:
     }
 
 
-def test_keys_have_the_hub_names(tiny_checkpoint: Path) -> None:
+def test_keys_have_the_hub_names(tiny_checkpoint: Path, model: Any) -> None:
     from safetensors import safe_open
 
     index = json.loads((tiny_checkpoint / "model.safetensors.index.json").read_text())
@@ -118,18 +118,22 @@ def test_keys_have_the_hub_names(tiny_checkpoint: Path) -> None:
         assert key in weight_map
     assert not any("language_model" in key for key in weight_map)
     seen: dict[str, str] = {}
-    elements = 0
+    elements = stored = 0
     for shard in sorted(set(weight_map.values())):
         with safe_open(tiny_checkpoint / shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 tensor = file.get_tensor(key)
-                assert tensor.dtype == torch.bfloat16
+                assert tensor.dtype == (torch.float32 if key.startswith("token2wav.") else torch.bfloat16)
                 assert torch.isfinite(tensor).all()
                 assert tensor.float().abs().max() > 0
                 seen[key] = shard
                 elements += tensor.numel()
+                stored += tensor.nbytes
     assert seen == weight_map
-    assert index["metadata"]["total_size"] == 2 * elements
+    key = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
+    with safe_open(tiny_checkpoint / seen[key], framework="pt") as file:
+        assert torch.allclose(file.get_tensor(key), model.token2wav.code2wav_dit_model.rotary_embed.inv_freq, rtol=1e-6)
+    assert index["metadata"]["total_size"] == stored
     assert 5_000_000 < elements < 10_000_000
 
 
