@@ -117,6 +117,8 @@ def _fan_in(key: str, shape: Sequence[int]) -> int:
 
 def plan_tensor(key: str, shape: Sequence[int], scaling: Scaling) -> Plan:
     """The recipe of a tensor, by its checkpoint key."""
+    if key.endswith(".inv_freq"):
+        return Plan(std=0.0, values={i: 10000.0 ** (-i / shape[0]) for i in range(shape[0])})
     plan = _base_plan(key, shape, scaling)
     is_decoder = key.startswith(("thinker.model.", "talker."))
     outliers = scaling.outliers.get(key.split(".", 1)[0]) if is_decoder else None
@@ -135,8 +137,6 @@ def _base_plan(key: str, shape: Sequence[int], scaling: Scaling) -> Plan:
     if len(shape) == 1:
         is_norm = re.search(r"(norm\d?|layer_norm|layernorm|ln_q|ln_post)\.weight$", key) is not None
         return Plan(std=0.1, mean=1.0 if is_norm else 0.0)
-    if key.endswith(".inv_freq"):
-        return Plan(std=0.0, values={i: 10000.0 ** (-i / shape[0]) for i in range(shape[0])})
     if key.endswith("conv_post.weight"):
         # each kernel by itself: no offset reaches the waveform
         return Plan(std=scaling.wave_gain / math.sqrt(_fan_in(key, shape)), centre=shape[-1])
