@@ -241,9 +241,9 @@ def test_published_geometry(
 
 
 def test_published_size_needs_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """21 GB are asked for before a byte of them is written."""
+    """22 GB are asked for before a byte of them is written."""
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20 * 10**9))
-    with pytest.raises(ExportError, match=r"20,000 MB free and the checkpoint needs 21,464 MB"):
+    with pytest.raises(ExportError, match=r"20,000 MB free and the checkpoint needs 22,363 MB"):
         make_checkpoint(tmp_path / "out", size="7b")
     assert list(tmp_path.iterdir()) == []
 
