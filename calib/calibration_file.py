@@ -160,7 +160,7 @@ def site_name(weight: str, output: bool = False) -> str:
 def _header(path: Path, text: str) -> Header:
     try:
         header = msgspec.json.decode(text, type=Header)
-    except msgspec.DecodeError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"the header of {path} is damaged: {error}. Run omniport calibrate again") from error
     if header.schema_version not in _READABLE:
         raise BundleError(

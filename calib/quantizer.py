@@ -31,6 +31,7 @@ from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.bundle.recipes import find_recipe
 from omniport.runtime.bundle.staging import check_space, previous_manifest, staging, take_over, unlisted
 from omniport.runtime.errors import BundleError, UsageError
+from omniport.runtime.system.foreign import foreign
 from omniport.runtime.system.progress import Progress, StageProgress
 
 from .calibration_file import Calibration
@@ -301,10 +302,8 @@ def _model(bundle: Bundle, spec: GraphSpec) -> ir.Model:
     """The graph, its weights left in their files."""
     path = bundle.path(spec.file)
     check_graph_file(path, spec)
-    try:
+    with foreign(BundleError, f"cannot read {path} as ONNX", "Copy or export the bundle again"):
         return ir.from_proto(onnx.load(path, load_external_data=False))
-    except Exception as error:  # protobuf's own exceptions share no base class
-        raise BundleError(f"cannot read {path} as ONNX: {error}. Copy or export the bundle again") from error
 
 
 def _sources(bundle: Bundle, spec: GraphSpec, model: ir.Model) -> dict[str, Stored]:

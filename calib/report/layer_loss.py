@@ -23,6 +23,8 @@ from omniport.runtime.bundle.integer_weights import integers_name, scales_name, 
 from omniport.runtime.bundle.onnx_scan import check_graph_file
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.errors import BundleError
+from omniport.runtime.system.foreign import foreign
 from onnx import numpy_helper
 
 from ..weights.qdq import rounded_output
@@ -108,7 +110,9 @@ class _File:
         spec = bundle.manifest.graphs[name]
         self._bundle, self._folder = bundle, PurePosixPath(spec.file).parent
         check_graph_file(bundle.path(spec.file), spec)
-        self.graph = onnx.load(bundle.path(spec.file), load_external_data=False).graph
+        path = bundle.path(spec.file)
+        with foreign(BundleError, f"cannot read {path} as ONNX", "Copy or export the bundle again"):
+            self.graph = onnx.load(path, load_external_data=False).graph
         self.tensors = {tensor.name: tensor for tensor in self.graph.initializer}
         self._makers = {output: node for node in self.graph.node for output in node.output}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omniport.runtime.errors import CheckpointError
 from omniport.runtime.system.files import read_text
+from omniport.runtime.system.foreign import foreign
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from .checkpoint import Checkpoint
@@ -95,10 +96,9 @@ def tokenizer_from_vocab(
     Raises:
         CheckpointError: merges that the vocabulary cannot hold, or an id that cannot be kept.
     """
-    try:
+    problem, remedy = "vocab.json and merges.txt do not make a BPE tokenizer", "Copy them from the base model."
+    with foreign(CheckpointError, problem, remedy):
         tokenizer = Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"vocab.json and merges.txt do not make a BPE tokenizer: {error}") from error
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -121,10 +121,8 @@ def tokenizer_from_vocab(
 
 
 def _load(data: bytes, where: str) -> Tokenizer:
-    try:
+    with foreign(CheckpointError, f"{where} cannot be loaded as a tokenizer", "Download it again."):
         return Tokenizer.from_str(data.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{where} cannot be loaded as a tokenizer ({error}). Download it again.") from error
 
 
 def _read(path: Path) -> bytes:

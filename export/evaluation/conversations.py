@@ -280,7 +280,10 @@ def parse_entry(line: str, folder: Path, optional: Sequence[str] = ()) -> dict[s
     Raises:
         ValueError: it is something else.
     """
-    entry = json.loads(line)
+    try:
+        entry = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     if not isinstance(entry, dict) or not {"messages"} <= set(entry) <= {"messages", *optional}:
         found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         more = f", and {', '.join(optional)} if wanted," if optional else ""

@@ -23,7 +23,8 @@ from omniport.runtime.backends.onnxruntime.backend import OrtBackend, OrtGraph, 
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.bundle.onnx_scan import check_graph_file
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.errors import BackendError, ExportError
+from omniport.runtime.errors import BackendError, BundleError, ExportError
+from omniport.runtime.system.foreign import foreign
 from omniport.runtime.system.host import physical_cores
 from onnx_ir.passes import InPlacePass, PassResult
 
@@ -158,7 +159,8 @@ def load_copy(path: Path, spec: GraphSpec, emulate: bool) -> tuple[ir.Model, Gra
         ExportError: the graph has a half-precision output that is not a KV cache, or types cannot be inferred.
     """
     check_graph_file(path, spec)
-    proto = onnx.load(path, load_external_data=False)
+    with foreign(BundleError, f"cannot read {path} as ONNX", "Copy or export the bundle again"):
+        proto = onnx.load(path, load_external_data=False)
     if not emulate:
         return ir.from_proto(proto), spec
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))

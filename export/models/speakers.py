@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
 from omniport.runtime.system.files import open_regular
+from omniport.runtime.system.foreign import foreign
 
 from ..checkpoint.checkpoint import Checkpoint
 from .ecapa import SpeakerEncoder, SpeakerSpec
@@ -45,14 +46,15 @@ def load_speakers(path: Path) -> dict[str, Speaker]:
     """
     if not path.exists():
         raise CheckpointError(f"no {path}: the voices are stored there. Copy spk_dict.pt from the base model.")
-    try:
-        with open_regular(path) as file:
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle can fail in any way
-        raise CheckpointError(
-            f"{path} is refused: it is corrupt, or holds something other than tensors and plain values "
-            f"({type(error).__name__}). Take spk_dict.pt from the base model."
-        ) from error
+    with (
+        foreign(
+            CheckpointError,
+            f"{path} is refused: it is corrupt, or holds something other than tensors and plain values",
+            "Take spk_dict.pt from the base model.",
+        ),
+        open_regular(path) as file,
+    ):
+        stored = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(stored, dict) or not stored:
         raise CheckpointError(f"{path} holds a {type(stored).__name__}, expected a dict of voices.")
     return {str(name): _speaker(str(name), entry, path) for name, entry in stored.items()}

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from omniport.runtime.bundle.onnx_scan import scan_onnx
 from omniport.runtime.errors import BundleError
+from omniport.runtime.system.foreign import foreign
 from onnx import TensorProto
 
 #: ONNX element type -> the number format that a target must have for it
@@ -199,10 +200,8 @@ def open_onnx(path: Path) -> OnnxFile:
         BundleError: no ONNX file, or weights that are kept somewhere else than beside it.
     """
     scan_onnx(path)
-    try:
+    with foreign(BundleError, f"cannot read {path} as ONNX", "Copy or export the bundle again"):
         model = onnx.load(str(path), load_external_data=False)
-    except (OSError, ValueError, Exception) as error:
-        raise BundleError(f"cannot read {path} as ONNX: {error}. Copy or export the bundle again") from error
     return OnnxFile(path, model)
 
 

@@ -70,7 +70,7 @@ def read_ranges(path: Path, manifest: Manifest | None = None) -> Ranges:
         raise BundleError(
             f"cannot read {path}: {error.strerror or error}. Make it with 'omniport ranges' from an FP32 bundle"
         ) from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is not a ranges file: {error}. Make it with 'omniport ranges'") from error
     if ranges.format != "omniport-ranges" or ranges.schema_version != 1:
         raise BundleError(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BundleError, UnknownVoice, UsageError
+from ..system.foreign import foreign
 from ..system.progress import Progress
 from .bfloat16 import from_bfloat16
 from .consistency import check_manifest
@@ -48,13 +49,12 @@ class EmbeddingTable:
     """
 
     def __init__(self, path: Path, geometry: DecoderGeometry) -> None:
-        try:
+        with foreign(
+            BundleError,
+            f"cannot read the embedding table {path}",
+            "A plain .npy file was expected: export the bundle again",
+        ):
             table = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError, SyntaxError) as error:
-            raise BundleError(
-                f"cannot read the embedding table {path}: {error}. A plain .npy file was expected: "
-                "export the bundle again"
-            ) from error
         expected = (geometry.vocab_size, geometry.embedding_size)
         stored = _STORED_AS.get(geometry.embedding_dtype)
         shape, dtype = getattr(table, "shape", None), getattr(table, "dtype", None)
@@ -226,7 +226,11 @@ class Bundle:
         path, dit = self.path(spec.file), self.manifest.dit
         if dit is None:
             raise BundleError(f"{self.root} has voices but no DiT; export the bundle again")
-        try:
+        with foreign(
+            BundleError,
+            f"cannot read the voice {spec.name!r} from {path}",
+            "An .npz with arrays 'speaker' and 'reference' was expected: export the bundle again",
+        ):
             with zipfile.ZipFile(path) as archive:
                 size = sum(item.file_size for item in archive.infolist())
             if size > _MAX_VOICE_BYTES:
@@ -234,12 +238,7 @@ class Bundle:
                     f"the voice file {path} unpacks to {size} bytes; at most {_MAX_VOICE_BYTES} was expected"
                 )
             with np.load(path, allow_pickle=False) as arrays:
-                speaker, timbre = arrays["speaker"], arrays["reference"]
-        except (ValueError, OSError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, RuntimeError) as error:
-            raise BundleError(
-                f"cannot read the voice {spec.name!r} from {path}: {error}. An .npz with arrays 'speaker' and "
-                "'reference' was expected: export the bundle again"
-            ) from error
+                speaker, timbre = (np.asarray(arrays[name]) for name in ("speaker", "reference"))
         for label, array, width in (("speaker", speaker, dit.speaker_dim), ("reference", timbre, dit.reference_dim)):
             if array.shape != (width,) or array.dtype != np.float32 or not np.isfinite(array).all():
                 raise BundleError(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import MediaError
 from ..system.stderr import dropped_from_stderr
-from .source import as_array, check_source, describe, foreign, is_array, require, stream
+from .source import as_array, check_source, describe, is_array, parsing, require, stream
 
 AudioSource = Any  # Source | (samples, rate) | samples: tensors of libraries that are no dependency have no name here
 Samples = NDArray[np.float32]
@@ -215,7 +215,7 @@ def _decode(source: Path | bytes, label: str, max_seconds: float, to: float) -> 
     except Exception as error:  # noqa: BLE001  whatever it is, FFmpeg may know better
         first = str(error)
     with (
-        foreign(
+        parsing(
             f"{label} cannot be decoded (libsndfile: {first.rstrip('.')}; FFmpeg's reason follows)",
             "expected wav, flac, ogg, mp3 or another format that FFmpeg reads: convert it or check the file",
         ),

@@ -21,7 +21,7 @@ from ..bundle.manifest import VisionFrontend
 from ..errors import MediaError
 from .heif import HeifPicture, is_heif
 from .limits import VisionLimits, image_size, video_size
-from .source import Source, as_array, check_source, describe, foreign, is_array, require, stream
+from .source import Source, as_array, check_source, describe, is_array, parsing, require, stream
 
 ImageSource = Any  # Source | PIL.Image.Image | uint8 or float array: Pillow is optional, so it has no name here
 Pixels = NDArray[np.uint8]
@@ -118,7 +118,7 @@ def _read(source: ImageSource, use: Callable[[Any, int, str], Any]) -> Any:
         return use(module.fromarray(_from_array(as_array(source, "pixels of an image"))), 1, "image array")
     if isinstance(source, module.Image):
         _check_pixels(source.width, source.height, "image")
-        with foreign("image cannot be read", "open its file again"):
+        with parsing("image cannot be read", "open its file again"):
             source.load()
             return use(source, _orientation(source), "image")
     checked = check_source(cast(Source, source), "image")
@@ -128,7 +128,7 @@ def _read(source: ImageSource, use: Callable[[Any, int, str], Any]) -> Any:
     with (
         stream(checked) as opened,
         warnings.catch_warnings(),
-        foreign(f"{label} is corrupt", "open it in another program or export it again"),
+        parsing(f"{label} is corrupt", "open it in another program or export it again"),
     ):
         warnings.simplefilter("ignore")  # notes on metadata, and on size: our own check follows
         try:

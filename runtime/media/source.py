@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MediaError
+from ..system.foreign import foreign
 
 Source = str | os.PathLike[str] | bytes
 
@@ -40,19 +40,9 @@ def describe(source: object) -> str:
     return f"<{type(source).__name__}>"
 
 
-@contextmanager
-def foreign(problem: str, remedy: str) -> Iterator[None]:
-    """Around another library's parser: whatever it raises becomes MediaError.
-
-    Types are not listed: damaged input makes parsers raise anything, MemoryError, RecursionError and panics included.
-    """
-    try:
-        yield
-    except (MediaError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        reason = str(error).strip().rstrip(".") or type(error).__name__
-        raise MediaError(f"{problem}: {reason}; {remedy}") from error
+def parsing(problem: str, remedy: str) -> AbstractContextManager[None]:
+    """Around another library's decoder: whatever it raises becomes MediaError, see `foreign`."""
+    return foreign(MediaError, problem, remedy)
 
 
 def is_array(value: object) -> bool:
@@ -67,7 +57,7 @@ def as_array(value: Any, label: str) -> NDArray[Any]:
     Raises:
         MediaError: it cannot become one; the message calls it ``label``.
     """
-    with foreign(f"{label} are no array", "pass a NumPy array"):
+    with parsing(f"{label} are no array", "pass a NumPy array"):
         if hasattr(value, "detach"):
             value = value.detach().cpu()
             value = value.float() if str(value.dtype) == "torch.bfloat16" else value

@@ -16,7 +16,7 @@ from ..errors import MediaError
 from .audio import open_av, read_track
 from .image import load_image, picture_size, resize
 from .limits import Sampling, VisionLimits, sample_frames
-from .source import as_array, check_source, describe, foreign, is_array, require, stream
+from .source import as_array, check_source, describe, is_array, parsing, require, stream
 
 VideoSource = Any  # Source | a list of pictures | frames as one array or tensor
 
@@ -219,7 +219,7 @@ class _File:
     @contextmanager
     def _open(self) -> Iterator[Any]:
         with (
-            foreign(
+            parsing(
                 f"{self._label} cannot be decoded",
                 "expected mp4, mkv, webm, mov, avi or another format that FFmpeg reads: convert it or check the file",
             ),

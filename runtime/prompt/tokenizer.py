@@ -10,7 +10,8 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from ..bundle.manifest import SpecialTokens
 from ..errors import BundleError, PromptError
 from ..system.files import read_text
+from ..system.foreign import foreign
 
 #: longest stretch of text that is encoded (characters); a context of 32,768 tokens holds an eighth of that in English
 MAX_TEXT = 1 << 20
@@ -35,6 +37,16 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+
+
+#: parts of a tokenizer.json, and the types that they may be made of
+_COMPONENTS: Mapping[str, frozenset[str]] = {
+    "normalizer": frozenset({"NFC", "NFD", "NFKC", "NFKD", "Sequence", "Lowercase", "Strip", "StripAccents"}),
+    "pre_tokenizer": frozenset({"Sequence", "Split", "ByteLevel", "Digits", "Punctuation", "Whitespace"}),
+    "model": frozenset({"BPE"}),
+    "decoder": frozenset({"ByteLevel", "Sequence", "Fuse"}),
+    "post_processor": frozenset({"ByteLevel", "Sequence", "TemplateProcessing"}),
+}
 
 
 class TextCodec:
@@ -86,14 +98,14 @@ class TextCodec:
         Raises:
             BundleError: the file is missing or not a tokenizer, or see the class.
         """
-        try:
+        with foreign(
+            BundleError,
+            f"cannot read the tokenizer {os.fspath(path)}",
+            "A Hugging Face tokenizer.json was expected: export the bundle again",
+        ):
             text, special = _only_control_tokens_special(read_text(path, 1 << 28), tokens)
             tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises no narrower type for unreadable and malformed files
-            raise BundleError(
-                f"cannot read the tokenizer {os.fspath(path)}: {error}. "
-                "A Hugging Face tokenizer.json was expected: export the bundle again"
-            ) from error
+            _refuse_unknown_components(tokenizer)
         return cls(tokenizer, tokens, special)
 
     def count(self, text: str, most: int) -> int:
@@ -171,6 +183,33 @@ class TextStream:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
+
+
+def _refuse_unknown_components(tokenizer: Tokenizer) -> None:
+    """Raises:
+    ValueError: the tokenizer has a component that no Qwen tokenizer is made of: nobody has tried what it does to text.
+    """
+    for place, known in _COMPONENTS.items():
+        component: Any = getattr(tokenizer, place)
+        found = [type(component).__name__] if place == "model" else _kinds(component)
+        if unknown := [kind for kind in found if kind not in known]:
+            raise ValueError(f"its {place} has a {unknown[0]}; known are {', '.join(sorted(known))}")
+
+
+def _kinds(component: Any) -> list[str]:
+    """Type of a component, and of those inside."""
+    if component is None:
+        return []
+    kinds: list[str] = []
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict):
+            kinds.extend([value["type"]] if isinstance(value.get("type"), str) else [])
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            look(inner)
+
+    look(json.loads(component.__getstate__()))
+    return kinds
 
 
 def _only_control_tokens_special(document: str, tokens: SpecialTokens) -> tuple[str, frozenset[int]]:

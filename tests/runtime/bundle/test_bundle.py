@@ -345,6 +345,42 @@ def test_malformed_embedding_tables(root: Path, data: bytes, monkeypatch: pytest
     assert not (root.parent / "harm-was-done").exists()
 
 
+def npy(shape: str, header: str = "") -> bytes:
+    """A .npy file of 4 kB with any shape, or any header, written into it."""
+    text = (header or f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}").encode()
+    text += b" " * (-(11 + len(text)) % 64) + b"\n"
+    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text + bytes(4096)
+
+
+STRANGE = {
+    "deep unary": npy("-" * 9000 + "1"),
+    "unclosed": npy("", header="{'descr': ("),
+    "giant": npy(f"({'9' * 400}, 64)"),
+    "negative": npy("(-1, 64)"),
+    "bool": npy("(True, 64)"),
+    "mixed keys": npy("", header="{1: 2, 'descr': 3}"),
+    "a terabyte": npy("(300000000000,)"),
+    "no npy": b"hello",
+}
+
+
+@pytest.mark.parametrize("data", STRANGE.values(), ids=STRANGE)
+def test_arrays_that_make_numpy_raise_anything(root: Path, data: bytes) -> None:
+    (root / "thinker_embedding.npy").write_bytes(data)
+    manifest = make_manifest()
+    write_manifest(root, manifest)
+    with pytest.raises(BundleError, match="embedding table"):
+        Bundle.open(root, verify=True).embedding("thinker")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("speaker.npy", data)
+        archive.writestr("reference.npy", data)
+    (root / manifest.voices[0].file).write_bytes(buffer.getvalue())
+    write_manifest(root, manifest)
+    with pytest.raises(BundleError, match=r"voice 'Ethan'"):
+        Bundle.open(root).voice("Ethan")
+
+
 def voice_bytes(**arrays: Any) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)

@@ -26,7 +26,7 @@ from omniport.runtime.errors import BundleError, PromptError
 from omniport.runtime.prompt.tokenizer import TextCodec
 from support.bundles import CONTROLS
 from support.timing import ratio
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 REGULAR = 151_643
 
@@ -280,6 +280,25 @@ def test_added_tokens_of_a_checkpoint_are_read_from_text(tmp_path: Path) -> None
     assert special_ids(tokenizer).im_end not in ids
     assert len(ids) == 3 + 1 + len("<|im_end|>")
     assert codec.decode(ids) == "so <|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("place", "component"),
+    [
+        ("normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Replace("a", "b")])),
+        ("pre_tokenizer", pre_tokenizers.Metaspace()),
+        ("decoder", decoders.WordPiece()),
+        ("post_processor", processors.RobertaProcessing(("a", 1), ("b", 2))),
+        ("model", models.WordLevel({"a": 0}, "a")),
+    ],
+)
+def test_components_that_no_qwen_tokenizer_has(tmp_path: Path, place: str, component: Any) -> None:
+    tokenizer = small()
+    tokens = special_ids(tokenizer)
+    setattr(tokenizer, place, component)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(BundleError, match=f"its {place} has a (Replace|Metaspace|Word|Roberta)"):
+        TextCodec.from_file(tmp_path / "tokenizer.json", tokens)
 
 
 def test_missing_control_token() -> None:
