@@ -26,6 +26,11 @@ def validate_sampling(config: SamplingConfig, name: str = "sampling") -> None:
     Raises:
         UsageError: names the field, what it holds and what it may hold.
     """
+    if not isinstance(config, SamplingConfig):
+        raise UsageError(
+            f"{name} is a {type(config).__name__}; a SamplingConfig was expected: SamplingConfig(temperature=0.7) of "
+            "omniport.runtime"
+        )
     whole = {"max_new_tokens": 1, "top_k": 0}
     for field, least in whole.items():
         value = getattr(config, field)

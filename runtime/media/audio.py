@@ -272,7 +272,9 @@ def _check_channels(channels: int, label: str) -> None:
 
 def open_av(opened: Any) -> Any:
     """Open a binary stream with PyAV. No protocol is allowed, so a playlist cannot make FFmpeg open anything else."""
-    return require("av").open(opened, mode="r", options={"protocol_whitelist": "none"}, metadata_errors="replace")
+    av = require("av")
+    older: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    return av.open(opened, mode="r", options={"protocol_whitelist": "none"}, **older)
 
 
 def read_track(

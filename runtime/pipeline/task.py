@@ -72,7 +72,7 @@ def make_task(
     """
     writer = decoders()[0].name
     bundle.require_graph(writer, "any reply")
-    config = options.thinker or bundle.manifest.thinker_sampling
+    config = bundle.manifest.thinker_sampling if options.thinker is None else options.thinker
     validate_sampling(config, writer)
     timer, token = StageTimer(), CancelToken()
     guarded = GuardedBackend(backend, token, timer)
@@ -103,7 +103,7 @@ def _speech_task(bundle: Bundle, backend: GuardedBackend, options: ReplyOptions,
         )
     for part in speech_parts():
         bundle.require_graph(part.name, "speech")
-    config = options.talker or manifest.talker_sampling
+    config = manifest.talker_sampling if options.talker is None else options.talker
     validate_sampling(config, "talker")
     voice = bundle.voice(options.voice)
     _, sampling, drawn = options.generators()

@@ -367,6 +367,8 @@ def test_prompt_too_long(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
+        ({"thinker": {"temperature": 0.5}}, UsageError, "thinker is a dict; a SamplingConfig was expected"),
+        ({"talker": {}}, UsageError, "talker is a dict; a SamplingConfig was expected"),
         ({"voice": "Zoe"}, UnknownVoice, "Chelsie, Ethan"),
         ({"window": "half"}, UsageError, "stream, whole"),
         ({"seed": -1}, UsageError, "seed is -1"),
