@@ -47,7 +47,11 @@ class OmniSession:
     One turn is open at a time. Its methods, and ``reply``, may be called from any thread.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, max_context: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, *, max_context: int | None = None, run_limit: float | None = None
+    ) -> None:
+        _check_limit(run_limit)
+        self._run_limit = run_limit
         self.bundle = bundle
         exported = bundle.manifest.kv.max_context
         self.max_context = _context(max_context, min(exported, backend.max_context() or exported))
@@ -71,6 +75,7 @@ class OmniSession:
         verify: bool = False,
         threads: int | None = None,
         max_context: int | None = None,
+        run_limit: float | None = None,
     ) -> OmniSession:
         """Open a bundle.
 
@@ -81,14 +86,19 @@ class OmniSession:
             threads: CPU threads of one operator; the physical cores if None.
             max_context: tokens that a conversation and its reply may take, at most what the bundle was exported for, or
                 its engines were built for, which it is if None. Fewer take less memory.
+            run_limit: seconds that one run of a graph may take, for servers that run what others send: a reply with a
+                longer run ends with BackendError. None: any time. ONNX Runtime stops such a run at its next operator;
+                an engine's run ends by itself, and the reply after it.
 
         Raises:
-            UsageError: ``max_context`` is out of range.
+            UsageError: ``max_context`` or ``run_limit`` is out of range.
             BundleError: the bundle cannot be used. BackendError: the backend cannot run it here.
         """
         bundle = Bundle.open(path, verify=verify)
         _context(max_context, bundle.manifest.kv.max_context)
-        return cls(bundle, open_backend(backend, bundle, threads=threads), max_context=max_context)
+        _check_limit(run_limit)
+        opened = open_backend(backend, bundle, threads=threads)
+        return cls(bundle, opened, max_context=max_context, run_limit=run_limit)
 
     @property
     def manifest(self) -> Manifest:
@@ -142,7 +152,7 @@ class OmniSession:
         """Another session, with another conversation, over the same graphs: weights are in memory once."""
         self._owner.check()
         with self._lock:
-            other = OmniSession(self.bundle, self.backend, max_context=self.max_context)
+            other = OmniSession(self.bundle, self.backend, max_context=self.max_context, run_limit=self._run_limit)
             other._shared, other._owner = self._shared.join(), self._owner
             return other
 
@@ -284,7 +294,15 @@ class OmniSession:
         return reply.events()
 
     def _task(self, options: ReplyOptions) -> ReplyTask:
-        return make_task(self.bundle, self.text_codec, self.backend, options, self.max_context, self._owner)
+        return make_task(
+            self.bundle,
+            self.text_codec,
+            self.backend,
+            options,
+            self.max_context,
+            self._owner,
+            run_limit=self._run_limit,
+        )
 
     def _require_no_turn(self) -> None:
         if self._turn is not None and not self._turn.ended:
@@ -312,6 +330,11 @@ class OmniSession:
             chat_template.end_message(layout)
             layout.flush()
         return layout.segment()
+
+
+def _check_limit(run_limit: float | None) -> None:
+    if run_limit is not None and not 0 < run_limit <= threading.TIMEOUT_MAX:  # NaN is neither
+        raise UsageError(f"run_limit is {run_limit!r}; seconds of more than 0 were expected, or None")
 
 
 def _context(asked: int | None, exported: int) -> int:

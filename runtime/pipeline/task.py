@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..backends.base import Backend
+from ..backends.checked import CheckedBackend
 from ..backends.guarded import GuardedBackend
 from ..bundle.manifest import VoiceSpec
 from ..bundle.parts import decoders, speech_parts
@@ -60,12 +61,20 @@ class ReplyTask:
 
 
 def make_task(
-    bundle: Bundle, codec: TextCodec, backend: Backend, options: ReplyOptions, capacity: int, owner: Owner
+    bundle: Bundle,
+    codec: TextCodec,
+    backend: Backend,
+    options: ReplyOptions,
+    capacity: int,
+    owner: Owner,
+    *,
+    run_limit: float | None = None,
 ) -> ReplyTask:
     """Check how a reply is asked for, and make what it takes.
 
     Args:
         capacity: tokens of the KV caches.
+        run_limit: seconds that one run of a graph may take.
 
     Raises:
         UsageError, UnknownVoice: the bundle cannot reply like that.
@@ -75,7 +84,7 @@ def make_task(
     config = bundle.manifest.thinker_sampling if options.thinker is None else options.thinker
     validate_sampling(config, writer)
     timer, token = StageTimer(), CancelToken()
-    guarded = GuardedBackend(backend, token, timer)
+    guarded = GuardedBackend(CheckedBackend(backend, bundle.manifest.graphs, run_limit), token, timer)
     speech = _speech_task(bundle, guarded, options, timer) if options.speak else None
     longest = max(config.max_new_tokens, speech.sampler.config.max_new_tokens if speech else 0)
     return ReplyTask(

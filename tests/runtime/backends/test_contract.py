@@ -32,6 +32,7 @@ from omniport.runtime.backends.base import (
     Outputs,
     RunHandle,
 )
+from omniport.runtime.backends.checked import CheckedBackend
 from omniport.runtime.backends.composite import CompositeBackend
 from omniport.runtime.backends.guarded import GuardedBackend
 from omniport.runtime.bench.workloads import _OneGraphBackend
@@ -125,6 +126,7 @@ def over(make: Callable[[Bundle], BackendWrapper]) -> Callable[[Backend, Bundle]
 
 WRAPPERS: dict[type[BackendWrapper], Callable[[Backend, Bundle], BackendWrapper]] = {
     BackendWrapper: lambda inner, bundle: BackendWrapper(inner),
+    CheckedBackend: lambda inner, bundle: CheckedBackend(inner, bundle.manifest.graphs),
     GuardedBackend: lambda inner, bundle: GuardedBackend(inner, CancelToken(), StageTimer()),
     RecordingBackend: lambda inner, bundle: RecordingBackend(inner),
     LowMemoryBackend: lambda inner, bundle: LowMemoryBackend(lambda: inner),
