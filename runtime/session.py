@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .backends import open_backend
 from .backends.base import Backend, KvCache
+from .bundle.geometry import check_shapes
 from .bundle.manifest import Manifest, SamplingConfig
 from .bundle.parts import encoder_of
 from .bundle.reader import Bundle
@@ -51,6 +52,7 @@ class OmniSession:
         self, bundle: Bundle, backend: Backend, *, max_context: int | None = None, run_limit: float | None = None
     ) -> None:
         _check_limit(run_limit)
+        check_shapes(bundle.manifest, bundle.root)
         self._run_limit = run_limit
         self.bundle = bundle
         exported = bundle.manifest.kv.max_context

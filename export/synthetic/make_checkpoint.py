@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from omniport.runtime.bundle.staging import check_space
 from omniport.runtime.errors import ExportError, UsageError
+from omniport.runtime.system.interrupts import uninterrupted
 from omniport.runtime.system.progress import Progress
-from omniport.runtime.system.signals import uninterrupted
 
 from .geometries import CODEBOOK, CODEC, CODEC_VOCAB, SIZES, TTS_FROM_END, Size, checkpoint_config
 from .random_weights import Outliers, Scaling, generator, stored_bytes, write_shards

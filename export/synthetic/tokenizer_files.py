@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.tokenizer_json import CONTROL_TOKENS
+from ..checkpoint.control_tokens import CONTROL_TOKENS
 
 _PLAIN_CONTROLS = frozenset(CONTROL_TOKENS[14:])  # Qwen2's files mark these as added but not special
 _FIRST_REAL_ID = 151643

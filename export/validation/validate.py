@@ -33,8 +33,6 @@ from .types import FAIL, NOT_RUN, Check, NoChatTemplate, ValidationReport
 
 Artifacts = dict[str, NDArray[Any]]
 
-_EVERYTHING = ("preprocess", "positions", *PARTS, "end_to_end", "speech")
-
 
 @dataclass(frozen=True)
 class _Group:
@@ -255,14 +253,18 @@ def group_names() -> tuple[str, ...]:
 
     ``acceptance`` is not part of everything: it is for the real weights, and fetches two files.
     """
-    return (*_EVERYTHING, "acceptance")
+    return (*_everything(), "acceptance")
+
+
+def _everything() -> tuple[str, ...]:
+    return ("preprocess", "positions", *PARTS, "end_to_end", "speech")
 
 
 def _groups(
     graphs: Sequence[str] | None, data: str | os.PathLike[str] | None, trace: str | None, asr: str | None
 ) -> list[_Group]:
     """Everything to run, in an order in which no part is loaded twice."""
-    wanted = _EVERYTHING if graphs is None else tuple(graphs)
+    wanted = _everything() if graphs is None else tuple(graphs)
     groups = [
         _Group("preprocess", "preprocessing.preprocess_checks", "preprocess"),
         _Group("positions", "preprocessing.position_checks", "preprocess"),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from ..errors import BundleError
 from .graph_spec import GraphSpec
 from .manifest import DecoderGeometry, Manifest
-from .parts import PARTS
 
 _WIDTH, _IDS, _RATE = (1, 1 << 17), (0, 1 << 24), (1000, 384_000)
 
@@ -107,9 +108,20 @@ def number_problems(manifest: Manifest) -> Iterator[str]:
         if sizes and max(sizes) > _DEFAULT[1]:
             yield f"graph {name!r} has a size of {max(sizes)}; at most {_DEFAULT[1]} was expected"
     yield from _agreement_problems(manifest)
+
+
+def check_shapes(manifest: Manifest, path: Path) -> None:
+    """Compare the graphs' shapes with the sizes that other fields state, before anything is run.
+
+    Args:
+        path: of the bundle, for messages.
+
+    Raises:
+        BundleError: names the first tensor that differs.
+    """
     for name, graph in manifest.graphs.items():
-        if name in PARTS:
-            yield from _shape_problems(manifest, name, graph)
+        for problem in _shape_problems(manifest, name, graph):
+            raise BundleError(f"{path}: {problem}. Export the bundle again")
 
 
 def _range_problems(where: str, fields: Mapping[str, Any]) -> Iterator[str]:
@@ -189,6 +201,8 @@ def _shapes(manifest: Manifest, name: str) -> dict[str, tuple[int | None, ...]]:
         }
     if dit is None:
         return {}
+    if name == "bigvgan":
+        return {"mel": (None, dit.mel_dim, None)}
     if name == "dit":
         return {
             "x": (None, None, dit.mel_dim),
@@ -196,4 +210,4 @@ def _shapes(manifest: Manifest, name: str) -> dict[str, tuple[int | None, ...]]:
             "reference": (None, dit.reference_dim),
             "velocity": (None, None, dit.mel_dim),
         }
-    return {"mel": (None, dit.mel_dim, None)}
+    return {}

@@ -23,7 +23,7 @@ from typing import Any
 
 from ..errors import BundleError, ExportError
 from ..system.files import exchange, sync
-from ..system.signals import uninterrupted
+from ..system.interrupts import uninterrupted
 from .manifest import Manifest
 from .reader import MANIFEST_FILE, read_manifest
 

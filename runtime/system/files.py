@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ..errors import UsageError
-from .signals import uninterrupted
+from .interrupts import uninterrupted
 
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # 0 on Windows
 #: how the names of files end that are being written

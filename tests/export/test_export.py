@@ -182,6 +182,7 @@ def expected_elsewhere(graph: str, key: str) -> bool:
     return (
         (graph in ("thinker", "talker") and key == "model.embed_tokens.weight")
         or (graph == "audio_encoder" and key == "audio_bos_eos_token.weight")
+        or key.endswith("inv_freq")
         or (graph == "dit" and key.startswith(("input_embed.spk_encoder.", "time_embed.")))
         or (graph == "dit" and (".attn_norm.linear." in key or key.startswith("norm_out.linear.")))
         or (graph == "bigvgan" and key.endswith((".act.alpha", ".act.beta")))

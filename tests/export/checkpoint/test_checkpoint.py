@@ -190,7 +190,8 @@ def test_saved_by_transformers(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_checkpoint / "config.json", tmp_path)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "model.safetensors")
     again, ckpt = Checkpoint.open(tmp_path), Checkpoint.open(tiny_checkpoint)
-    assert again.keys() == ckpt.keys()
+    computed = [key for key in ckpt.keys() if key.endswith("inv_freq")]  # noqa: SIM118 - not a mapping
+    assert again.keys() == [key for key in ckpt.keys() if key not in computed]  # noqa: SIM118
     moved = [key for key in again.keys() if key.startswith("thinker.visual.")]  # noqa: SIM118
     assert moved
     for key in moved:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omniport.export.checkpoint.tokenizer_json import CONTROL_TOKENS
+from omniport.export.checkpoint.control_tokens import CONTROL_TOKENS
 from omniport.export.synthetic import make_checkpoint as synthetic
 from omniport.export.synthetic import random_weights as synthetic_weights
 from omniport.export.synthetic.geometries import checkpoint_config
