@@ -372,7 +372,7 @@ def test_places_that_are_refused(quantized: dict[str, Path], tiny_bundle: Path, 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda root: edit(root, lambda m: m["graphs"]["thinker"].update(data=[])), "bundle.json does not list for graph"),
+        (lambda root: edit(root, lambda m: m["graphs"]["thinker"].update(data=[])), "does not list for graph"),
         (lambda root: edit(root, lambda m: m["graphs"]["thinker"].update(file="graphs/dit.onnx.data")), "ONNX"),
         (lambda root: edit(root, lambda m: m["graphs"]["talker"].update(opset=18)), "opset 18"),
     ],
