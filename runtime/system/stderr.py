@@ -17,7 +17,7 @@ _LOCK = threading.Lock()
 def dropped_from_stderr(lines: re.Pattern[bytes]) -> Iterator[None]:
     """Hold the process's stderr back; at the end, its lines are written but for those that match.
 
-    Other threads' lines come late, and none is lost. Without a stderr, nothing happens.
+    Other threads' lines come late; those that match are lost, too. Without a stderr, nothing happens.
 
     Args:
         lines: matched at the start of a line.

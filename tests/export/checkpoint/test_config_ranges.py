@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +10,7 @@ import pytest
 from omniport.export.checkpoint.config import normalise_config
 from omniport.export.planning.shapes import shape_of_config
 from omniport.runtime.errors import CheckpointError
-
-
-def numbers(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from numbers(inner, (*where, key))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield where
-
-
-def changed(raw: dict[str, Any], where: tuple[Any, ...], value: Any) -> dict[str, Any]:
-    raw = copy.deepcopy(raw)
-    inner: Any = raw
-    for key in where[:-1]:
-        inner = inner[key]
-    inner[where[-1]] = value
-    return raw
+from support.json_numbers import changed, numbers
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from omniport.runtime.errors import BundleError, UnknownVoice, UsageError
 from omniport.runtime.session import OmniSession
 from support.bundles import VOCABULARY, WIDTH, edit, make_bundle, make_manifest, write_manifest
 from support.fake_backend import FakeBackend
+from support.json_numbers import changed, numbers
 
 
 def refused(root: Path, match: str, **options: Any) -> None:
@@ -173,15 +174,6 @@ def test_a_session_compares_shapes(root: Path, graph: str, tensor: str, shape: l
         OmniSession(bundle, FakeBackend(bundle.manifest))
 
 
-def numbers(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where numbers stand in a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from numbers(inner, (*where, key))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield where
-
-
 @pytest.mark.parametrize("value", [10**18, -(10**18)])
 def test_every_number_has_a_range(root: Path, value: int) -> None:
     whole = json.loads((root / "bundle.json").read_text())
@@ -189,20 +181,12 @@ def test_every_number_has_a_range(root: Path, value: int) -> None:
     assert len(places) > 150
     taken = []
     for where in places:
-
-        def put(manifest: dict[str, Any], where: tuple[Any, ...] = where) -> None:
-            inner: Any = manifest
-            for key in where[:-1]:
-                inner = inner[key]
-            inner[where[-1]] = value
-
-        edit(root, put)
+        (root / "bundle.json").write_text(json.dumps(changed(whole, where, value)))
         try:
             Bundle.open(root)
             taken.append((where, "taken"))
         except BundleError as error:
             taken += [(where, str(error))] if "\n" in str(error) else []
-        (root / "bundle.json").write_text(json.dumps(whole))
     assert taken == []
 
 
