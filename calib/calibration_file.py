@@ -17,7 +17,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.errors import BundleError, UsageError
-from safetensors import SafetensorError, safe_open
+from omniport.runtime.system.files import open_regular
+from omniport.runtime.system.foreign import foreign
+from safetensors import safe_open
 from safetensors.numpy import save
 
 Array = NDArray[Any]
@@ -140,12 +142,11 @@ class Calibration:
             BundleError: no such file, damaged, or of another schema version.
         """
         path = Path(path)
-        try:
+        with foreign(BundleError, f"cannot read the calibration {path}", "Run omniport calibrate again"):
+            open_regular(path).close()  # the library would wait for whoever writes into a pipe
             with safe_open(path, framework="numpy") as file:
                 text = (file.metadata() or {}).get(HEADER_KEY)
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"cannot read the calibration {path}: {error}. Run omniport calibrate again") from error
         if text is None:
             raise BundleError(f"{path} is no calibration: a safetensors file without {HEADER_KEY!r} in its metadata")
         header = _header(path, text)

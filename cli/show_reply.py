@@ -172,6 +172,10 @@ def _read_line(console: Console) -> str | None:
         return console.input("[bold]you> [/bold]").strip()
     except EOFError:
         return None
+    except (RuntimeError, OSError) as error:  # a service has no stdin; a terminal may be gone
+        from omniport.runtime.errors import UsageError
+
+        raise UsageError(f"stdin cannot be read ({error}): give --text, --audio, --image or --video") from error
 
 
 def _add_medium(line: str, media: dict[str, list[Path]], console: Console) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 PAGE = Path("docs/results/fuzz.md")
 #: seeds of every kind that one run of pytest takes
 BATCH = 8
+#: a run that hangs in another library's code is ended too: no signal reaches it there
+_HANG = ("--timeout=120", "--timeout-method=thread")
 HEAD = """# Mutated input, counted
 
 Written by `python -m scripts.fuzz` (`make fuzz`). Every input is drawn from a seed: bundles, checkpoints, media and
@@ -37,7 +39,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as log:
         while time.monotonic() - start < asked.seconds:
             environment = {**os.environ, "OMNIPORT_FUZZ_SEEDS": f"{seed}:{BATCH}", "OMNIPORT_FUZZ_LOG": log}
-            pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "tests/fuzz"]
+            pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", *_HANG, "tests/fuzz"]
             failed += subprocess.run(pytest, env=environment).returncode != 0
             seed += BATCH
         counts = count(Path(log))

@@ -76,7 +76,7 @@ def read_keys() -> queue.SimpleQueue[str]:
     keys: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
-        for line in sys.stdin:
+        for line in sys.stdin or ():  # a service has none
             if line.strip().lower() in ("q", "quit", "/quit"):
                 break
             keys.put("enter")

@@ -393,6 +393,13 @@ def test_conversation_keeps_its_messages(
     assert len(text.splitlines()) >= 4
 
 
+def test_without_a_stdin_there_is_no_conversation(
+    omniport: Omniport, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # as in a service
+    refused(omniport("run", tiny_bundle), "stdin cannot be read", "--text")
+
+
 def test_conversation_survives_a_bad_turn_and_ends_with_stdin(
     omniport: Omniport, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
