@@ -424,3 +424,16 @@ def test_memory_stream_is_left_alone() -> None:
     content = buffer.getvalue()
     first, second = load_audio(content), load_audio(content)
     np.testing.assert_array_equal(first, second)
+
+
+def test_a_length_in_the_header_is_believed_before_anything_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[object] = []
+    path = tmp_path / "long.flac"
+    soundfile.write(path, np.zeros(16000 * 4, np.int16), 16000)
+    blocks = audio._sound_blocks
+    monkeypatch.setattr(audio, "_sound_blocks", lambda reader: decoded.append(reader) or blocks(reader))
+    with pytest.raises(MediaError, match="too long"):
+        load_audio(path, max_seconds=3)
+    assert decoded == []
