@@ -119,7 +119,7 @@ class Turn:
         """
         self._require("image")
         lay, tokens = self._read([Part("image", image, "the picture")])
-        with self._push(tokens + 2):
+        with self._push(tokens):
             self._whole(lay)
 
     def push_text(self, text: str) -> None:
@@ -155,11 +155,12 @@ class Turn:
                 self._whole(lay)
 
     def _read(self, parts: Sequence[Part]) -> tuple[list[Callable[[], None]], int]:
-        """Decode parts that must fit together beside the turn so far: what appends each, and their tokens."""
+        """Decode parts that must fit together beside the turn so far: what appends each, and their tokens at most."""
         conversation = self._conversation
         room = Room(conversation.capacity, conversation.committed + self._layout.pending)
         made = self._media.read(parts, self._task.codec, room)
-        return [decode() for decode in made], room.tokens
+        ends = sum(4 if part.use_audio else 2 for part in parts if part.kind != "text")  # where each begins and ends
+        return [decode() for decode in made], room.tokens + ends
 
     def commit(self) -> Iterator[Event]:
         """The turn is complete: answer it.

@@ -117,8 +117,8 @@ class Layout:
 
     @property
     def pending(self) -> int:
-        """Tokens since the last ``segment``."""
-        return self.length - self._taken
+        """Tokens since the last ``segment``, with those of text that is held back."""
+        return self.length - self._taken + len(self._codec.encode("".join(self._text)))
 
     def fill(self, indices: NDArray[np.int64], embeds: NDArray[np.float32]) -> None:
         """Give tokens that were appended since the last ``segment`` their embeddings."""

@@ -318,8 +318,11 @@ class Contract(RuleBasedStateMachine):
         ending = [start(end) for _ in range(2 if how == "twice" else 1)]
         for each in ending:
             each.result(PATIENCE)
-        with suppress(PromptTooLong):
+        try:
             listening.result(PATIENCE)
+        except PromptTooLong:  # with what ends its message the turn does not fit, and is discarded
+            self.is_undone()
+            return
         self.takes(got)
         self.is_cut()
 

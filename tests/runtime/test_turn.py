@@ -309,8 +309,10 @@ def test_a_turn_too_long_for_the_cache_is_taken_back(tmp_path: Path) -> None:
     assert history(live)[: len(before)] == before, "earlier turns are not dropped for what can never fit"
     before = history(live)
     turn = live.session.turn()
-    for _ in range(3):
-        turn.push_text("x" * 60)
+    turn.push_text("x" * 120)
+    with pytest.raises(PromptTooLong):
+        turn.push_text("x" * 60)  # text that waits is counted
+    turn.push_text("x" * 50)  # fits, but not with what ends the message
     with pytest.raises(PromptTooLong):
         list(turn.commit())
     assert history(live) == before
@@ -428,3 +430,22 @@ def test_sessions_share_graphs_and_close_them_last(live: Live) -> None:
     other.close()
     other.close()
     assert live.backend.closed
+
+
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        (97, "y" * 70),
+        (97, [{"type": "image", "image": np.full((56, 56, 3), 90, np.uint8)}]),
+        (95, [{"type": "audio", "audio": (voice(1.0), 16000)}]),  # 25 tokens and the two around them
+    ],
+    ids=["text", "image", "audio"],
+)
+def test_text_that_waits_for_what_follows_takes_room(tmp_path: Path, text: int, more: Any) -> None:
+    """What does not fit beside it is refused, and the turn stays open."""
+    live = Live(make_bundle(tmp_path / "bundle", max_context=150))
+    with live.session.turn() as turn:
+        turn.push_text("x" * text)
+        with pytest.raises(PromptTooLong):
+            turn.push(more)
+        assert not turn.ended
