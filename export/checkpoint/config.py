@@ -159,6 +159,10 @@ def _check_rope(config: Any, path: Path) -> None:
         heads.append(("talker", talker, talker.head_dim))
     for name, part, head_dim in heads:
         section = part.rope_parameters["mrope_section"]
+        if not isinstance(section, list) or not all(isinstance(size, int) for size in section):
+            raise CheckpointError(
+                f"{path}: the {name}'s mrope_section is {section!r}; three whole numbers were expected."
+            )
         if 2 * sum(section) != head_dim:
             raise CheckpointError(
                 f"{path}: the {name}'s mrope_section {section} adds up to {sum(section)}, expected {head_dim // 2}, "

@@ -37,11 +37,11 @@ def check_manifest(manifest: Manifest, path: Path) -> None:
 
 def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _file_problems(manifest)
+    yield from number_problems(manifest)  # first: what follows computes with them
     yield from _speech_problems(manifest)
     yield from _kv_problems(manifest)
     for name, graph in manifest.graphs.items():
         yield from _graph_problems(name, graph)
-    yield from number_problems(manifest)
     yield from _token_problems(manifest)
     yield from _quantization_problems(manifest)
 
@@ -136,6 +136,8 @@ def _kv_problems(manifest: Manifest) -> Iterator[str]:
     form = manifest.kv.form
     if form not in KV_FORMS:
         yield f"kv.form is {form!r}; this release runs {', '.join(KV_FORMS)}"
+    if manifest.kv.dtype not in DTYPES:
+        yield f"kv.dtype is {manifest.kv.dtype!r}; known: {', '.join(DTYPES)}"
     if form != "static" and manifest.schema_version < 2:
         yield f"schema version {manifest.schema_version} has no {form} KV cache"
     for name, graph in manifest.graphs.items():

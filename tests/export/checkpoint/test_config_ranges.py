@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omniport.export.checkpoint.config import normalise_config
+from omniport.export.checkpoint.config import load_config, normalise_config
 from omniport.export.planning.shapes import shape_of_config
 from omniport.runtime.errors import CheckpointError
 from support.json_numbers import changed, numbers
@@ -27,6 +28,18 @@ def test_every_number_has_a_range(raw: dict[str, Any], value: float) -> None:
         name = [key for key in where if isinstance(key, str)][-1]
         with pytest.raises(CheckpointError, match=rf"config.json: \S*{name} is "):
             normalise_config(changed(raw, where, value))
+
+
+@pytest.mark.parametrize("section", [16, "16", [8, "8"], None])
+def test_sections_that_are_none(tmp_path: Path, raw: dict[str, Any], section: Any) -> None:
+    raw = copy.deepcopy(raw)
+    text = raw["thinker_config"]["text_config"]
+    for rope in (text.get("rope_scaling"), text.get("rope_parameters")):
+        if rope is not None:
+            rope["mrope_section"] = section
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"mrope_section|config.json"):
+        load_config(tmp_path)
 
 
 def test_layers_and_lists_without_end(raw: dict[str, Any]) -> None:

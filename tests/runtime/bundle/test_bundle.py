@@ -129,6 +129,8 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("swapped graphs", lambda m: m["graphs"].update(dit=m["graphs"]["thinker"]), "graph 'dit'"),
     ("half a speech part", lambda m: m.pop("dit"), "incomplete: dit"),
     ("zero layers", lambda m: m["thinker"].update(num_layers=0), "num_layers is 0"),
+    ("no repeats", lambda m: m["dit"].update(repeats=0), "dit.repeats is 0"),
+    ("unknown cache", lambda m: m["kv"].update(dtype="float99"), "kv.dtype is 'float99'; known"),
     ("window of no patches", lambda m: m["vision"].update(window_size=3), "window_size 3 is no multiple"),
     ("least above most", lambda m: m["vision"].update(min_pixels=10**8), "min_pixels 100000000 is above"),
     ("hop above window", lambda m: m["audio"].update(hop_length=401), "hop_length 401 is above"),
