@@ -729,3 +729,11 @@ def test_truncation_and_padding_of_a_trainer_are_left_out(folder: Path) -> None:
     assert written["truncation"] is None
     assert written["padding"] is None
     assert load_tokenizer(Checkpoint.open(folder)).encode(TEXTS[0] * 4).ids == plain
+
+
+@pytest.mark.parametrize("name", ["e" * 300, "a\0b"])
+def test_a_shard_whose_name_no_file_can_have(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    shutil.copy(tiny_checkpoint / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": name}}))
+    with pytest.raises(CheckpointError, match=r"names 1 shard\(s\) that are not in"):
+        Checkpoint.open(tmp_path)
