@@ -16,6 +16,8 @@ from wren import sizes
 from wren.world import MOVES, Clip, Draw, Picture
 
 Pixels = NDArray[np.uint8]
+# What is where: of each pixel, 0 for the ground, 1 for the scene's first shape, 2 for its second, ...
+Places = NDArray[np.uint8]
 
 PICTURE = 112  # pixels a side: 16 tokens
 FRAME = 336  # of a clip: Qwen2.5-Omni enlarges smaller videos
@@ -35,9 +37,10 @@ RGB = {
 GROUNDS = ((15, 15, 20), (55, 55, 60), (95, 95, 100))
 
 
-def picture(scene: Picture, draw: Draw) -> Pixels:
-    """uint8 [112, 112, 3]: size, place and tint of the shapes vary, their order does not."""
+def picture(scene: Picture, draw: Draw) -> tuple[Pixels, Places]:
+    """uint8 [112, 112, 3] and [112, 112]: size, place and tint of the shapes vary, their order does not."""
     canvas, brush = _canvas(draw, PICTURE)
+    places = Image.new("L", canvas.size)
     count = len(scene.shapes)
     for i, (colour, shape) in enumerate(scene.shapes):
         cell = PICTURE / count
@@ -46,11 +49,15 @@ def picture(scene: Picture, draw: Draw) -> Pixels:
         across = PICTURE / 2 + draw.uniform(-0.8, 0.8) * (PICTURE / 2 - radius)
         x, y = (across, along) if scene.column else (along, across)
         _shape(brush, shape, _tint(colour, draw), x, y, radius)
-    return np.asarray(canvas)
+        _shape(ImageDraw.Draw(places), shape, i + 1, x, y, radius)
+    return np.asarray(canvas), np.asarray(places)
 
 
-def clip(scene: Clip, draw: Draw, times: NDArray[np.float64]) -> Pixels:
-    """uint8 [F, 336, 336, 3] at ``times`` [F], seconds from the clip's start."""
+def clip(scene: Clip, draw: Draw, times: NDArray[np.float64]) -> tuple[Pixels, Places]:
+    """uint8 [F, 336, 336, 3] and [F, 336, 336] at ``times`` [F], seconds from the clip's start.
+
+    In the places a shape of the second colour counts as a second shape.
+    """
     radius = draw.uniform(0.13, 0.2) * FRAME
     ground, start = int(draw.integers(len(GROUNDS))), draw.uniform(-0.05, 0.05, 2) * FRAME
     first = _tint(scene.colour, draw)
@@ -58,14 +65,17 @@ def clip(scene: Clip, draw: Draw, times: NDArray[np.float64]) -> Pixels:
     turn = draw.uniform(0.8, 1.2)
     reach = FRAME / 2 - radius - 0.06 * FRAME
     across, down = {MOVES[0]: (-1, 0), MOVES[1]: (1, 0), MOVES[2]: (0, -1), MOVES[3]: (0, 1)}.get(scene.change, (0, 0))
-    frames = []
+    frames, places = [], []
     for time in times:
         way = 2 * min(1.0, time / CLIP_SECONDS) - 1
         canvas = Image.new("RGB", (FRAME, FRAME), GROUNDS[ground])
         x, y = FRAME / 2 + start[0] + across * way * reach, FRAME / 2 + start[1] + down * way * reach
         _shape(ImageDraw.Draw(canvas), scene.shape, first if time < turn else second, x, y, radius)
+        place = Image.new("L", canvas.size)
+        _shape(ImageDraw.Draw(place), scene.shape, 1 if time < turn or scene.change in MOVES else 2, x, y, radius)
         frames.append(np.asarray(canvas))
-    return np.stack(frames)
+        places.append(np.asarray(place))
+    return np.stack(frames), np.stack(places)
 
 
 def clip_sound(word: NDArray[np.float32], draw: Draw) -> NDArray[np.float32]:
@@ -87,7 +97,9 @@ def _tint(colour: str, draw: Draw) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _shape(brush: ImageDraw.ImageDraw, shape: str, fill: tuple[int, int, int], x: float, y: float, r: float) -> None:
+def _shape(
+    brush: ImageDraw.ImageDraw, shape: str, fill: tuple[int, int, int] | int, x: float, y: float, r: float
+) -> None:
     if shape == "circle":
         brush.ellipse([x - r, y - r, x + r, y + r], fill=fill)
         return

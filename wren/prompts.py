@@ -29,6 +29,7 @@ Floats = NDArray[np.float32]
 
 FFT, HOP = 400, 160
 WINDOW = torch.hann_window(FFT)
+SEEN = 0.1  # share of a token's pixels that a shape has to cover
 FILTERS = torch.tensor(mel_filters(128, FFT, sizes.QUESTION_RATE), dtype=torch.float32)
 
 
@@ -53,6 +54,8 @@ class Turn:
         picture: uint8 [h, w, 3].
         clip: frames uint8 [F, h, w, 3] and sound float32 [n] at 16 kHz.
         said: the words of the sound, or of the clip's.
+        names: colour and shape of what is seen.
+        places: which of ``names`` each pixel shows, counted from 1 (0: none); [h, w] of a picture, [F, h, w] of a clip.
     """
 
     text: str
@@ -61,13 +64,16 @@ class Turn:
     picture: NDArray[np.uint8] | None = None
     clip: tuple[NDArray[np.uint8], Floats] | None = None
     said: str = ""
+    names: Sequence[tuple[str, str]] = ()
+    places: NDArray[np.uint8] | None = None
 
 
 @dataclass(eq=False)
 class Laid:
     """A conversation of tokens [S]; ``answers`` are the spans that the model has to say, each with its end.
 
-    Each sound has its mel, and the ids of the words that it says.
+    Each sound has its mel, and the ids of the words that it says; each picture or clip the ids [tokens, 2] of the
+    colour and the shape that most of a token's pixels show.
     """
 
     ids: NDArray[np.int64]
@@ -77,6 +83,7 @@ class Laid:
     said: list[list[int]] = field(default_factory=list)
     pictures: list[VisionInput] = field(default_factory=list)
     clips: list[VisionInput] = field(default_factory=list)
+    seen: list[NDArray[np.int64]] = field(default_factory=list)
 
 
 class Prompts:
@@ -114,11 +121,13 @@ class Prompts:
         manifest, tokens = self.manifest, self.manifest.tokens
         if turn.picture is not None:
             laid.pictures.append(image_input(turn.picture, manifest.vision))
+            laid.seen.append(self._named(turn, laid.pictures[-1].grid_thw))
             Media(layout).image(laid.pictures[-1])
         if turn.clip is not None:
             frames, sound = turn.clip
             vision = video_input(frames, manifest.vision)
             laid.clips.append(vision)
+            laid.seen.append(self._named(turn, vision.grid_thw))
             laid.mels.append(mel_of_question(sound))
             laid.said.append(self.codec.encode(turn.said))
             times = video_times(vision.grid_thw[0], 1.0, manifest)
@@ -132,6 +141,25 @@ class Prompts:
             layout.control(tokens.audio_bos)
             layout.line(np.full(audio_tokens(laid.mels[-1].shape[1]), tokens.audio))
             layout.control(tokens.audio_eos)
+
+    def _named(self, turn: Turn, grid: Sequence[int]) -> NDArray[np.int64]:
+        """Ids [tokens, 2] of the colour and the shape of each token; ``grid`` counts patches."""
+        nothing, merge = self.manifest.tokens.image, self.manifest.vision.merge_size
+        names = [(nothing, nothing), *(tuple(self._word(w) for w in name) for name in turn.names)]
+        times, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
+        if turn.places is None:
+            return np.full((times * rows * columns, 2), nothing)
+        places = turn.places.reshape(
+            times, -1, rows, turn.places.shape[-2] // rows, columns, turn.places.shape[-1] // columns
+        )
+        shares = np.stack([(places == i).mean((1, 3, 5)) for i in range(1, len(names))])
+        best = np.where(shares.max(0) >= SEEN, shares.argmax(0) + 1, 0)
+        return np.array(names)[best.reshape(-1)]
+
+    def _word(self, word: str) -> int:
+        """The one token of a word inside a sentence."""
+        (token,) = self.codec.encode(f" {word}")
+        return token
 
     def batch(self, rows: Sequence[Laid]) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs of transformers' thinker and labels [B, S] (-100 where nothing is asked).

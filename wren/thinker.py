@@ -3,8 +3,8 @@
     python -m wren.thinker [--work DIR] [--steps N]
 
 Every step takes conversations of four kinds (typed, spoken, pictures, clips) of many turns, and learns the answers
-alone. The audio encoder also learns to spell what it hears in the text model's own tokens. Every 250 steps questions
-that training never sees are answered, by kind.
+alone. The audio encoder also learns to spell what it hears in the text model's own tokens, the vision encoder to name
+what it sees. Every 250 steps questions that training never sees are answered, by kind.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ ROWS: dict[str, int] = {"typed": 6, "spoken": 6, "picture": 8, "clip": 1}
 TURNS: dict[str, int] = {"typed": 8, "spoken": 3, "picture": 5, "clip": 4}
 SHARES: dict[str, float] = {"typed": 1, "spoken": 1, "picture": 1, "clip": 0.5}  # of the loss; a clip alone is noisy
 SPELLING = 0.3  # share of what is heard beside the answers
+NAMING = 0.5  # share of what is seen
 FASTER = 0.08  # sounds of training are played faster or slower by so much at most, and with it higher or lower
 TEST_EVERY, TESTED = 250, 60
 
@@ -97,13 +98,17 @@ class Conversations:
         if heard:
             turn = replace(turn, sound=self.sound(question.asked, draw), said=question.asked)
         if question.picture and not seen:
-            turn = replace(turn, picture=media.picture(question.picture, draw))
+            pixels, places = media.picture(question.picture, draw)
+            turn = replace(turn, picture=pixels, places=places, names=question.picture.shapes)
         if question.clip and not seen:
             # where a sampler looks differs with its rule and with the file
             every = np.arange(0, media.CLIP_SECONDS, 1 / media.CLIP_FPS)
             times = every if self.whole_clips else np.linspace(0, draw.uniform(1.5, 2.0), 4)
             sound = media.clip_sound(self.sound(question.clip.word, draw), draw)
-            turn = replace(turn, clip=(media.clip(question.clip, draw, times), sound), said=question.clip.word)
+            frames, places = media.clip(question.clip, draw, times)
+            turn = replace(
+                turn, clip=(frames, sound), said=question.clip.word, places=places, names=question.clip.looks
+            )
         return turn
 
     def typed(self, draw: Draw) -> list[Turn]:
@@ -191,6 +196,28 @@ class Spelling:
         return functional.ctc_loss(spelled, torch.cat(said), lengths, counts, self.blank, zero_infinity=True)
 
 
+class Naming:
+    """What is seen, named: each token of a picture says the colour and the shape that it shows, by the text model's
+    own token embeddings. Answers alone teach an encoder of this size colours and counts, but no shapes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.table = model.get_input_embeddings()
+        self.outputs = torch.empty(0)
+        model.model.visual.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: object, output: Any) -> None:
+        self.outputs = output.pooler_output
+
+    def loss(self, rows: list[Laid], nothing: int) -> Tensor:
+        """Of the pictures and clips of the batch that the model has just seen; ground and shapes count alike."""
+        names = torch.from_numpy(np.concatenate([ids for row in rows for ids in row.seen]))
+        scores = self.outputs.float() @ self.table.weight.detach().T / math.sqrt(self.outputs.shape[1])
+        each = -scores.log_softmax(-1).gather(1, names).mean(1)
+        ground = names[:, 0] == nothing
+        return (each[ground].mean() + each[~ground].mean()) / 2
+
+
 def loss_of_rows(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Cross entropy of the answers' tokens."""
     # dense attention is faster than the blockwise kernel at so few tokens
@@ -236,7 +263,7 @@ def main() -> None:
     model = build(args.work)
     trained, held_out = Conversations(args.work, "train"), Conversations(args.work, "held_out")
     prompts = trained.prompts
-    spelling = Spelling(model, prompts.manifest.tokens.audio)
+    spelling, naming = Spelling(model, prompts.manifest.tokens.audio), Naming(model)
     model.model.language_model.compile(dynamic=True)  # minutes at first, then nearly twice as fast
 
     def loss_of(step: int) -> tuple[Tensor, float]:
@@ -249,6 +276,8 @@ def main() -> None:
             loss = loss_of_rows(model, *prompts.batch(rows))
             if any(row.said for row in rows):
                 loss = loss + SPELLING * spelling.loss(rows)
+            if any(row.seen for row in rows):
+                loss = loss + NAMING * naming.loss(rows, prompts.manifest.tokens.image)
             each.append(SHARES[what] * loss)
         loss = torch.stack(each).sum() / sum(SHARES.values())
         return loss, loss.item()

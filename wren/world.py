@@ -103,6 +103,12 @@ class Clip:
     change: str  # one of MOVES, or another colour
     word: str
 
+    @property
+    def looks(self) -> tuple[tuple[str, str], ...]:
+        """Colour and shape at first, and after a change of colour."""
+        first = (self.colour, self.shape)
+        return (first,) if self.change in MOVES else (first, (self.change, self.shape))
+
 
 MOVES = ("moves to the left", "moves to the right", "moves up", "moves down", "stands still")
 

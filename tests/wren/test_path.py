@@ -57,8 +57,8 @@ def sound(seconds: float) -> Any:
 
 def conversations() -> dict[str, list[Turn]]:
     draw = np.random.default_rng(5)
-    pixels = media.picture(Picture((("red", "star"), ("blue", "heart"))), draw)
-    frames = media.clip(Clip("red", "star", "moves up", "apple"), draw, np.linspace(0, 1.9, 4))
+    pixels, _ = media.picture(Picture((("red", "star"), ("blue", "heart"))), draw)
+    frames, _ = media.clip(Clip("red", "star", "moves up", "apple"), draw, np.linspace(0, 1.9, 4))
     return {
         "typed": [Turn("Hello!", "Hello! How can I help you?"), Turn("What is two plus two?", "")],
         "spoken": [Turn("", "", sound=sound(1.27))],

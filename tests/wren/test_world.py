@@ -75,16 +75,18 @@ def centre(pixels: media.Pixels, colour: str) -> tuple[float, float]:
 def test_shapes_stand_in_their_order(column: bool) -> None:
     shapes = (("red", "star"), ("blue", "heart"), ("green", "circle"))
     for seed in range(5):
-        pixels = media.picture(Picture(shapes, column), np.random.default_rng(seed))
+        pixels, places = media.picture(Picture(shapes, column), np.random.default_rng(seed))
         along = [centre(pixels, colour)[column] for colour, _ in shapes]
         assert along == sorted(along)
+        for number, (colour, _) in enumerate(shapes, 1):  # what the places say is where the shape is
+            assert (np.abs(pixels[places == number].astype(int) - media.RGB[colour]) < 30).all()
 
 
 def test_a_clip_moves_where_it_is_said_to() -> None:
     draw = np.random.default_rng(0)
-    frames = media.clip(Clip("red", "circle", "moves to the left", "apple"), draw, np.array([0.0, 1.0, 2.0]))
+    frames, _ = media.clip(Clip("red", "circle", "moves to the left", "apple"), draw, np.array([0.0, 1.0, 2.0]))
     columns = [centre(frame, "red")[0] for frame in frames]
     assert columns[0] > columns[1] > columns[2]
-    frames = media.clip(Clip("red", "circle", "blue", "apple"), draw, np.array([0.0, 2.0]))
+    frames, _ = media.clip(Clip("red", "circle", "blue", "apple"), draw, np.array([0.0, 2.0]))
     centre(frames[0], "red")
     centre(frames[1], "blue")
