@@ -23,7 +23,7 @@ $(PYTHON):
 # Reinstalled when pyproject.toml or the tested versions change. torch comes first, so that the build asked for is the one that stays.
 $(INSTALLED): pyproject.toml tests/constraints.txt | $(PYTHON)
 	$(PYTHON) -m pip install --quiet torch==2.13.0
-	$(PYTHON) -m pip install --quiet --constraint tests/constraints.txt -e '.[test]'
+	$(PYTHON) -m pip install --quiet --constraint tests/constraints.txt -e '.[test,ort]'
 	touch $@
 
 lint: $(INSTALLED)

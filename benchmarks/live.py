@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, SamplingConfig, TextDelta
-from omniport.runtime.backends.onnxruntime.backend import import_onnxruntime
+from omniport.runtime.backends.onnxruntime.packages import import_onnxruntime
 from omniport.runtime.bench.reply_timing import QUESTION
 from omniport.runtime.generation.sampling import Sampler
 from omniport.runtime.prompt.builder import build_prompt

@@ -22,7 +22,8 @@ from omniport.export.planning.machines import Rates, cpu_machine, machine_of, me
 from omniport.export.planning.plan import TargetPlan, make_plan
 from omniport.export.planning.shapes import DecoderShape, ModelShape, decoder_graph, find_model, shape_of_config
 from omniport.export.synthetic.geometries import SIZES, geometry_config
-from omniport.runtime.backends.onnxruntime.backend import OrtBackend, import_onnxruntime
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.backends.onnxruntime.packages import import_onnxruntime
 from omniport.runtime.bundle.manifest import SamplingConfig
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.session import OmniSession

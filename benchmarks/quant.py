@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from omniport.calib.calibration_file import Calibration
 from omniport.calib.quantizer import quantize
 from omniport.export.evaluation.speech_metrics import snr_db
-from omniport.runtime.backends.onnxruntime.backend import OrtBackend, import_onnxruntime
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend
+from omniport.runtime.backends.onnxruntime.packages import import_onnxruntime
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.system.host import cpu_name, physical_cores
 

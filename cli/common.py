@@ -134,8 +134,11 @@ def require_extra(extra: str, *modules: str) -> None:
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
+        from omniport.runtime.backends.onnxruntime.packages import wanted_extra
         from omniport.runtime.errors import ExportError
 
+        if "onnxruntime" in missing:  # no extra brings it along: a machine with a GPU wants another package
+            extra = wanted_extra() if missing == ["onnxruntime"] else f"{extra},{wanted_extra()}"
         raise ExportError(
             f"this command needs {', '.join(missing)}, not installed here: pip install 'omniport[{extra}]'"
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +53,9 @@ class Stored:
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         view = out.reshape(-1).view(np.uint8).data
         with open(self.path, "rb", buffering=0) as file:
-            at = self.offset + start * row
-            while view and (got := os.preadv(file.fileno(), [view], at)):
-                view, at = view[got:], at + got
+            file.seek(self.offset + start * row)
+            while view and (got := file.readinto(view)):
+                view = view[got:]
         if view:
             raise BundleError(f"{self.path} ends before weight {self.name!r} does. Copy or export the bundle again")
         return out

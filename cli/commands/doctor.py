@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from omniport.runtime.errors import BackendError
 from omniport.runtime.system import host
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, size_text
@@ -21,6 +22,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("tokenizers",),
     "msgspec": ("msgspec",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "onnxruntime_gpu": ("onnxruntime-gpu",),
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
     "cuda_bindings": ("cuda-bindings",),
@@ -67,7 +69,7 @@ def command(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
 def examine() -> dict[str, Any]:
     """Everything that ``omniport doctor`` reports. Imports onnxruntime (its providers are known to it alone)."""
     packages = {name: _version(distributions) for name, distributions in PACKAGES.items()}
-    gpus = host.nvidia_smi("name", "driver_version", "memory.total", "compute_cap")
+    gpus, no_gpu = _gpus()
     abilities = []
     for name, (needs, extra) in ABILITIES.items():
         missing = [package for package in needs if packages[package] is None]
@@ -89,9 +91,11 @@ def examine() -> dict[str, Any]:
         "cpu_cores": len(host.usable_cpus()),
         "memory_bytes": host.total_memory(),
         "gpus": gpus,
+        "no_gpu": no_gpu,
         "packages": packages,
         "backends": _backends(packages, gpus),
         "abilities": abilities,
+        "conflicts": _conflicts(),
     }
 
 
@@ -117,6 +121,32 @@ def _backends(packages: dict[str, str | None], gpus: list[dict[str, str]]) -> li
     return rows
 
 
+def _gpus() -> tuple[list[dict[str, str]], str | None]:
+    """A row for each GPU, and why there is none. The CUDA driver decides: Jetson has no nvidia-smi that knows."""
+    try:
+        found = host.read_gpus()
+    except BackendError as error:
+        return [], str(error)
+    version = host.driver_version() or "unknown"
+    return [
+        {
+            "name": gpu.name,
+            "driver_version": version,
+            "memory.total": f"{gpu.memory_bytes >> 20} MiB",
+            "compute_cap": gpu.capability,
+        }
+        for gpu in found
+    ], None
+
+
+def _conflicts() -> list[str]:
+    from omniport.runtime.backends.onnxruntime.packages import DISTRIBUTIONS, mend_line
+
+    if None in map(_version, ((name,) for name in DISTRIBUTIONS)):
+        return []
+    return [f"{' and '.join(DISTRIBUTIONS)} are both installed, and overwrite each other's files: {mend_line()}"]
+
+
 def _board() -> str:
     try:  # Jetson and other device-tree boards say what they are
         return Path("/proc/device-tree/model").read_text(encoding="utf-8", errors="replace").rstrip("\0\n")
@@ -126,7 +156,7 @@ def _board() -> str:
 
 def _print(facts: dict[str, Any]) -> None:
     memory = size_text(facts["memory_bytes"]) if facts["memory_bytes"] else "unknown"
-    gpus = "; ".join(", ".join(gpu.values()) for gpu in facts["gpus"]) or "none found"
+    gpus = "; ".join(", ".join(gpu.values()) for gpu in facts["gpus"]) or f"none: {facts['no_gpu']}"
     system = [
         ("omniport", facts["omniport"]),
         ("python", f"{facts['python']} ({facts['executable']})"),
@@ -142,3 +172,5 @@ def _print(facts: dict[str, Any]) -> None:
     print_table("Backends", ("backend", "can run here", "why not"), rows)
     abilities = ((row["name"], "yes" if row["ready"] else "no", row["install"] or "") for row in facts["abilities"])
     print_table("Abilities", ("to", "ready", "install"), abilities)
+    if facts["conflicts"]:
+        print_table("Conflicts", ("mend first",), ((text,) for text in facts["conflicts"]))

@@ -15,7 +15,9 @@ NAME = "export"
 EXAMPLE = "omniport export Qwen/Qwen2.5-Omni-3B bundle --precision fp16"
 
 #: what export imports; the extra ``export`` brings all of it
-EXPORT_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "ml_dtypes", "onnxruntime")
+EXPORT_MODULES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "ml_dtypes")
+#: what comparing graphs with the reference imports: ONNX Runtime besides, which an extra of its own brings
+COMPARE_MODULES = (*EXPORT_MODULES, "onnxruntime")
 
 
 def command(

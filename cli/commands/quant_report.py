@@ -19,7 +19,7 @@ from ..common import (
     require_folder,
     size_text,
 )
-from .export import EXPORT_MODULES
+from .export import COMPARE_MODULES
 
 if TYPE_CHECKING:
     from omniport.calib import BundleLoss, LossReport
@@ -45,7 +45,7 @@ def command(
     Runs all of them on the same recorded calls: output error of each graph and layer, agreement of text and codes under
     teacher forcing, distance of the sound, size and speed.
     """
-    require_extra("export", *EXPORT_MODULES, *(("matplotlib", "jinja2") if html is not None else ()))
+    require_extra("export", *COMPARE_MODULES, *(("matplotlib", "jinja2") if html is not None else ()))
     require_folder(html)
     from omniport.calib import Calibration, compare
 

@@ -21,7 +21,7 @@ from ..common import (
     size_text,
 )
 from ..options import number, one_of
-from .export import EXPORT_MODULES
+from .export import COMPARE_MODULES
 
 if TYPE_CHECKING:
     from omniport.calib import Goal, GoalReport, QuantizeReport
@@ -97,7 +97,7 @@ def command(
         if goal is None:
             report = library.quantize(bundle, out, recipe, progress=progress, **options)
         else:
-            require_extra("export", *EXPORT_MODULES)
+            require_extra("export", *COMPARE_MODULES)
             found = library.quantize_to_goal(bundle, out, recipe, goal, data=data, progress=progress, **options)
             report = found.written
     if found is not None and curve is not None:

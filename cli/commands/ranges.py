@@ -9,7 +9,7 @@ import typer
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra
 from ..options import number
-from .export import EXPORT_MODULES
+from .export import COMPARE_MODULES
 
 if TYPE_CHECKING:
     from omniport.runtime.bundle.activation_ranges import Ranges
@@ -38,7 +38,7 @@ def command(
     FP32 graphs answer conversations in ONNX Runtime on the CPU; the largest magnitude of every value is kept.
     omniport export --precision fp16 --ranges FILE then leaves in FP32 what FP16 cannot hold.
     """
-    require_extra("export", *EXPORT_MODULES)
+    require_extra("export", *COMPARE_MODULES)
     from omniport.export.evaluation.measure_ranges import measure_ranges, store_ranges
     from omniport.runtime.bundle.activation_ranges import encode_ranges
     from omniport.runtime.bundle.reader import MANIFEST_FILE

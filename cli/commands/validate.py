@@ -22,7 +22,7 @@ from ..common import (
     size_text,
 )
 from ..options import BundleArgument, one_of
-from .export import EXPORT_MODULES
+from .export import COMPARE_MODULES
 
 if TYPE_CHECKING:
     from omniport.export import ValidationReport
@@ -73,7 +73,7 @@ def command(
     Every graph, the preprocessing, whole replies and their speech are compared with transformers, one part in memory
     at a time. Exit code 0: all checks hold. 1: one failed, or none ran. 2: bad input.
     """
-    require_extra("export", *EXPORT_MODULES)
+    require_extra("export", *COMPARE_MODULES)
     if html is not None:
         require_extra("export", "matplotlib", "jinja2")  # found out now, not when everything has been computed
     require_folder(json, html)

@@ -19,7 +19,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from omniport.runtime.backends.base import BackendWrapper, Graph
-from omniport.runtime.backends.onnxruntime.backend import OrtBackend, OrtGraph, import_onnxruntime
+from omniport.runtime.backends.onnxruntime.backend import OrtBackend, OrtGraph
+from omniport.runtime.backends.onnxruntime.packages import import_onnxruntime
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.bundle.onnx_scan import check_graph_file
 from omniport.runtime.bundle.reader import Bundle

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -261,13 +260,14 @@ def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], scaling: Sca
         header[key] = {"dtype": "F32" if _float32(key) else "BF16", "shape": shape, "data_offsets": [offsets[key], end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(_THREADS) as pool:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded)
+    with ThreadPoolExecutor(_THREADS) as pool:
 
         def write(key: str) -> str:
-            position = 8 + len(encoded) + offsets[key]
-            for block in tensor_blocks(key, shapes[key], plan_tensor(key, shapes[key], scaling), seed):
-                position += _write_block(file.fileno(), _stored(key, block), position)
+            with path.open("r+b") as file:
+                file.seek(8 + len(encoded) + offsets[key])
+                for block in tensor_blocks(key, shapes[key], plan_tensor(key, shapes[key], scaling), seed):
+                    file.write(_stored(key, block).reshape(-1).view(np.uint8).data)
             return key
 
         try:
@@ -284,13 +284,3 @@ def _stored(key: str, block: NDArray[np.float32]) -> NDArray[Any]:
         return block
     rounded = block.astype(ml_dtypes.bfloat16)
     return rounded.astype(np.float32) if _float32(key) else rounded
-
-
-def _write_block(fd: int, block: NDArray[Any], position: int) -> int:
-    """Write a block at a position; the number of bytes."""
-    view = block.reshape(-1).view(np.uint8).data
-    size = len(view)
-    while view:
-        written = os.pwrite(fd, view, position)
-        view, position = view[written:], position + written
-    return size

@@ -148,7 +148,7 @@ class GraphWrapper(Graph):
         return self.inner.handle()
 
 
-NO_GPU = "no NVIDIA GPU found (nvidia-smi)"
+NO_GPU = "no NVIDIA GPU that the CUDA driver can use"
 
 
 @dataclass(frozen=True)

@@ -141,14 +141,28 @@ def open_auto(bundle: Bundle, threads: int | None, open_on_cpu: OpenOnCpu | None
     engines = runnable_engines(bundle)
     if engines is not None and not engines.missing:
         return engines
-    from .onnxruntime.backend import OrtBackend, cuda_usable
+    from .onnxruntime.backend import OrtBackend
 
     rest = bundle if engines is None else bundle.with_graphs(engines.missing)
-    if open_on_cpu is None or cuda_usable():
-        others: Backend = OrtBackend(rest, device="cuda" if cuda_usable() else "cpu", threads=threads)
+    if _cuda_runs():
+        others: Backend = OrtBackend(rest, device="cuda", threads=threads)
+    elif open_on_cpu is None:
+        others = OrtBackend(rest, threads=threads)
     else:
         others = open_on_cpu(rest, threads)
     return others if engines is None else CompositeBackend(engines, engines.engines, others)
+
+
+def _cuda_runs() -> bool:
+    """Whether ONNX Runtime runs on a CUDA device here. Where there is one that it could use, a RuntimeWarning says why
+    it does not."""
+    from .onnxruntime.cuda_provider import why_no_cuda
+    from .onnxruntime.packages import import_onnxruntime, wanted_extra
+
+    reason = why_no_cuda(import_onnxruntime())
+    if reason and wanted_extra() == "ort-gpu":
+        warnings.warn(f"ONNX Runtime runs on the CPU, although there is a GPU: {reason}", RuntimeWarning, stacklevel=5)
+    return not reason
 
 
 def _open(name: str, bundle: Bundle, threads: int | None) -> Backend:

@@ -227,7 +227,7 @@ def _decode(source: Path | bytes, label: str, max_seconds: float, to: float) -> 
         return read_track(container, label, to, max_seconds)
 
 
-def _quiet(source: Path | bytes) -> AbstractContextManager[None]:
+def _quiet(source: Path | bytes) -> AbstractContextManager[object]:
     """libsndfile reads MP3 with mpg123, which tells stderr about every damaged frame."""
     with stream(source) as opened:
         head = opened.read(3)

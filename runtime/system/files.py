@@ -147,7 +147,7 @@ def output(path: Path) -> Iterator[BinaryIO]:
 def _open_device(path: Path) -> BinaryIO:
     # without O_NONBLOCK opening a pipe waits until somebody reads it
     descriptor = os.open(path, os.O_WRONLY | NONBLOCK)
-    if NONBLOCK:
+    if sys.platform != "win32":
         os.set_blocking(descriptor, True)
     return cast(BinaryIO, open(descriptor, "wb", buffering=0))
 

@@ -87,9 +87,11 @@ def collect_and_trim() -> None:
 
 def total_memory() -> int | None:
     """Memory of the machine in bytes."""
+    if sys.platform == "win32":
+        return None
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
+    except (ValueError, OSError):
         return None
 
 
@@ -120,17 +122,6 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
-def nvidia_smi(*fields: str) -> list[dict[str, str]]:
-    """Those fields of every GPU as nvidia-smi prints them; empty where it is missing or fails."""
-    call = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(call, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = (line.split(", ") for line in answer.stdout.splitlines() if line.strip())
-    return [dict(zip(fields, row, strict=False)) for row in rows]
-
-
 @dataclass(frozen=True)
 class Gpu:
     """What the driver says about a GPU. ``bandwidth``: bytes a second by clock and bus width; 0 if it is silent."""
@@ -156,13 +147,27 @@ def read_gpu() -> Gpu:
     Raises:
         BackendError: no driver, no GPU, or a driver call that failed.
     """
+    return read_gpus()[0]
+
+
+def read_gpus() -> list[Gpu]:
+    """Ask the CUDA driver about all GPUs, at least one.
+
+    Raises:
+        BackendError: no driver, no GPU, or a driver call that failed.
+    """
     driver = _load_driver()
     _call(driver, "cuInit", 0)
-    count, handle = ctypes.c_int(), ctypes.c_int()
+    count = ctypes.c_int()
     _call(driver, "cuDeviceGetCount", ctypes.byref(count))
     if not count.value:
         raise BackendError("the CUDA driver knows 0 GPUs: check CUDA_VISIBLE_DEVICES")
-    _call(driver, "cuDeviceGet", ctypes.byref(handle), 0)
+    return [_read_gpu(driver, index) for index in range(count.value)]
+
+
+def _read_gpu(driver: Any, index: int) -> Gpu:
+    handle = ctypes.c_int()
+    _call(driver, "cuDeviceGet", ctypes.byref(handle), index)
     name = ctypes.create_string_buffer(256)
     _call(driver, "cuDeviceGetName", name, len(name), handle)
     memory = ctypes.c_size_t()
@@ -181,6 +186,17 @@ def read_gpu() -> Gpu:
         # double data rate: two transfers a clock
         bandwidth=2.0 * attribute(_MEMORY_CLOCK_KHZ) * 1e3 * attribute(_BUS_WIDTH_BITS) / 8,
     )
+
+
+def driver_version() -> str | None:
+    """Version of NVIDIA's driver as nvidia-smi prints it; None where that is missing (Jetson) or does not know."""
+    call = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(call, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.match(r"\d+(\.\d+)+", answer.stdout.strip())
+    return found[0] if found else None
 
 
 def _load_driver() -> Any:

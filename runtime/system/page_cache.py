@@ -9,19 +9,20 @@ advice, nothing is done.
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 
 
 def expect(fd: int, first: int, count: int) -> None:
     """Have the system fetch these bytes of a file while what is read first is worked on."""
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform != "win32" and hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(fd, first, count, os.POSIX_FADV_WILLNEED)
 
 
 def forget(fd: int, first: int, count: int) -> None:
     """These bytes of a file are not soon used again: what is on the disk of them is dropped, the rest is on its way."""
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform != "win32" and hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(fd, first, count, os.POSIX_FADV_DONTNEED)
 

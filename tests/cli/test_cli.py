@@ -22,12 +22,14 @@ import numpy as np
 import pytest
 from omniport.cli import main
 from omniport.cli.commands import export
+from omniport.cli.commands.export import COMPARE_MODULES, EXPORT_MODULES
 from omniport.cli.commands.inspect import kv_bytes_per_1k
-from omniport.cli.common import size_text
+from omniport.cli.common import require_extra, size_text
 from omniport.cli.wav import WavWriter
 from omniport.runtime.backends import BACKENDS
-from omniport.runtime.errors import CheckFailed, UsageError
+from omniport.runtime.errors import CheckFailed, ExportError, UsageError
 from omniport.runtime.media.audio import load_audio
+from omniport.runtime.system import host
 from support.bundles import make_manifest
 from support.command_line import Omniport, refused
 from support.paths import REPOSITORY
@@ -254,6 +256,45 @@ def test_doctor_says_what_to_install_and_exits_with_1_when_nothing_can_run(
     assert "pip install 'omniport[ort]'" in text
     assert "pip install 'omniport[media]'" in text
     assert "Traceback" not in err
+
+
+def test_doctor_asks_the_driver_and_not_nvidia_smi(
+    omniport: Omniport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A Jetson's container: nvidia-smi is missing, or knows nothing."""
+    orin = host.Gpu("Orin", "8.7", 8 << 30, True, 0.0)
+    monkeypatch.setattr(host, "read_gpus", lambda: [orin])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    rows = []
+    for _ in range(2):
+        facts = json.loads(omniport("doctor", "--json")[1])
+        rows.append(facts["gpus"])
+        assert all("no NVIDIA GPU" not in (row["why_not"] or "") for row in facts["backends"])
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '[N/A]'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    row = {"name": "Orin", "driver_version": "unknown", "memory.total": "8192 MiB", "compute_cap": "8.7"}
+    assert rows == [[row], [row]]
+
+
+def test_doctor_says_that_two_packages_overwrite_each_other(
+    omniport: Omniport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = json.loads(omniport("doctor", "--json")[1])
+    assert facts["conflicts"] == []
+    monkeypatch.setattr("omniport.cli.commands.doctor._version", lambda names: "1.31.1")
+    (said,) = json.loads(omniport("doctor", "--json")[1])["conflicts"]
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'omniport[ort" in said
+    assert "overwrite each other" in omniport("doctor")[1]
+
+
+def test_comparing_wants_the_onnxruntime_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else name)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for capability, extra in ((None, "ort"), ("8.9", "ort-gpu")):
+        monkeypatch.setattr(host, "gpu_capability", lambda capability=capability: capability)
+        with pytest.raises(ExportError, match=rf"needs onnxruntime, .*'omniport\[{extra}\]'$"):
+            require_extra("export", *COMPARE_MODULES)
+        require_extra("export", *EXPORT_MODULES)
 
 
 def test_doctor_never_imports_torch() -> None:

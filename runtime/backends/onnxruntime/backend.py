@@ -12,7 +12,6 @@ it crosses in any case: 8 KB in and one row of logits out for a token.
 
 from __future__ import annotations
 
-import importlib
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,9 @@ from ...errors import BackendError, BundleError, OmniportError
 from ...system import host
 from ...system.host import physical_cores
 from ..base import NO_GPU, Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
+from .cuda_provider import cuda_options, why_no_cuda
 from .kv_cache import GrowingCache, OrtCache, StaticCache
+from .packages import import_onnxruntime, install_line, mend_line
 from .providers import (
     INSTALL_PLUGIN,
     PLUGIN,
@@ -174,11 +175,8 @@ class OrtBackend(Backend):
         self.name = f"ort-{device}"
         self.host_nodes: dict[str, tuple[tuple[str, str], ...]] = {}
         self._plugin = plugin_devices(self._ort) if device == "tensorrt-rtx" else []
-        if device == "cuda" and PROVIDERS["cuda"] not in self._ort.get_available_providers():
-            raise BackendError(
-                "the installed onnxruntime has no CUDA provider: pip uninstall onnxruntime, then "
-                "pip install 'omniport[ort-gpu]'; or use backend 'ort-cpu'"
-            )
+        if device == "cuda" and (reason := why_no_cuda(self._ort)):
+            raise BackendError(f"{reason}; or use backend 'ort-cpu'")
         if device == "cpu":
             for spec in bundle.manifest.graphs.values():
                 _refuse_bfloat16(spec)
@@ -220,7 +218,7 @@ class OrtBackend(Backend):
             self._bundle.path(file)
         _check_version(self._ort.__version__, spec)
         try:
-            session = self._session(path)
+            session = self._session(path, spec)
         except _ort_errors(self._ort) as error:
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} cannot load graph {name!r} ({path}): {_first_line(error)}. "
@@ -239,13 +237,16 @@ class OrtBackend(Backend):
             warn_of_host_nodes(name, PROVIDERS[self._device], self.host_nodes[name])
         return OrtGraph(session, spec, self._device, self._ort)
 
-    def _session(self, path: Path) -> Any:
+    def _session(self, path: Path, spec: GraphSpec) -> Any:
         options = self._options()
         if self._plugin:
             options.add_provider_for_devices(self._plugin, {})
             return self._ort.InferenceSession(str(path), options)
-        providers = list(dict.fromkeys((PROVIDERS[self._device], PROVIDERS["cpu"])))
-        return self._ort.InferenceSession(str(path), options, providers=providers)
+        providers: list[Any] = [PROVIDERS["cpu"]]
+        if self._device == "cuda":
+            providers.insert(0, (PROVIDERS["cuda"], cuda_options(spec)))
+        # falling back to the CPU would be printed to stdout, and is refused below in any case
+        return self._ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
@@ -269,32 +270,26 @@ def _open(name: str, bundle: Bundle, threads: int | None) -> OrtBackend:
 
 
 def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[str]:
-    problems, providers, version = [], [], packages["onnxruntime"]
-    if version is None:
-        problems.append("onnxruntime is not installed: pip install 'omniport[ort]'")
+    problems = []
+    if packages["onnxruntime"] is None:
+        problems.append(f"onnxruntime is not installed: {install_line()}")
     else:
         try:
-            providers = importlib.import_module("onnxruntime").get_available_providers()
-        except Exception as error:  # noqa: BLE001 - a broken native library can raise anything
-            problems.append(f"onnxruntime does not import: {type(error).__name__}: {error}")
+            module = import_onnxruntime()
+        except BackendError as error:
+            problems.append(str(error))
         else:
+            version = str(module.__version__)
             if sys.version_info >= (3, 11) and host.version_numbers(version) < MIN_NATIVE:
-                problems.append(f"onnxruntime {version} is too old: pip install -U 'onnxruntime>=1.28'")
-    if name == "ort-cuda" and not problems and PROVIDERS["cuda"] not in providers:
-        problems.append(
-            "this onnxruntime has no CUDA provider: pip uninstall onnxruntime && pip install 'omniport[ort-gpu]'"
-        )
+                problems.append(f"onnxruntime {version} is too old: {mend_line()}")
+            if name == "ort-cuda" and (reason := why_no_cuda(module)):
+                problems.append(reason)
     if name == "ort-tensorrt-rtx" and packages[PLUGIN] is None:
         problems.append(f"onnxruntime-ep-nv-tensorrt-rtx is not installed: {INSTALL_PLUGIN}")
     return problems if gpu or name == "ort-cpu" else [*problems, NO_GPU]
 
 
 LOADER = Loader(_open, _problems)
-
-
-def cuda_usable() -> bool:
-    """True if the installed onnxruntime has the CUDA provider and the driver sees a device."""
-    return PROVIDERS["cuda"] in import_onnxruntime().get_available_providers() and host.gpu_capability() is not None
 
 
 def _check_version(version: str, spec: GraphSpec) -> None:
@@ -306,18 +301,6 @@ def _check_version(version: str, spec: GraphSpec) -> None:
         f"onnxruntime {version} cannot run graph {spec.name!r}: opset {spec.opset} needs {newer} or newer. "
         + (NO_NATIVE_ON_310 if sys.version_info < (3, 11) else f"pip install -U 'onnxruntime>={newer}'")
     )
-
-
-def import_onnxruntime() -> Any:
-    """onnxruntime, imported when it is first needed.
-
-    Raises:
-        BackendError: it is not installed.
-    """
-    try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise BackendError(f"onnxruntime is not installed ({error}): pip install 'omniport[ort]'") from error
 
 
 def _ort_errors(module: Any) -> tuple[type[BaseException], ...]:

@@ -72,13 +72,19 @@ def record_placement(options: Any) -> None:
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
 
 
+def nodes_by_provider(session: Any) -> dict[str, list[tuple[str, str]]]:
+    """(operator, name) of the nodes that each provider took; empty where ORT cannot tell."""
+    ask = getattr(session, "get_provider_graph_assignment_info", None)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for part in () if ask is None else ask():
+        found.setdefault(part.ep_name, []).extend((node.op_type, node.name) for node in part.get_nodes())
+    return found
+
+
 def host_nodes(session: Any) -> tuple[tuple[str, str], ...]:
     """(operator, name) of every node on the CPU that is no shape arithmetic; empty where ORT cannot tell."""
-    ask = getattr(session, "get_provider_graph_assignment_info", None)
-    if ask is None:
-        return ()
-    nodes = [node for part in ask() if part.ep_name == PROVIDERS["cpu"] for node in part.get_nodes()]
-    return tuple((node.op_type, node.name) for node in nodes if node.op_type not in _SHAPE_OPERATORS)
+    nodes = nodes_by_provider(session).get(PROVIDERS["cpu"], [])
+    return tuple(node for node in nodes if node[0] not in _SHAPE_OPERATORS)
 
 
 def warn_of_host_nodes(graph: str, provider: str, nodes: Iterable[tuple[str, str]]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def _read_own(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
         facts = os.fstat(descriptor)
-        others = os.name == "posix" and (facts.st_uid != os.geteuid() or facts.st_mode & 0o022)
+        others = sys.platform != "win32" and (facts.st_uid != os.geteuid() or facts.st_mode & 0o022)
         if others or facts.st_size > MOST_BYTES:
             raise PermissionError(f"{path} is not this user's alone, or too large")
         return file.read(MOST_BYTES)

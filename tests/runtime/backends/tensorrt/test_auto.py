@@ -25,9 +25,10 @@ no_gpu = pytest.mark.skipif(gpu_capability() is not None, reason="says what happ
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    """A machine whose GPU and engines are stand-ins."""
+    """A machine whose GPU and engines are stand-ins; ONNX Runtime has no CUDA provider for its processor."""
     driver = FakeDriver()
     monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: CAPABILITY)
+    monkeypatch.setattr("omniport.runtime.backends.onnxruntime.packages.gpu_published", lambda: False)
     monkeypatch.setattr(trt, "CudaDriver", lambda: driver)
     return driver
 
