@@ -95,7 +95,8 @@ def make_bundles(
 ) -> dict[str, Path]:
     """Export and quantize what is not there yet; the bundle of each precision and recipe."""
     for precision in dict.fromkeys([*precisions, *(["fp16"] if recipes else [])]):
-        _omniport(work / precision, "export", str(checkpoint), str(work / precision), "--precision", precision)
+        half = ["--token2wav", "fp16"] if precision == "fp16" else []
+        _omniport(work / precision, "export", str(checkpoint), str(work / precision), "--precision", precision, *half)
     calib = [] if calibration is None else ["--calib", str(calibration)]
     for recipe in recipes:
         _omniport(work / recipe, "quantize", str(work / "fp16"), str(work / recipe), "--recipe", recipe, *calib)

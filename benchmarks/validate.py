@@ -57,7 +57,7 @@ def prepare(folder: Path, size: str, precision: str) -> tuple[Path, Path]:
     if not checkpoint.exists():
         make_checkpoint(checkpoint, size=size, seed=0)
     if not bundle.exists():
-        export_checkpoint(checkpoint, bundle, precision=precision)
+        export_checkpoint(checkpoint, bundle, precision=precision, token2wav="fp16" if precision == "fp16" else "fp32")
     return checkpoint, bundle
 
 

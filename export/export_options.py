@@ -12,7 +12,7 @@ from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import ExportError
 
 from .models.part import GraphDefinition
-from .option_values import OPS, PRECISIONS, ZERO_POINTS
+from .option_values import OPS, PRECISIONS, TOKEN2WAV_PRECISIONS, ZERO_POINTS
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class ExportOptions:
 
     Attributes:
         precision: fp32, fp16 or bf16.
+        token2wav: fp32 or fp16, of DiT and vocoder, which are published in FP32.
         max_context: KV-cache capacity in tokens.
         ops: ``native``, or ``decomposed`` for parsers older than the native operators
             (`omniport.export.graphs.lowering`).
@@ -33,6 +34,7 @@ class ExportOptions:
     """
 
     precision: str = "fp32"
+    token2wav: str = "fp32"
     max_context: int = 8192
     ops: str = "native"
     kv: str = "static"
@@ -54,6 +56,7 @@ class ExportOptions:
         """
         for what, value, known in (
             ("precision", self.precision, PRECISIONS),
+            ("--token2wav", self.token2wav, TOKEN2WAV_PRECISIONS),
             ("--ops", self.ops, OPS),
             ("--kv", self.kv, KV_FORMS),
             ("--zero-points", self.zero_points, ZERO_POINTS),
@@ -87,6 +90,8 @@ class ExportOptions:
                 re.compile(text)
             except re.error as error:
                 raise ExportError(f"--keep-fp32 {text!r} is not a regular expression: {error}") from error
+        if self.token2wav != "fp32" and self.precision == "fp32":
+            raise ExportError(f"--token2wav {self.token2wav} goes with --precision fp16 or bf16: all is FP32 without")
         if self.keep_fp32 and self.precision == "fp32":
             raise ExportError("--keep-fp32 goes with --precision fp16 or bf16: everything is FP32 already")
         if self.ranges is not None and self.precision != "fp16":

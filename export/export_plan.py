@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from .graphs.lowering import OPSETS
 from .graphs.packed_weights import OPSET as PACKED_OPSET
 from .models.model_parts import graph_definitions
 from .models.part import GraphDefinition
-from .option_values import PRECISIONS
+from .option_values import PRECISIONS, TOKEN2WAV_PRECISIONS
 from .weights_check import check_weights
 
 
@@ -106,7 +107,7 @@ def plan_export(
     StageProgress(progress, 0).enter("checking the checkpoint")
     _check_packing(ckpt, options)
     origin = _Origin(ckpt, options, rk4_schedule())
-    definitions = origin.definitions(options.precision)
+    definitions = origin.definitions(options.precision, options.token2wav)
     weight_bytes = check_weights(ckpt, definitions.values())
     parts = small_parts(ckpt)
     ranges = _measured_ranges(ckpt, options)
@@ -143,8 +144,8 @@ class _Origin:
     options: ExportOptions
     solver: SolverSpec
 
-    def definitions(self, precision: str) -> dict[str, GraphDefinition]:
-        """The checkpoint's graphs in a precision."""
+    def definitions(self, precision: str, token2wav: str) -> dict[str, GraphDefinition]:
+        """The checkpoint's graphs in a precision, and DiT and vocoder in theirs."""
         ckpt, options = self.ckpt, self.options
         return graph_definitions(
             ckpt.config,
@@ -152,6 +153,7 @@ class _Origin:
             options.max_context,
             self.solver,
             ckpt.tied_embeddings,
+            token2wav=token2wav,
             ops=options.ops,
             kv_form=options.kv,
         )
@@ -217,13 +219,13 @@ def _kept(
     Raises:
         ExportError: one that is not wanted would not fit to the rest.
     """
-    known = {precision: origin.definitions(precision) for precision in PRECISIONS}
+    known = [origin.definitions(*both) for both in itertools.product(PRECISIONS, TOKEN2WAV_PRECISIONS)]
     kept = {}
-    for name, definition in known[origin.options.precision].items():
+    for name, definition in origin.definitions(origin.options.precision, origin.options.token2wav).items():
         if name not in previous.graphs:
             continue
         # what was not asked for may be of any precision
-        alike = [definition] if name in wanted else [definitions[name] for definitions in known.values()]
+        alike = [definition] if name in wanted else [definitions[name] for definitions in known]
         spec = previous.graphs[name]
         if spec.inputs_key in {origin.key(d, ranges) for d in alike} and graph_whole(out, previous, spec):
             schemes = previous.quantization.layers.get(name, {}) if previous.quantization is not None else {}

@@ -78,6 +78,7 @@ def export_checkpoint(
     out: str | os.PathLike[str],
     *,
     precision: str = "fp32",
+    token2wav: str = "fp32",
     graphs: Sequence[str] | None = None,
     max_context: int = 8192,
     ops: str = "native",
@@ -100,6 +101,7 @@ def export_checkpoint(
         checkpoint: folder, Hugging Face id, or ``modelscope:ID``.
         out: bundle folder.
         precision: fp32, fp16 or bf16.
+        token2wav: fp32 or fp16, of DiT and vocoder, which are published in FP32.
         graphs: export these only. Others that ``out`` holds are kept, in whichever precision they are, if they were
             made from the same checkpoint with the same options.
         max_context: KV-cache capacity in tokens.
@@ -122,7 +124,7 @@ def export_checkpoint(
     started = time.perf_counter()
     measured = None if ranges is None else Path(ranges)
     options = ExportOptions(
-        precision, max_context, ops, kv, tuple(keep_fp32), measured, zero_points, max_pixels, fps, max_frames
+        precision, token2wav, max_context, ops, kv, tuple(keep_fp32), measured, zero_points, max_pixels, fps, max_frames
     )
     plan = plan_export(checkpoint, Path(out), options, graphs, progress)
     check_space(plan.out, int(plan.weight_bytes * 1.02))

@@ -93,11 +93,14 @@ def tiny_outlier_bundle(tiny_outlier_checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_half_bundles(tiny_checkpoint: Path) -> dict[str, Path]:
-    """``tiny_checkpoint`` exported in fp16 and bf16. Read only: tests that change files copy them first."""
+    """``tiny_checkpoint`` in fp16, DiT and vocoder too, and in bf16. Read only: tests that edit copy it."""
     from omniport.export.exporter import export_checkpoint
 
     def make(precision: str) -> Callable[[Path], object]:
-        return lambda out: export_checkpoint(tiny_checkpoint, out, precision=precision, max_context=4096)
+        token2wav = "fp16" if precision == "fp16" else "fp32"
+        return lambda out: export_checkpoint(
+            tiny_checkpoint, out, precision=precision, token2wav=token2wav, max_context=4096
+        )
 
     return {precision: _once(f"tiny-{precision}", make(precision)) for precision in ("fp16", "bf16")}
 

@@ -30,9 +30,9 @@ from wren.prompts import Floats, Laid, Prompts, Turn
 from wren.training import Plan, bf16, train
 from wren.world import Draw, Kind, Question, Split
 
-STEPS = 6000
+STEPS = 6500
 # Conversations of a step by kind, and turns of each: many, so that most of a row is not the system prompt.
-ROWS: dict[str, int] = {"typed": 6, "spoken": 6, "picture": 8, "clip": 1}
+ROWS: dict[str, int] = {"typed": 4, "spoken": 6, "picture": 8, "clip": 1}
 TURNS: dict[str, int] = {"typed": 8, "spoken": 3, "picture": 5, "clip": 4}
 SHARES: dict[str, float] = {"typed": 1, "spoken": 1, "picture": 1, "clip": 0.5}  # of the loss; a clip alone is noisy
 SPELLING = 0.3  # share of what is heard beside the answers
@@ -210,12 +210,17 @@ class Naming:
         self.outputs = output.pooler_output
 
     def loss(self, rows: list[Laid], nothing: int) -> Tensor:
-        """Of the pictures and clips of the batch that the model has just seen; ground and shapes count alike."""
+        """Of the pictures and clips of the batch that the model has just seen."""
         names = torch.from_numpy(np.concatenate([ids for row in rows for ids in row.seen]))
         scores = self.outputs.float() @ self.table.weight.detach().T / math.sqrt(self.outputs.shape[1])
-        each = -scores.log_softmax(-1).gather(1, names).mean(1)
-        ground = names[:, 0] == nothing
-        return (each[ground].mean() + each[~ground].mean()) / 2
+        return naming_loss(scores, names, nothing)
+
+
+def naming_loss(scores: Tensor, names: Tensor, nothing: int) -> Tensor:
+    """Cross entropy of scores [tokens, vocabulary] and names [tokens, 2]: ground and shapes count alike."""
+    each = -scores.log_softmax(-1).gather(1, names).mean(1)
+    ground = names[:, 0] == nothing
+    return (each[ground].mean() + each[~ground].mean()) / 2
 
 
 def loss_of_rows(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
@@ -261,6 +266,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = build(args.work)
+    model.model.visual.load_state_dict(load_file(args.work / "vision.safetensors"))
     trained, held_out = Conversations(args.work, "train"), Conversations(args.work, "held_out")
     prompts = trained.prompts
     spelling, naming = Spelling(model, prompts.manifest.tokens.audio), Naming(model)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.recipes import NONE, PRECISION_DTYPES, RECIPES, Recipe, Scheme, Weight, scheme_of
 from omniport.runtime.errors import UsageError
 
@@ -25,9 +26,10 @@ def resolve(recipe: Recipe, overrides: Mapping[str, str], computes: Mapping[str,
         if graph not in computes:
             raise UsageError(f"--graph-recipe: the bundle has no graph {graph!r}; it has {', '.join(computes)}")
         if wanted in PRECISION_DTYPES and computes[graph] != PRECISION_DTYPES[wanted]:
+            token2wav = f" --token2wav {wanted}" if PARTS[graph].float32 and wanted != "fp32" else ""
             raise UsageError(
                 f"--graph-recipe {graph}={wanted}: it computes in {computes[graph]}, and quantizing does not change "
-                f"that. Export with --precision {wanted} and quantize that bundle, or say {graph}=none"
+                f"that. Export with --precision {wanted}{token2wav} and quantize that bundle, or say {graph}=none"
             )
         if wanted == NONE.name or wanted in PRECISION_DTYPES:
             graphs.pop(graph, None)

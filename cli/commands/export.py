@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from omniport.export.option_values import OPS, PRECISIONS, ZERO_POINTS
+from omniport.export.option_values import OPS, PRECISIONS, TOKEN2WAV_PRECISIONS, ZERO_POINTS
 
 from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, progress_bar, require_extra, size_text
 from ..options import FpsOption, MaxFramesOption, MaxPixelsOption, one_of
@@ -27,6 +27,9 @@ def command(
     out: Annotated[Path, typer.Argument(help="Bundle folder to write; a rerun skips graphs that did not change.")],
     precision: Annotated[
         str, one_of(PRECISIONS, help="Weights and matrix products; norms and the ODE state stay in FP32.")
+    ] = "fp32",
+    token2wav: Annotated[
+        str, one_of(TOKEN2WAV_PRECISIONS, help="DiT and vocoder with --precision fp16 or bf16; published in FP32.")
     ] = "fp32",
     graphs: Annotated[
         str, typer.Option(metavar="A,B", help="Export these graphs only, for example thinker,talker.")
@@ -71,6 +74,7 @@ def command(
             checkpoint,
             out,
             precision=precision,
+            token2wav=token2wav,
             graphs=wanted,
             max_context=max_context,
             ops=ops,

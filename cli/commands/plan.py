@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from omniport.export.option_values import TOKEN2WAV_PRECISIONS
 
 from ..common import JsonFlag, as_json, print_json, print_table, require_extra, size_text
-from ..options import number
+from ..options import number, one_of
 
 if TYPE_CHECKING:
     from omniport.export import RecipePlan, TargetPlan
@@ -33,6 +34,9 @@ def command(
         float | None,
         number("GB/S", 0.1, help="GB/s at which the target's memory is read, where you measured it yourself."),
     ] = None,
+    token2wav: Annotated[
+        str, one_of(TOKEN2WAV_PRECISIONS, help="DiT and vocoder where the rest is FP16 or BF16, as for export.")
+    ] = "fp32",
     sweep: Annotated[
         Path | None, typer.Option(help="Draw every target by every recipe as a heat map: a .png or .svg file.")
     ] = None,
@@ -50,7 +54,8 @@ def command(
         if sweep.suffix not in (".png", ".svg"):
             raise UsageError(f"--sweep {sweep}: a file that ends in .png or .svg was expected")
         require_extra("export", "matplotlib")
-    plans = plan(model, target, context=context, bandwidth=None if bandwidth is None else bandwidth * 1e9)
+    rate = None if bandwidth is None else bandwidth * 1e9
+    plans = plan(model, target, context=context, bandwidth=rate, token2wav=token2wav)
     if sweep is not None:
         from omniport.export.planning.picture import draw_sweep
 
@@ -125,6 +130,8 @@ def _print_one(plan: TargetPlan) -> None:
     assert chosen.speed is not None
     speaks = "speaks in real time" if chosen.speed.real_time else "does not speak in real time"
     typer.echo(f"Best: {plan.best}, which {speaks}. Make it: {chosen.recipe.command}")
+    if chosen.recipe.quantized is not None and plan.machine.precision == "fp16":
+        typer.echo("BUNDLE is of: omniport export CHECKPOINT BUNDLE --precision fp16 --token2wav fp16")
 
 
 def _row(row: RecipePlan) -> tuple[str, ...]:

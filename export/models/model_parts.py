@@ -12,7 +12,7 @@ from omniport.runtime.bundle.parts import PARTS
 from . import audio_encoder, bigvgan, dit, talker, thinker, vision_encoder
 from .part import GraphDefinition, ModelPart, Settings
 
-#: dtype of the graphs under each --precision; parts that bfloat16 is too coarse for stay float32
+#: dtype of the graphs under each --precision
 PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 #: by name, in the order of the runtime's `PARTS`
@@ -54,6 +54,7 @@ def graph_definitions(
     solver: SolverSpec,
     tied: bool,
     *,
+    token2wav: str = "fp32",
     ops: str = "native",
     kv_form: str = "static",
 ) -> dict[str, GraphDefinition]:
@@ -62,11 +63,11 @@ def graph_definitions(
     Args:
         config: ``transformers.Qwen2_5OmniConfig``.
         precision: fp32, fp16 or bf16.
+        token2wav: the same for the parts that are published in float32 (`Part.float32`), fp32 or fp16.
         ops: as in `GraphDefinition`. The others: as in `Settings`.
     """
     found = {}
     for name, part in parts_of(config).items():
-        narrow = precision != "bf16" or part.contract.bfloat16
-        dtype = PRECISIONS[precision if narrow else "fp32"]
+        dtype = PRECISIONS[token2wav if part.contract.float32 else precision]
         found[name] = replace(part.define(config, Settings(dtype, max_context, solver, tied, kv_form)), ops=ops)
     return found

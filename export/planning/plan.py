@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 from omniport.runtime.bundle.manifest import AudioFrontend, DitGeometry, VocoderGeometry
 from omniport.runtime.bundle.parts import decoders, encoder_of, giving
@@ -19,6 +19,7 @@ from omniport.runtime.generation.encoders import AUDIO_CHUNKS
 from omniport.runtime.speech.windows import BEHIND_CODES, SpeechWindows, window_codes
 
 from ..devices.catalog import BUILD_CONSTANT, BUILD_FACTOR
+from ..option_values import TOKEN2WAV_PRECISIONS
 from .machines import Machine, find_machines
 from .shapes import DecoderShape, ModelShape, find_model
 from .weights import RECIPES, GraphShape, Matrix, PlanRecipe, graph_bytes, itemsize, matrix_bytes
@@ -140,7 +141,12 @@ class TargetPlan:
 
 
 def plan(
-    model: str | os.PathLike[str], target: str = "all", *, context: int = 4096, bandwidth: float | None = None
+    model: str | os.PathLike[str],
+    target: str = "all",
+    *,
+    context: int = 4096,
+    bandwidth: float | None = None,
+    token2wav: str = "fp32",
 ) -> tuple[TargetPlan, ...]:
     """Predict memory and speed of a model on machines, by every recipe, without building anything.
 
@@ -149,6 +155,7 @@ def plan(
         target: name of a machine (``omniport targets``), ``this`` for the GPU in here, ``cpu`` or ``all``.
         context: tokens of the KV caches.
         bandwidth: bytes a second at which the machine's memory is read, where that was measured.
+        token2wav: fp32 or fp16: precision of DiT and vocoder where the rest is FP16 or BF16.
 
     Returns:
         one plan for each machine.
@@ -159,21 +166,25 @@ def plan(
         BackendError: ``this`` where there is no GPU.
     """
     shape = find_model(os.fspath(model))
-    return tuple(make_plan(shape, machine, context) for machine in find_machines(target, bandwidth))
+    return tuple(make_plan(shape, machine, context, token2wav) for machine in find_machines(target, bandwidth))
 
 
-def make_plan(model: ModelShape, machine: Machine, context: int = 4096) -> TargetPlan:
+def make_plan(model: ModelShape, machine: Machine, context: int = 4096, token2wav: str = "fp32") -> TargetPlan:
     """Plan every recipe.
 
     Args:
         context: tokens of the KV caches.
+        token2wav: fp32 or fp16: precision of DiT and vocoder where the rest is FP16 or BF16.
 
     Raises:
-        UsageError: a context that is not positive, or longer than the model has positions for.
+        UsageError: another precision; a context that is not positive, or longer than the model has positions for.
     """
     if not 1 <= context <= model.max_context:
         raise UsageError(f"--context {context}: 1 to {model.max_context} was expected, what {model.name} has room for")
-    rows = tuple(_plan(model, machine, recipe, context) for recipe in RECIPES.values())
+    if token2wav not in TOKEN2WAV_PRECISIONS:
+        raise UsageError(f"--token2wav {token2wav}: expected {' or '.join(TOKEN2WAV_PRECISIONS)}")
+    recipes = [replace(recipe, token2wav=token2wav) for recipe in RECIPES.values()]
+    rows = tuple(_plan(model, machine, recipe, context) for recipe in recipes)
     return TargetPlan(model.name, machine, context, rows)
 
 

@@ -79,17 +79,20 @@ class PlanRecipe:
     Attributes:
         precision: of everything that is not quantized; empty for the machine's own: fp32 on a CPU, fp16 on a GPU.
         quantized: the recipe; None for a precision.
+        token2wav: precision of DiT and vocoder where the rest is not FP32; what a recipe is made over has FP16.
     """
 
     name: str
     precision: str = ""
     quantized: Recipe | None = None
+    token2wav: str = "fp32"
 
     @property
     def command(self) -> str:
         """What makes such a bundle."""
         if self.quantized is None:
-            return f"omniport export CHECKPOINT BUNDLE --precision {self.name}"
+            asked = f" --token2wav {self.token2wav}" if "fp32" not in (self.name, self.token2wav) else ""
+            return f"omniport export CHECKPOINT BUNDLE --precision {self.name}{asked}"
         calibration = " --calib CALIB" if self.quantized.activations else ""
         return f"omniport quantize BUNDLE OUT --recipe {self.name}{calibration}"
 
@@ -100,9 +103,10 @@ class PlanRecipe:
         return tuple(sorted({scheme.format for scheme in schemes})) or (self.precision,)
 
     def graph_precision(self, graph: str, own: str) -> str:
-        """fp32, fp16 or bf16: token2wav stays FP32 where the rest is BF16 (`Part.bfloat16`)."""
+        """fp32, fp16 or bf16: DiT and vocoder stay FP32 (`Part.float32`) unless asked otherwise."""
         chosen = self.precision or own
-        return "fp32" if chosen == "bf16" and not PARTS[graph].bfloat16 else chosen
+        token2wav = self.token2wav if self.quantized is None else "fp16"
+        return token2wav if chosen != "fp32" and PARTS[graph].float32 else chosen
 
     def scheme(self, graph: str, matrix: Matrix, precision: str) -> Scheme:
         """How a weight of a graph in that precision is stored."""

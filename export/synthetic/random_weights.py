@@ -228,8 +228,8 @@ def write_shards(
 ) -> None:
     """Write safetensors shards and their index as the published ones lie: token2wav float32, the rest bfloat16.
 
-    Shards are cut in the order of ``shapes``; in a shard the wider dtype comes first, then names in order. Values drawn
-    for float32 are bfloat16's too, all but ``inv_freq``. Never holds more than a block of a tensor in each thread.
+    Shards are cut in the order of ``shapes``; in a shard the wider dtype comes first, then names in order. Never
+    holds more than a block of a tensor in each thread.
 
     The file layout is the safetensors format: little-endian header length, JSON header, then the data.
     """
@@ -280,7 +280,4 @@ def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], scaling: Sca
 def _stored(key: str, block: NDArray[np.float32]) -> NDArray[Any]:
     import ml_dtypes
 
-    if key.endswith(".inv_freq"):
-        return block
-    rounded = block.astype(ml_dtypes.bfloat16)
-    return rounded.astype(np.float32) if _float32(key) else rounded
+    return block if _float32(key) else block.astype(ml_dtypes.bfloat16)

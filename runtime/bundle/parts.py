@@ -21,7 +21,7 @@ class Part:
         speaks: replies that are only read do without it.
         often: it runs hundreds of times a reply.
         benchmarks: stages of a benchmark that measure it, where that is not one of its own name.
-        bfloat16: bfloat16 is precise enough for it, and runtimes have its operators in that precision.
+        float32: published in float32, as which it stays in the half precisions unless it is asked otherwise.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Part:
     speaks: bool = False
     often: bool = False
     benchmarks: tuple[str, ...] = ()
-    bfloat16: bool = True
+    float32: bool = False
 
     @property
     def team(self) -> str:
@@ -40,8 +40,7 @@ class Part:
         return "encoders" if self.media else "decoders" if self.decodes else "speech" if self.speaks else self.name
 
 
-#: by name, in the order in which a reply comes about. Eight bits of mantissa are too few for an ODE state, and no
-#: runtime has BF16 transposed convolutions.
+#: by name, in the order in which a reply comes about
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
@@ -49,8 +48,8 @@ PARTS: dict[str, Part] = {
         Part("vision_encoder", "embeds", media=("image", "video")),
         Part("thinker", "logits", decodes=True, often=True, benchmarks=("prefill", "decode")),
         Part("talker", "logits", decodes=True, speaks=True, often=True),
-        Part("dit", "velocity", speaks=True, often=True, benchmarks=("dit", "solver"), bfloat16=False),
-        Part("bigvgan", "wav", speaks=True, bfloat16=False),
+        Part("dit", "velocity", speaks=True, often=True, benchmarks=("dit", "solver"), float32=True),
+        Part("bigvgan", "wav", speaks=True, float32=True),
     )
 }
 

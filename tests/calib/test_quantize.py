@@ -341,7 +341,7 @@ def test_keep_and_graph_recipes(tiny_bundle: Path, tmp_path: Path) -> None:
         ({"keep": ("lm_haed",)}, UsageError, "'lm_haed' matches no weight; .*audio_encoder/"),
         ({"keep": ("(",)}, UsageError, "not a regular expression"),
         ({"graph_recipes": {"dit": "int3"}}, UsageError, "dit=int3: no recipe 'int3'"),
-        ({"graph_recipes": {"dit": "fp16"}}, UsageError, "computes in float32.*--precision fp16"),
+        ({"graph_recipes": {"dit": "fp16"}}, UsageError, "computes in float32.*--precision fp16 --token2wav fp16"),
         ({"graph_recipes": {"decoder": "w8"}}, UsageError, "no graph 'decoder'"),
         ({"keep": (".",)}, UsageError, "nothing to do"),
     ],

@@ -30,6 +30,7 @@ from omniport.runtime.errors import BackendError, ExportError
 from omniport.runtime.session import OmniSession
 from omniport.runtime.speech.ode import rk4_schedule
 from safetensors import safe_open
+from support.command_line import Omniport
 
 Array = NDArray[Any]
 
@@ -434,8 +435,12 @@ def test_link_to_a_bundle_stays_a_link(tiny_checkpoint: Path, bundle: Path, tmp_
 def test_keys_follow_what_a_graph_is_made_from(tiny_checkpoint: Path) -> None:
     ckpt, solver = Checkpoint.open(tiny_checkpoint), rk4_schedule()
 
-    def keys(precision: str = "fp32", context: int = 4096, source: str = "a") -> dict[str, str]:
-        definitions = graph_definitions(ckpt.config, precision, context, solver, ckpt.tied_embeddings)
+    def keys(
+        precision: str = "fp32", context: int = 4096, source: str = "a", token2wav: str = "fp32"
+    ) -> dict[str, str]:
+        definitions = graph_definitions(
+            ckpt.config, precision, context, solver, ckpt.tied_embeddings, token2wav=token2wav
+        )
         return {name: reuse.graph_key(definition, source) for name, definition in definitions.items()}
 
     def changed(other: dict[str, str]) -> set[str]:
@@ -444,8 +449,9 @@ def test_keys_follow_what_a_graph_is_made_from(tiny_checkpoint: Path) -> None:
     assert changed(keys()) == set()
     assert changed(keys(source="b")) == set(PARTS)
     assert changed(keys(context=2048)) == {"thinker", "talker"}
-    assert changed(keys(precision="fp16")) == set(PARTS)
-    assert changed(keys(precision="bf16")) == set(PARTS) - {"dit", "bigvgan"}
+    assert changed(keys(precision="fp16", token2wav="fp16")) == set(PARTS)
+    for precision in ("fp16", "bf16"):  # DiT and vocoder are FP32 in the reference, and stay it
+        assert changed(keys(precision)) == set(PARTS) - {"dit", "bigvgan"}
     other = msgspec.structs.replace(solver, guidance_scale=0.7)
     dit = graph_definitions(ckpt.config, "fp32", 4096, other, False)["dit"]
     assert reuse.graph_key(dit, "a") != keys()["dit"]
@@ -478,14 +484,21 @@ def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_half_borders_are_single_but_for_the_cache(half_bundle: Path) -> None:
     for name, spec in manifest(half_bundle).graphs.items():
-        assert spec.precision == "float16"
+        half = not PARTS[name].float32  # DiT and vocoder stay as they are published
+        assert spec.precision == ("float16" if half else "float32")
         for tensor in (*spec.inputs, *spec.outputs):
             cache = tensor.name.startswith(("past_", "present_"))
             assert tensor.dtype in (("float16",) if cache else ("float32", "int64", "bool")), (name, tensor.name)
         model = onnx.load(half_bundle / "graphs" / f"{name}.onnx", load_external_data=False)
         matrices = {n.input[1] for n in model.graph.node if n.op_type in ("MatMul", "Conv", "ConvTranspose")}
         kinds = {t.data_type for t in model.graph.initializer if t.name in matrices}
-        assert kinds == {onnx.TensorProto.FLOAT16}
+        assert kinds == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
+
+
+def test_token2wav_is_half_where_that_is_asked(tiny_half_bundles: dict[str, Path], omniport: Omniport) -> None:
+    assert {spec.precision for spec in manifest(tiny_half_bundles["fp16"]).graphs.values()} == {"float16"}
+    code, _, err = omniport("export", "nowhere", "out", "--token2wav", "fp16")
+    assert (code, "--token2wav fp16 goes with --precision fp16 or bf16" in err) == (2, True), err
 
 
 def test_half_weights_are_rounded_once(tiny_checkpoint: Path, half_bundle: Path) -> None:

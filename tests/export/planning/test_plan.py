@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,10 @@ def test_half_precision_bundles(tiny_half_bundles: dict[str, Path]) -> None:
         bundle, model = Bundle.open(root), find_model(str(root))
         for name, shape in model.graphs.items():
             size = open_onnx(bundle.path(bundle.manifest.graphs[name].file)).weights_bytes
-            chosen = RECIPES[precision].graph_precision(name, precision)
+            recipe = replace(RECIPES[precision], token2wav="fp16" if precision == "fp16" else "fp32")
+            chosen = recipe.graph_precision(name, precision)
             # norms stay in FP32, which tiny layers notice
-            assert graph_bytes(shape, RECIPES[precision], chosen) == pytest.approx(size, rel=0.05), name
+            assert graph_bytes(shape, recipe, chosen) == pytest.approx(size, rel=0.05), name
 
 
 def test_a_bundle_and_its_checkpoint_multiply_alike(bundles: dict[str, Path], tiny_checkpoint: Path) -> None:
@@ -124,6 +126,24 @@ def test_what_fits_and_what_can_be_built() -> None:
     assert row(card, "w8").works, "engines for a card are built elsewhere"
     assert "has no bf16" in row(card, "bf16").problem
     assert planned("7b", "jetson-orin-nano-8gb").best == ""
+
+
+def test_dit_and_vocoder_are_fp32_unless_asked_otherwise() -> None:
+    found = {}
+    for token2wav in ("fp32", "fp16"):
+        plan = make_plan(find_model("3b"), machine("jetson-agx-orin-64gb"), token2wav=token2wav)
+        found[token2wav] = row(plan, "fp16")
+        assert plan.recipes[0].memory == make_plan(find_model("3b"), machine("jetson-agx-orin-64gb")).recipes[0].memory
+    wide, narrow = found["fp32"].memory, found["fp16"].memory
+    assert wide is not None
+    assert narrow is not None
+    for name in ("dit", "bigvgan"):
+        assert wide.weights[name] == pytest.approx(2 * narrow.weights[name], rel=0.05)
+    assert wide.weights["thinker"] == narrow.weights["thinker"]
+    assert found["fp16"].recipe.command.endswith("--precision fp16 --token2wav fp16")
+    assert found["fp32"].recipe.command.endswith("--precision fp16")
+    with pytest.raises(UsageError, match="--token2wav bf16: expected fp32 or fp16"):
+        make_plan(find_model("3b"), machine("jetson-agx-orin-64gb"), token2wav="bf16")
 
 
 def test_the_best_recipe_loses_least_of_those_that_speak() -> None:
