@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wren import media, sizes, thinker, world
-from wren.prompts import Prompts, Turn
+from wren.prompts import Laid, Prompts, Turn
 from wren.training import Plan, bf16, train
 from wren.world import Draw
 
@@ -27,7 +28,7 @@ PICTURES, CLIPS = 48, 1  # of a step
 TEST_EVERY = 500
 
 
-def drawn(prompts: Prompts, draw: Draw, pictures: int, clips: int) -> list[thinker.Laid]:
+def drawn(prompts: Prompts, draw: Draw, pictures: int, clips: int) -> list[Laid]:
     """Pictures and clips of training, by themselves."""
     turns = []
     for _ in range(pictures):
@@ -48,10 +49,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=PLAN.steps)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, prompts = thinker.build(args.work), Prompts(args.work)
+    model: Any = thinker.build(args.work)
+    prompts = Prompts(args.work)
     table, encoder = model.get_input_embeddings().weight.detach(), model.model.visual
 
-    def scores_of(rows: list[thinker.Laid]) -> tuple[Tensor, Tensor]:
+    def scores_of(rows: list[Laid]) -> tuple[Tensor, Tensor]:
         seen = [look for row in rows for look in (*row.pictures, *row.clips)]
         pixels = np.concatenate([np.reshape(s.patches, (-1, s.patches.shape[-1])) for s in seen])
         with bf16():
