@@ -25,7 +25,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "onnxruntime_gpu": ("onnxruntime-gpu",),
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
-    "cuda_bindings": ("cuda-bindings",),
     "onnxruntime_ep_nv_tensorrt_rtx": ("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12"),
     "av": ("av",),
     "PIL": ("pillow",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,25 +31,16 @@ class EngineHost:
     Attributes:
         capability: compute capability of its GPU; None if it has none that can be used.
         versions: installed builders; the version is empty where the package does not say.
-        bindings: cuda-bindings is installed.
     """
 
     capability: str | None
     versions: dict[str, str]
-    bindings: bool
 
 
 def this_machine() -> EngineHost:
     """Ask the driver and the packages' metadata; imports neither builder."""
     versions = {builder: installed_version(builder) or "" for builder in trt_runtime.installed_runtimes()}
-    return EngineHost(host.gpu_capability(), versions, _has_bindings())
-
-
-def _has_bindings() -> bool:
-    try:
-        return importlib.util.find_spec("cuda.bindings") is not None
-    except ModuleNotFoundError:  # its parent is missing
-        return False
+    return EngineHost(host.gpu_capability(), versions)
 
 
 def installed_version(builder: str) -> str | None:
@@ -74,14 +64,11 @@ def why_not(record: EngineRecord, host: EngineHost, bundle: Path) -> str:
             f"it was built for compute capability {record.compute_capability}, and this machine's GPU has "
             f"{host.capability}. Build it here: {again}"
         )
-    install = f"pip install 'omniport[{trt_runtime.EXTRAS[builder]}]'"
     if builder not in host.versions:
-        return f"{builder} is not installed here: {install}"
+        return f"{builder} is not installed here: pip install 'omniport[{trt_runtime.EXTRAS[builder]}]'"
     version = host.versions[builder]
     if version and version != record.builder_version:
         return f"{builder} {record.builder_version} built it, and {version} is installed. Build it again: {again}"
-    if not host.bindings:
-        return f"cuda-bindings is not installed here: {install}"
     return ""
 
 

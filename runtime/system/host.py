@@ -156,7 +156,7 @@ def read_gpus() -> list[Gpu]:
     Raises:
         BackendError: no driver, no GPU, or a driver call that failed.
     """
-    driver = _load_driver()
+    driver = load_cuda()
     _call(driver, "cuInit", 0)
     count = ctypes.c_int()
     _call(driver, "cuDeviceGetCount", ctypes.byref(count))
@@ -199,9 +199,17 @@ def driver_version() -> str | None:
     return found[0] if found else None
 
 
-def _load_driver() -> Any:
+def load_cuda(path: str | None = None) -> Any:
+    """The CUDA driver's library.
+
+    Args:
+        path: where it lies; the system's by default.
+
+    Raises:
+        BackendError: it does not load.
+    """
     try:
-        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        return ctypes.CDLL(path or ("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"))
     except OSError as error:
         raise BackendError(
             f"no NVIDIA GPU can be used here: the CUDA driver does not load ({error}). Install NVIDIA's driver"

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from omniport.runtime.backends.tensorrt.backend import TrtBackend
-from omniport.runtime.backends.tensorrt.cuda import CudaDriver, DeviceBuffer, PinnedBuffer
+from omniport.runtime.backends.tensorrt.cuda import DeviceBuffer, PinnedBuffer
+from omniport.runtime.backends.tensorrt.cuda_driver import CudaDriver
 from omniport.runtime.system.host import gpu_capability
 from support.fake_device import FakeDriver, FakeRuntime, with_engines
 

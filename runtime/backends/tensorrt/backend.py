@@ -24,7 +24,8 @@ from ...bundle.engines import Engine, Profile, build_line, find_engine, verify_e
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, BundleError, OmniportError
 from ..base import NO_GPU, Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
-from .cuda import CudaDriver, Driver
+from .cuda import Driver
+from .cuda_driver import CudaDriver
 from .execution import Executor, Scratch
 from .kernel_cache import KernelFile
 from .kv_cache import GrowingTrtCache, StaticTrtCache, TrtCache
@@ -224,7 +225,7 @@ class TrtBackend(Backend):
         missing: graphs of the bundle without an engine, and why.
 
     Raises:
-        BackendError: TensorRT, cuda-bindings or a GPU is missing, or no graph has an engine for this machine.
+        BackendError: TensorRT or a GPU is missing, or no graph has an engine for this machine.
         BundleError: the list of engines cannot be trusted.
     """
 
@@ -299,8 +300,8 @@ def _open(name: str, bundle: Bundle, threads: int | None) -> TrtBackend:
 
 
 def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[str]:
-    missing = [needed for needed in (MODULES[name], "cuda_bindings") if packages[needed] is None]
-    problems = [f"{' and '.join(missing)} not installed: pip install 'omniport[{EXTRAS[name]}]'"] if missing else []
+    missing = packages[MODULES[name]] is None
+    problems = [f"{MODULES[name]} not installed: pip install 'omniport[{EXTRAS[name]}]'"] if missing else []
     return problems if gpu else [*problems, NO_GPU]
 
 

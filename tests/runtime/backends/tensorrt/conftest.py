@@ -9,6 +9,7 @@ import pytest
 from omniport.runtime.backends.tensorrt.backend import TrtBackend
 from omniport.runtime.bundle.reader import Bundle
 from support.fake_device import FakeDriver, FakeRuntime, with_engines
+from support.stub_cuda import Stub, compiled
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +28,14 @@ def backend(bundle: Bundle, driver: FakeDriver) -> Iterator[TrtBackend]:
     made = TrtBackend(bundle, "tensorrt-rtx", runtime=FakeRuntime(bundle, driver), driver=driver)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def stub_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in for the CUDA driver's library, compiled."""
+    return compiled(tmp_path_factory.mktemp("stub"))
+
+
+@pytest.fixture
+def stub(stub_library: Path, tmp_path: Path) -> Stub:
+    return Stub(stub_library, tmp_path)
