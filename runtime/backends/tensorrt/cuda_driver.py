@@ -25,19 +25,24 @@ _INT, _UINT, _SIZE, _POINTER, _ADDRESS = (
 )
 
 
-#: one side of CUDA_MEMCPY2D
-_SIDE = {"x": _SIZE, "y": _SIZE, "kind": _UINT, "host": _POINTER, "device": _ADDRESS, "array": _POINTER, "pitch": _SIZE}
+class _Side(ctypes.Structure):
+    """Half of CUDA_MEMCPY2D: from where, or to where."""
+
+    _fields_ = (
+        ("x", _SIZE),
+        ("y", _SIZE),
+        ("kind", _UINT),
+        ("host", _POINTER),
+        ("device", _ADDRESS),
+        ("array", _POINTER),
+        ("pitch", _SIZE),
+    )
 
 
 class _Copy2D(ctypes.Structure):
     """CUDA_MEMCPY2D."""
 
-    _fields_ = (
-        *((f"source_{name}", kind) for name, kind in _SIDE.items()),
-        *((f"to_{name}", kind) for name, kind in _SIDE.items()),
-        ("width", _SIZE),
-        ("rows", _SIZE),
-    )
+    _fields_ = (("source", _Side), ("to", _Side), ("width", _SIZE), ("rows", _SIZE))
 
 
 #: the driver's calls that are used, with their arguments; all give a CUresult
@@ -134,12 +139,8 @@ class CudaDriver:
 
     def copy_rows(self, to: int, source: int, stream: int, *, to_pitch: int, pitch: int, width: int, rows: int) -> None:
         copy = _Copy2D(
-            source_kind=_ON_DEVICE,
-            source_device=source,
-            source_pitch=pitch,
-            to_kind=_ON_DEVICE,
-            to_device=to,
-            to_pitch=to_pitch,
+            source=_Side(kind=_ON_DEVICE, device=source, pitch=pitch),
+            to=_Side(kind=_ON_DEVICE, device=to, pitch=to_pitch),
             width=width,
             rows=rows,
         )
@@ -160,7 +161,8 @@ class CudaDriver:
 
     def capture(self, stream: int, body: Callable[[], None]) -> int:
         """Other threads may go on allocating memory meanwhile; what this one gives back waits for the end."""
-        _thread.waiting = waiting = []
+        waiting: list[tuple[Callable[[str, int], None], str, int]] = []
+        _thread.waiting = waiting
         try:
             graph = self._capture(stream, body)
             try:
