@@ -11,6 +11,7 @@ The old names are therefore rewritten before it sees them:
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -172,12 +173,17 @@ def _check_rope(config: Any, path: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers warns that the talker's text ids exceed its own (codec) vocabulary: true of every checkpoint."""
-    from transformers.utils import logging as verbosity
+    """transformers warns that the talker's text ids exceed its own (codec) vocabulary: true of every checkpoint.
 
-    before = verbosity.get_verbosity()
+    Loading, it shows a bar, and lists the weights that belong to other parts.
+    """
+    verbosity: Any = importlib.import_module("transformers.utils.logging")
+    before, bar = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
     verbosity.set_verbosity(logging.ERROR)
+    verbosity.disable_progress_bar()
     try:
         yield
     finally:
         verbosity.set_verbosity(before)
+        if bar:
+            verbosity.enable_progress_bar()

@@ -1,6 +1,6 @@
 """Run the reference: transformers' modules, one part in memory at a time, with results cached on disk.
 
-A result is keyed by the checkpoint's fingerprint, the part, the case and the library versions, so a second
+A result is keyed by the checkpoint's fingerprint and files, the part, the case and the library versions, so a second
 backend or precision does not compute it again. It is stored as .npz under the cache folder (see
 `omniport.runtime.system.files.cache_folder`); with the cache switched off every result is computed anew.
 """
@@ -46,7 +46,9 @@ class Reference:
         self._name = ""
         self._module: nn.Module | None = None
         versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
-        self._salt = [checkpoint.fingerprint, *versions]
+        # the fingerprint is of the files that our reader chose, and the reference is to find that it chose wrongly
+        files = sorted(f"{file.name} {file.stat().st_size}" for file in checkpoint.path.glob("*.safetensors*"))
+        self._salt = [checkpoint.fingerprint, *files, *versions]
 
     def part(self, graph: str) -> nn.Module:
         """The transformers module behind a graph (see `load_reference`)."""

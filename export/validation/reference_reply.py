@@ -143,9 +143,10 @@ def staged_replies(
     stage(encoder_of("image"), lambda reply: _look(reference, reply), seen)
     stage(decoders()[0], lambda reply: _think(reference, reply, limits), replies)
     if speaker is not None:
+        special = _special_rows(reference, speaker)  # before another part takes the place of the thinker
         # Without a consumed token generate has no row to speak from.
         talking = [reply for reply in replies if reply.thinker is not None and len(reply.thinker.tokens) > 1]
-        stage(decoders()[1], lambda reply: _talk(reference, reply, limits, speaker), talking)
+        stage(decoders()[1], lambda reply: _talk(reference, reply, limits, speaker, special), talking)
         sounding = [reply for reply in talking if reply.codec_ids]
         stage(giving("velocity"), lambda reply: _flow(reference, reply, speaker, noise), sounding)
         stage(giving("wav"), lambda reply: _vocode(reference, reply), sounding)
@@ -186,11 +187,21 @@ def _look(reference: Reference, reply: StagedReply) -> None:
         reply.features[kind] = reference.result(encoder_of(kind).name, case, run)["embeds"]
 
 
-def _rows(checkpoint: Checkpoint, ids: NDArray[np.int64]) -> Floats:
-    """Rows of the thinker's embedding table, float32 [n, H], read from the checkpoint."""
-    key = "thinker.model.embed_tokens.weight"
-    known = {int(i): checkpoint.read(key, int(i), int(i) + 1)[0].astype(np.float32) for i in np.unique(ids)}
-    return np.stack([known[int(i)] for i in ids])
+def _rows(reference: Reference, ids: NDArray[np.int64]) -> Floats:
+    """Rows of the thinker's embedding table, float32 [n, H]."""
+
+    def run(module: Any) -> dict[str, torch.Tensor]:
+        return {"rows": module.embed_tokens(torch.from_numpy(ids))}
+
+    rows: Floats = reference.result(decoders()[0].name, f"rows {array_key(ids)}", run)["rows"]
+    return rows
+
+
+def _special_rows(reference: Reference, speaker: Speaker) -> Floats:
+    """Embeddings that frame the talker's text: the voice's token, the text's end, and padding, float32 [3, H]."""
+    config = reference.checkpoint.config.talker_config
+    ids = [speaker.bos_token, config.tts_text_end_token_id, config.tts_text_pad_token_id]
+    return _rows(reference, np.asarray(ids))
 
 
 def _media_mask(reference: Reference, reply: StagedReply, kind: str) -> NDArray[np.bool_]:
@@ -200,7 +211,7 @@ def _media_mask(reference: Reference, reply: StagedReply, kind: str) -> NDArray[
 
 
 def _think(reference: Reference, reply: StagedReply, limits: ReplyLimits) -> None:
-    embeds = torch.from_numpy(_rows(reference.checkpoint, reply.inputs.token_ids))
+    embeds = torch.from_numpy(_rows(reference, reply.inputs.token_ids))
     for kind, features in reply.features.items():
         mask = torch.from_numpy(_media_mask(reference, reply, kind))[:, None]
         embeds = embeds.masked_scatter(mask, torch.from_numpy(features))
@@ -231,25 +242,24 @@ def _think(reference: Reference, reply: StagedReply, limits: ReplyLimits) -> Non
     reply.token_ids = [int(token) for token in kept["tokens"] if token not in limits.stop]
 
 
-def _conditioning(reference: Reference, reply: StagedReply, speaker: Speaker) -> tuple[torch.Tensor, torch.Tensor]:
+def _conditioning(reference: Reference, reply: StagedReply, special: Floats) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``generate`` hands to the talker: prefill rows [1, S + 2, E], and the rest of the reply [1, k, E]."""
     trace = reply.thinker
     assert trace is not None
-    config, prompt = reference.checkpoint.config.talker_config, len(reply.inputs.token_ids)
+    prompt = len(reply.inputs.token_ids)
     embeds = trace.embeds.copy()
     for kind in reply.features:
         embeds[:prompt][_media_mask(reference, reply, kind)] = 0
     rows = trace.hidden + embeds
-    special = [speaker.bos_token, config.tts_text_end_token_id, config.tts_text_pad_token_id]
-    bos, eos, pad = _rows(reference.checkpoint, np.asarray(special))[:, None]
+    bos, eos, pad = special[:, None]
     prefill = np.concatenate([rows[:prompt], bos, rows[prompt : prompt + 1]])
     return torch.from_numpy(prefill)[None], torch.from_numpy(np.concatenate([rows[prompt + 1 :], eos, pad]))[None]
 
 
-def _talk(reference: Reference, reply: StagedReply, limits: ReplyLimits, speaker: Speaker) -> None:
+def _talk(reference: Reference, reply: StagedReply, limits: ReplyLimits, speaker: Speaker, special: Floats) -> None:
     trace, features = reply.thinker, reply.inputs.features
     assert trace is not None
-    prefill, rest = _conditioning(reference, reply, speaker)
+    prefill, rest = _conditioning(reference, reply, special)
     spoken = np.concatenate([reply.inputs.token_ids, [speaker.bos_token], trace.tokens[:1]])
     config = reference.checkpoint.config.talker_config
     end = limits.codec_stop or (config.tts_codec_pad_token_id, config.tts_codec_end_token_id)
