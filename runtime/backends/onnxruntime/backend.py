@@ -12,8 +12,11 @@ it crosses in any case: 8 KB in and one row of logits out for a token.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +54,18 @@ NO_NATIVE_ON_310 = (
     "'omniport export --ops decomposed --kv concat'"
 )
 _WARNING = 2
+#: what owns native threads, which stay behind when the process forks
+_graphs: weakref.WeakSet[OrtGraph] = weakref.WeakSet()
+
+
+def _keep_in_fork() -> None:
+    """Let nothing destroy sessions of the parent: ONNX Runtime would join threads that are not in this process."""
+    for graph in _graphs:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph._session))
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_keep_in_fork)
 
 
 class OrtRun(RunHandle):
@@ -74,6 +89,7 @@ class OrtGraph(Graph):
         self._cached = spec.cache
         self._inputs = {t.name: np.dtype(t.dtype) for t in spec.inputs if t.name not in self._cached}
         self._outputs = [t.name for t in spec.outputs if t.name not in self._cached.values()]
+        _graphs.add(self)
 
     def handle(self) -> OrtRun:
         return OrtRun(self._ort)

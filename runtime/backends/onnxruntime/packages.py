@@ -7,6 +7,7 @@ either takes files of both. So both are removed before one is installed.
 from __future__ import annotations
 
 import importlib
+import os
 import importlib.metadata
 import platform
 from typing import Any
@@ -54,11 +55,14 @@ def installed() -> dict[str, str]:
 
 
 def import_onnxruntime() -> Any:
-    """onnxruntime, imported when it is first needed.
+    """onnxruntime, imported when it is first needed, without the telemetry of its official builds.
+
+    That would send what runs here to Microsoft, and a fork joins its thread at exit: it hangs or crashes.
 
     Raises:
         BackendError: it is not installed, or lacks files; says what to install.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:

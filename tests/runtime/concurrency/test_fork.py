@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,3 +86,34 @@ def test_forks_of_a_session_are_of_its_process(live: Live) -> None:
     live.script("Yes.")
     live.say("Well?", speak=False)
     in_a_fork(lambda: refused(other.turn))
+
+
+_CHILD_OF_A_REPLY = """
+import gc, os, sys
+from omniport.runtime import OmniSession, SamplingConfig
+session = OmniSession.open(sys.argv[1], backend="ort-cpu", threads=4)
+message, few = [{"role": "user", "content": "Hello"}], SamplingConfig(max_new_tokens=3)
+events = session.reply(message, thinker=few, talker=few)
+next(events)
+child = os.fork()
+if not child:
+    if sys.argv[2] == "reply":
+        session.reply(message)
+    if sys.argv[2] == "drop":
+        session, events = None, None
+        gc.collect()
+    sys.exit(3)
+ended = os.waitpid(child, 0)[1]
+events.close()
+session.close()
+sys.exit(os.waitstatus_to_exitcode(ended) % 256)
+"""
+
+
+@pytest.mark.parametrize(("what", "code"), [("reply", 1), ("drop", 3), ("leave", 3)])
+def test_a_fork_ends_as_it_says(tiny_bundle: Path, what: str, code: int) -> None:
+    """ONNX Runtime's threads are the parent's: whoever joins them at exit in a fork crashes, or waits forever."""
+    command = [sys.executable, "-W", "ignore", "-c", _CHILD_OF_A_REPLY, str(tiny_bundle), what]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code, ended.stderr
+    assert ("is a fork" in ended.stderr) == (what == "reply")
