@@ -7,8 +7,8 @@ either takes files of both. So both are removed before one is installed.
 from __future__ import annotations
 
 import importlib
-import os
 import importlib.metadata
+import os
 import platform
 from typing import Any
 
