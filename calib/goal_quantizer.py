@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.parts import decoders
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckFailed, UsageError
+from omniport.runtime.system.files import scratch_folder
 from omniport.runtime.system.progress import Progress
 
 from .calibration_file import Calibration
@@ -89,14 +89,14 @@ def quantize_to_goal(
     parts = _decoder_parts(plan)
     folder = plan.out.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{plan.out.name}.search-", dir=folder) as room:
+    with scratch_folder(f".{plan.out.name}.search-", folder) as room:
         calls = record(plan.bundle, data=data, sound=False, progress=progress).calls
         searches = {}
         for name, held in parts.items():
-            measured = _Variants(plan, name, calls[name], Path(room) / "variant")
+            measured = _Variants(plan, name, calls[name], room / "variant")
             searches[name] = search(list(held), measured.loss, goal, _prefixed(name, progress))
         kept = tuple(_pattern(name, part) for name, found in searches.items() for part in found.kept)
-        whole = Path(room) / "whole"
+        whole = room / "whole"
         _quantize(plan, whole, kept, plan.graph_recipes)
         reached = {name: _measure(whole, name, calls[name]) for name in parts}
         missed = [name for name, loss in reached.items() if not goal.met(loss)]

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import CheckFailed, UsageError
-from omniport.runtime.system.files import replace_file, replacing
+from omniport.runtime.system.files import remove_folder, replace_file, replacing
+from omniport.runtime.system.interrupts import uninterrupted
 
 from .observers import Observer
 
@@ -39,6 +40,7 @@ class Work:
             found = None
         if found == dict(key):
             return True
+        path.unlink(missing_ok=True)  # first: what is left of that run, should this be interrupted, is not a whole one
         for child in self.folder.iterdir():
             if child.name != SOURCE:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
@@ -105,6 +107,22 @@ def work_folder(out: Path) -> Iterator[Work]:
         UsageError: another run writes to the same place, or the folder cannot be made.
     """
     folder = out.absolute().with_name(f".{out.name}.work")
+    lock: int | None = None
+    try:
+        with uninterrupted():
+            lock = _locked(folder, out)
+        yield Work(folder)
+        remove_folder(folder)
+    except BaseException as error:
+        if lock is not None and (isinstance(error, CheckFailed) or not (folder / _KEY).exists()):
+            remove_folder(folder)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path, out: Path) -> int:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -112,12 +130,4 @@ def work_folder(out: Path) -> Iterator[Work]:
     lock = folder_lock(folder)
     if lock is None:
         raise UsageError(f"another calibration is writing {out} now: wait for it, or name another file")
-    try:
-        yield Work(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BaseException as error:
-        if isinstance(error, CheckFailed) or not (folder / _KEY).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
+    return lock

@@ -9,11 +9,9 @@ of a graph does not include that of the graphs before it.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckFailed
 from omniport.runtime.events import Done
 from omniport.runtime.session import OmniSession
+from omniport.runtime.system.files import scratch_folder
 from omniport.runtime.system.progress import Progress
 
 Array = NDArray[Any]
@@ -112,8 +111,8 @@ def record(
     require_writer(bundle)
     recording = RecordingBackend(OrtBackend(bundle))
     backend: Backend = recording if sound else _SilentBackend(recording, bundle.manifest)
-    with tempfile.TemporaryDirectory() as folder, OmniSession(bundle, backend) as session:
-        conversations = session_conversations(session, data, Path(folder), _NAMES)
+    with scratch_folder() as folder, OmniSession(bundle, backend) as session:
+        conversations = session_conversations(session, data, folder, _NAMES)
         codes: list[list[int]] = []
         for number, conversation in enumerate(conversations):
             if progress is not None:

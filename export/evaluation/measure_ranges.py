@@ -8,7 +8,6 @@ mels.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from omniport.runtime.bundle.parts import decoders
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle, read_manifest
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.session import OmniSession
-from omniport.runtime.system.files import replace_file
+from omniport.runtime.system.files import replace_file, scratch_folder
 from omniport.runtime.system.host import physical_cores
 from omniport.runtime.system.progress import Progress
 
@@ -61,8 +60,8 @@ def measure_ranges(
     _require_float32(opened)
     backend = _ObservingBackend(opened)
     names = []
-    with tempfile.TemporaryDirectory() as folder, OmniSession(opened, backend) as session:
-        conversations = session_conversations(session, data, Path(folder))
+    with scratch_folder() as folder, OmniSession(opened, backend) as session:
+        conversations = session_conversations(session, data, folder)
         for number, conversation in enumerate(conversations):
             if progress is not None:
                 progress(conversation.name, number, len(conversations))

@@ -12,8 +12,6 @@ import logging
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 from omniport.runtime.bundle.staging import check_space
 from omniport.runtime.errors import ExportError, UsageError
-from omniport.runtime.system.interrupts import uninterrupted
+from omniport.runtime.system.files import scratch_folder
 from omniport.runtime.system.progress import Progress
 
 from .geometries import CODEBOOK, CODEC, CODEC_VOCAB, SIZES, TTS_FROM_END, Size, checkpoint_config
@@ -57,17 +55,12 @@ def make_checkpoint(
         raise UsageError(f"{out} exists and is not an empty folder; give a new folder, or remove it first")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
+        with scratch_folder(f".{out.name}.", out.parent) as aside:
             _write(aside, SIZES[size], seed, outliers, progress)
             aside.chmod(0o755)
             if out.exists():
                 out.rmdir()
             os.replace(aside, out)
-        except BaseException:
-            with uninterrupted():
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
     except OSError as error:
         raise ExportError(
             f"cannot write the checkpoint {out}: {error}; nothing was left behind. "

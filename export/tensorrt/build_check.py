@@ -6,7 +6,6 @@ Proves that graphs parse, that the nearest capability compiles, and that number 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from omniport.runtime.bundle.graph_spec import DTYPES
 from omniport.runtime.bundle.manifest import DecoderGeometry
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
+from omniport.runtime.system.files import scratch_folder
 from omniport.runtime.system.progress import Progress
 
 from ..devices.catalog import BUILD_CONSTANT, BUILD_FACTOR, RTX_CAPABILITIES, Target, nearest_rtx_capability
@@ -125,8 +125,8 @@ def check_bundle(
     check_bundle_precision(bundle, precision)
     api = load_api("tensorrt-rtx")
     names = [name for name in bundle.manifest.graphs if graphs is None or name in graphs]
-    with tempfile.TemporaryDirectory(prefix="omniport-check-") as folder:
-        rows = tuple(_check(api, bundle, name, target, limits, Path(folder), progress) for name in names)
+    with scratch_folder("omniport-check-") as folder:
+        rows = tuple(_check(api, bundle, name, target, limits, folder, progress) for name in names)
     return CheckReport(
         bundle=bundle.root,
         target=target,

@@ -14,15 +14,14 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..backends.onnxruntime.backend import OrtBackend, OrtGraph
 from ..bundle.reader import Bundle
+from ..system.files import scratch_folder
 from ..system.host import cpu_name, physical_cores, total_memory
 from ..system.rates import READ_BYTES, SIDE, Clock, product_rate, read_bandwidth
 from .results import Environment, Machine, Timing
@@ -140,8 +139,8 @@ class Profile:
 
 def profile_run(bundle: Bundle, name: str, threads: int, run: Callable[[OrtGraph], object]) -> Profile:
     """Run a graph once, after a warm-up, in a separate session that keeps a profile."""
-    with tempfile.TemporaryDirectory(prefix="omniport-profile-") as folder:
-        backend = OrtBackend(bundle, threads=threads, profiles=Path(folder))
+    with scratch_folder("omniport-profile-") as folder:
+        backend = OrtBackend(bundle, threads=threads, profiles=folder)
         graph = backend.graph(name)
         run(graph)
         run(graph)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, ExportError
-from ..system.files import exchange, sync
+from ..system.files import exchange, remove_folder, sync
 from ..system.interrupts import uninterrupted
 from .manifest import Manifest
 from .reader import MANIFEST_FILE, read_manifest
@@ -141,7 +141,7 @@ def _remove(room: Path, target: Path) -> None:
         with contextlib.suppress(OSError):
             old.rename(target)
     if not old.exists() or target.exists():
-        shutil.rmtree(room, ignore_errors=True)
+        remove_folder(room)
 
 
 def folder_lock(folder: Path) -> int | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -89,6 +91,32 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with uninterrupted(), suppress(OSError):
             partial.unlink()
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, as far as that is possible; a signal waits until it is gone."""
+    with uninterrupted():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(prefix: str = "omniport-", parent: Path | None = None) -> Iterator[Path]:
+    """A new folder, which is gone at the end of the block, whatever signal comes.
+
+    Args:
+        parent: the folder that it is made in; the system's for temporary files if None.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder: Path | None = None
+    try:
+        with uninterrupted():  # a signal in between would leave a folder that nobody knows of
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        yield folder
+    finally:
+        if folder is not None:
+            remove_folder(folder)
 
 
 def replace_file(path: Path, content: bytes) -> None:

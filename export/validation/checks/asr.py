@@ -5,10 +5,8 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -18,6 +16,7 @@ from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import OmniportError, UsageError
 from omniport.runtime.events import AudioChunk, Done
 from omniport.runtime.session import OmniSession
+from omniport.runtime.system.files import scratch_folder
 
 from ...evaluation.plots import wav_file
 from ..context import Context
@@ -151,8 +150,8 @@ def _reply(context: Context, text_tokens: int, codec_tokens: int) -> tuple[str, 
 
 def _recognise(program: Sequence[str], samples: NDArray[np.float32], rate: int, timeout: float) -> tuple[str, str]:
     """(text on stdout, what went wrong)."""
-    with tempfile.TemporaryDirectory(prefix="omniport-asr-") as folder:
-        path = Path(folder) / "reply.wav"
+    with scratch_folder("omniport-asr-") as folder:
+        path = folder / "reply.wav"
         path.write_bytes(wav_file(samples, rate))
         try:
             done = subprocess.run(

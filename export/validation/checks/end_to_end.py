@@ -8,7 +8,6 @@ complete reply that a user gets.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from omniport.runtime.errors import BackendError, OmniportError
 from omniport.runtime.events import AudioChunk, Done
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.session import OmniSession
+from omniport.runtime.system.files import scratch_folder
 
 from ...evaluation.conversations import Conversation, read_conversations, standard_conversations
 from ...evaluation.recording import RecordingBackend, ReplayBackend, consumed
@@ -72,8 +72,8 @@ def end_to_end_checks(context: Context, data: Path | None = None) -> Iterator[Ch
     codec = TextCodec.from_file(context.bundle.path(manifest.tokenizer_file), manifest.tokens)
     own = [] if data is None else read_conversations(data, manifest, codec)
     processor = open_processor(context.checkpoint, context.bundle.manifest.vision)
-    with tempfile.TemporaryDirectory() as folder:
-        conversations = [*standard_conversations(Path(folder), _FULL if context.full else _QUICK), *own]
+    with scratch_folder() as folder:
+        conversations = [*standard_conversations(folder, _FULL if context.full else _QUICK), *own]
         able, inputs = [], []
         for conversation in conversations:
             given = None if conversation.unsupported else processor.inputs(conversation)

@@ -5,9 +5,7 @@ No graph and no weight is used: a failure here is in the runtime's host code or 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from omniport.runtime.media.image import VisionInput, image_input, load_image, v
 from omniport.runtime.media.log_mel import audio_tokens, chunk_mel, log_mel
 from omniport.runtime.prompt.builder import Prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
+from omniport.runtime.system.files import scratch_folder
 
 from ...evaluation.conversations import Conversation, standard_conversations
 from ...models.signals import RATE, generator, picture, voice
@@ -57,8 +56,8 @@ def position_checks(context: Context) -> Iterator[Check]:
 
 
 def _conversation_checks(context: Context, processor: Processor, stage: str) -> Iterator[Check]:
-    with tempfile.TemporaryDirectory() as folder:
-        for conversation in standard_conversations(Path(folder)):
+    with scratch_folder() as folder:
+        for conversation in standard_conversations(folder):
             for check in prompt_checks(context, conversation, processor.prompt(conversation)):
                 if check.stage == stage:
                     yield check

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omniport.runtime.errors import UsageError
@@ -17,6 +19,7 @@ from omniport.runtime.system.files import (
     read_text,
     replace_file,
     replacing,
+    scratch_folder,
     write_output,
 )
 
@@ -171,3 +174,39 @@ def test_cleaning_up_in_another_thread(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(replace_file, tmp_path / "out", b"whole").result(10)
     assert (tmp_path / "out").read_bytes() == b"whole"
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("when", ["made", "removed"])
+def test_a_signal_leaves_no_scratch_folder(
+    tmp_path: Path, number: int, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes right after the folder is made, or in the middle of its removal."""
+    module, name = (tempfile, "mkdtemp") if when == "made" else (os, "rmdir")
+    original = getattr(module, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        made = original(*arguments, **options) if when == "made" else None
+        signal.raise_signal(number)
+        return made if when == "made" else original(*arguments, **options)
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    def use() -> None:
+        with scratch_folder(parent=tmp_path) as folder:
+            (folder / "deep").mkdir()
+            (folder / "deep" / "file").write_text("x")
+
+    monkeypatch.setattr(module, name, call)
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stopped):
+            use()
+    finally:
+        signal.signal(number, before)
+    assert list(tmp_path.iterdir()) == []
