@@ -67,7 +67,7 @@ def _hollow(options: argparse.Namespace) -> dict[str, Any]:
     for shard in path.glob("*.safetensors"):
         content = shard.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        header.pop("__metadata__")
+        header.pop("__metadata__", None)
         os.truncate(shard, len(content) + max(entry["data_offsets"][1] for entry in header.values()))
     return {"path": path}
 

@@ -19,6 +19,8 @@ class Size:
     tts_end: int
     """text-to-speech ids count back from here: the end of the 3B's vocabulary, in the 7B's larger one too"""
     shard_bytes: int
+    metadata: bool
+    """whether a shard's header says that it holds tensors of PyTorch, as the published 3B's and not the 7B's do"""
     wave_gain: float
     text: Mapping[str, Any]
     audio: Mapping[str, Any]
@@ -34,6 +36,7 @@ _TINY = Size(
     vocab_size=1024,
     tts_end=1024,
     shard_bytes=4 << 20,
+    metadata=True,
     wave_gain=0.09,
     text={
         "hidden_size": 128,
@@ -83,6 +86,7 @@ _SMALL = Size(
     vocab_size=151936,
     tts_end=151936,
     shard_bytes=1 << 30,
+    metadata=True,
     wave_gain=0.08,
     text={
         "hidden_size": 2048,
@@ -138,6 +142,7 @@ _3B = replace(
 _7B = replace(
     _3B,
     vocab_size=152064,
+    metadata=False,
     text={
         **_3B.text,
         "hidden_size": 3584,

@@ -82,7 +82,15 @@ def _write(folder: Path, size: Size, seed: int, outliers: bool, progress: Progre
     scaling = _scaling(size, tokenizer, seed, outliers)
     shapes = _shapes(folder)
     check_space(folder, sum(stored_bytes(key, shape) for key, shape in shapes.items()), "checkpoint")
-    write_shards(folder, shapes, scaling, seed=seed, shard_bytes=size.shard_bytes, progress=progress)
+    write_shards(
+        folder,
+        shapes,
+        scaling,
+        seed=seed,
+        shard_bytes=size.shard_bytes,
+        metadata=size.metadata,
+        progress=progress,
+    )
 
 
 def hub_key(key: str) -> str:

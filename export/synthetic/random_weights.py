@@ -224,6 +224,7 @@ def write_shards(
     *,
     seed: int,
     shard_bytes: int,
+    metadata: bool = True,
     progress: Progress | None = None,
 ) -> None:
     """Write safetensors shards and their index as the published ones lie: token2wav float32, the rest bfloat16.
@@ -232,6 +233,10 @@ def write_shards(
     holds more than a block of a tensor in each thread.
 
     The file layout is the safetensors format: little-endian header length, JSON header, then the data.
+
+    Args:
+        shard_bytes: most of one shard; one tensor at least.
+        metadata: say in each header that the tensors are PyTorch's.
     """
     sizes = {key: stored_bytes(key, shape) for key, shape in shapes.items()}
     total = sum(sizes.values())
@@ -242,17 +247,19 @@ def write_shards(
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(keys, name)
         ordered = sorted(keys, key=lambda key: (not _float32(key), key))
-        for key in _write_shard(folder / name, {key: shapes[key] for key in ordered}, scaling, seed):
+        for key in _write_shard(folder / name, {key: shapes[key] for key in ordered}, scaling, seed, metadata):
             done += sizes[key]
             if progress is not None:
                 progress(key, done, total)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], scaling: Scaling, seed: int) -> Iterator[str]:
+def _write_shard(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], scaling: Scaling, seed: int, metadata: bool
+) -> Iterator[str]:
     """Write one shard; yields the keys, in order, as they are written. Tensors are drawn in two threads."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}} if metadata else {}
     offsets, end = {}, 0
     for key, shape in shapes.items():
         offsets[key], size = end, stored_bytes(key, shape)
