@@ -19,8 +19,6 @@ class Size:
     tts_end: int
     """text-to-speech ids count back from here: the end of the 3B's vocabulary, in the 7B's larger one too"""
     shard_bytes: int
-    metadata: bool
-    """whether a shard's header says that it holds tensors of PyTorch, as the published 3B's and not the 7B's do"""
     wave_gain: float
     text: Mapping[str, Any]
     audio: Mapping[str, Any]
@@ -28,6 +26,8 @@ class Size:
     talker: Mapping[str, Any]
     dit: Mapping[str, Any]
     vocoder_channels: int
+    metadata: bool = True
+    """whether a shard's header says that its tensors are PyTorch's, as the published 3B's do and the 7B's do not"""
 
 
 _TINY = Size(
@@ -36,7 +36,6 @@ _TINY = Size(
     vocab_size=1024,
     tts_end=1024,
     shard_bytes=4 << 20,
-    metadata=True,
     wave_gain=0.09,
     text={
         "hidden_size": 128,
@@ -86,7 +85,6 @@ _SMALL = Size(
     vocab_size=151936,
     tts_end=151936,
     shard_bytes=1 << 30,
-    metadata=True,
     wave_gain=0.08,
     text={
         "hidden_size": 2048,
