@@ -22,7 +22,7 @@ _HANG = ("--timeout=120", "--timeout-method=thread")
 HEAD = """# Mutated input, counted
 
 Written by `python -m scripts.fuzz` (`make fuzz`). Every input is drawn from a seed: bundles, checkpoints, media and
-messages with bytes or values changed, arguments of every command but those that only print or talk, and calls on a
+messages, lines of data and graphs with bytes or values changed, arguments of every command but `talk`, and calls on a
 session in any order from several threads (one input of `turns` is such a sequence). None may give a traceback, take
 over 60 s, raise the peak of memory by over 1 GB (`turns` aside), or have altered content of a bundle accepted.
 

@@ -15,19 +15,19 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
 class Removals:
-    """Sends this process a signal at the first folder that is removed; ``sent`` says whether."""
+    """Sends this process a signal at the first folder (or file) that is removed; ``sent`` says whether."""
 
-    def __init__(self, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, number: int, monkeypatch: pytest.MonkeyPatch, call: str = "rmdir") -> None:
         self.sent = False
-        rmdir = os.rmdir
+        remove = getattr(os, call)
 
         def interrupted(*arguments: Any, **options: Any) -> None:
             if not self.sent:
                 self.sent = True
                 signal.raise_signal(number)
-            rmdir(*arguments, **options)
+            remove(*arguments, **options)
 
-        monkeypatch.setattr(os, "rmdir", interrupted)
+        monkeypatch.setattr(os, call, interrupted)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_nothing_of_a_calibration_is_left(
 ) -> None:
     before = signal.signal(number, signal.default_int_handler)
     try:
-        removals = Removals(number, monkeypatch)
+        removals = Removals(number, monkeypatch, "unlink")
         with pytest.raises(KeyboardInterrupt):
             calibration(tmp_path, {"a": 1})
     finally:
@@ -95,6 +95,8 @@ def test_a_calibration_that_was_half_removed_is_not_gone_on_with(
         calibration(tmp_path, {"a": 1}, ZeroDivisionError)
     with monkeypatch.context() as patched:
         Removals(signal.SIGINT, patched)
+        listed = Path.iterdir
+        patched.setattr(Path, "iterdir", lambda folder: iter(sorted(listed(folder))))  # "done" before "key.json"
         with pytest.raises(KeyboardInterrupt):
             calibration(tmp_path, {"a": 2})
     with work_folder(tmp_path / "out") as work:
