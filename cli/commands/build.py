@@ -54,6 +54,10 @@ def command(
         int | None,
         typer.Option(metavar="N", help="Longest window of speech in codec tokens; 84 are enough to stream."),
     ] = None,
+    tf32: Annotated[
+        bool,
+        typer.Option("--tf32", help="Let float32 products be rounded to ten bits: quicker, and misses float32's 1e-4."),
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Build nothing: prove what can be proven here about the target.")
     ] = False,
@@ -78,7 +82,7 @@ def command(
         if check:
             found = check_engines(bundle, target, progress=progress, **options)
         else:
-            made = build_engines(bundle, target, builder=builder, force=force, progress=progress, **options)
+            made = build_engines(bundle, target, builder=builder, tf32=tf32, force=force, progress=progress, **options)
     if check:
         _show_check(found, json, quiet)
     elif json:

@@ -62,6 +62,7 @@ def build_engines(
     precision: str | None = None,
     graphs: Sequence[str] | None = None,
     limits: EngineLimits | None = None,
+    tf32: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -74,6 +75,7 @@ def build_engines(
         precision: what the caller believes the bundle to be; the bundle decides.
         graphs: these only; all by default.
         limits: what engines are to take, where that is less than the bundle allows.
+        tf32: let products of float32 graphs be rounded to TF32, which is quicker and misses float32's tolerance.
         force: build also what did not change.
         progress: called with the stage, and thousandths done and in all.
 
@@ -92,6 +94,7 @@ def build_engines(
         precision=precision,
         graphs=graphs,
         limits=limits_of(opened.manifest, limits or EngineLimits()),
+        tf32=tf32,
         force=force,
         progress=progress,
     )
@@ -105,6 +108,7 @@ def build_bundle(
     precision: str | None = None,
     graphs: Sequence[str] | None = None,
     limits: Limits | None = None,
+    tf32: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -123,13 +127,13 @@ def build_bundle(
         for name in names:
             spec = bundle.manifest.graphs[name]
             place = engine_path(chosen, target.name, bundle.manifest.precision, name)
-            key = engine_key(bundle, spec, target, chosen, report.version, limits)
+            key = engine_key(bundle, spec, target, chosen, report.version, limits, tf32)
             held = store.record(place)
             if held is not None and held.key == key and not force:
                 report.graphs.append(GraphBuild(name, bundle.root / place, False, held))
                 continue
             api = api or run_interruptible(lambda _: load_api(chosen), lambda: None)
-            record = _build(api, bundle, spec, target, store, place, key, limits, progress)
+            record = _build(api, bundle, spec, target, store, place, key, limits, tf32, progress)
             report.graphs.append(GraphBuild(name, bundle.root / place, True, record))
     report.seconds = time.perf_counter() - started
     return report
@@ -212,13 +216,15 @@ def builder_version(builder: str) -> str:
     return installed_version(builder) or load_api(builder).version
 
 
-def engine_key(bundle: Bundle, spec: GraphSpec, target: Target, builder: str, version: str, limits: Limits) -> str:
+def engine_key(
+    bundle: Bundle, spec: GraphSpec, target: Target, builder: str, version: str, limits: Limits, tf32: bool = False
+) -> str:
     """sha256 over everything that an engine is made from."""
     return json_key(
         {name: record.sha256.lower() for name, record in graph_files(bundle.manifest, spec.name).items()},
         msgspec.to_builtins((spec.inputs, spec.outputs, spec.aliases)),
         msgspec.to_builtins(make_profiles(spec, graph_dims(spec, limits), limits.image_classes)),
-        (builder, version, target.name, target.capability),
+        (builder, version, target.name, target.capability, tf32),
         package_digest("tensorrt"),
     )
 
@@ -232,6 +238,7 @@ def _build(
     place: str,
     key: str,
     limits: Limits,
+    tf32: bool,
     progress: Progress | None,
 ) -> EngineRecord:
     files = graph_files(bundle.manifest, spec.name)
@@ -241,7 +248,15 @@ def _build(
     scratch = store.scratch(place)
     timings = _timings(api, target) if api.features.timing_cache else None
     built = build_engine(
-        api, bundle.path(spec.file), spec, target, scratch, limits=limits, timing_cache=timings, progress=progress
+        api,
+        bundle.path(spec.file),
+        spec,
+        target,
+        scratch,
+        limits=limits,
+        tf32=tf32,
+        timing_cache=timings,
+        progress=progress,
     )
     try:
         record = _record(api, bundle, spec, target, built, scratch, key)
@@ -264,7 +279,7 @@ def _record(
         dtype=spec.precision,
         profiles=built.profiles,
         fixed_dims=built.fixed,
-        flags=api.flag_names(spec.name),
+        flags=api.flag_names(spec.name, built.tf32),
         onnx=graph_files(bundle.manifest, spec.name),
         engine=file_record(engine),
         weights_bytes=built.weights_bytes,

@@ -196,12 +196,22 @@ class Api:
         """Warnings and errors since the last call: (severity, text). Empties the list."""
         return self._messages.take()
 
+    def reason(self) -> str:
+        """The errors since the last call in one line, for a message."""
+        return self._messages.reason()
+
+    def given(self, made: Any, what: str) -> Any:
+        """What a call gave. BackendError: nothing."""
+        if made is None:
+            raise BackendError(f"{self.builder} {self.version} gives no {what}: {self.reason()}")
+        return made
+
     def create_network(self, builder: Any) -> Any:
         """An empty, strongly typed network."""
-        if not self.features.strong_typing_flag:
-            return builder.create_network(0)
-        flag = self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-        return builder.create_network(1 << int(flag))
+        flags = 0
+        if self.features.strong_typing_flag:
+            flags = 1 << int(self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        return self.given(builder.create_network(flags), "network")
 
     def set_capability(self, config: Any, capability: str) -> None:
         """Build for one compute capability. Without the feature a builder builds for the GPU it runs on.
@@ -217,7 +227,8 @@ class Api:
             known = ", ".join(sorted(member for member in dir(kind) if member.startswith("SM")))
             raise BackendError(f"{self.builder} {self.version} does not compile for {name}; it knows {known}")
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(kind, name), 0)
+        if not config.set_compute_capability(getattr(kind, name), 0):
+            raise BackendError(f"{self.builder} {self.version} does not take {name}: {self.reason()}")
 
     def require_user_allocation(self, config: Any, graph: str) -> None:
         """Let the engine of a decoder allocate nothing while it runs, where the builder has that.
@@ -228,14 +239,30 @@ class Api:
         if self.features.user_allocation and graph in PARTS and PARTS[graph].decodes:  # captured into a CUDA graph
             config.set_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
+    def allow_tf32(self, config: Any, allowed: bool) -> None:
+        """Whether float32 products may be rounded to TF32's ten bits, which builders allow unless told otherwise."""
+        flag = self.module.BuilderFlag.TF32
+        (config.set_flag if allowed else config.clear_flag)(flag)
+
+    def limit_workspace(self, config: Any, nbytes: int) -> None:
+        """Let no kernel take more memory than that for itself.
+
+        Raises:
+            BackendError: the builder does not take the limit.
+        """
+        pool = self.module.MemoryPoolType.WORKSPACE
+        config.set_memory_pool_limit(pool, nbytes)
+        if config.get_memory_pool_limit(pool) != nbytes:
+            raise BackendError(f"{self.builder} takes no workspace limit of {nbytes:,} bytes: {self.reason()}")
+
     def make_decomposable(self, layer: Any) -> None:
         """Let an attention be split into several kernels where no fused one exists (FP32, for one)."""
         layer.__class__ = self.module.IAttentionInputLayer  # the network hands out layers by their base class
         layer.attention.decomposable = True
 
-    def flag_names(self, graph: str) -> tuple[str, ...]:
+    def flag_names(self, graph: str, tf32: bool) -> tuple[str, ...]:
         """Flags that builds of a graph are made with, for the record."""
-        flags = {"ATTENTION_DECOMPOSABLE": self.features.native_attention}
+        flags = {"ATTENTION_DECOMPOSABLE": self.features.native_attention, "TF32": tf32}
         flags["REQUIRE_USER_ALLOCATION"] = self.features.user_allocation and graph in PARTS and PARTS[graph].decodes
         return ("STRONGLY_TYPED", *(name for name, is_set in flags.items() if is_set))
 

@@ -28,6 +28,8 @@ from .profiles import Limits, fixed_dims, graph_dims, make_profiles
 
 #: progress is told in thousandths
 _STEPS = 1000
+#: of a memory that the system and this program live in as well, one part may be a kernel's: builders allow all of it
+_WORKSPACE_SHARE = 8
 #: tensorrt-rtx gives Turing FP32 and FP16 only (support matrix of TensorRT-RTX 1.4)
 _RTX_LACKS = {"7.5": frozenset({"int8", "int4"})}
 
@@ -42,6 +44,7 @@ class Built:
     weights_bytes: int
     seconds: float
     peak_memory: int
+    tf32: bool
 
 
 def build_engine(
@@ -53,6 +56,7 @@ def build_engine(
     *,
     limits: Limits | None = None,
     capability: str | None = None,
+    tf32: bool = False,
     timing_cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Built:
@@ -62,6 +66,7 @@ def build_engine(
         graph: the ONNX file.
         out: file to write, removed again when the build does not go well.
         capability: compute capability to compile for, where the target's has no compiler here.
+        tf32: let a float32 graph's products be rounded to TF32.
         timing_cache: kernel timings to start from and to add to, for builders that measure.
         progress: called with what is being built, and thousandths done.
 
@@ -80,7 +85,11 @@ def build_engine(
 
     def work(cancelled: threading.Event) -> Parsed:
         parsed = parse(api, onnx_file, spec, fixed)
-        config = _configure(api, parsed, profiles, capability or target.capability, timing_cache)
+        config = _configure(api, parsed, profiles, timing_cache)
+        api.set_capability(config, capability or target.capability)
+        api.allow_tf32(config, uses_tf32(spec, tf32))
+        if target.unified:
+            api.limit_workspace(config, target.memory_bytes // _WORKSPACE_SHARE)
         _compile(api, parsed, config, out, _stepper(spec.name, progress, cancelled))
         if timing_cache is not None:
             _keep_timings(config, timing_cache)
@@ -103,6 +112,7 @@ def build_engine(
         weights_bytes=onnx_file.weights_bytes,
         seconds=time.perf_counter() - started,
         peak_memory=watch.peak(),
+        tf32=uses_tf32(spec, tf32),
     )
 
 
@@ -125,23 +135,37 @@ def check_precision(graph: str, formats: frozenset[str], target: Target, builder
     )
 
 
-def _configure(
-    api: Api, parsed: Parsed, profiles: tuple[Profile, ...], capability: str, timing_cache: Path | None
-) -> Any:
-    config = parsed.builder.create_builder_config()
-    api.set_capability(config, capability)
+def uses_tf32(spec: GraphSpec, asked: bool) -> bool:
+    """Whether products of a graph's float32 values may be rounded to ten bits.
+
+    In a float32 graph only if asked: it would miss what float32 promises (1e-4; one product gave 2.9e-4). In one of a
+    half precision what stays in float32 does so for its range, which TF32 has.
+    """
+    return asked or spec.compute_dtype != "float32"
+
+
+def _configure(api: Api, parsed: Parsed, profiles: tuple[Profile, ...], timing_cache: Path | None) -> Any:
+    config = api.given(parsed.builder.create_builder_config(), "configuration")
     api.require_user_allocation(config, parsed.graph)
-    for profile in profiles:
-        made = parsed.builder.create_optimization_profile()
+    for number, profile in enumerate(profiles):
+        made = api.given(parsed.builder.create_optimization_profile(), "optimization profile")
         for tensor in parsed.inputs().values():
             if tensor.name in profile.inputs:
                 shapes = profile.inputs[tensor.name]
                 made.set_shape(tensor.name, shapes.min, shapes.opt, shapes.max)
-        config.add_optimization_profile(made)
+        if config.add_optimization_profile(made) != number:
+            raise BuildError(f"{parsed.graph}: {api.builder} does not take profile {number}: {api.reason()}")
     if timing_cache is not None and api.features.timing_cache:
         held = timing_cache.read_bytes() if timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(held), False)
+        if not _take_timings(config, held):  # damaged, or another GPU's
+            _take_timings(config, b"")
+            api.messages()
     return config
+
+
+def _take_timings(config: Any, held: bytes) -> bool:
+    cache = config.create_timing_cache(held)
+    return cache is not None and bool(config.set_timing_cache(cache, False))
 
 
 def _stepper(graph: str, progress: Progress | None, cancelled: threading.Event) -> Callable[[float], bool]:
@@ -176,15 +200,10 @@ def _compile(api: Api, parsed: Parsed, config: Any, out: Path, step: Callable[[f
             made = engine is not None
             file.write(memoryview(engine) if made else b"")
     if not made or out.stat().st_size == 0:
-        raise BuildError(f"{parsed.graph}: the builder failed: {_reason(api)} ({api.builder} {api.version})")
+        raise BuildError(f"{parsed.graph}: the builder failed: {api.reason()} ({api.builder} {api.version})")
 
 
 def _keep_timings(config: Any, timing_cache: Path) -> None:
     cache = config.get_timing_cache()
-    if cache is not None:
-        replace_file(timing_cache, bytes(memoryview(cache.serialize())))
-
-
-def _reason(api: Api) -> str:
-    errors = [" ".join(text.split()) for severity, text in api.messages() if severity != "WARNING"]
-    return "; ".join(errors)[:800] or "it gives no reason"
+    if cache is not None and (held := cache.serialize()) is not None:
+        replace_file(timing_cache, bytes(memoryview(held)))

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,6 +98,7 @@ class TrtGraph(Graph):
         self._scratch = Scratch(driver)
         self._decode_scratch = Scratch(driver)
         self._executors: dict[int, Executor] = {}
+        self._caches: weakref.WeakSet[TrtCache] = weakref.WeakSet()
         self._kernels, self._held_kernels = kernels, b""
         if kernels is not None and (held := kernels.read()) and loaded.take_kernels(held):
             self._held_kernels = held
@@ -118,9 +121,13 @@ class TrtGraph(Graph):
                 raise BackendError(f"graph {self.spec.name!r} is closed; open the session again")
             if profile not in self._executors:
                 self._executors[profile] = self._new_executor(fixed=False, profile=profile)
-            if cache is None:
-                return self._executors[profile].run(feeds)
-            return self._run_cached(feeds, cache, self._executors[profile])
+            try:
+                if cache is None:
+                    return self._executors[profile].run(feeds)
+                return self._run_cached(feeds, cache, self._executors[profile])
+            except BaseException:
+                self._drain()
+                raise
 
     def new_cache(self, capacity: int) -> TrtCache:
         """A cache for ``capacity`` tokens at least: engines with a static cache have one size.
@@ -131,7 +138,7 @@ class TrtGraph(Graph):
         if not self._cached:
             raise BackendError(f"graph {self.spec.name!r} keeps no KV cache: only thinker and talker do")
         if not self.spec.aliases:
-            return GrowingTrtCache(self._driver, self._stream, self.spec, capacity)
+            return self._kept(GrowingTrtCache(self._driver, self._stream, self.spec, capacity))
         built = self._engine.record.fixed_dims.get("capacity", 0)
         if capacity > built:
             raise BackendError(
@@ -139,15 +146,33 @@ class TrtGraph(Graph):
                 f"the session with max_context={built}, or build with more: {self._build_line()} --max-context "
                 f"{capacity}"
             )
-        return StaticTrtCache(self._driver, self._stream, self.spec, built)
+        return self._kept(StaticTrtCache(self._driver, self._stream, self.spec, built))
 
     def close(self) -> None:
-        """Release the engine, once the call that is under way has ended."""
+        """Give back everything, caches as well, once the call that is under way has ended."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._keep_kernels()
-                self._driver.destroy_stream(self._stream)
+            if self._closed:
+                return
+            self._closed = True
+            self._keep_kernels()
+            for cache in self._caches:
+                cache.release()
+            for executor in self._executors.values():
+                executor.release()
+            self._executors.clear()
+            self._scratch.release()
+            self._decode_scratch.release()
+            del self._loaded
+            self._driver.destroy_stream(self._stream)
+
+    def _kept(self, cache: TrtCache) -> TrtCache:
+        self._caches.add(cache)
+        return cache
+
+    def _drain(self) -> None:
+        """Let what a failed call has put into the stream end: it uses memory that may go with what is dropped now."""
+        with suppress(BackendError):
+            self._driver.synchronize(self._stream)
 
     def _keep_kernels(self) -> None:
         if self._kernels is not None and self._executors:
@@ -176,11 +201,21 @@ class TrtGraph(Graph):
         outputs = executor.run(feeds)  # an engine may allocate in its first run, which cannot be captured
         problem = _capture(executor)
         if self.decoding is None:
-            plain = _quickest(executor, captured=False)
-            self.decoding = DecodeTiming(plain, None if problem else _quickest(executor, captured=True), problem)
+            self.decoding = self._timing(executor, problem)
         if self.decoding.uses_graph:
             cache.executors[bucket] = executor
         return outputs
+
+    def _timing(self, executor: Executor, problem: str) -> DecodeTiming:
+        """Time a step that has run; ``problem``: why there is no graph of it."""
+        plain = _quickest(executor, captured=False)
+        if problem:
+            return DecodeTiming(plain, None, problem)
+        try:
+            return DecodeTiming(plain, _quickest(executor, captured=True))
+        except BackendError as error:
+            self._drain()
+            return DecodeTiming(plain, None, str(error))
 
     def _new_executor(self, fixed: bool, profile: int = 0) -> Executor:
         scratch = self._decode_scratch if fixed else self._scratch

@@ -44,6 +44,10 @@ class Scratch:
             self._buffer = DeviceBuffer(self._driver, nbytes)
         return self._buffer
 
+    def release(self) -> None:
+        """Hold none any more."""
+        self._buffer = None
+
 
 class _Transfer:
     """A tensor that crosses: its memory on both sides, and the host's as an array in the tensor's shape."""
@@ -60,9 +64,14 @@ class _Transfer:
         nbytes = int(np.prod(shape, dtype=np.int64)) * held.itemsize
         if self._host is None or self._host.nbytes < nbytes:
             grown = 1 << max(0, nbytes - 1).bit_length()
-            self._host = self._device = None  # first, so that old and new are not there at once
+            self.release()  # first, so that old and new are not there at once
             self._host, self._device = PinnedBuffer(self._driver, grown), DeviceBuffer(self._driver, grown)
         self.array = self._host.view(shape, held)
+
+    def release(self) -> None:
+        """Give the memory back; reshape() takes some again."""
+        self.array = np.zeros(0, _HELD[self._dtype])  # none that looks at memory which is gone
+        self._host = self._device = None
 
     @property
     def device(self) -> int:
@@ -116,6 +125,7 @@ class Executor:
         self._addresses: dict[str, int] = {}
         self._stale = True
         self._graph: int | None = None
+        self._finalizer: weakref.finalize[[int], Executor] | None = None
 
     @property
     def captured(self) -> bool:
@@ -142,9 +152,11 @@ class Executor:
         """Take the values of the next run; everything bound has to be bound by then."""
         for name, values in feeds.items():
             transfer = self._inputs[name]
-            if self._set_shape(name, values.shape):
+            if self._shapes.get(name) != values.shape:
+                self._shapes.pop(name, None)  # of what fails below, nothing is taken for done by the next run
                 transfer.reshape(values.shape)
                 self._set_address(name, transfer.device)
+                self._set_shape(name, values.shape)
             transfer.write(values)
         if self._stale:
             for name, transfer in self._outputs.items():
@@ -172,11 +184,21 @@ class Executor:
             BackendError: it cannot be captured.
         """
         self._graph = self._driver.capture(self._stream, self._enqueue)
-        weakref.finalize(self, self._driver.destroy_graph, self._graph).atexit = False
+        self._finalizer = weakref.finalize(self, self._driver.destroy_graph, self._graph)
+        self._finalizer.atexit = False
 
     def capturable(self) -> bool:
         """Whether the engine says that it can be captured."""
         return self._context.capturable(self._stream)
+
+    def release(self) -> None:
+        """Give everything back: context, memory, graph. It cannot run any more."""
+        if self._finalizer is not None:
+            self._finalizer()
+        for transfer in (*self._inputs.values(), *self._outputs.values()):
+            transfer.release()
+        del self._context
+        self._buffer = None
 
     def _enqueue(self) -> None:
         driver, stream = self._driver, self._stream
@@ -186,15 +208,12 @@ class Executor:
         for transfer in self._outputs.values():
             driver.to_host(transfer.host, transfer.device, transfer.array.nbytes, stream)
 
-    def _set_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        """True if it is another one than before."""
-        if self._shapes.get(name) == shape:
-            return False
-        assert self._graph is None, "a captured executor keeps its shapes"
-        self._context.set_shape(name, shape)
-        self._shapes[name] = shape
-        self._stale = True
-        return True
+    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if self._shapes.get(name) != shape:
+            assert self._graph is None, "a captured executor keeps its shapes"
+            self._stale = True
+            self._context.set_shape(name, shape)
+            self._shapes[name] = shape
 
     def _set_address(self, name: str, address: int) -> None:
         if self._addresses.get(name) != address:

@@ -27,9 +27,21 @@ class TrtCache(ABC):
         return self._capacity
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
         """Bytes allocated."""
+        return sum(buffer.nbytes for buffer in self._held())
+
+    def release(self) -> None:
+        """Give its memory back, and its executors theirs. It cannot be used any more."""
+        for executor in self.executors.values():
+            executor.release()
+        self.executors.clear()
+        for buffer in self._held():
+            buffer.release()
+
+    @abstractmethod
+    def _held(self) -> list[DeviceBuffer]:
+        """Everything allocated."""
 
     @abstractmethod
     def bind(self, executor: Executor, held: int, added: int) -> None:
@@ -70,10 +82,8 @@ class StaticTrtCache(TrtCache):
         super().__init__(driver, stream, spec, capacity)
         self._parts = self._buffers()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(buffer.nbytes for buffer in self._parts.values())
+    def _held(self) -> list[DeviceBuffer]:
+        return list(self._parts.values())
 
     def bind(self, executor: Executor, held: int, added: int) -> None:
         self._require(held, added, self._capacity)
@@ -98,10 +108,8 @@ class GrowingTrtCache(TrtCache):
         self._now, self._next = self._buffers(), self._buffers()
         self._length = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(buffer.nbytes for parts in (self._now, self._next) for buffer in parts.values())
+    def _held(self) -> list[DeviceBuffer]:
+        return [*self._now.values(), *self._next.values()]
 
     def bind(self, executor: Executor, held: int, added: int) -> None:
         self._require(held, added, self._length)

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import mmap
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Mapping
@@ -38,7 +39,6 @@ USED = {
         "execute_async_v3",
         "get_tensor_shape",
         "infer_shapes",
-        "set_device_memory",
         "set_input_shape",
         "set_optimization_profile_async",
         "set_tensor_address",
@@ -153,9 +153,13 @@ class TrtRuntime:
         self.module = _import(builder)
         self.version = str(self.module.__version__)
         self.logger, self.messages = listen(builder, self.module)
-        self._runtime = self.module.Runtime(self.logger)
-        if self._runtime is None:
-            raise BackendError(f"{builder} {self.version} gives no runtime: {self.messages.reason()}")
+        self._runtime = self.given(self.module.Runtime(self.logger), "runtime")
+
+    def given(self, made: Any, what: str) -> Any:
+        """What a call gave. BackendError: nothing."""
+        if made is None:
+            raise BackendError(f"{self.builder} gives no {what}: {self.messages.reason()}")
+        return made
 
     def load(self, path: Path) -> LoadedEngine:
         """The file is mapped: its pages can be dropped once the engine is on the device."""
@@ -196,14 +200,15 @@ class _TrtEngine:
         if kinds is None:
             made = engine.create_execution_context(strategy)
         else:  # TensorRT-RTX compiles kernels for the shapes it sees: at once where they stay, else in the background
-            config = engine.create_runtime_config()
+            config = self._runtime.given(engine.create_runtime_config(), "runtime configuration")
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if fixed else kinds.LAZY
-            if self._kernels is not None:
-                config.set_runtime_cache(self._kernels)
+            if self._kernels is not None and not config.set_runtime_cache(self._kernels):
+                self._kernels = None
+                reason = self._runtime.messages.reason()
+                warnings.warn(f"kernels that are compiled will not be kept: {reason}", RuntimeWarning, stacklevel=2)
             made = engine.create_execution_context(config)
-        if made is None:
-            raise BackendError(f"{self._runtime.builder} gives no execution context: {self._runtime.messages.reason()}")
+        self._runtime.given(made, "execution context")
         return _TrtContext(self._runtime, engine, made, self._kernels)
 
     def take_kernels(self, kernels: bytes) -> bool:
@@ -231,26 +236,45 @@ class _TrtContext:
 
     def use_profile(self, index: int, stream: int) -> None:
         if not self._context.set_optimization_profile_async(index, stream):
-            raise BackendError(f"the engine does not take profile {index}: {self._runtime.messages.reason()}")
+            raise BackendError(f"the engine does not take profile {index}: {self._reason()}")
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if not self._context.set_input_shape(name, shape):
-            raise BackendError(f"the engine does not take {list(shape)} as {name!r}: {self._runtime.messages.reason()}")
+            raise BackendError(f"the engine does not take {list(shape)} as {name!r}: {self._reason()}")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if missing := self._context.infer_shapes():
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError as error:
+            raise BackendError(f"the engine cannot tell its shapes ({error}): {self._reason()}") from error
+        if missing:
             raise BackendError(f"the engine needs shapes or values of {', '.join(missing)} before it can run")
-        return tuple(self._context.get_tensor_shape(name))
+        shape = tuple(self._context.get_tensor_shape(name))
+        if any(size < 0 for size in shape):
+            raise BackendError(f"the engine does not know the shape of {name!r} ({list(shape)}): {self._reason()}")
+        return shape
 
     def set_address(self, name: str, address: int) -> None:
         if not self._context.set_tensor_address(name, address):
-            raise BackendError(f"the engine does not take an address for {name!r}: {self._runtime.messages.reason()}")
+            raise BackendError(f"the engine does not take an address for {name!r}: {self._reason()}")
 
     def scratch_bytes(self) -> int:
-        return int(self._context.update_device_memory_size_for_shapes())
+        """0 is TensorRT's error, except of an engine that never needs any."""
+        needed = int(self._context.update_device_memory_size_for_shapes())
+        sizes = ("device_memory_size_v2", "device_memory_size")  # the older name until 10.1
+        if not needed and any(getattr(self._engine, name, 0) for name in sizes):
+            raise BackendError(f"the engine cannot tell the memory that a run needs: {self._reason()}")
+        return needed
 
     def set_scratch(self, address: int, nbytes: int) -> None:
-        self._context.set_device_memory(address, nbytes)
+        """The older call where there is one: the newer is for engines that stream their weights, and none here does."""
+        if hasattr(type(self._context), "device_memory"):
+            self._context.device_memory = address
+        else:
+            self._context.set_device_memory(address, nbytes)
+
+    def _reason(self) -> str:
+        return self._runtime.messages.reason()
 
     def capturable(self, stream: int) -> bool:
         """TensorRT always is; TensorRT-RTX says so of engines that allocate nothing."""
@@ -260,7 +284,7 @@ class _TrtContext:
     def enqueue(self, stream: int) -> None:
         self._runtime.messages.take()
         if not self._context.execute_async_v3(stream):
-            raise BackendError(f"{self._runtime.builder} could not run the engine: {self._runtime.messages.reason()}")
+            raise BackendError(f"{self._runtime.builder} could not run the engine: {self._reason()}")
 
 
 class Messages:

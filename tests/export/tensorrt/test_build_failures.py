@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 from omniport.export.devices.catalog import TARGETS
 from omniport.export.devices.detect import find_target
+from omniport.export.tensorrt import engine_builder
 from omniport.export.tensorrt.builder_api import Api, load_api
 from omniport.export.tensorrt.engine_builder import build_engine
 from omniport.export.tensorrt.network import check_unused
 from omniport.export.tensorrt.profiles import Limits
+from omniport.runtime.bundle.engines import Profile
 from omniport.runtime.bundle.graph_spec import DimRange, GraphSpec
-from omniport.runtime.errors import BuildError, BundleError, UsageError
+from omniport.runtime.errors import BackendError, BuildError, BundleError, UsageError
 from onnx import TensorProto, helper
 from support.onnx_graphs import cache_model, make_model, matmul, plain_model, spec, tensor, weight
 
@@ -272,3 +276,78 @@ def test_weights_that_are_cut_off(api: Api, tmp_path: Path) -> None:
     path.write_bytes(b"\x00garbage")
     with pytest.raises(BundleError, match="not a readable ONNX file"):
         build_engine(api, path, made, TARGETS["rtx-4090"], tmp_path / "out")
+
+
+# how builders are set up, and calls of theirs whose result tells of failure
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "target", "allowed"),
+    [
+        ("float32", False, "rtx-4090", False),
+        ("float32", True, "rtx-4090", True),
+        ("float16", False, "rtx-4090", True),
+        ("float32", False, "dgx-spark", False),
+    ],
+)
+def test_tf32_is_off_for_float32_and_workspace_is_limited_where_memory_is_shared(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, tf32: bool, target: str, allowed: bool
+) -> None:
+    seen = []
+
+    def compile_nothing(api: Api, parsed: Any, config: Any, out: Path, step: Any) -> None:
+        limit = config.get_memory_pool_limit(api.module.MemoryPoolType.WORKSPACE)
+        seen.append((config.get_flag(api.module.BuilderFlag.TF32), limit))
+
+    monkeypatch.setattr(engine_builder, "_compile", compile_nothing)
+    inputs, outputs = (tensor("x", "batch", 8, dtype=dtype),), (tensor("y", "batch", 8, dtype=dtype),)
+    made = spec("dit", inputs, outputs)
+    made = msgspec.structs.replace(made, precision=dtype)
+    build(
+        api,
+        tmp_path,
+        make_model([matmul()], inputs, outputs, [weight(dtype=np.dtype(dtype).type)]),
+        made,
+        target,
+        tf32=tf32,
+    )
+    ((flag, limit),) = seen
+    assert flag is allowed
+    memory = TARGETS[target].memory_bytes
+    assert (limit == memory // 8) is TARGETS[target].unified
+    assert TARGETS["jetson-orin-nano-8gb"].unified
+
+
+def test_results_that_tell_of_failure(api: Api, tmp_path: Path) -> None:
+    taken: list[bytes] = []
+    config = SimpleNamespace(
+        num_compute_capabilities=0,
+        set_compute_capability=lambda *_: False,
+        set_flag=lambda _: None,
+        add_optimization_profile=lambda _: -1,
+        create_timing_cache=lambda held: held,
+        set_timing_cache=lambda held, _: taken.append(held) or held == b"",
+        set_memory_pool_limit=lambda *_: None,
+        get_memory_pool_limit=lambda _: 1 << 40,
+    )
+    with pytest.raises(BackendError, match="does not take SM89"):
+        api.set_capability(config, "8.9")
+    with pytest.raises(BackendError, match="takes no workspace limit of 1,000 bytes"):
+        api.limit_workspace(config, 1000)
+    builder = SimpleNamespace(create_builder_config=lambda: config, create_optimization_profile=lambda: object())
+    parsed: Any = SimpleNamespace(graph="dit", builder=builder, inputs=dict)
+    with pytest.raises(BuildError, match="dit: tensorrt-rtx does not take profile 0"):
+        engine_builder._configure(api, parsed, (Profile(name="all", dims={}, inputs={}),), None)
+    timings = tmp_path / "timings"
+    timings.write_bytes(b"another GPU's")
+    measuring: Any = SimpleNamespace(
+        features=dataclasses.replace(api.features, timing_cache=True),
+        given=api.given,
+        messages=api.messages,
+        require_user_allocation=lambda *_: None,
+    )
+    engine_builder._configure(measuring, parsed, (), timings)
+    assert taken == [b"another GPU's", b""]  # what does not fit is left, and timings are measured again
+    builder.create_builder_config = lambda: None
+    with pytest.raises(BackendError, match="gives no configuration"):
+        engine_builder._configure(api, parsed, (), None)

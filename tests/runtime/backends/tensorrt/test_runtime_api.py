@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from omniport.export.devices.detect import find_target
@@ -25,6 +27,8 @@ def test_every_name_that_is_used_exists() -> None:
         for name in names:
             assert hasattr(getattr(module, kind), name), f"{kind}.{name}"
     assert hasattr(module.IExecutionContext, "is_stream_capturable")
+    assert hasattr(module.IExecutionContext, "device_memory") or hasattr(module.IExecutionContext, "set_device_memory")
+    assert hasattr(module.ICudaEngine, "device_memory_size_v2")
     assert hasattr(module.ICudaEngine, "get_aliased_input_tensor")
     for name in ("EAGER", "LAZY"):
         assert hasattr(module.DynamicShapesKernelSpecializationStrategy, name)
@@ -37,7 +41,7 @@ def test_source_uses_what_is_checked() -> None:
     """Every attribute of an engine or context that the source reads is in USED, or is looked for before."""
     tree = ast.parse(Path(trt_runtime.__file__).read_text())
     read = {(ast.unparse(n.value), n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    optional = {"get_aliased_input_tensor", "create_runtime_config"}
+    optional = {"get_aliased_input_tensor", "create_runtime_config", "device_memory", "set_device_memory"}
     for kind, variables in (("ICudaEngine", {"engine", "self._engine"}), ("IExecutionContext", {"self._context"})):
         found = {name for variable, name in read if variable in variables}
         assert found - optional == set(USED[kind])
@@ -56,6 +60,78 @@ def test_a_built_engine_does_not_load_without_a_gpu(tmp_path: Path) -> None:
         open_backend("tensorrt-rtx", Bundle.open(root))
     with pytest.raises(BackendError, match=r"pip install 'omniport\[trt\]'"):
         open_backend("tensorrt", Bundle.open(root))
+
+
+class Messages:
+    def reason(self) -> str:
+        return "its reason"
+
+
+def context_over(context: Any, engine_bytes: int = 512) -> Any:
+    """A context of the runtime's over a stand-in for TensorRT's."""
+    runtime: Any = SimpleNamespace(builder="tensorrt", messages=Messages())
+    return trt_runtime._TrtContext(runtime, SimpleNamespace(device_memory_size_v2=engine_bytes), context, None)
+
+
+def test_results_that_tell_of_failure() -> None:
+    silent = SimpleNamespace(update_device_memory_size_for_shapes=lambda: 0)
+    with pytest.raises(BackendError, match="cannot tell the memory that a run needs: its reason"):
+        context_over(silent).scratch_bytes()
+    assert context_over(silent, engine_bytes=0).scratch_bytes() == 0  # it never needs any
+    unknown = SimpleNamespace(infer_shapes=list, get_tensor_shape=lambda _: (1, -1))
+    with pytest.raises(BackendError, match=r"does not know the shape of 'y' \(\[1, -1\]\): its reason"):
+        context_over(unknown).shape("y")
+
+    def fails() -> None:
+        raise RuntimeError("shape inference failed")
+
+    with pytest.raises(BackendError, match=r"cannot tell its shapes \(shape inference failed\): its reason"):
+        context_over(SimpleNamespace(infer_shapes=fails)).shape("y")
+
+
+def test_the_older_call_sets_the_memory_where_there_is_one() -> None:
+    """The newer dumped core in TensorRT 10.7 without streamed weights."""
+
+    class Both:
+        device_memory = 0
+
+        def set_device_memory(self, address: int, nbytes: int) -> None:
+            raise AssertionError("the newer call")
+
+    class Newer:
+        held = (0, 0)
+
+        def set_device_memory(self, address: int, nbytes: int) -> None:
+            self.held = (address, nbytes)
+
+    both, newer = Both(), Newer()
+    context_over(both).set_scratch(4096, 512)
+    context_over(newer).set_scratch(4096, 512)
+    assert both.device_memory == 4096
+    assert newer.held == (4096, 512)
+
+
+def test_a_kernel_cache_that_is_refused_is_not_kept() -> None:
+    kinds = SimpleNamespace(EAGER=1, LAZY=2)
+    module = SimpleNamespace(
+        DynamicShapesKernelSpecializationStrategy=kinds,
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=1),
+    )
+    config = SimpleNamespace(
+        create_runtime_cache=lambda: SimpleNamespace(serialize=lambda: b"kernels"),
+        set_execution_context_allocation_strategy=lambda _: None,
+        set_runtime_cache=lambda _: False,
+    )
+    engine = SimpleNamespace(
+        num_io_tensors=0, create_runtime_config=lambda: config, create_execution_context=lambda _: object()
+    )
+    runtime: Any = SimpleNamespace(
+        module=module, builder="tensorrt-rtx", messages=Messages(), given=lambda made, _: made
+    )
+    loaded = trt_runtime._TrtEngine(runtime, engine)
+    with pytest.warns(RuntimeWarning, match="will not be kept: its reason"):
+        loaded.context(fixed=True)
+    assert loaded.kernels() == b""
 
 
 def test_installed() -> None:
