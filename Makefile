@@ -2,9 +2,11 @@
 # make demo: install, then export a random-weight model and let it answer a spoken question
 # make wren: train Wren from nothing (hours; it goes on where it stopped), export it and ask it questions
 # make docs: write the pages that come from the code
-# make gpu-check: run the tests that need a GPU, then measure this one (docs/results/gpu-NAME.json)
+# make gpu-check: install what the GPU found here can use, run the tests that need one, then measure it
+#     (docs/results/gpu-NAME.json)
 # make fuzz: mutated files, messages, arguments and turns for an hour (docs/results/fuzz.md)
 # make extras: resolve every extra for Python 3.10 to 3.14 on x86-64 and aarch64, from wheels
+# make install-check: install both ONNX Runtimes in every order, and mend them as doctor says (docs/results/install-check.md)
 # make build-matrix: build the engines of real-width graphs for several GPUs, without one (docs/results/build-matrix.md)
 # make bench-check: measure the real-width model and compare its ratios with docs/results/bench.json, within a noise band
 
@@ -13,7 +15,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint demo wren docs fuzz extras build-matrix bench-check gpu-check clean
+.PHONY: test lint demo wren docs fuzz extras install-check build-matrix bench-check gpu-check clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -23,19 +25,27 @@ $(PYTHON):
 # Reinstalled when pyproject.toml or the tested versions change. torch comes first, so that the build asked for is the one that stays.
 $(INSTALLED): pyproject.toml tests/constraints.txt | $(PYTHON)
 	$(PYTHON) -m pip install --quiet torch==2.13.0
-	$(PYTHON) -m pip install --quiet --constraint tests/constraints.txt -e '.[test,ort]'
+	$(PYTHON) -m pip install --quiet --constraint tests/constraints.txt -e '.[test]'
+	$(PYTHON) -m scripts.install_backends
 	touch $@
+
+# what users run, as Windows sees it
+USED := -p omniport.runtime -p omniport.export -p omniport.calib -p omniport.cli
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --platform win32 $(USED)
 
 test: lint
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 extras: $(INSTALLED)
-	$(PYTHON) scripts/check_extras.py
+	$(PYTHON) -m scripts.check_extras
+
+install-check: $(INSTALLED)
+	$(PYTHON) -m benchmarks.install_check
 
 demo: $(INSTALLED)
 	$(PYTHON) -m scripts.demo
@@ -90,6 +100,7 @@ bench-check: $(INSTALLED) $(MATRIX)-fp32
 	$(PYTHON) -m benchmarks.bench_check $(MATRIX)-fp32 $(MATRIX)
 
 gpu-check: $(INSTALLED)
+	$(PYTHON) -m scripts.install_backends --gpu-check
 	$(PYTHON) -m pytest -q -m gpu tests/benchmarks/test_gpu.py
 	$(PYTHON) -m benchmarks.gpu_check
 

@@ -1,6 +1,6 @@
 """Resolve every extra for every supported Python on x86-64 and aarch64, from wheels alone.
 
-    python scripts/check_extras.py
+    python -m scripts.check_extras
 
 By uv and not by `pip install --dry-run --platform`: pip evaluates environment markers (`python_version`) for the
 interpreter that it runs in, uv for the one that is asked about.
@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 MACHINES = ("x86_64", "aarch64")
-EXTRAS = ("ort", "ort-gpu", "media", "live", "export", "calib")
+#: resolved together -> what they have to bring, and what they must not
+GROUPS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("media", "live", "export", "calib"): ("torch", "onnxruntime"),
+    ("ort",): ("onnxruntime", "onnxruntime-gpu"),
+    ("ort-gpu",): ("nvidia-cudnn", ""),
+}
 #: extras that a machine cannot have, with the reason
 ABSENT = {("ort-gpu", "aarch64"): "onnxruntime-gpu has no wheels for Linux on aarch64: JetPack's way is TensorRT"}
 #: what uv says without a network, which tells nothing about extras
@@ -24,30 +30,41 @@ UNREACHABLE = ("error sending request", "Failed to fetch", "timed out")
 STUBS = {"trt": "tensorrt", "rtx": "tensorrt-rtx"}
 
 
-def resolve(extras: list[str], python: str, machine: str) -> str | None:
-    """None if wheels for all requirements exist, else uv's explanation."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--only-binary", ":all:"]
-    command += ["--python-version", python, "--python-platform", f"{machine}-manylinux_2_28"]
+def resolve(extras: Sequence[str], python: str, machine: str) -> tuple[list[str], str]:
+    """Packages that extras bring, from wheels; uv's explanation where there are none."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
+    command += ["--only-binary", ":all:", "--python-version", python, "--python-platform", f"{machine}-manylinux_2_28"]
     done = subprocess.run(
         [*command, *(f"--extra={extra}" for extra in extras), str(PYPROJECT)], capture_output=True, text=True
     )
-    return None if done.returncode == 0 else done.stderr.strip()
+    names = [line.partition("==")[0] for line in done.stdout.splitlines()]
+    return names, "" if done.returncode == 0 else done.stderr.strip()
+
+
+def judge(names: Sequence[str], wanted: str, unwanted: str) -> str:
+    """What is wrong with the packages that extras bring; empty if nothing is."""
+    if not any(name.startswith(wanted) for name in names):
+        return f"does not bring {wanted}"
+    return f"brings {unwanted}" if unwanted in names else ""
 
 
 def main() -> int:
-    """Print a line for each Python and machine; 1 if something does not resolve that should."""
+    """Print a line for each Python, machine and group of extras; 1 if something does not resolve that should."""
     failed = 0
     for machine in MACHINES:
-        extras = [extra for extra in EXTRAS if (extra, machine) not in ABSENT]
-        for python in PYTHONS:
-            problem = resolve(extras, python, machine)
-            if problem and any(text in problem for text in UNREACHABLE):
-                print(f"not checked: the package index cannot be reached: {problem}")
-                return 0
-            failed += problem is not None
-            print(f"{python} {machine}: {', '.join(extras)}: {problem or 'resolves'}", flush=True)
+        for extras, (wanted, unwanted) in GROUPS.items():
+            if (extras[0], machine) in ABSENT:
+                continue
+            for python in PYTHONS:
+                names, problem = resolve(extras, python, machine)
+                if problem and any(text in problem for text in UNREACHABLE):
+                    print(f"not checked: the package index cannot be reached: {problem}")
+                    return 0
+                problem = problem or judge(names, wanted, unwanted)
+                failed += bool(problem)
+                print(f"{python} {machine}: {', '.join(extras)}: {problem or 'resolves'}", flush=True)
     for (extra, machine), reason in ABSENT.items():
-        stale = resolve([extra], PYTHONS[-1], machine) is None
+        stale = not resolve([extra], PYTHONS[-1], machine)[1]
         failed += stale
         print(f"{extra} on {machine}: {'resolves now: update ABSENT' if stale else reason}")
     for extra, package in STUBS.items():

@@ -74,6 +74,7 @@ def examine() -> dict[str, Any]:
         missing = [package for package in needs if packages[package] is None]
         install = f"pip install 'omniport[{extra}]'" if missing else None
         abilities.append({"name": name, "ready": not missing, "missing": missing, "install": install})
+    abilities.append(_engines(packages))
     if sys.version_info < (3, 11):
         from omniport.runtime.backends.onnxruntime.backend import MIN_NATIVE, NO_NATIVE_ON_310
 
@@ -118,6 +119,17 @@ def _backends(packages: dict[str, str | None], gpus: list[dict[str, str]]) -> li
             problems = find_loader(name).problems(name, packages, bool(gpus))
             rows.append({"name": name, "can_run": not problems, "why_not": "; ".join(problems) or None})
     return rows
+
+
+def _engines(packages: dict[str, str | None]) -> dict[str, Any]:
+    """Engines need the builder that the GPU is built for, and each kind of machine gets it from elsewhere."""
+    from omniport.export.devices.install import advise, this_machine
+
+    advice = advise(this_machine())
+    needs = [advice.builder.replace("-", "_"), "onnx"] if advice.builder else ["GPU"]
+    missing = [package for package in needs if packages.get(package) is None]
+    row = {"name": f"build and run engines ({advice.builder or 'TensorRT'})", "ready": not missing}
+    return {**row, "missing": missing, "install": advice.how if missing else None}
 
 
 def _gpus() -> tuple[list[dict[str, str]], str | None]:

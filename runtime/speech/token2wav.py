@@ -21,7 +21,7 @@ from ..concurrency.timing import StageTimer
 from ..errors import BundleError, OmniportError, UsageError
 from .ode import solve, with_method
 from .ode_methods import Solver
-from .windows import Window, checked_windows, window_codes
+from .windows import Window, checked_windows, vocoder_lengths, window_codes
 
 _NOISE_BLOCK = 24
 #: the first window is short: what every evaluation costs besides weighs more in it
@@ -129,12 +129,15 @@ class Token2Wav:
         self._windows, self._context = checked_windows(
             window, self._dit, self._vocoder, shared=all(map(backend.shares_cores, ("dit", "bigvgan")))
         )
+        # A GPU prepares itself for every new length, so the last window is made as long as one of the others.
+        gpu = self._streaming and not backend.shares_cores("bigvgan")
+        self._lengths = vocoder_lengths(self._windows, self._context, self._dit) if gpu else ()
         self._quickest = math.inf  # seconds that the quickest evaluation so far took for a code
         self._quickest_frame = math.inf  # seconds that the vocoder's quickest run so far took for a mel frame
         self._codes: list[int] = []
         self._done = 0  # codes whose samples are out
         self._emitted = 0
-        # Final mel frames [n, 80] before the next chunk that its samples can depend on.
+        # Final mel frames [n, 80] before the next chunk: what its samples can depend on, or makes up a length.
         self._tail = np.zeros((0, self._dit.mel_dim), np.float32)
 
     def push(self, code: int) -> list[NDArray[np.float32]]:
@@ -216,8 +219,11 @@ class Token2Wav:
         repeats, context = self._dit.repeats, self._context
         new = mel[(start - first) * repeats : (stop - first) * repeats]
         right = mel[(stop - first) * repeats :][:context]
-        piece = MelPiece(np.concatenate([self._tail, new, right]), len(self._tail), len(new))
-        self._tail = np.concatenate([self._tail, new])[-context:] if context else self._tail
+        least, most = min(context, len(self._tail)), len(self._tail)
+        rest = len(new) + len(right)
+        left = next((length - rest for length in self._lengths if least + rest <= length <= most + rest), least)
+        piece = MelPiece(np.concatenate([self._tail[most - left :], new, right]), left, len(new))
+        self._tail = np.concatenate([self._tail, new])[-max(context, *self._lengths, 1) :]
         self._done = stop
         self._emitted += 1
         return piece

@@ -47,6 +47,22 @@ def window_codes(new: int, dit: DitGeometry) -> int:
     return dit.look_back_codes + new + dit.look_ahead_codes
 
 
+def vocoder_lengths(windows: SpeechWindows, context: int, dit: DitGeometry) -> tuple[int, ...]:
+    """Mel frames that the vocoder sees of whole windows, ascending: the first, the second, ... and every later one.
+
+    Args:
+        context: mel frames around a window that the vocoder sees.
+    """
+    right = min(context, dit.look_ahead_codes * dit.repeats)
+    chunks, found, done = list(windows.chunks), set(), 0
+    while chunks or done < context:
+        new = dit.repeats * (chunks.pop(0) if chunks else windows.chunks[-1])
+        found.add(min(context, done) + new + right)
+        done += new
+    found.add(context + dit.repeats * windows.chunks[-1] + right)
+    return tuple(sorted(found))
+
+
 #: codes of the longest streamed window of an engine, and of any bundle with the usual DiT
 STREAM_CODES = window_codes(SpeechWindows().chunks[-1], DitGeometry())
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from omniport.runtime import SpeechWindows
+from omniport.runtime.bundle.manifest import DitGeometry
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import OmniportError, UsageError
 from omniport.runtime.speech import token2wav
 from omniport.runtime.speech.ode_methods import Solver
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
-from omniport.runtime.speech.windows import Window
+from omniport.runtime.speech.windows import Window, vocoder_lengths
 from support.bundles import CODES, make_bundle
 from support.fake_backend import FakeBackend, FakeBigVgan, FakeDit
 
@@ -62,6 +63,12 @@ class Run:
         assert isinstance(graph, FakeDit)
         return [call["codes"].shape[1] for call in graph.calls[::36]]
 
+    def vocoder_windows(self) -> list[int]:
+        """Mel frames of each vocoder run."""
+        graph = self.backend.graphs["bigvgan"]
+        assert isinstance(graph, FakeBigVgan)
+        return [call["mel"].shape[2] for call in graph.calls]
+
 
 def codes_of(count: int, seed: int = 1) -> list[int]:
     return np.random.default_rng(seed).integers(0, CODES + 1, count).tolist()
@@ -96,6 +103,22 @@ def test_sound_leaves_as_soon_as_the_look_ahead_is_there(bundle: Bundle) -> None
     assert [len(c) // SAMPLES_PER_CODE for c in run.finished] == [20]
     # left context of 24 codes (12 at first), right of 12, none at the end
     assert run.dit_windows() == [24, 12 + 24 + 12, 24 + 48 + 12, 24 + 48 + 12, 24 + 48 + 12, 24 + 20]
+
+
+@pytest.mark.parametrize("chunks", [(12, 24, 48), (12,), (48,)])
+def test_a_gpu_s_vocoder_sees_few_lengths(bundle: Bundle, chunks: tuple[int, ...]) -> None:
+    """A GPU prepares itself for each: the last window is as long as one of the others, where enough was said before."""
+    lengths = set()
+    window = SpeechWindows(chunks)
+    for count in range(90, 140):
+        run = Run(bundle, codes_of(count), window)
+        whole = Run(bundle, codes_of(count), "whole")
+        np.testing.assert_array_equal(run.samples, whole.samples)
+        lengths |= set(run.vocoder_windows())
+    assert lengths <= set(vocoder_lengths(window, 34, bundle.manifest.dit or DitGeometry()))
+    assert len(lengths) <= 4
+    shared = Run(bundle, codes_of(100), window, room=1)
+    assert shared.vocoder_windows()[-1] == 34 + 2 * (100 - sum(map(len, shared.chunks[:-1])) // SAMPLES_PER_CODE)
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, step: float, frame: float = 0.0) -> None:

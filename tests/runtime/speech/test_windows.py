@@ -12,7 +12,7 @@ from omniport.runtime.bundle.manifest import AudioFrontend, DitGeometry, Vocoder
 from omniport.runtime.errors import UsageError
 from omniport.runtime.generation import decoder, encoders
 from omniport.runtime.speech import windows
-from omniport.runtime.speech.windows import SpeechWindows, checked_windows, window_codes
+from omniport.runtime.speech.windows import SpeechWindows, checked_windows, vocoder_lengths, window_codes
 from support.paths import REPOSITORY
 from typer.testing import CliRunner
 
@@ -53,6 +53,12 @@ def test_help_says_how_many_codes_are_enough_to_stream() -> None:
     """A copy: the command line loads nothing of the runtime to show its help."""
     result = CliRunner().invoke(app, ["build", "--help"])
     assert f"{windows.STREAM_CODES} are enough to stream" in " ".join(result.output.split())
+
+
+def test_lengths_of_the_vocoder_are_few() -> None:
+    assert vocoder_lengths(SpeechWindows(), 34, DIT) == (48, 96, 154)
+    assert vocoder_lengths(SpeechWindows((12,)), 34, DIT) == (48, 72, 82)
+    assert vocoder_lengths(SpeechWindows(), 20, DIT) == (44, 88, 136)
 
 
 def test_windows_of_other_geometry_are_refused() -> None:
