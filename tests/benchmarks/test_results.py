@@ -9,7 +9,19 @@ import pytest
 from omniport.runtime.bench.results import read_report
 from support.paths import REPOSITORY
 
-from benchmarks import bench_page, build_matrix, calibrate, live, plan, quant, real_sizes, search, validate, vocoder
+from benchmarks import (
+    bench_page,
+    build_matrix,
+    calibrate,
+    install_check,
+    live,
+    plan,
+    quant,
+    real_sizes,
+    search,
+    validate,
+    vocoder,
+)
 from benchmarks.harness import RESULTS
 from scripts import structure
 
@@ -17,6 +29,7 @@ from scripts import structure
 PAGES = {
     "build-matrix": build_matrix,
     "calibrate": calibrate,
+    "install-check": install_check,
     "live": live,
     "plan": plan,
     "quant": quant,

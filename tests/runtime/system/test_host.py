@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from omniport.runtime.system.host import (
     collect_and_trim,
     cpu_name,
+    driver_version,
+    gpu_capability,
     peak_memory,
     physical_cores,
     resident_memory,
@@ -72,6 +75,29 @@ def test_a_watch_sees_what_is_gone_again() -> None:
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 def test_a_size_that_is_not_told() -> None:
     assert resident_memory("VmNone") is None
+
+
+@pytest.mark.parametrize(("system", "library"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")])
+def test_the_driver_has_a_name_on_each_system(system: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(name: str) -> None:
+        asked.append(name)
+        raise OSError("not found")
+
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert gpu_capability() is None
+    assert asked == [library]
+
+
+def test_the_driver_s_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert driver_version() is None
+    for said, version in (("580.65.06", "580.65.06"), ("[N/A]", None), ("", None)):
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        assert driver_version() == version
 
 
 def test_the_machine() -> None:
