@@ -128,7 +128,7 @@ def _engines(packages: dict[str, str | None]) -> dict[str, Any]:
     advice = advise(this_machine())
     needs = [advice.builder.replace("-", "_"), "onnx"] if advice.builder else ["GPU"]
     missing = [package for package in needs if packages.get(package) is None]
-    row = {"name": f"build and run engines ({advice.builder or 'TensorRT'})", "ready": not missing}
+    row = {"name": f"run engines ({advice.builder or 'TensorRT'})", "ready": not missing}
     return {**row, "missing": missing, "install": advice.how if missing else None}
 
 

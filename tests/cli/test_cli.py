@@ -276,6 +276,21 @@ def test_doctor_asks_the_driver_and_not_nvidia_smi(
     assert rows == [[row], [row]]
 
 
+def test_doctor_says_where_the_builder_of_engines_is(omniport: Omniport, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By compute capability: the packages of TensorRT on the usual index hold no libraries."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("omniport.cli.commands.doctor._version", lambda names: None)
+    for capability, line in (
+        ("8.9", "pip install 'omniport[rtx]'"),
+        ("9.0", "pip install 'omniport[trt]' --extra-index-url https://pypi.nvidia.com"),
+    ):
+        monkeypatch.setattr(host, "gpu_capability", lambda capability=capability: capability)
+        rows = json.loads(omniport("doctor", "--json")[1])["abilities"]
+        (row,) = (row for row in rows if row["name"].startswith("run engines"))
+        assert not row["ready"]
+        assert row["install"].startswith(line)
+
+
 def test_doctor_says_that_two_packages_overwrite_each_other(
     omniport: Omniport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
