@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omniport.export.evaluation.hearing import Ear, Score, words
 from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
 
 from wren import corpus, media, sizes, world
-from wren.ear import Ear, Score, words
 from wren.hear_speech import SEEN, VoiceClassifier
 from wren.mel import mel_of
 from wren.prompts import Turn

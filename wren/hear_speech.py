@@ -18,11 +18,11 @@ import numpy as np
 import soundfile  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
+from omniport.export.evaluation.hearing import Ear
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wren import codes, corpus, dit, sizes, snake, vocoder, world
-from wren.ear import Ear
 from wren.mel import mel_of
 
 Sound = NDArray[np.float32]
@@ -135,7 +135,7 @@ def main() -> None:
             begin = time.process_time()
             sounds = [speak(reply) for reply in replies]
             taken = time.process_time() - begin
-            score = ear.score(((r.text, s.clip(-1, 1)) for r, s in zip(replies, sounds, strict=True)), show=3)
+            score = ear.score(((r.text, s.clip(-1, 1)) for r, s in zip(replies, sounds, strict=True)))
             results[f"{voice}: {name}"] = {
                 "sentences": len(replies),
                 "word_error_rate": score.rate,

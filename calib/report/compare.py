@@ -14,13 +14,16 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from omniport.export.evaluation.hearing import Ear
 from omniport.export.evaluation.machine import environment, usable_threads
+from omniport.export.evaluation.questions import AnswerFigures, answers, figures, read_questions
 from omniport.export.evaluation.recording import RecordingBackend
 from omniport.export.evaluation.speech_metrics import log_mel_power, mel_cepstral_distortion, mel_l1
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.parts import giving
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
+from omniport.runtime.session import OmniSession
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 from omniport.runtime.system.progress import Progress
 
@@ -66,13 +69,14 @@ class SoundLoss(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BundleLoss(msgspec.Struct, frozen=True, kw_only=True):
-    """One bundle. ``missing``: what was not measured -> why."""
+    """One bundle. ``answers``: to a question set. ``missing``: what was not measured -> why."""
 
     name: str
     recipe: str
     bytes: int
     graphs: list[GraphLoss]
     sound: SoundLoss | None = None
+    answers: AnswerFigures | None = None
     missing: dict[str, str] = {}
 
 
@@ -112,6 +116,7 @@ def compare(
     bundles: Sequence[str | os.PathLike[str]],
     *,
     data: str | os.PathLike[str] | None = None,
+    questions: str | os.PathLike[str] | None = None,
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -121,6 +126,7 @@ def compare(
         base: not quantized.
         bundles: made from the same checkpoint.
         data: JSON lines with ``messages``; built-in conversations without.
+        questions: a question set (`omniport.export.evaluation.questions`), which every bundle answers.
         calibration: whose ranges are shown.
         progress: called with what is measured, and bundles done and in all.
 
@@ -136,6 +142,7 @@ def compare(
         raise UsageError(f"{base} is quantized: give the bundle that the others were made from first")
     if calibration is not None:
         calibration.check(opened.manifest.source.fingerprint, base)
+    asked = None if questions is None else _Asked(Path(questions), opened)
     names = _names([Path(path) for path in (base, *bundles)])
     recording = record(opened, data=data, progress=lambda what, _d, _t: told(what, 0, len(others) + 1))
     waves: dict[str, Wave] = {}
@@ -143,7 +150,8 @@ def compare(
     for number, (name, bundle) in enumerate(zip(names, [opened, *others], strict=True)):
         told(f"measuring {name}", number, len(names))
         work = _Measured(opened, bundle, recording)
-        rows.append(work.row(name, reference, waves))
+        row = work.row(name, reference, waves)
+        rows.append(row if asked is None else asked.add(row, bundle))
     report = LossReport(
         base=names[0],
         source=opened.manifest.source.name,
@@ -156,6 +164,23 @@ def compare(
         environment=environment(usable_threads(opened)),
     )
     return Comparison(report, waves)
+
+
+class _Asked:
+    """A question set, and the ear that hears the answers."""
+
+    def __init__(self, path: Path, base: Bundle) -> None:
+        with OmniSession.open(base.root) as session:
+            self.set = read_questions(path, session.manifest, session.text_codec)
+        self.ear = Ear(self.set.grammar) if base.manifest.speaks else None
+
+    def add(self, row: BundleLoss, bundle: Bundle) -> BundleLoss:
+        """A bundle's row with the figures of its answers."""
+        vocoder = bundle.manifest.vocoder
+        with OmniSession.open(bundle.root) as session:
+            given = list(answers(session, self.set.questions))
+        rate = vocoder.sample_rate if vocoder is not None else 0
+        return msgspec.structs.replace(row, answers=figures(given, self.ear, rate))
 
 
 def _opened(path: str | os.PathLike[str], base: Bundle) -> Bundle:

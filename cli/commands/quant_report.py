@@ -36,6 +36,10 @@ def command(
         Path | None,
         typer.Option(metavar="JSONL", help="Conversations to measure on; built-in ones without it."),
     ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(metavar="JSONL", help="Questions with right answers: how many are right, and are heard right."),
+    ] = None,
     calib: Annotated[Path | None, typer.Option(metavar="FILE", help="Calibration whose ranges the page shows.")] = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -51,7 +55,9 @@ def command(
 
     calibration = None if calib is None else Calibration.load(calib)
     with progress_bar(quiet or json) as progress:
-        report, waves = compare(bundle, quantized, data=data, calibration=calibration, progress=progress)
+        report, waves = compare(
+            bundle, quantized, data=data, questions=questions, calibration=calibration, progress=progress
+        )
         if html is not None:
             from omniport.calib.report.quant_page import render
             from omniport.runtime.system.files import write_output
@@ -67,14 +73,16 @@ def command(
 
 
 def _print(report: LossReport) -> None:
-    columns = ("bundle", "recipe", "size", "thinker dB", "text same", "talker dB", "codes same", "mel dB", "step ms")
-    print_table(f"Quantization of {report.base}", columns, map(_row, report.bundles))
+    columns = ["bundle", "recipe", "size", "thinker dB", "text same", "talker dB", "codes same", "mel dB", "step ms"]
+    asked = any(bundle.answers is not None for bundle in report.bundles)
+    columns += ["right answers", "words heard wrong"] if asked else []
+    print_table(f"Quantization of {report.base}", columns, (_row(bundle, asked) for bundle in report.bundles))
     for bundle in report.bundles:
         for what, why in bundle.missing.items():
             print_line(f"{bundle.name}: {what} not measured: {why}", err=True)
 
 
-def _row(bundle: BundleLoss) -> list[str]:
+def _row(bundle: BundleLoss, asked: bool) -> list[str]:
     from omniport.runtime.bundle.parts import decoders
 
     cells = [bundle.name, bundle.recipe, size_text(bundle.bytes)]
@@ -85,7 +93,11 @@ def _row(bundle: BundleLoss) -> list[str]:
         cells += ["-" if loss is None else _decibels(loss.sqnr_db), "-" if agreement is None else f"{agreement:.0%}"]
     cells.append("-" if bundle.sound is None else _decibels(bundle.sound.mel_sqnr_db))
     step = next((graph.step_ms for graph in bundle.graphs if graph.graph == decoders()[0].name), 0.0)
-    return [*cells, f"{step:.1f}"]
+    cells.append(f"{step:.1f}")
+    if asked and bundle.answers is not None:
+        error = bundle.answers.word_error_rate
+        cells += [f"{bundle.answers.right_share:.1%}", "-" if error is None else f"{error:.1%}"]
+    return cells
 
 
 def _decibels(value: float) -> str:

@@ -1,0 +1,78 @@
+"""The question set that comes with Wren: held-out questions of every kind, drawn and not chosen, with their media.
+
+    python -m wren.questions [--work DIR] [--out DIR]
+
+Format: `omniport.export.evaluation.questions`. What is asked after a first turn has the right first answer before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile  # type: ignore[import-untyped]
+from PIL import Image
+
+from wren import media, sizes, world
+from wren.prompts import Turn
+from wren.thinker import Conversations
+from wren.world import Kind
+
+OUT = Path("wren/questions")
+COUNTS: dict[Kind, int] = {
+    "typed": 40, "spoken": 16, "picture": 30, "picture_spoken": 10, "video": 8, "second_turn": 16,
+}  # fmt: skip
+
+
+class Writer:
+    """Writes questions and their media to a folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.lines = out, list[str]()
+
+    def add(self, kind: Kind, turns: list[Turn]) -> None:
+        messages: list[dict[str, Any]] = []
+        for number, turn in enumerate(turns):
+            content = self._content(f"{kind}-{len(self.lines):03d}-{number}", turn)
+            messages.append({"role": "user", "content": content})
+            if number < len(turns) - 1:
+                messages.append({"role": "assistant", "content": turn.answer})
+        self.lines.append(json.dumps({"kind": kind, "messages": messages, "answer": turns[-1].answer}))
+
+    def _content(self, name: str, turn: Turn) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = []
+        if turn.picture is not None:
+            Image.fromarray(turn.picture).save(self.out / f"{name}.png", optimize=True)
+            parts.append({"type": "image", "image": f"{name}.png"})
+        if turn.clip is not None:
+            media.write_clip(self.out / f"{name}.mkv", *turn.clip)
+            parts.append({"type": "video", "video": f"{name}.mkv", "use_audio": True})
+        if turn.sound is not None:
+            pcm = np.round(np.clip(turn.sound, -1, 1) * 32767).astype(np.int16)
+            soundfile.write(self.out / f"{name}.flac", pcm, sizes.QUESTION_RATE)
+            parts.append({"type": "audio", "audio": f"{name}.flac"})
+        return [*parts, {"type": "text", "text": turn.text}] if turn.text else parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=sizes.WORK)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    conversations, writer = Conversations(args.work, "held_out", whole_clips=True), Writer(args.out)
+    for kind, count in COUNTS.items():
+        draw = np.random.default_rng((12, world.KINDS.index(kind)))
+        for _ in range(count):
+            writer.add(kind, conversations.question(kind, draw))
+    (args.out / "questions.jsonl").write_text("\n".join(writer.lines) + "\n")
+    (args.out / "questions.gram").write_text(world.grammar())
+
+
+if __name__ == "__main__":
+    main()
