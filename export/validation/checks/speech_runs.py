@@ -25,7 +25,7 @@ from omniport.runtime.bundle.manifest import DitGeometry, SamplingConfig, Vocode
 from omniport.runtime.bundle.parts import PARTS, giving
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import OmniportError
-from omniport.runtime.events import Done
+from omniport.runtime.events import AudioChunk, Done
 from omniport.runtime.session import OmniSession
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 from omniport.runtime.speech.windows import Window
@@ -178,18 +178,40 @@ def geometry(context: Context) -> tuple[DitGeometry, VocoderGeometry]:
 
 
 def speech_cases(context: Context) -> list[SpeechCase]:
-    """Random codes of every length of the suite; in the full one also the codes of a greedy reply."""
+    """Codes of every length of the suite: of a reply of the model, where it is loudest; random if it gives none.
+
+    What a trained model makes of codes that nobody says is no speech: it has jumps at its seams and anywhere else.
+    """
     dit, _ = geometry(context)
+    needed = {name for name, part in PARTS.items() if part.speaks or part.decodes}
+    reply = None
+    if needed <= set(context.graphs):
+        context.progress("speech: codes of a reply")
+        reply = _spoken(context, max(FULL_LENGTHS))
     cases = []
     for count in FULL_LENGTHS if context.full else QUICK_LENGTHS:
-        codes = np.random.default_rng(count).integers(0, dit.num_embeds, count).tolist()
-        cases.append(_case(context, f"{count} codes" if count > 1 else "1 code", codes, count in _KEPT))
-    needed = {name for name, part in PARTS.items() if part.speaks or part.decodes}
-    if context.full and needed <= set(context.graphs):
-        context.progress("speech: codes of a greedy reply")
-        if codes := _greedy_codes(context, max(FULL_LENGTHS)):
-            cases.append(_case(context, f"{len(codes)} codes of a greedy reply", codes, kept=False))
+        if reply is None:
+            codes = np.random.default_rng(count).integers(0, dit.num_embeds, count).tolist()
+        else:
+            codes = reply.loudest(count)
+        name = f"{count} codes" if count > 1 else "1 code"
+        cases.append(_case(context, name, codes, count in _KEPT))
     return cases
+
+
+@dataclass(frozen=True)
+class _Spoken:
+    """Codes of a reply, and the energy of what each of them sounds like."""
+
+    codes: list[int]
+    energy: list[float]
+
+    def loudest(self, count: int) -> list[int]:
+        """The ``count`` codes in a row that are loudest; a shorter reply is said again."""
+        length = max(count, len(self.codes))
+        codes, energy = np.resize(self.codes, length), np.resize(self.energy, length)
+        start = int(np.convolve(energy, np.ones(count), "valid").argmax())
+        return [int(code) for code in codes[start : start + count]]
 
 
 def _case(context: Context, name: str, codes: list[int], kept: bool) -> SpeechCase:
@@ -205,19 +227,27 @@ def _seeded_noise(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape)
 
 
-def _greedy_codes(context: Context, count: int) -> list[int]:
-    """The first codes of a greedy spoken reply; none if the model says nothing or fails (end_to_end tells why)."""
-    talker = SamplingConfig(max_new_tokens=count, repetition_penalty=1.05)
+def _spoken(context: Context, count: int) -> _Spoken | None:
+    """At most ``count`` codes of a reply; None if the model says nothing or fails (end_to_end tells why)."""
+    manifest = context.bundle.manifest
+    assert manifest.talker_sampling is not None
+    talker = msgspec.structs.replace(manifest.talker_sampling, max_new_tokens=count)
     session = OmniSession(context.bundle, context.backend)
     messages = [{"role": "user", "content": "What can you tell me about the sea?"}]
+    thinker = SamplingConfig(max_new_tokens=24)
     try:
-        thinker = SamplingConfig(max_new_tokens=24)
-        for event in session.reply(messages, thinker=thinker, talker=talker, window="whole", threads=False):
-            if isinstance(event, Done):
-                return event.codec_ids
+        with np.errstate(all="ignore"):  # a graph that overflows is found by its results
+            events = list(
+                session.reply(messages, thinker=thinker, talker=talker, seed=0, window="whole", threads=False)
+            )
     except OmniportError:
-        return []
-    return []
+        return None
+    codes = [code for event in events if isinstance(event, Done) for code in event.codec_ids]
+    waves = [event.samples for event in events if isinstance(event, AudioChunk)]
+    if not codes or not waves:
+        return None
+    pieces = np.array_split(np.nan_to_num(np.concatenate(waves)), len(codes))
+    return _Spoken(codes, [float(np.square(piece, dtype=np.float64).sum()) for piece in pieces])
 
 
 def reference_mel(context: Context, case: SpeechCase) -> Wave:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from omniport.export.evaluation.half_emulation import EmulatedBackend, EmulateHalfPass
+from omniport.export.evaluation.metrics import compare
 from omniport.export.models.signals import log_mel_like, picture, voice
 from omniport.export.validation.checks import decoding as decode_module
 from omniport.export.validation.checks.decoding import decode_checks
@@ -415,6 +416,26 @@ def test_a_saturated_reference_fails() -> None:
     assert "100% of the reference is at its largest value" in check.message
     soft = np.clip(1.2 * np.sin(np.arange(480) / 9), -1, 1).astype(np.float32)
     assert array_check("bigvgan", "soft", soft, soft, "float32").status == PASS
+
+
+def test_logits_that_are_alike_hide_nothing() -> None:
+    """Ids that a trained talker never says share a row of its head: most logits are then one large number."""
+    rng = np.random.default_rng(0)
+    wanted = np.concatenate([rng.normal(0, 2, (3, 100)), np.full((3, 900), -12.0)], axis=1).astype(np.float32)
+    assert array_check("talker", "alike", wanted, wanted, logits=True).status == PASS
+    got = wanted.copy()
+    got[:, :100] *= np.float32(1 + 3e-4)
+    check = array_check("talker", "alike", got, wanted, logits=True)
+    assert check.status == FAIL
+    error = check.figures["rel_rms"]
+    assert isinstance(error, float)
+    assert error == pytest.approx(2.6e-4, rel=0.1)
+    assert compare(got, wanted)["rel_rms"] == pytest.approx(5e-5, rel=0.2), "under the limit"
+    got = wanted.copy()
+    got[:, 500:] += np.float32(0.1)
+    assert array_check("talker", "alike", got, wanted, logits=True).status == FAIL
+    flat = np.full((3, 1000), -12.0, np.float32)
+    assert "constant" in array_check("talker", "flat", flat, flat, logits=True).message
 
 
 def test_a_silent_graph_fails(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
