@@ -204,12 +204,13 @@ class VisionEncoder(Stack):
         """For each patch of the frame, in raster order, its place among the window slots: int64 [N].
 
         The patches of a merged unit lie side by side in both orders, so that units are inverted and not patches."""
-        unit = window_index.unflatten(0, (-1, self.unit))[:, 0] // self.unit  # N/4 where unused
-        place = torch.arange(unit.shape[0], device=unit.device)
-        # Unused slots all land on one extra entry, which is cut off.
-        order = torch.zeros(count // self.unit + 1, dtype=torch.int64, device=unit.device)
-        first = order.scatter(0, unit, place)[: count // self.unit] * self.unit
-        return (first[:, None] + torch.arange(self.unit, device=unit.device)).flatten()
+        first = window_index.unflatten(0, (-1, self.unit))[:, 0]  # N where unused
+        place = torch.arange(first.shape[0], device=first.device)
+        # Unused slots all land on one extra entry, which is cut off. The table has an entry for each patch, because a
+        # division by the unit would be exported with an Equal of BOOL, which TensorRT documents for none.
+        table = torch.zeros(count + 1, dtype=torch.int64, device=first.device).scatter(0, first, place)
+        start = table[:count].unflatten(0, (-1, self.unit))[:, 0] * self.unit
+        return (start[:, None] + torch.arange(self.unit, device=first.device)).flatten()
 
 
 def _define(config: Any, settings: Settings) -> GraphDefinition:

@@ -22,6 +22,7 @@ from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, ExportError, OmniportError
 from omniport.runtime.generation.decoder import Decoder
+from onnx import TensorProto
 from support.comparison import assert_all_pass, context_of
 
 WIDTH = 128  # of the thinker of ``tiny``
@@ -48,6 +49,22 @@ def test_operators_are_old_ones(lowered_bundle: Path, graph: str) -> None:
     assert {node.op_type for node in model.graph.node} <= set(PARSER_KNOWS.split())
     assert all(len(node.input) <= 3 for node in model.graph.node if node.op_type == "Pad"), "axes came with 10.4"
     assert {value.name for value in model.graph.input} <= {name for node in model.graph.node for name in node.input}
+
+
+@pytest.mark.parametrize("graph", PARTS)
+def test_operators_take_the_types_that_tensorrt_documents(lowered_bundle: Path, tiny_bundle: Path, graph: str) -> None:
+    """Its matrix of operators has Neg for no INT64 and Equal for no BOOL, whatever the parser lets through."""
+    integers, floats = (TensorProto.INT32, TensorProto.INT64), (TensorProto.FLOAT, TensorProto.FLOAT16)
+    known = {"Neg": floats, "Abs": floats, "Sign": floats, "Equal": (*integers, *floats), "Mod": integers}
+    for bundle in (lowered_bundle, tiny_bundle):
+        model = onnx.load(bundle / "graphs" / f"{graph}.onnx", load_external_data=False)
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+        values = (*inferred.value_info, *inferred.input, *inferred.output)
+        types = {value.name: value.type.tensor_type.elem_type for value in values}
+        types |= {weight.name: weight.data_type for weight in inferred.initializer}
+        for node in model.graph.node:
+            if node.op_type in known:
+                assert types[node.input[0]] in known[node.op_type], f"{node.op_type} {node.name}"
 
 
 @pytest.mark.parametrize("graph", ["thinker", "talker"])
