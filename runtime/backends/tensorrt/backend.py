@@ -32,6 +32,7 @@ from .execution import Executor, Scratch
 from .kernel_cache import KernelFile
 from .kv_cache import GrowingTrtCache, StaticTrtCache, TrtCache
 from .runtime_api import EXTRAS, MODULES, EngineRuntime, LoadedEngine, TrtRuntime
+from .warming import Warming
 
 if TYPE_CHECKING:
     from ...bundle.reader import Bundle
@@ -102,6 +103,11 @@ class TrtGraph(Graph):
         self._kernels, self._held_kernels = kernels, b""
         if kernels is not None and (held := kernels.read()) and loaded.take_kernels(held):
             self._held_kernels = held
+        self._warming: Warming | None = None
+        if loaded.compiles and spec.aliases:
+            capacity = engine.record.fixed_dims["capacity"]
+            lengths = sorted({positions_bucket(live, capacity) for live in range(1, capacity + 1)})
+            self._warming = Warming(loaded, spec, driver, lengths, capacity)
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
         """Run once; see ``Graph.run``. Calls from several threads wait for one another.
@@ -150,6 +156,9 @@ class TrtGraph(Graph):
 
     def close(self) -> None:
         """Give back everything, caches as well, once the call that is under way has ended."""
+        if self._warming is not None:
+            self._warming.stop()
+            self._warming = None
         with self._lock:
             if self._closed:
                 return

@@ -110,6 +110,10 @@ class LoadedEngine(Protocol):
     def tensors(self) -> Mapping[str, EngineTensor]:
         """Inputs and outputs by name."""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether it compiles kernels while it runs, for each shape that it meets."""
+
     def aliased_input(self, output: str) -> str | None:
         """The input whose buffer this output has to share; None if there is none, or the release cannot tell."""
 
@@ -186,6 +190,10 @@ class _TrtEngine:
     @property
     def tensors(self) -> Mapping[str, EngineTensor]:
         return self._tensors
+
+    @property
+    def compiles(self) -> bool:
+        return self._kernels is not None
 
     def aliased_input(self, output: str) -> str | None:
         """Engines have aliased tensors from TensorRT 10.15 on."""

@@ -273,3 +273,58 @@ def test_images_of_each_class_have_a_context_with_its_profile(bundle: Bundle, dr
         assert close(backend.graph("vision_encoder").run(feeds)["embeds"], ort.run(feeds)["embeds"], 1e-4)
     assert [context.profile for context in runtime.contexts] == [0, 1, 2]
     assert [context.calls for context in runtime.contexts] == [3, 1, 1]
+
+
+# lengths that are met before they are needed
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None from an earlier process."""
+    monkeypatch.setenv("OMNIPORT_CACHE", "")
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_no_step_of_a_reply_compiles(
+    bundle: Bundle, driver: FakeDriver, plain_steps: list[NDArray[np.float32]]
+) -> None:
+    runtime = FakeRuntime(bundle, driver, compiles=True)
+    made = TrtBackend(bundle, "tensorrt-rtx", runtime=runtime, driver=driver)
+    graph = made.graph("thinker")
+    assert graph._warming is not None
+    graph._warming.wait()
+    assert len(runtime.compiled) == 4  # 256, 512, 768, 1,024 positions
+    assert (driver.memory, driver.host) == ({}, {})
+    cache = graph.new_cache(1024)
+    assert same(steps(made, cache), plain_steps)  # over the end of a length
+    assert len(runtime.compiled) == 5  # the prompt's own
+    made.close()
+    assert {} == driver.memory == driver.host == driver.streams
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_without_memory_to_meet_lengths_replies_compile(bundle: Bundle) -> None:
+    driver = FakeDriver(room=100_000)
+    runtime = FakeRuntime(bundle, driver, compiles=True)
+    made = TrtBackend(bundle, "tensorrt-rtx", runtime=runtime, driver=driver)
+    graph = made.graph("thinker")
+    assert graph._warming is not None
+    graph._warming.wait()
+    assert runtime.compiled == []
+    assert driver.memory == {}
+    driver.room = 1 << 40
+    steps(made, graph.new_cache(1024), prompt=20, count=2)
+    assert len(runtime.compiled) == 2
+    made.close()
+    graph.close()  # once more
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_closing_waits_for_the_step_that_is_under_way(bundle: Bundle, driver: FakeDriver) -> None:
+    driver.put_cost = 5e-3
+    runtime = FakeRuntime(bundle, driver, compiles=True)
+    made = TrtBackend(bundle, "tensorrt-rtx", runtime=runtime, driver=driver)
+    made.graph("thinker")
+    made.close()
+    assert len(runtime.compiled) < 4
+    assert {} == driver.memory == driver.host == driver.streams
