@@ -122,7 +122,8 @@ def _shape(
 def write_clip(path: Path, frames: Pixels, sound: NDArray[np.float32]) -> None:
     """A file of frames [F, h, w, 3], ``CLIP_FPS`` a second, with sound [n] at 16 kHz; both without loss."""
     samples = np.round(np.clip(sound, -1, 1) * 32767).astype(np.int16)
-    with av.open(str(path), "w", format="matroska") as file:
+    # bitexact: no random ids, so that equal clips are equal files
+    with av.open(str(path), "w", format="matroska", options={"fflags": "+bitexact"}) as file:
         video: Any = file.add_stream("ffv1", rate=CLIP_FPS)
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "bgr0"
         audio: Any = file.add_stream("pcm_s16le", rate=sizes.QUESTION_RATE, layout="mono")

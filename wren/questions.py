@@ -17,12 +17,14 @@ import numpy as np
 import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
-from wren import media, sizes, world
+from wren import media, sizes, speech_data, world
 from wren.prompts import Turn
 from wren.thinker import Conversations
-from wren.world import Kind
+from wren.world import Kind, Picture
 
 OUT = Path("wren/questions")
+# What the demo shows: a picture of the held-out ones, and a question on it.
+DEMO, DEMO_ASKED = Picture((("red", "triangle"), ("blue", "square"))), "What do you see?"
 COUNTS: dict[Kind, int] = {
     "typed": 40, "spoken": 16, "picture": 30, "picture_spoken": 10, "video": 8, "second_turn": 16,
 }  # fmt: skip
@@ -70,6 +72,11 @@ def main() -> None:
         draw = np.random.default_rng((12, world.KINDS.index(kind)))
         for _ in range(count):
             writer.add(kind, conversations.question(kind, draw))
+    assert world.split_of("picture", DEMO.shapes) == "held_out"
+    pixels, _ = media.picture(DEMO, np.random.default_rng(1))
+    Image.fromarray(pixels).save(args.out / "demo.png", optimize=True)
+    spoken = next(u for u in conversations.utterances[DEMO_ASKED] if u.voice == "slt")
+    soundfile.write(args.out / "demo.flac", speech_data.sound_of(args.work, spoken), sizes.QUESTION_RATE)
     (args.out / "questions.jsonl").write_text("\n".join(writer.lines) + "\n")
     (args.out / "questions.gram").write_text(world.grammar())
 

@@ -80,7 +80,12 @@ def layers(name: str, points: Sequence[int], values: Sequence[float], limits: Se
 
 
 def spectrograms(sounds: Mapping[str, NDArray[np.float32]], rate: int) -> str:
-    """Spectrograms of waveforms float32 [n] side by side, in dB below the loudest of all. PNG.
+    """The picture of `spectrogram_figure` as a data URI (PNG)."""
+    return _uri("image/png", _saved(spectrogram_figure(sounds, rate), "png", dpi=150, transparent=True))
+
+
+def spectrogram_figure(sounds: Mapping[str, NDArray[np.float32]], rate: int) -> Figure:
+    """Spectrograms of waveforms float32 [n] side by side, in dB below the loudest of all.
 
     Args:
         sounds: title -> samples; values that are not finite are shown as silence.
@@ -100,7 +105,7 @@ def spectrograms(sounds: Mapping[str, NDArray[np.float32]], rate: int) -> str:
         axes.spines[:].set_color(_LIMIT)
         for part in (axes.xaxis.label, axes.yaxis.label):
             part.set_color(_LIMIT)
-    return _uri("image/png", _saved(chart, "png", dpi=150, transparent=True))
+    return chart
 
 
 def sound_uri(samples: NDArray[np.float32], rate: int) -> str:
