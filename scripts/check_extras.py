@@ -29,6 +29,9 @@ UNREACHABLE = ("error sending request", "Failed to fetch", "timed out")
 #: published as source stubs which fetch libraries of a platform from elsewhere, or part of JetPack
 STUBS = {"trt": "tensorrt", "rtx": "tensorrt-rtx"}
 
+#: pip builds it where there is no wheel
+SOURCE = {"hear": "pocketsphinx has wheels for some machines and Pythons only, none for 3.14"}
+
 
 def resolve(extras: Sequence[str], python: str, machine: str) -> tuple[list[str], str]:
     """Packages that extras bring, from wheels; uv's explanation where there are none."""
@@ -69,6 +72,8 @@ def main() -> int:
         print(f"{extra} on {machine}: {'resolves now: update ABSENT' if stale else reason}")
     for extra, package in STUBS.items():
         print(f"{extra}: not checked, {package} has no wheels on the index")
+    for extra, reason in SOURCE.items():
+        print(f"{extra}: not checked, {reason}")
     return min(failed, 1)
 
 
