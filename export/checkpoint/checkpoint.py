@@ -25,6 +25,7 @@ from .safetensors import SafetensorsFile
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_WHOLE, _OF_SHARDS = ".safetensors", ".index.json"
 
 #: hub name pattern -> why a stored tensor of that name is not needed
 IGNORED_WEIGHTS: Mapping[str, str] = {
@@ -105,7 +106,7 @@ class Checkpoint:
         if progress is not None:
             progress(f"reading weight headers of {name}")
         packing = packed_format(read_json(path / "config.json"), path)
-        return cls(name, path, config, _open_weights(path), packing)
+        return cls(name, path, config, _open_weights(path, getattr(config, "transformers_weights", None)), packing)
 
     @property
     def has_speech(self) -> bool:
@@ -252,14 +253,21 @@ def _index_tensors(files: Sequence[SafetensorsFile]) -> dict[str, tuple[Safetens
     return where
 
 
-def _open_weights(path: Path) -> list[SafetensorsFile]:
-    """The checkpoint's weight files. CheckpointError if there are none, some are missing, or they are pickles."""
-    # as transformers chooses: one whole file wins over an index, which a fine-tune saved over its base leaves behind
-    if (path / _SINGLE).exists():
-        return [SafetensorsFile.open(path / _SINGLE)]
-    index = path / _INDEX
-    if index.exists():
-        return _open_indexed(index)
+def _open_weights(path: Path, named: object) -> list[SafetensorsFile]:
+    """The checkpoint's weight files, as transformers chooses them.
+
+    Args:
+        named: ``transformers_weights`` of config.json, which wins over every other file; None where it is not there.
+
+    Raises:
+        CheckpointError: there are none, some are missing, or they are pickles.
+    """
+    if named is not None:
+        return _open_named(path, named)
+    # one whole file wins over an index, which a fine-tune saved over its base leaves behind
+    for name in (_SINGLE, _INDEX):
+        if (path / name).is_file():
+            return _open_named(path, name)
     shards = sorted(file.name for file in path.glob("*.safetensors"))
     if "adapter_model.safetensors" in shards:
         raise CheckpointError(
@@ -268,7 +276,8 @@ def _open_weights(path: Path) -> list[SafetensorsFile]:
     if shards:
         raise CheckpointError(
             f"{path} holds {', '.join(shards[:3])} but neither {_INDEX} nor {_SINGLE}. Add the index file of the "
-            "checkpoint that the shards belong to."
+            f"checkpoint that the shards belong to; one file that holds all weights under another name (a variant) is "
+            f'chosen by "transformers_weights" in config.json, and so is an index file.'
         )
     pickles = sorted(
         file.name for pattern in ("pytorch_model*.bin", "*.pth", "model*.pt") for file in path.glob(pattern)
@@ -279,6 +288,16 @@ def _open_weights(path: Path) -> list[SafetensorsFile]:
             "omniport reads safetensors alone. Save the model again with save_pretrained(..., safe_serialization=True)."
         )
     raise CheckpointError(f"{path} holds no weights: expected {_INDEX} and its shards, or {_SINGLE}.")
+
+
+def _open_named(path: Path, name: object) -> list[SafetensorsFile]:
+    """One whole file, or the shards of an index."""
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith((_WHOLE, _WHOLE + _OF_SHARDS)):
+        raise CheckpointError(
+            f"config.json names {name!r} as transformers_weights; expected a *{_WHOLE} or *{_WHOLE}{_OF_SHARDS} in the "
+            "same folder. Correct it, or take it out."
+        )
+    return _open_indexed(path / name) if name.endswith(_OF_SHARDS) else [SafetensorsFile.open(path / name)]
 
 
 def _open_indexed(index: Path) -> list[SafetensorsFile]:

@@ -78,7 +78,8 @@ def whole_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """config.json's object; that of a thinker saved alone as a whole model that does not speak."""
     if raw.get("model_type") != THINKER_TYPE:
         return dict(raw)
-    return {"model_type": _MODEL_TYPE, "thinker_config": dict(raw), "enable_audio_output": False}
+    weights = {key: raw[key] for key in ("transformers_weights",) if key in raw}
+    return {"model_type": _MODEL_TYPE, "thinker_config": dict(raw), "enable_audio_output": False, **weights}
 
 
 def normalise_config(raw: Mapping[str, Any]) -> dict[str, Any]:

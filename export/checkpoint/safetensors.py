@@ -147,6 +147,8 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:
     prefix = file.read(8)
     if len(prefix) < 8:
         raise _bad(path, f"it has {size} bytes, fewer than the 8 that hold the header's length")
+    if prefix == b"version ":
+        raise CheckpointError(f"{path} is a pointer of Git LFS, not the file. Run git lfs pull in its folder.")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER:
         raise _bad(path, f"its header claims {length} bytes, more than the {MAX_HEADER} allowed")

@@ -704,6 +704,54 @@ def test_one_whole_file_wins_over_an_index_as_in_transformers(folder: Path) -> N
     assert (ckpt.read("thinker.lm_head.weight", 0, 3) == 7.0).all()
 
 
+@pytest.mark.parametrize("thinker_only", [False, True])
+@pytest.mark.parametrize("name", ["tuned.safetensors", "tuned.safetensors.index.json"])
+def test_the_weights_that_config_json_names_win_as_in_transformers(folder: Path, name: str, thinker_only: bool) -> None:
+    tuned = {"thinker.lm_head.weight": torch.full((3, 2), 7.0)}
+    save_file(tuned, folder / "tuned.safetensors")
+    write_json(folder / "tuned.safetensors.index.json", {"weight_map": dict.fromkeys(tuned, "tuned.safetensors")})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if thinker_only:
+        config = config["thinker_config"] | {"model_type": "qwen2_5_omni_thinker"}
+    write_json(folder / "config.json", config | {"transformers_weights": name})
+    ckpt = Checkpoint.open(folder)
+    assert ckpt.keys() == ["thinker.lm_head.weight"]
+    assert ckpt.config.transformers_weights == name  # by which validation's reference chooses
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "x.bin", "", 3, ["x"]])
+def test_config_json_names_weights_that_cannot_be(folder: Path, name: object) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(transformers_weights=name))
+    with pytest.raises(CheckpointError, match=r"as transformers_weights; expected"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["gone.safetensors", "gone.safetensors.index.json", "a\0.safetensors"])
+def test_config_json_names_weights_that_are_not_there(folder: Path, name: str) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(transformers_weights=name))
+    with pytest.raises(CheckpointError, match="cannot read"):
+        Checkpoint.open(folder)
+
+
+def test_a_folder_of_that_name_is_no_file_of_weights(folder: Path) -> None:
+    (folder / "model.safetensors").mkdir()
+    assert "talker.codec_head.weight" in Checkpoint.open(folder)
+
+
+def test_a_pointer_of_git_lfs(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors"])
+def test_weights_under_another_name(folder: Path, name: str) -> None:
+    remove_weights(folder)
+    save_file({"thinker.lm_head.weight": torch.zeros(3, 2)}, folder / name)
+    with pytest.raises(CheckpointError, match="transformers_weights"):
+        Checkpoint.open(folder)
+
+
 def test_a_byte_order_mark_is_no_part_of_a_file(folder: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
