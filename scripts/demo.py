@@ -2,8 +2,9 @@
 
 Usage: python -m scripts.demo [--out demo] [--random]
 
-The checkpoint is Wren, this repository's small trained model, whose answer is right and can be heard; with --random
-one with random weights, whose speech is noise. Nothing is downloaded. A second run keeps the graphs.
+The checkpoint is Wren, this repository's small trained model, whose answer is right and can be heard; with --random,
+or while Wren's checkpoint is not there, one with random weights, whose speech is noise. Nothing is downloaded. A second
+run keeps the graphs.
 """
 
 from __future__ import annotations
@@ -133,19 +134,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes")
     parser.add_argument("--random", action="store_true", help="random weights instead of Wren: gibberish and noise")
     args = parser.parse_args()
+    random = args.random or not (WREN / "checkpoint").exists()
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     log, start = log_console(), time.perf_counter()
 
-    what = "a tiny checkpoint with random weights" if args.random else "Wren, a very small trained model,"
+    what = "a tiny checkpoint with random weights" if random else "Wren, a very small trained model,"
     log.print(f"1. {what} exported to six ONNX graphs", style="bold")
-    subject, bundle = (untrained if args.random else trained)(out), out / "bundle"
+    subject, bundle = (untrained if random else trained)(out), out / "bundle"
     export(subject, bundle)
     log.print("2. every graph against PyTorch", style="bold")
     parity = check(bundle, subject.checkpoint)
     log.print(f"3. a picture ({subject.picture}) and a spoken question ({subject.sound})", style="bold")
     log.print(f'   question: "{subject.question}"')
-    if args.random:
+    if random:
         log.print("   The weights are random: the text is gibberish and the speech is noise. The path is the real one.")
     speech = out / "reply.wav"
     done = answer(bundle, subject, speech)
