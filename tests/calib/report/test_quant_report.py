@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 from omniport.calib.calibration_file import CLIPS, Calibration, Header, Site, SiteRecord
 from omniport.calib.quantizer import quantize
 from omniport.calib.report.compare import BundleLoss, LossReport, compare
 from omniport.calib.report.layer_loss import sqnr_db, unscaled
 from omniport.calib.report.quant_page import render
 from omniport.cli import main
+from omniport.export.evaluation.questions import AnswerFigures
 from omniport.export.evaluation.speech_metrics import log_mel_power, mel_cepstral_distortion, mel_l1
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
@@ -163,6 +165,46 @@ def test_the_page(measured: tuple[LossReport, Waves]) -> None:
     assert page.count("data:image/svg") == 2 * 3 + 1 + 1  # audio_encoder has no outputs to draw
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", re.sub(r'"data:[^"]*"', "", page))
     assert "no conversation reached it" in page
+
+
+def with_answers(report: LossReport) -> LossReport:
+    """As if both bundles had answered a question set of two kinds."""
+    right: list[dict[str, tuple[int, int]]] = [{"typed": (4, 4), "spoken": (3, 4)}, {"typed": (2, 4), "spoken": (0, 4)}]
+    found = [
+        AnswerFigures(questions=8, right=kinds, spoken=8, word_error_rate=error, ended=8, seconds=12.0)
+        for kinds, error in zip(right, (0.021, 0.5), strict=True)
+    ]
+    bundles = [replace(b, answers=answers) for b, answers in zip(report.bundles, found, strict=True)]
+    return replace(report, bundles=bundles)
+
+
+def test_answers_are_shown(
+    measured: tuple[LossReport, Waves], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = with_answers(measured[0])
+    page = render(report, measured[1])
+    section = page[page.index("Right answers") : page.index("Size and speed")]
+    for cell in ("88%", "100%", "75%", "25%", "0%", "2%", "50%", "8 of 8", "typed", "spoken"):
+        assert cell in section, cell
+    assert "Right answers" not in render(*measured)
+    monkeypatch.setattr("omniport.calib.compare", lambda *_arguments, **_options: (report, {}))
+    with pytest.raises(SystemExit):
+        main.run(["quant-report", "a", "b", "--questions", "c.jsonl"])
+    shown = capsys.readouterr().out
+    assert re.search(r"87\.5% +2\.1%", shown)
+    assert re.search(r"25\.0% +50\.0%", shown)
+
+
+def test_questions_are_asked_of_every_bundle(tiny_bundle: Path, room: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed (pip install omniport[hear])")
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text(json.dumps({**json.loads(ASKED.splitlines()[0]), "answer": "The sky is blue."}) + "\n")
+    report = compare(tiny_bundle, [room / "int4"], data=room / "talk.jsonl", questions=asked).report
+    for bundle in report.bundles:
+        assert bundle.answers is not None
+        assert bundle.answers.right == {"": (0, 1)}, "weights are random"
+        assert bundle.answers.spoken == 1
+        assert (bundle.answers.word_error_rate or 0) >= 0.5
 
 
 def test_the_command(
