@@ -1,4 +1,5 @@
-"""Bundles whose weights are stored as integers: calibrate a checkpoint, quantize a bundle, compare what it cost.
+"""Bundles whose weights are stored as integers: calibrate a checkpoint, quantize a bundle, compare what it cost;
+and deploy a checkpoint to a device.
 
 Names are loaded on first use: ``import omniport.calib`` imports neither torch nor onnx. See docs/python.md.
 """
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from .calibration_file import Calibration
     from .calibrator import CalibrateReport, calibrate
+    from .deployer import DeployReport, deploy, deploy_plan
+    from .deployment.deploy_record import DeployPlan
     from .goal_quantizer import GoalReport, quantize_to_goal
     from .quantizer import GraphResult, QuantizeReport, quantize
     from .report.compare import BundleLoss, Comparison, GraphLoss, LossReport, SoundLoss, compare
@@ -35,6 +38,8 @@ __all__ = [
     "CheckFailed",
     "CheckpointError",
     "Comparison",
+    "DeployPlan",
+    "DeployReport",
     "ExportError",
     "Goal",
     "GoalReport",
@@ -48,6 +53,8 @@ __all__ = [
     "UserError",
     "calibrate",
     "compare",
+    "deploy",
+    "deploy_plan",
     "quantize",
     "quantize_to_goal",
 ]
@@ -64,6 +71,8 @@ _MODULES = {
     ),
     ".calibration_file": ("Calibration",),
     ".calibrator": ("CalibrateReport", "calibrate"),
+    ".deployer": ("DeployReport", "deploy", "deploy_plan"),
+    ".deployment.deploy_record": ("DeployPlan",),
     ".goal_quantizer": ("GoalReport", "quantize_to_goal"),
     ".quantizer": ("GraphResult", "QuantizeReport", "quantize"),
     ".report.compare": ("BundleLoss", "Comparison", "GraphLoss", "LossReport", "SoundLoss", "compare"),

@@ -28,7 +28,7 @@ from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.manifest import SCHEMA_VERSION, FileRecord, Quantization
 from omniport.runtime.bundle.onnx_scan import check_graph_file
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
-from omniport.runtime.bundle.recipes import find_recipe
+from omniport.runtime.bundle.recipes import Weight, find_recipe
 from omniport.runtime.bundle.staging import check_space, previous_manifest, staging, take_over, unlisted
 from omniport.runtime.errors import BundleError, UsageError
 from omniport.runtime.system.foreign import foreign
@@ -41,6 +41,9 @@ from .weights.quantized_writer import write_quantized
 from .weights.scales import check_sites, input_scales, output_scales, smoothing
 from .weights.smoothing_pass import SmoothPass
 from .weights.tensors import Stored, find_weights, stored
+
+#: where a file of a graph lies, by its name in the bundle
+Locate = Callable[[str], Path]
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,7 @@ def plan_quantization(
     resolved = resolve(chosen, overrides, {name: spec.compute_dtype for name, spec in specs.items()})
     sources, weights = {}, {}
     for name, spec in specs.items():
-        model = _model(opened, spec)
-        sources[name] = _sources(opened, spec, model)
-        weights[name] = [weight for weight in find_weights(model) if weight.name in sources[name]]
+        sources[name], weights[name] = graph_weights(spec, opened.path)
     choices = choose(resolved, weights, tuple(keep))
     if calibration is not None:
         calibration.check(manifest.source.fingerprint, opened.root)
@@ -167,11 +168,7 @@ def plan_quantization(
     if not rewritten:
         raise UsageError(f"recipe {recipe} quantizes no weight of {opened.root}: nothing to do")
     for name in rewritten:
-        if specs[name].opset < OPSET:
-            raise BundleError(
-                f"{name} is of opset {specs[name].opset}; integers in blocks need {OPSET} or later. Export with the "
-                "newest operators, or leave it out with --graph-recipe"
-            )
+        require_opset(specs[name])
     kept = sum(_bytes(manifest.files, spec) for name, spec in specs.items() if name not in rewritten)
     return QuantizationPlan(
         bundle=opened,
@@ -200,7 +197,10 @@ def write_bundle(plan: QuantizationPlan, folder: Path, progress: Progress | None
     for name, spec in manifest.graphs.items():
         started = time.perf_counter()
         if name in plan.rewritten:
-            specs[name], records = _rewrite(plan, spec, folder, told)
+            told.enter(f"quantizing {name}")
+            specs[name], records = rewrite_graph(
+                spec, plan.bundle.path, folder, plan.choices[name], plan.calibration, told.advance
+            )
             files |= records
         rows.append(
             GraphResult(
@@ -239,22 +239,58 @@ def _take_over(plan: QuantizationPlan, folder: Path) -> dict[str, FileRecord]:
     return files
 
 
-def _rewrite(
-    plan: QuantizationPlan, spec: GraphSpec, folder: Path, told: StageProgress
+def graph_weights(spec: GraphSpec, path: Locate) -> tuple[dict[str, Stored], list[Weight]]:
+    """Where the tensors of a graph lie that are not inside it, and those of them that could be quantized.
+
+    Args:
+        path: where a file of the graph lies, by its name.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    model = _model(path, spec)
+    sources = _sources(path, spec, model)
+    return sources, [weight for weight in find_weights(model) if weight.name in sources]
+
+
+def require_opset(spec: GraphSpec) -> None:
+    """Raises:
+    BundleError: a graph of older operators than integers in blocks need.
+    """
+    if spec.opset < OPSET:
+        raise BundleError(
+            f"{spec.name} is of opset {spec.opset}; integers in blocks need {OPSET} or later. Export with the newest "
+            "operators, or leave it out with --graph-recipe"
+        )
+
+
+def rewrite_graph(
+    spec: GraphSpec,
+    path: Locate,
+    folder: Path,
+    choices: Sequence[Choice],
+    calibration: Calibration | None,
+    advance: Callable[[int], None],
 ) -> tuple[GraphSpec, dict[str, FileRecord]]:
-    """Write a quantized graph."""
-    told.enter(f"quantizing {spec.name}")
-    choices, calibration = plan.choices[spec.name], plan.calibration
-    model = _model(plan.bundle, spec)
-    path = folder / spec.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sources = _sources(plan.bundle, spec, model)
+    """Write a quantized graph below ``folder``; returns its spec, and size and sha256 of its files.
+
+    Args:
+        path: where a file of the graph that is read lies, by its name.
+        advance: called with the bytes of weights that were read.
+
+    Raises:
+        BundleError: weights that cannot be read or are not finite.
+    """
+    model = _model(path, spec)
+    file = folder / spec.file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sources = _sources(path, spec, model)
     smoothed = SmoothPass(choices, smoothing(calibration, spec.name, choices), _reader(model, sources))
     smoothed(model)
     ActivationPass(choices, input_scales(calibration, spec.name, choices, smoothed.factors))(model)
     OutputPass(choices, output_scales(calibration, spec.name, choices))(model)
-    written = write_quantized(model, choices, sources, path, told.advance, smoothed.factors)
-    data = {file.relative_to(folder).as_posix(): record for file, record in written.items()}
+    written = write_quantized(model, choices, sources, file, advance, smoothed.factors)
+    data = {name.relative_to(folder).as_posix(): record for name, record in written.items()}
     made = msgspec.structs.replace(
         spec,
         data=tuple(data),
@@ -262,14 +298,14 @@ def _rewrite(
         compute=spec.compute_dtype,
         inputs_key=_key(spec, choices, calibration),
     )
-    return made, {spec.file: file_record(path)} | data
+    return made, {spec.file: file_record(file)} | data
 
 
 def _record(plan: QuantizationPlan) -> Quantization:
     return Quantization(
         recipe=plan.recipe,
         precision=plan.bundle.manifest.precision,
-        calibration=_digest(plan.calibration),
+        calibration=digest(plan.calibration),
         keep=plan.keep,
         graph_recipes=dict(plan.graph_recipes),
         layers={name: {c.weight.name: c.scheme.name for c in plan.choices[name]} for name in plan.rewritten},
@@ -298,16 +334,16 @@ def _new_bytes(choices: Sequence[Choice], sources: Mapping[str, Stored]) -> int:
     return total + 2 * ALIGNMENT * len(sources)
 
 
-def _model(bundle: Bundle, spec: GraphSpec) -> ir.Model:
+def _model(locate: Locate, spec: GraphSpec) -> ir.Model:
     """The graph, its weights left in their files."""
-    path = bundle.path(spec.file)
+    path = locate(spec.file)
     check_graph_file(path, spec)
     with foreign(BundleError, f"cannot read {path} as ONNX", "Copy or export the bundle again"):
         return ir.from_proto(onnx.load(path, load_external_data=False))
 
 
-def _sources(bundle: Bundle, spec: GraphSpec, model: ir.Model) -> dict[str, Stored]:
-    return stored(model, Path(PurePosixPath(spec.file).parent), {file: bundle.path(file) for file in spec.data})
+def _sources(locate: Locate, spec: GraphSpec, model: ir.Model) -> dict[str, Stored]:
+    return stored(model, Path(PurePosixPath(spec.file).parent), {file: locate(file) for file in spec.data})
 
 
 def _files(spec: GraphSpec) -> tuple[str, ...]:
@@ -336,11 +372,12 @@ def _coarsest(choices: Sequence[Choice]) -> str:
     return min((c.scheme for c in choices if c.scheme.bits), key=lambda s: (s.bits, s.float8)).format
 
 
-def _digest(calibration: Calibration | None) -> str:
+def digest(calibration: Calibration | None) -> str:
+    """sha256 of a calibration file; empty without one."""
     return "" if calibration is None else hashlib.sha256(calibration.encode()).hexdigest()
 
 
 def _key(spec: GraphSpec, choices: Sequence[Choice], calibration: Calibration | None) -> str:
     """sha256 over what a quantized graph is made from; never the key of an export, which would take it over."""
     chosen = sorted((choice.weight.name, choice.scheme.name) for choice in choices)
-    return json_key(spec.inputs_key, chosen, _digest(calibration))
+    return json_key(spec.inputs_key, chosen, digest(calibration))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,8 +136,13 @@ def export_checkpoint(
 
 
 @dataclass(frozen=True)
-class _Written:
-    """A graph in the new folder. ``files``: those of which size and sha256 are known."""
+class WrittenGraph:
+    """A graph in the new folder.
+
+    Attributes:
+        files: those of which size and sha256 are known.
+        schemes: packed layer -> how its weights are stored.
+    """
 
     spec: GraphSpec
     files: Mapping[str, FileRecord]
@@ -145,15 +150,24 @@ class _Written:
     report: GraphReport
 
 
-def write_bundle(plan: ExportPlan, folder: Path, progress: Progress | None = None) -> tuple[GraphReport, ...]:
+#: puts a graph of a plan into a folder
+Maker = Callable[[ExportPlan, NewGraph, Path, StageProgress], WrittenGraph]
+
+
+def write_bundle(
+    plan: ExportPlan, folder: Path, progress: Progress | None = None, make: Maker | None = None
+) -> tuple[GraphReport, ...]:
     """Write a planned bundle into an empty folder; returns what became of each graph.
+
+    Args:
+        make: puts a new graph into the folder; `make_graph` if None.
 
     Raises:
         ExportError: a measured range that the KV cache cannot hold, or a disk that is full.
     """
-    told = StageProgress(progress, plan.weight_bytes)
+    told, make = StageProgress(progress, plan.weight_bytes), make or make_graph
     written = {
-        name: _take_over(plan.out, graph, folder) if isinstance(graph, KeptGraph) else _make(plan, graph, folder, told)
+        name: _take_over(plan.out, graph, folder) if isinstance(graph, KeptGraph) else make(plan, graph, folder, told)
         for name, graph in plan.graphs.items()
     }
     told.enter("embeddings")
@@ -171,17 +185,17 @@ def write_bundle(plan: ExportPlan, folder: Path, progress: Progress | None = Non
     return tuple(graph.report for graph in written.values())
 
 
-def _take_over(out: Path, graph: KeptGraph, folder: Path) -> _Written:
+def _take_over(out: Path, graph: KeptGraph, folder: Path) -> WrittenGraph:
     spec = graph.spec
     for file in graph.files:
         take_over(out / file, folder / file)
     size = sum(graph.files[file].size for file in spec.data)
     report = GraphReport(name=spec.name, nodes=0, weight_bytes=size, seconds=0.0, skipped=True)
-    return _Written(spec, graph.files, graph.schemes, report)
+    return WrittenGraph(spec, graph.files, graph.schemes, report)
 
 
-def _make(plan: ExportPlan, graph: NewGraph, folder: Path, told: StageProgress) -> _Written:
-    """Trace a graph and write it."""
+def make_graph(plan: ExportPlan, graph: NewGraph, folder: Path, told: StageProgress) -> WrittenGraph:
+    """Trace a graph and write it below ``folder``."""
     started = time.perf_counter()
     definition, ckpt, options = graph.definition, plan.checkpoint, plan.options
     told.enter(f"tracing {definition.name}")
@@ -217,7 +231,7 @@ def _make(plan: ExportPlan, graph: NewGraph, folder: Path, told: StageProgress) 
         overflowing=mixed.overflowing,
         weights=Counter(schemes.values()),
     )
-    return _Written(spec, files, schemes, report)
+    return WrittenGraph(spec, files, schemes, report)
 
 
 def _records(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
@@ -226,7 +240,7 @@ def _records(folder: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRec
     return {name: known.get(name) or file_record(path) for name, path in files.items()}
 
 
-def _manifest(plan: ExportPlan, written: Mapping[str, _Written], files: dict[str, FileRecord]) -> Manifest:
+def _manifest(plan: ExportPlan, written: Mapping[str, WrittenGraph], files: dict[str, FileRecord]) -> Manifest:
     """The plan's manifest with graphs and files, and with what is stored as integers, if anything is."""
     made = msgspec.structs.replace(
         plan.manifest, graphs={name: graph.spec for name, graph in written.items()}, files=files

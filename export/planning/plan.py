@@ -136,8 +136,8 @@ class TargetPlan:
         working = [row for row in self.recipes if row.works]
         speaking = [row for row in working if row.speed is not None and row.speed.real_time]
         if speaking:
-            return min(speaking, key=lambda row: (_loss(row.recipe), _load(row))).recipe.name
-        return min(working, key=_load).recipe.name if working else ""
+            return min(speaking, key=lambda row: (loss_of(row), load_of(row))).recipe.name
+        return min(working, key=load_of).recipe.name if working else ""
 
 
 def plan(
@@ -207,11 +207,13 @@ def _plan(model: ModelShape, machine: Machine, recipe: PlanRecipe, context: int)
     )
 
 
-def _loss(recipe: PlanRecipe) -> int:
-    return _LOSS.index(recipe.name) if recipe.quantized is not None else 0
+def loss_of(row: RecipePlan) -> int:
+    """Rank of what a recipe may lose; 0 for a precision."""
+    return _LOSS.index(row.recipe.name) if row.recipe.quantized is not None else 0
 
 
-def _load(row: RecipePlan) -> float:
+def load_of(row: RecipePlan) -> float:
+    """Seconds of work for a second of speech, or for a token where nothing is spoken."""
     assert row.speed is not None
     return row.speed.speech if row.speed.speech is not None else 1 / row.speed.decode
 
