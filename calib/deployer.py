@@ -191,6 +191,8 @@ class _Run:
             shape = shape_of_config(read_json(self.ckpt.path / "config.json"), self.ckpt.name)
             plan = plan_deployment(shape, asked) if left is None else left.plan
             left = self._placed(left) or Deployment(key=self.key, plan=plan)
+        if not left.manifest and not work.calibration.exists():
+            left = msgspec.structs.replace(left, stages={})
         check_space(self.out, left.plan.expected.peak_disk_bytes - work.disk_bytes(), "deployment")
         work.save(left)
         return left
@@ -229,9 +231,8 @@ class _Run:
         """Stages that are not finished."""
         plan = record.plan
         if not record.manifest:
-            if plan.quantized:
-                yield "calibrate"
-            yield from ("graphs", "bundle")
+            made = ("calibrate", "graphs", "bundle") if plan.quantized else ("graphs", "bundle")
+            yield from (name for name in made if name not in record.stages)
         if self.validation != "none" and record.validated is None:
             yield "validate"
         if plan.built_here and plan.builder in installed_builders() and not record.engines:

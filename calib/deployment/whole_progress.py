@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from omniport.runtime.system.progress import Progress
@@ -36,7 +37,8 @@ class WholeProgress:
         def tell(text: str, done: int, total: int) -> None:
             share = min(1.0, done / total) if total > 0 else 0.0
             if by_part:
-                part = next((i for i, each in enumerate(self._parts) if each in text), None)
+                words = re.findall(r"\w+", text)
+                part = next((i for i, each in enumerate(self._parts) if each in words), None)
                 share = 0.0 if part is None else (part + share) / len(self._parts)
             self._done = max(self._done, (before + share * self._shares[name]) / self._whole)
             if self._told is not None:

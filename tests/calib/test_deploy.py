@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from omniport.calib import deployer
 from omniport.calib.calibration_file import Calibration
 from omniport.calib.deployer import deploy, deploy_plan
 from omniport.calib.deployment import deploy_graphs
 from omniport.calib.deployment.deploy_page import render
 from omniport.calib.deployment.deploy_plan import Asked, plan_deployment
-from omniport.calib.deployment.deploy_record import Deployment, find_record
+from omniport.calib.deployment.deploy_record import Deployment, Validated, find_record
 from omniport.calib.deployment.deploy_work import deploy_work, disk_bytes
 from omniport.calib.deployment.whole_progress import STEPS, WholeProgress
 from omniport.calib.quantizer import quantize
@@ -305,7 +306,8 @@ def test_after_a_crash_it_goes_on(
     at: str,
     left: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(deployer._Run, "_validate", lambda _, __, record, ___: record)
+    found = Validated(suite="quick", ok=True, checks=1, failed=(), not_run=0)
+    monkeypatch.setattr(deployer._Run, "_validate", lambda _, __, record, ___: replace(record, validated=found))
     monkeypatch.setattr(deployer._Run, "_reply", lambda _, __, record, ___: record)
     out, options = tmp_path / "bundle", {"recipe": "w8", "max_context": CONTEXT}
     with pytest.raises(Stopped):
