@@ -36,7 +36,7 @@ from omniport.runtime.system.progress import Progress, StageProgress
 
 from .calibration_file import Calibration
 from .weights.choices import Choice, choose, resolve
-from .weights.qdq import OPSET, ActivationPass, OutputPass
+from .weights.qdq import ActivationPass, OutputPass, opset_with
 from .weights.quantized_writer import write_quantized
 from .weights.scales import check_sites, input_scales, output_scales, smoothing
 from .weights.smoothing_pass import SmoothPass
@@ -167,8 +167,6 @@ def plan_quantization(
     rewritten = _rewritten(choices)
     if not rewritten:
         raise UsageError(f"recipe {recipe} quantizes no weight of {opened.root}: nothing to do")
-    for name in rewritten:
-        require_opset(specs[name])
     kept = sum(_bytes(manifest.files, spec) for name, spec in specs.items() if name not in rewritten)
     return QuantizationPlan(
         bundle=opened,
@@ -253,17 +251,6 @@ def graph_weights(spec: GraphSpec, path: Locate) -> tuple[dict[str, Stored], lis
     return sources, [weight for weight in find_weights(model) if weight.name in sources]
 
 
-def require_opset(spec: GraphSpec) -> None:
-    """Raises:
-    BundleError: a graph of older operators than integers in blocks need.
-    """
-    if spec.opset < OPSET:
-        raise BundleError(
-            f"{spec.name} is of opset {spec.opset}; integers in blocks need {OPSET} or later. Export with the newest "
-            "operators, or leave it out with --graph-recipe"
-        )
-
-
 def rewrite_graph(
     spec: GraphSpec,
     path: Locate,
@@ -282,6 +269,7 @@ def rewrite_graph(
         BundleError: weights that cannot be read or are not finite.
     """
     model = _model(path, spec)
+    opset = model.graph.opset_imports[""] = opset_with(choices, model.graph.opset_imports[""])
     file = folder / spec.file
     file.parent.mkdir(parents=True, exist_ok=True)
     sources = _sources(path, spec, model)
@@ -296,6 +284,7 @@ def rewrite_graph(
         data=tuple(data),
         precision=_coarsest(choices),
         compute=spec.compute_dtype,
+        opset=opset,
         inputs_key=_key(spec, choices, calibration),
     )
     return made, {spec.file: file_record(file)} | data

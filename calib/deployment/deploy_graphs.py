@@ -26,7 +26,7 @@ from omniport.runtime.system.files import remove_folder
 from omniport.runtime.system.progress import Progress, StageProgress
 
 from ..calibration_file import Calibration
-from ..quantizer import digest, graph_weights, require_opset, rewrite_graph
+from ..quantizer import digest, graph_weights, rewrite_graph
 from ..weights.choices import Choice, choose, resolve
 from ..weights.scales import check_sites
 from .deploy_record import PAGE_FILE, RECORD_FILE, DeployPlan
@@ -81,7 +81,6 @@ def _make(
         kept = KeptWork(key=key, spec=written.spec, files=files, schemes={})
         choices = _choices(written.spec, folder, plan, calibration) if plan.quantized else ()
         if any(choice.scheme.bits for choice in choices):
-            require_opset(written.spec)
             told.enter(f"quantizing {written.spec.name}")
             plain = folder.rename(folder.with_name("plain"))
             folder.mkdir()

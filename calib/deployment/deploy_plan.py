@@ -15,7 +15,6 @@ from omniport.export.tensorrt.builder_api import NATIVE_SINCE, installed_builder
 from omniport.runtime.errors import UsageError
 from rich.filesize import decimal
 
-from ..weights.qdq import OPSET
 from .deploy_record import DeployPlan, Expected
 
 GOALS = ("quality", "speed", "memory")
@@ -60,10 +59,10 @@ def plan_deployment(model: ModelShape, asked: Asked) -> DeployPlan:
     machine = find_machines(asked.target)[0]
     release = _release(machine, asked.jetpack)
     ops, lowered = _form(release)
-    rows, context = _fitting(model, machine, asked, ops)
+    rows, context = _fitting(model, machine, asked)
     row = min((row for row in rows if row.works), key=_ORDERS[asked.goal])
     if asked.max_context is None and asked.goal != "memory":
-        row, context = _longer(model, machine, ops, row, context)
+        row, context = _longer(model, machine, row, context)
     recipe, working = row.recipe, {each.recipe.name for each in rows if each.works}
     precision = recipe.precision or machine.precision
     token2wav = "fp32" if precision == "fp32" else "fp16" if recipe.quantized is not None else recipe.token2wav
@@ -113,23 +112,16 @@ def _form(release: JetPack | None) -> tuple[str, str]:
     return "decomposed", why
 
 
-def _rows(model: ModelShape, machine: Machine, context: int, ops: str) -> list[RecipePlan]:
-    """Every recipe, precisions with DiT and vocoder in FP32 and in FP16, with what the graphs' operators refuse."""
+def _rows(model: ModelShape, machine: Machine, context: int) -> list[RecipePlan]:
+    """Every recipe, precisions with DiT and vocoder in FP32 and in FP16."""
     rows = list(make_plan(model, machine, context).recipes)
     if machine.target is not None:
         half = make_plan(model, machine, context, "fp16").recipes
         rows += [row for row in half if row.recipe.precision in ("fp16", "bf16")]
-    return [_held_to(row, ops) for row in rows]
+    return rows
 
 
-def _held_to(row: RecipePlan, ops: str) -> RecipePlan:
-    if row.problem or row.recipe.quantized is None or OPSETS[ops] >= OPSET:
-        return row
-    problem = f"quantized graphs are of opset {OPSET} or later, and the board's TensorRT takes opset {OPSETS[ops]}"
-    return RecipePlan(row.recipe, problem, usable=row.usable)
-
-
-def _fitting(model: ModelShape, machine: Machine, asked: Asked, ops: str) -> tuple[list[RecipePlan], int]:
+def _fitting(model: ModelShape, machine: Machine, asked: Asked) -> tuple[list[RecipePlan], int]:
     """The recipes that were asked for, at the longest context at which one works.
 
     Raises:
@@ -140,7 +132,7 @@ def _fitting(model: ModelShape, machine: Machine, asked: Asked, ops: str) -> tup
         raise UsageError(f"--max-context {asked_for}: 64 to {model.max_context} was expected, what {model.name} has")
     contexts = [min(each, model.max_context) for each in ((asked_for,) if asked_for else CONTEXTS)]
     for context in contexts:
-        rows = _rows(model, machine, context, ops)
+        rows = _rows(model, machine, context)
         wanted = [row for row in rows if asked.recipe in (None, row.recipe.name)]
         if any(row.works for row in wanted):
             return (wanted if asked.recipe else rows), context
@@ -156,11 +148,9 @@ def _nothing(model: ModelShape, machine: Machine, asked: Asked, rows: list[Recip
     assert least is not None
     says = _refusal(least)
     other = f" ({'; '.join(reasons)})" if reasons else ""
-    newer = [r.version for r in machine.target.jetpacks[1:]] if machine.target and not asked.jetpack else []
-    hint = f", or --jetpack {newer[0]} if the board has it" if newer else ""
     return (
         f"{what}{model.name} does not fit {machine.title} with a context of {context}: the smallest is "
-        f"{least.recipe.name}, and {says}{other}. Take a smaller model or a larger board{hint}"
+        f"{least.recipe.name}, and {says}{other}. Take a smaller model or a larger board"
     )
 
 
@@ -197,11 +187,11 @@ _GOAL_WORDS = {
 }
 
 
-def _longer(model: ModelShape, machine: Machine, ops: str, row: RecipePlan, context: int) -> tuple[RecipePlan, int]:
+def _longer(model: ModelShape, machine: Machine, row: RecipePlan, context: int) -> tuple[RecipePlan, int]:
     """The same recipe with more tokens, where they fit and change nothing about real time."""
     if context < min(CONTEXTS[0], model.max_context) or model.max_context < LONGER:
         return row, context
-    same = (each for each in _rows(model, machine, LONGER, ops) if each.recipe == row.recipe)
+    same = (each for each in _rows(model, machine, LONGER) if each.recipe == row.recipe)
     longer = next(same)
     if longer.works and _real_time(longer) == _real_time(row):
         return longer, LONGER

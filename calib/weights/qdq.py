@@ -24,18 +24,28 @@ from .choices import Choice
 from .rounding import scale_shape
 
 Array = NDArray[Any]
-#: DequantizeLinear has block_size and INT4 from here on
-OPSET = 21
+#: DequantizeLinear has scales in half precision and E4M3 from the first on, block_size and INT4 from the second
+_CHANNELS, _BLOCKS = 19, 21
 #: in the names of what rounds an output
 _OUT = "out"
 _FORMATS = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
+def opset_with(choices: Sequence[Choice], opset: int) -> int:
+    """The opset of a graph once these weights are stored: its own, or the first that has what they need.
+
+    None newer than that, for parsers that are older. Operators of lowered graphs mean the same from 18 to 21: newer
+    versions of them take more types (a test compares them).
+    """
+    needed = {_BLOCKS if choice.scheme.block else _CHANNELS for choice in choices if choice.scheme.bits}
+    return max({opset, *needed})
+
+
 class QdqPass(InPlacePass):
     """Replace weights by integers, scales and one DequantizeLinear before the first of their uses.
 
-    Needs opset 21, and weights that `find_weights` found in this graph. Leaves new initializers that have a type and a
-    shape and no data: `calib.writer` streams them.
+    Needs the opset that `opset_with` gives, and weights that `find_weights` found in this graph. Leaves new
+    initializers that have a type and a shape and no data: `calib.writer` streams them.
 
     Args:
         choices: what each weight becomes; those with scheme ``none`` are left alone.
@@ -46,7 +56,8 @@ class QdqPass(InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         missing = [c.weight.name for c in self.choices if c.weight.name not in model.graph.initializers]
-        if missing or (self.choices and model.graph.opset_imports.get("", 0) < OPSET):
+        opset = model.graph.opset_imports.get("", 0)
+        if missing or opset < opset_with(self.choices, opset):
             raise PreconditionError(f"opset {model.graph.opset_imports}, without the weights {missing}")
 
     def call(self, model: ir.Model) -> PassResult:

@@ -99,22 +99,24 @@ class SmoothPass(InPlacePass):
         if node.op_type in _NORMS:
             return self._fold_norm(graph, node, smooth)
         if node.op_type == "Mul":
+            norm = next((i for i, side in enumerate(node.inputs) if _has_shape(side, smooth.shape)), None)
+            if norm is not None:
+                self._scale_input(graph, node, norm, smooth)
+                return smooth
             linear = next((found for side in node.inputs if (found := self._linear(side, len(smooth)))), None)
             return None if linear is None else self._fold_linear(graph, linear, smooth, smooth)
         return self._fold_attention(graph, value, smooth)
 
     def _fold_norm(self, graph: ir.Graph, node: ir.Node, smooth: Array) -> Array | None:
-        own = [value for value in node.inputs[1:] if value is not None]
-        if any(not value.is_initializer() or value.shape is None or value.shape != smooth.shape for value in own):
+        if not all(value is None or _has_shape(value, smooth.shape) for value in node.inputs[1:]):
             return None
         for index in range(1, len(node.inputs)):
             self._scale_input(graph, node, index, smooth)
         return smooth
 
     def _fold_attention(self, graph: ir.Graph, value: ir.Value, smooth: Array) -> Array | None:
-        """Heads side by side -> Attention -> its values -> the projection that makes them."""
-        attention = _attention(value)
-        source = attention.inputs[2] if attention is not None else None
+        """Heads side by side -> attention -> its values -> the projection that makes them."""
+        source = _attended(value)
         if source is None or source.shape is None or not isinstance(width := source.shape[-1], int):
             return None
         linear = self._linear(_before_cache(source), None)
@@ -180,18 +182,36 @@ def _is_initializer(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer()
 
 
-def _attention(value: ir.Value) -> ir.Node | None:
-    """The Attention whose heads a Transpose and a Reshape put side by side."""
-    current = value
-    for kind in ("Reshape", "Transpose", "Attention"):
-        node = current.producer()
-        if node is None or node.op_type != kind or not (current is value or _alone(current)):
-            return None
-        if kind == "Attention":
-            return node
-        assert node.inputs[0] is not None
-        current = node.inputs[0]
-    return None
+def _has_shape(value: ir.Value | None, shape: tuple[int, ...]) -> bool:
+    """Whether a value is an initializer of that shape."""
+    return value is not None and value.is_initializer() and value.shape is not None and value.shape == shape
+
+
+def _attended(value: ir.Value) -> ir.Value | None:
+    """The values of an attention whose heads a Transpose and a Reshape put side by side."""
+    node = _skip(_skip(value.producer(), "Reshape"), "Transpose")
+    if node is not None and node.op_type == "Attention":
+        return node.inputs[2]
+    if node is not None and node.op_type == "Reshape":  # lowered: heads that share a key head were rows of one product
+        node = _skip(node, "Reshape")
+    if node is None or node.op_type != "MatMul":
+        return None
+    weights = _producer(node, 0)
+    if weights is not None and weights.op_type == "Cast":
+        weights = _producer(weights, 0)
+    return node.inputs[1] if weights is not None and weights.op_type == "Softmax" else None
+
+
+def _skip(node: ir.Node | None, kind: str) -> ir.Node | None:
+    """What makes the first input of a node of that kind, if nothing else reads it."""
+    if node is None or node.op_type != kind or not _alone(node.inputs[0]):
+        return None
+    return _producer(node, 0)
+
+
+def _producer(node: ir.Node, index: int) -> ir.Node | None:
+    value = node.inputs[index]
+    return value.producer() if value is not None else None
 
 
 def _before_cache(value: ir.Value) -> ir.Value | None:

@@ -28,7 +28,7 @@ from omniport.runtime.system.files import replace_file, scratch_folder
 from omniport.runtime.system.host import physical_cores
 from omniport.runtime.system.progress import Progress
 
-from ..graphs.lowering import LOWERED_OPSET
+from ..graphs.lowering import NATIVE_OPSET
 from ..graphs.mixed_precision import ranged_values
 from .conversations import require_writer, session_conversations, short_reply
 from .half_emulation import load_copy, open_graph
@@ -121,7 +121,7 @@ def _require_float32(bundle: Bundle) -> None:
 
 
 def _ops(manifest: Manifest) -> str:
-    return "decomposed" if manifest.graphs[decoders()[0].name].opset <= LOWERED_OPSET else "native"
+    return "decomposed" if manifest.graphs[decoders()[0].name].opset < NATIVE_OPSET else "native"
 
 
 class _ObservingBackend(BackendWrapper):

@@ -23,7 +23,7 @@ from ..devices.detect import find_target
 from .build import check_bundle_precision, on_device, require_ranges
 from .builder_api import Api, load_api, too_old_for
 from .engine_builder import build_engine, check_precision
-from .network import LOWERED
+from .network import export_without
 from .onnx_file import open_onnx
 from .profiles import EngineLimits, Limits, graph_dims, limits_of
 
@@ -171,7 +171,7 @@ def _check(
     try:
         require_ranges(bundle, name)
         check_precision(name, onnx_file.formats(), target, target.builder)
-        note = _release_note(onnx_file.operators, onnx_file.opset, target)
+        note = _release_note(onnx_file.needs(), onnx_file.opset, target)
         if stand_in is None:
             raise BuildError(f"{name}: no capability that tensorrt-rtx compiles for has all of its formats")
         out = folder / f"{name}.engine"
@@ -206,6 +206,7 @@ def _release_note(operators: frozenset[str], opset: int, target: Target) -> str:
     old = [
         f"TensorRT {r.tensorrt} of JetPack {r.version} does not parse {', '.join(w)}" for r, w in lacking.items() if w
     ]
+    other = export_without(what for row in lacking.values() for what in row)
     if not good:
-        raise BuildError(f"{'; '.join(old)}. Export with older operators: {LOWERED}")
-    return f"needs JetPack {good[0].version} (TensorRT {good[0].tensorrt}): {'; '.join(old)}; or export with {LOWERED}"
+        raise BuildError(f"{'; '.join(old)}. Export with older operators: {other}")
+    return f"needs JetPack {good[0].version} (TensorRT {good[0].tensorrt}): {'; '.join(old)}; or export with {other}"

@@ -14,7 +14,7 @@ from typing import Any
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.errors import BuildError
 
-from .builder_api import NATIVE_SINCE, Api, too_old_for
+from .builder_api import INT8_BLOCKS, NATIVE_SINCE, Api, too_old_for
 from .onnx_file import OnnxFile
 
 #: what to do about a graph that is too new for a parser
@@ -122,13 +122,18 @@ def parse(api: Api, onnx_file: OnnxFile, spec: GraphSpec, fixed: Mapping[str, in
     return parsed
 
 
+def export_without(lacking: Iterable[str]) -> str:
+    """The export that does without what a parser lacks: quantized half-precision graphs have no INT8 in blocks."""
+    return LOWERED + (" --precision fp16" if any(what.startswith(INT8_BLOCKS) for what in lacking) else "")
+
+
 def check_operators(api: Api, onnx_file: OnnxFile, spec: GraphSpec) -> None:
     """Whether the parser here knows every operator of the graph.
 
     Raises:
         BuildError: names the operators, the TensorRT they came with, and the export options that do without.
     """
-    lacking = too_old_for(onnx_file.operators, onnx_file.opset, api.version) if api.builder == "tensorrt" else []
+    lacking = too_old_for(onnx_file.needs(), onnx_file.opset, api.version) if api.builder == "tensorrt" else []
     if not lacking:
         probe = Parsed(api, onnx_file, spec.name)
         unknown = sorted(op for op in onnx_file.operators if not probe.parser.supports_operator(op))
@@ -136,7 +141,7 @@ def check_operators(api: Api, onnx_file: OnnxFile, spec: GraphSpec) -> None:
     if lacking:
         raise BuildError(
             f"{spec.name} needs a newer {api.builder} than {api.version}, which does not parse {', '.join(lacking)}. "
-            f"Upgrade it, or export with older operators: {LOWERED}"
+            f"Upgrade it, or export with older operators: {export_without(lacking)}"
         )
 
 

@@ -19,6 +19,8 @@ from omniport.runtime.errors import BundleError
 from omniport.runtime.system.foreign import foreign
 from onnx import TensorProto
 
+from .builder_api import INT8_BLOCKS
+
 #: ONNX element type -> the number format that a target must have for it
 _FORMATS: Mapping[int, str] = {
     TensorProto.FLOAT16: "fp16",
@@ -86,6 +88,16 @@ class OnnxFile:
         self.opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
         self.weights = tuple(self._weight(tensor) for tensor in graph.initializer if tensor.external_data)
         self._maps: dict[Path, Any] = {}
+
+    def needs(self) -> frozenset[str]:
+        """What a parser has to know: the operators, and `INT8_BLOCKS` where weights are stored so."""
+        integers = {t.name for t in self._model.graph.initializer if t.data_type == TensorProto.INT8}
+        blocked = any(
+            node.op_type == "DequantizeLinear" and node.input[0] in integers and attribute.name == "block_size"
+            for node in self._model.graph.node
+            for attribute in node.attribute
+        )
+        return self.operators | {INT8_BLOCKS} if blocked else self.operators
 
     @property
     def weights_bytes(self) -> int:

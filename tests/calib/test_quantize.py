@@ -374,7 +374,6 @@ def test_places_that_are_refused(quantized: dict[str, Path], tiny_bundle: Path, 
     [
         (lambda root: edit(root, lambda m: m["graphs"]["thinker"].update(data=[])), "does not list for graph"),
         (lambda root: edit(root, lambda m: m["graphs"]["thinker"].update(file="graphs/dit.onnx.data")), "ONNX"),
-        (lambda root: edit(root, lambda m: m["graphs"]["talker"].update(opset=18)), "opset 18"),
     ],
 )  # fmt: skip
 def test_damaged_bundles(change: Callable[[Path], object], words: str, tiny_bundle: Path, tmp_path: Path) -> None:

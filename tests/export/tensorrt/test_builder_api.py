@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from omniport.export.tensorrt import builder_api as trt_api
 from omniport.export.tensorrt.builder_api import (
+    INT8_BLOCKS,
     Api,
     PhaseStack,
     attributes_of,
@@ -90,7 +91,8 @@ def test_the_installed_package_is_as_recorded() -> None:
         ("10.14.1.48", NATIVE, 24, ["RotaryEmbedding (10.15)", "RMSNormalization (10.15)", "TensorScatter (10.15)"]),
         ("10.15.1.29", NATIVE, 24, []),
         ("11.4", NATIVE, 24, []),
-        ("10.3.0", ("MatMul",), 20, []),
+        ("10.3.0", ("MatMul", "DequantizeLinear"), 21, []),
+        ("10.3.0", ("DequantizeLinear", INT8_BLOCKS), 21, ["INT8 in blocks (10.16)"]),
         ("10.3.0", ("MatMul",), 24, ["opset 24 (10.14)"]),
         ("10.13", ("Attention",), 23, ["Attention (10.14)"]),
     ],
