@@ -60,7 +60,18 @@ def log_console(quiet: bool = False) -> Console:
 
 
 def set_up_streams() -> None:
-    """Let no character end a reply: what the stream's encoding does not hold is spelled (``\\u4f60``)."""
+    """Let no character end a reply: what the stream's encoding does not hold is spelled (``\\u4f60``).
+
+    Streams that the caller closed take everything, and say nothing: else the first file that is opened gets their
+    number, and whatever a library prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -6,11 +6,13 @@ Exit codes: 0 ok, 1 a check failed, 2 bad input or usage, 101 a bug in omniport,
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from contextlib import suppress
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
@@ -107,7 +109,10 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     set_up_streams()
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(args=None if argv is None else list(argv), prog_name="omniport")
+        try:
+            app(args=None if argv is None else list(argv), prog_name="omniport")
+        finally:
+            sys.stdout.flush()  # what is left of the output fails here, and not after the exit code is given
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the one place where every failure becomes an exit code
@@ -122,6 +127,15 @@ def _terminated(*_: object) -> NoReturn:
     sys.exit(EXIT_TERMINATED)
 
 
+def _let_go(stream: TextIO) -> None:
+    """Send a stream that cannot be written to nowhere: what it still holds would be tried again at exit."""
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError, ValueError):  # a test's stream has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _report(error: Exception) -> int:
     # imported here: --help and --version need none of the runtime
     from omniport.runtime.errors import OmniportError, UserError
@@ -129,6 +143,14 @@ def _report(error: Exception) -> int:
     if isinstance(error, OmniportError):
         print_line(f"error: {error}", err=True)
         return error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        for stream in (sys.stdout, sys.stderr):
+            _let_go(stream)
+        with suppress(OSError):
+            print_line(
+                f"error: cannot write: {error.strerror}; free some space, or send the output elsewhere", err=True
+            )
+        return UserError.exit_code
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # from whatever looks at a path first
         print_line(f"error: {error.filename}: the name is too long; give a shorter path", err=True)
         return UserError.exit_code

@@ -165,9 +165,11 @@ class OmniSession:
             system: its system message; None is the one that the talker was trained with.
 
         Raises:
-            UsageError: a turn is open.
+            UsageError: a turn is open, or ``system`` is no string.
         """
         self._owner.check()
+        if system is not None and not isinstance(system, str):
+            raise UsageError(f"the system message is a {type(system).__name__}; a string was expected")
         with self._lock:
             self._require_no_turn()
             if self._conversation is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,7 +101,7 @@ class Turn:
         """
         self._require("image")
         self._task.owner.check()
-        if not isinstance(time_s, Real) or isinstance(time_s, bool) or not math.isfinite(time_s):
+        if not isinstance(time_s, Real) or isinstance(time_s, bool) or not abs(time_s) <= sys.float_info.max:
             raise MediaError(f"the frame's time is {time_s!r}; seconds from the start of the turn were expected")
         pixels = load_image(image)
         with self._lock:

@@ -26,7 +26,7 @@ from omniport.runtime.events import Event
 from omniport.runtime.media.audio import load_audio
 from omniport.runtime.media.image import load_image
 from omniport.runtime.media.log_mel import audio_tokens
-from omniport.runtime.media.source import require
+from omniport.runtime.media.source import is_url, require
 from omniport.runtime.media.video import load_video
 from omniport.runtime.prompt.builder import build_prompt, vision_limits
 from omniport.runtime.prompt.tokenizer import TextCodec
@@ -293,7 +293,7 @@ def parse_entry(line: str, folder: Path, optional: Sequence[str] = ()) -> dict[s
         for part in content if isinstance(content, list) else []:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("audio", "image", "video") and isinstance(part.get(kind), str):
-                part[kind] = part[kind] if "://" in part[kind] else str(folder / part[kind])
+                part[kind] = part[kind] if is_url(part[kind]) else str(folder / part[kind])
     return entry
 
 

@@ -7,7 +7,6 @@ sorts the whole vocabulary: each filter first drops, in one pass, what it cannot
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from ..errors import OmniportError, UsageError
 
 #: Below this temperature the division leaves float32, and only the best token has a chance anyway.
 _COLDEST = 1e-6
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def validate_sampling(config: SamplingConfig, name: str = "sampling") -> None:
@@ -39,13 +39,13 @@ def validate_sampling(config: SamplingConfig, name: str = "sampling") -> None:
     for field in ("temperature", "top_p", "repetition_penalty"):
         value = getattr(config, field)
         number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not number or not abs(value) <= _FLOAT32_MAX:
             raise UsageError(f"{name}.{field} is {value!r}; a finite number was expected")
     if config.temperature < 0:
         raise UsageError(f"{name}.temperature is {config.temperature}; 0 (greedy) or more was expected")
     if not 0 < config.top_p <= 1:
         raise UsageError(f"{name}.top_p is {config.top_p}; more than 0 and at most 1 (off) was expected")
-    if config.repetition_penalty <= 0:
+    if np.float32(config.repetition_penalty) <= 0:
         raise UsageError(
             f"{name}.repetition_penalty is {config.repetition_penalty}; more than 0 was expected (1 is off)"
         )

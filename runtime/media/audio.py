@@ -68,7 +68,7 @@ def load_audio(source: AudioSource, sampling_rate: int = 16000, *, max_seconds: 
         made = resample(samples, rate, sampling_rate)
     else:
         checked = check_source(source, "audio")
-        label = f"audio {describe(source)}"
+        label = f"audio {describe(checked)}"
         made = _decode(checked, label, max_seconds, sampling_rate)
     if made.shape[0] == 0:
         raise MediaError(f"{label} holds no samples; record or export it again")
@@ -139,8 +139,8 @@ class ResampleStream:
         return np.ascontiguousarray(samples, np.float32)
 
 
-def _check_rate(rate: float, label: str) -> None:
-    if not math.isfinite(rate) or not RATES[0] <= rate <= RATES[1]:
+def _check_rate(rate: Any, label: str) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
         raise MediaError(f"{label} has a sampling rate of {rate} Hz; expected {RATES[0]} to {RATES[1]} Hz")
 
 
@@ -165,13 +165,15 @@ def pcm(source: tuple[Any, ...]) -> tuple[Samples, float]:
         raise MediaError("audio tuple looks like (sample_rate, samples); expected (samples, sample_rate): swap them")
     if not isinstance(rate, Real) or isinstance(rate, bool):
         raise MediaError(f"sample rate is a {type(rate).__name__}; expected a positive number of Hz")
-    _check_rate(float(rate), "audio array")
+    _check_rate(rate, "audio array")
     array = as_array(values, "audio samples")
     if array.ndim not in (1, 2) or (array.ndim == 2 and min(array.shape) > MAX_CHANNELS):
         raise MediaError(
             f"audio array has shape {list(array.shape)}; expected [n], [n, channels] or [channels, n] "
             f"with at most {MAX_CHANNELS} channels"
         )
+    if array.size == 0:  # of no channels as well, whose mean would be NaN
+        return np.zeros(0, np.float32), float(rate)
     if array.ndim == 2 and array.shape[0] > array.shape[1]:
         array = array.T
     return _mono(array), float(rate)
@@ -213,7 +215,7 @@ def _decode(source: Path | bytes, label: str, max_seconds: float, to: float) -> 
     except MediaError:
         raise
     except Exception as error:  # noqa: BLE001  whatever it is, FFmpeg may know better
-        first = str(error)
+        first = str(error).removeprefix(f"Error opening {file!r}: ")
     with (
         parsing(
             f"{label} cannot be decoded (libsndfile: {first.rstrip('.')}; FFmpeg's reason follows)",

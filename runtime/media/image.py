@@ -105,7 +105,9 @@ def picture_size(source: ImageSource) -> tuple[int, int]:
         _check_array(source)
         return source.shape[0], source.shape[1]
     size: tuple[int, int] = _read(
-        source, lambda image, turn, label: (image.width, image.height) if turn in range(5, 9) else image.size[::-1]
+        source,
+        # the size of a TIFF file is that of the upright picture already
+        lambda image, turn, label: image.size[:: 1 if turn in range(5, 9) and not _is_tiff(image) else -1],
     )
     return size
 
@@ -122,7 +124,7 @@ def _read(source: ImageSource, use: Callable[[Any, int, str], Any]) -> Any:
             source.load()
             return use(source, _orientation(source), "image")
     checked = check_source(cast(Source, source), "image")
-    label = f"image {describe(source)}"
+    label = f"image {describe(checked)}"
     module.init()
     known = [name for name in FORMATS if name in module.OPEN]
     with (
@@ -148,9 +150,13 @@ def _read(source: ImageSource, use: Callable[[Any, int, str], Any]) -> Any:
         with image:
             _check_pixels(image.width, image.height, label)
             turn = _orientation(image)
-            if hasattr(image, "tag_v2"):  # Pillow would turn a TIFF file while it loads, and write its EXIF anew
+            if _is_tiff(image):  # Pillow would turn a TIFF file while it loads, and write its EXIF anew
                 image.getexif().pop(_ORIENTATION, None)
             return use(image, turn, label)
+
+
+def _is_tiff(image: Any) -> bool:
+    return hasattr(image, "tag_v2")
 
 
 def _orientation(image: Any) -> int:

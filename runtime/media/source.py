@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import io
 import os
+import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def require(module: str) -> Any:
 
 
 def describe(source: object) -> str:
-    """How messages call a source: the path, or its kind and size."""
+    """How messages call a checked source: the path, or its size."""
     if isinstance(source, bytes):
         return f"<{len(source)} bytes>"
     if isinstance(source, (str, os.PathLike)):
@@ -46,8 +48,8 @@ def parsing(problem: str, remedy: str) -> AbstractContextManager[None]:
 
 
 def is_array(value: object) -> bool:
-    """Whether it is an array, or another library's tensor."""
-    return isinstance(value, np.ndarray) or hasattr(value, "__array__") or hasattr(value, "__dlpack__")
+    """Whether it is an array, or another library's tensor; NumPy's own strings and bytes are what they hold."""
+    return not isinstance(value, (str, bytes)) and any(hasattr(value, name) for name in ("__array__", "__dlpack__"))
 
 
 def as_array(value: Any, label: str) -> NDArray[Any]:
@@ -65,11 +67,23 @@ def as_array(value: Any, label: str) -> NDArray[Any]:
         return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
+#: a scheme, whose case does not count, as in every URL
+_URL = re.compile(r"(?!file:)([a-z][a-z0-9+.-]*://|data:)", re.IGNORECASE)
+_FILE_URL = re.compile(r"file:(//(localhost(?=/))?|(?=/))", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+
+
+def is_url(name: str) -> bool:
+    """Whether it is a URL, of a file or of anything else, and no path."""
+    return bool(_URL.match(name) or _FILE_URL.match(name))
+
+
 def local_name(name: str) -> str:
-    """The path of a ``file://`` URL, as it stands or with its %XX decoded; anything else as it is."""
-    if not name.startswith("file://"):
+    """The path of a ``file:`` URL, as it stands or with its %XX decoded; anything else as it is."""
+    found = _FILE_URL.match(name)
+    if found is None:
         return name
-    path = name[len("file://") :].removeprefix("localhost")
+    path = name[found.end() :]
     return path if os.path.lexists(path) else unquote(path)
 
 
@@ -81,11 +95,14 @@ _WANTED = {
 
 
 def check_source(source: Source, kind: str) -> Path | bytes:
-    """A path that is a readable, non-empty regular file, or non-empty bytes.
+    """A path that is a readable, non-empty regular file, or non-empty bytes; those of a ``data:`` URL are taken out.
 
     Raises:
-        MediaError: missing, a folder or device, unreadable, empty, or a URL.
+        MediaError: missing, a folder or device, unreadable, empty, or a URL of something that is elsewhere.
     """
+    if isinstance(source, str) and (data := _DATA_URL.match(source)):
+        with parsing(f"{kind} {data[0]!r} is damaged", "pass the whole URL, or the bytes that it holds"):
+            source = base64.b64decode(source[data.end() :], validate=True)
     if isinstance(source, (bytes, bytearray, memoryview)):
         source = bytes(source)
         if not source:
@@ -97,7 +114,7 @@ def check_source(source: Source, kind: str) -> Path | bytes:
     if isinstance(name, bytes):
         name = os.fsdecode(name)
     name = local_name(name)
-    if "://" in name or name.startswith("data:"):
+    if _URL.match(name):
         raise MediaError(f"{kind} {name[:80]!r} is a URL; URLs are not fetched: download it and pass the path or bytes")
     path = Path(name)
     try:

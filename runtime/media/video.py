@@ -105,7 +105,8 @@ def open_video(source: VideoSource) -> Video:
     """
     if isinstance(source, (list, tuple)) or is_array(source):
         return _Frames(source)
-    return _File(check_source(source, "video"), f"video {describe(source)}")
+    checked = check_source(source, "video")
+    return _File(checked, f"video {describe(checked)}")
 
 
 class _Frames:

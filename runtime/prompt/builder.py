@@ -349,7 +349,7 @@ def vision_limits(part: Mapping[str, Any], where: str) -> VisionLimits:
     for name, value in given.items():
         least = 0.0 if name.startswith("video_") else 1e-3 if name in _REAL else 1.0
         known = isinstance(value, Real if name in _REAL else int) and not isinstance(value, bool)
-        if not known or not least <= float(value) < 1e12:
+        if not known or not least <= value < 1e12:
             wanted = "a finite number" if name in _REAL else "a whole number"
             raise PromptError(f"{where}.{name} is {value!r}; {wanted} of {least:g} or more was expected")
     for one, other in (("resized_height", "resized_width"), ("resized_width", "resized_height")):

@@ -152,9 +152,11 @@ def output(path: Path) -> Iterator[BinaryIO]:
     """
     with writing(path):
         target = Path(os.path.realpath(path))
-        mode = target.stat().st_mode if target.exists() else None
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link to itself", str(path))
+        mode = path.stat().st_mode if path.exists() else None
         partial = partial_path(target) if mode is None or stat.S_ISREG(mode) else None
-        file = _open_device(target) if partial is None else partial.open("wb")
+        file = _open_device(path) if partial is None else partial.open("wb")
     try:
         yield file
         with writing(path):

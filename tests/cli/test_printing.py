@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omniport.cli import main
 from omniport.cli.common import log_console, print_json, print_line, print_table, print_text, set_up_streams
 from omniport.runtime.errors import BundleError
+from support.bundles import make_bundle
 
 EVIL = "\x1b[2J\x07\x9b\u202e\rgone"
 
@@ -59,3 +62,30 @@ def test_a_number_is_finite_and_in_range(value: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit, match="2"):
         main.run(["run", "bundle", "--text", "hi", "--max-speech", value])
     assert "--max-speech" in capsys.readouterr().err
+
+
+def _omniport(tmp_path: Path, streams: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run with the streams that a shell makes."""
+    words = [sys.executable, "-c", "from omniport.cli.main import run; run()", *arguments]
+    shell = ["sh", "-c", f'"$@" {streams}', "sh", *words]
+    return subprocess.run(shell, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [("--help",), ("voices", "bundle"), ("inspect", "bundle", "--json")])
+def test_an_output_that_is_full_is_no_bug_of_ours(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    make_bundle(tmp_path / "bundle")
+    ended = _omniport(tmp_path, ">/dev/full", *arguments)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("error: cannot write: No space left on device")
+    assert ended.stderr.count("\n") == 1
+    assert _omniport(tmp_path, ">/dev/full 2>/dev/full", *arguments).returncode == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of Unix")
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", ">&- 2>&- <&-"])
+def test_streams_that_were_closed_take_everything(tmp_path: Path, streams: str) -> None:
+    make_bundle(tmp_path / "bundle")
+    ended = _omniport(tmp_path, streams, "voices", "bundle")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""

@@ -449,3 +449,14 @@ def test_text_that_waits_for_what_follows_takes_room(tmp_path: Path, text: int, 
         with pytest.raises(PromptTooLong):
             turn.push(more)
         assert not turn.ended
+
+
+@pytest.mark.parametrize("system", [3, b"Be brief.", ["Be brief."]])
+def test_a_system_message_is_text(live: Live, system: Any) -> None:
+    with pytest.raises(UsageError, match="system message"):
+        live.session.reset(system)
+
+
+def test_a_frame_at_a_time_beyond_every_float(live: Live) -> None:
+    with live.session.turn() as turn, pytest.raises(MediaError, match="the frame's time is 1000"):
+        turn.push_frame(np.zeros((28, 28, 3), np.uint8), 10**400)

@@ -237,3 +237,15 @@ def test_speed(config: SamplingConfig, sorts: float) -> None:
     logits, history = random_logits(VOCABULARY, 0), np.arange(2000)
     pick, sort = lambda: sampler.pick(logits, history), lambda: np.argsort(logits, kind="stable")
     assert ratio(pick, sort, rounds=10) < sorts
+
+
+@pytest.mark.parametrize("value", [10**400, 1e308, -(10**400)])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "repetition_penalty"])
+def test_numbers_that_float32_does_not_hold(field: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"sampling.{field} is"):
+        validate_sampling(SamplingConfig(**{field: value}))
+
+
+def test_a_penalty_that_float32_rounds_to_nothing() -> None:
+    with pytest.raises(UsageError, match="more than 0"):
+        validate_sampling(SamplingConfig(repetition_penalty=1e-300))

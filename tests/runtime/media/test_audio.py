@@ -437,3 +437,19 @@ def test_a_length_in_the_header_is_believed_before_anything_is_decoded(
     with pytest.raises(MediaError, match="too long"):
         load_audio(path, max_seconds=3)
     assert decoded == []
+
+
+def test_a_rate_beyond_every_float() -> None:
+    with pytest.raises(MediaError, match="sampling rate of 1000"):
+        load_audio((np.zeros(1600, np.float32), 10**400))
+
+
+@pytest.mark.parametrize("shape", [(0, 1600), (1600, 0), (0, 0)])
+def test_no_channels_are_no_samples(shape: tuple[int, int]) -> None:
+    with pytest.raises(MediaError, match="holds no samples"):
+        load_audio((np.zeros(shape, np.float32), 16000))
+
+
+def test_a_message_names_no_object_of_python() -> None:
+    with pytest.raises(MediaError, match="libsndfile: Format not recognised"):
+        load_audio(b"no sound at all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -365,3 +366,40 @@ def test_inputs_must_be_uint8() -> None:
         image_input(np.zeros((20, 20, 3)), FRONTEND)  # type: ignore[arg-type]
     with pytest.raises(MediaError, match=r"\[F, H, W, 3\]"):
         video_input(np.zeros((20, 20, 3), np.uint8), FRONTEND)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "JPEG", "WEBP"])
+def test_the_size_by_the_header_is_that_of_the_upright_picture(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(noise(20, 33)).save(buffer, form, exif=exif)
+    assert vision.picture_size(buffer.getvalue()) == load_image(buffer.getvalue()).shape[:2]
+
+
+@pytest.mark.parametrize("prefix", ["file://", "FILE://", "file:", "file://localhost"])
+def test_urls_of_files(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "a b.png"
+    path.write_bytes(png(noise(20, 33)))
+    assert load_image(f"{prefix}{tmp_path}/a%20b.png").shape == (20, 33, 3)
+
+
+@pytest.mark.parametrize("prefix", ["data:image/png;base64,", "data:image;base64,", "DATA:;BASE64,"])
+def test_urls_that_hold_the_file(prefix: str) -> None:
+    """As Qwen's own tool takes them."""
+    pixels = noise(20, 33)
+    url = prefix + base64.b64encode(png(pixels)).decode()
+    np.testing.assert_array_equal(load_image(url), pixels)
+    with pytest.raises(MediaError, match="is damaged") as refused:
+        load_image(url[:-1])
+    assert len(str(refused.value)) < 300
+    with pytest.raises(MediaError, match="is corrupt") as refused:
+        load_image(prefix + base64.b64encode(png(pixels)[:90]).decode())
+    assert len(str(refused.value)) < 300
+
+
+def test_strings_and_bytes_of_numpy_are_names_and_files(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(noise(20, 33)))
+    assert load_image(np.str_(tmp_path / "a.png")).shape == (20, 33, 3)
+    assert load_image(np.bytes_(png(noise(20, 33)))).shape == (20, 33, 3)

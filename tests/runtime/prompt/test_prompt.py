@@ -596,3 +596,10 @@ def test_long_prompt_is_fast(small: Setup) -> None:
     assert count > 10_000
     one_by_one = lambda: [np.array([k, k, k]) for k in range(count)]  # noqa: E731
     assert ratio(build, one_by_one) < 3
+
+
+@pytest.mark.parametrize("name", ["fps", "max_pixels", "max_frames", "video_start"])
+def test_a_bound_beyond_every_float(small: Setup, name: str) -> None:
+    part = {"type": "video", "video": "missing.mkv", name: 10**400}
+    with pytest.raises(PromptError, match=rf"content\[0\]\.{name} is 1000"):
+        build_prompt([user(part)], small.manifest, small.codec)

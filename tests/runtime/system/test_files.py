@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -210,3 +211,22 @@ def test_a_signal_leaves_no_scratch_folder(
     finally:
         signal.signal(number, before)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="no /dev/stdout")
+def test_an_open_pipe_that_has_no_name_of_its_own() -> None:
+    """``--speak /dev/stdout | player``"""
+    reading, writing = os.pipe()
+    write_output(Path(f"/dev/fd/{writing}"), b"sound")
+    os.close(writing)
+    assert os.read(reading, 100) == b"sound"
+    os.close(reading)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
+def test_a_link_to_itself_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match="link to itself"):
+        write_output(tmp_path / "loop", b"x")
+    assert (tmp_path / "loop").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loop"]
