@@ -3,11 +3,9 @@
 Only engines that the bundle lists for this machine are loaded: by hash, builder, version and compute capability
 (`omniport.runtime.bundle.engines`). Each graph has one stream, and takes one call at a time.
 
-Decoding is captured in CUDA graphs, whose shapes are fixed. The live length of the cache is an input dimension, which
-would change at every step. But the graph masks positions that no token has reached: ``kv_positions <= write_index +
-arange(S)``. So longer ``kv_positions`` give the same result: they are padded to the next of a few lengths, each with
-an execution context and a CUDA graph. The first graph is timed against the same call without one, and is used only if
-it is faster. A step can be repeated for that: it writes the same row of the cache again.
+Decoding is captured in CUDA graphs, whose shapes are fixed: `kv_cache` fills the live length up to one of a few, each
+with an execution context and a CUDA graph. The first graph is timed against the same call without one, and is used only
+if it is faster. A step can be repeated for that: it writes the same row of the cache again.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...bundle.engines import Engine, Profile, build_line, find_engine, verify_engine
+from ...bundle.engines import Engine, EngineRecord, Profile, build_line, find_engine, verify_engine
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, BundleError, OmniportError
 from ..base import NO_GPU, Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
@@ -30,15 +28,13 @@ from .cuda import Driver
 from .cuda_driver import CudaDriver
 from .execution import Executor, Scratch
 from .kernel_cache import KernelFile
-from .kv_cache import GrowingTrtCache, StaticTrtCache, TrtCache
+from .kv_cache import GrowingTrtCache, StaticTrtCache, TrtCache, positions_bucket
 from .runtime_api import EXTRAS, MODULES, EngineRuntime, LoadedEngine, TrtRuntime
 from .warming import Warming
 
 if TYPE_CHECKING:
     from ...bundle.reader import Bundle
 
-#: fewest positions of a decoding step: a step reads the weights, and 256 rows of the cache are little beside them
-_LEAST_BUCKET = 256
 #: runs that are timed to choose between a CUDA graph and the plain call
 _TIMED = 5
 
@@ -60,12 +56,6 @@ class DecodeTiming:
     def uses_graph(self) -> bool:
         """Whether decoding launches CUDA graphs."""
         return self.graph is not None and self.graph < self.plain
-
-
-def positions_bucket(live: int, capacity: int) -> int:
-    """The length that ``live`` positions are filled up to: less than a quarter or 256 more, never over ``capacity``."""
-    step = max(_LEAST_BUCKET, (1 << max(0, live - 1).bit_length()) // 8)
-    return min(capacity, -(-live // step) * step)
 
 
 class TrtGraph(Graph):
@@ -119,8 +109,8 @@ class TrtGraph(Graph):
         _check_feeds(self.spec, self._inputs, feeds)
         if isinstance(cache, TrtCache) != bool(self._cached) or not isinstance(cache, TrtCache | None):
             raise OmniportError(f"graph {self.spec.name!r} got {type(cache).__name__} as its cache; use new_cache()")
-        if isinstance(cache, StaticTrtCache) and "kv_positions" in feeds:
-            feeds = _fill_positions(feeds, cache.capacity)
+        if cache is not None:
+            feeds = cache.fill(feeds)
         profile = self._profile_for(feeds)
         with self._lock:
             if self._closed:
@@ -143,15 +133,15 @@ class TrtGraph(Graph):
         """
         if not self._cached:
             raise BackendError(f"graph {self.spec.name!r} keeps no KV cache: only thinker and talker do")
-        if not self.spec.aliases:
-            return self._kept(GrowingTrtCache(self._driver, self._stream, self.spec, capacity))
-        built = self._engine.record.fixed_dims.get("capacity", 0)
+        built = _built_for(self._engine.record) or 0
         if capacity > built:
             raise BackendError(
                 f"a KV cache of {capacity} tokens was asked for, and {self._engine.name} was built for {built}: open "
                 f"the session with max_context={built}, or build with more: {self._build_line()} --max-context "
                 f"{capacity}"
             )
+        if not self.spec.aliases:
+            return self._kept(GrowingTrtCache(self._driver, self._stream, self.spec, capacity))
         return self._kept(StaticTrtCache(self._driver, self._stream, self.spec, built))
 
     def close(self) -> None:
@@ -191,9 +181,9 @@ class TrtGraph(Graph):
 
     def _run_cached(self, feeds: Mapping[str, Array], cache: TrtCache, executor: Executor) -> Outputs:
         held, added = int(feeds["write_index"][0]), int(feeds["inputs_embeds"].shape[1])
-        if isinstance(cache, StaticTrtCache) and added == 1 and (self.decoding is None or self.decoding.uses_graph):
+        if added == 1 and (self.decoding is None or self.decoding.uses_graph):
             return self._decode(feeds, cache, held)
-        cache.bind(executor, held, added)
+        cache.bind(executor, held, added, len(feeds["kv_positions"]))
         outputs = executor.run(feeds)
         cache.grown(held, added)
         return outputs
@@ -202,17 +192,18 @@ class TrtGraph(Graph):
         """One step, by a CUDA graph if that turns out to be quicker."""
         bucket = len(feeds["kv_positions"])
         executor = cache.executors.get(bucket)
-        if executor is not None:
-            cache.bind(executor, held, 1)
-            return executor.run(feeds)
-        executor = self._new_executor(fixed=True)
-        cache.bind(executor, held, 1)
-        outputs = executor.run(feeds)  # an engine may allocate in its first run, which cannot be captured
-        problem = _capture(executor)
-        if self.decoding is None:
-            self.decoding = self._timing(executor, problem)
-        if self.decoding.uses_graph:
-            cache.executors[bucket] = executor
+        made = executor is None
+        if executor is None:
+            executor = self._new_executor(fixed=True)
+        cache.bind(executor, held, 1, bucket)
+        outputs = executor.run(feeds)
+        if made:  # a first run may allocate, which cannot be captured
+            problem = _capture(executor)
+            if self.decoding is None:
+                self.decoding = self._timing(executor, problem)
+            if self.decoding.uses_graph:
+                cache.executors[bucket] = executor
+        cache.grown(held, 1)
         return outputs
 
     def _timing(self, executor: Executor, problem: str) -> DecodeTiming:
@@ -316,7 +307,7 @@ class TrtBackend(Backend):
 
     def max_context(self) -> int | None:
         """Most tokens that the engines' KV caches hold; None if they do not say."""
-        sizes = [engine.record.fixed_dims.get("capacity") for engine in self.engines.values()]
+        sizes = [_built_for(engine.record) for engine in self.engines.values()]
         return min((size for size in sizes if size is not None), default=None)
 
     def close(self) -> None:
@@ -352,6 +343,12 @@ def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[
 LOADER = Loader(_open, _problems)
 
 
+def _built_for(record: EngineRecord) -> int | None:
+    """Tokens that a decoder's engine takes in its KV cache."""
+    past = record.profiles[-1].dims.get("past")
+    return record.fixed_dims.get("capacity") if past is None else past.max + 1
+
+
 def _misfit(profile: Profile, feeds: Mapping[str, Array]) -> str:
     """The first input whose shape is outside the profile; empty if there is none."""
     for name, array in feeds.items():
@@ -382,12 +379,6 @@ def _quickest(executor: Executor, captured: bool) -> float:
         executor.execute(captured)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def _fill_positions(feeds: Mapping[str, Array], capacity: int) -> dict[str, Array]:
-    """Feeds whose ``kv_positions`` go on past the live ones, which the graph masks."""
-    length = positions_bucket(len(feeds["kv_positions"]), capacity)
-    return {**feeds, "kv_positions": np.arange(length, dtype=np.int64)}
 
 
 def _check_feeds(spec: GraphSpec, inputs: Mapping[str, str], feeds: Mapping[str, Array]) -> None:

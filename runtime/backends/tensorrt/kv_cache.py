@@ -1,13 +1,34 @@
-"""KV caches on the device: static, updated in place, or growing, copied by each call."""
+"""KV caches on the device: static, updated in place, or growing, copied by each call.
+
+Decoding runs at a few lengths of ``kv_positions``, since captured CUDA graphs have fixed shapes, and new shapes make an
+engine plan anew. The graph masks positions that no token has reached (``kv_positions <= write_index + arange(S)``), so
+rows of the cache that hold nothing do no harm, if their position is large and they are finite.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
 
 from ...bundle.graph_spec import DTYPES, GraphSpec
 from ...errors import BundleError, OmniportError
+from ..base import Array
 from .cuda import DeviceBuffer, Driver
 from .execution import Executor
+
+#: fewest positions of a decoding step: a step reads the weights, and 256 rows of the cache are little beside them
+_LEAST_BUCKET = 256
+#: position of a row that holds no token: later than any, and no more than 32 bits hold
+_UNUSED = (1 << 31) - 1
+
+
+def positions_bucket(live: int, capacity: int) -> int:
+    """The length that ``live`` positions are filled up to: less than a quarter or 256 more, never over ``capacity``."""
+    step = max(_LEAST_BUCKET, (1 << max(0, live - 1).bit_length()) // 8)
+    return min(capacity, -(-live // step) * step)
 
 
 class TrtCache(ABC):
@@ -44,8 +65,15 @@ class TrtCache(ABC):
         """Everything allocated."""
 
     @abstractmethod
-    def bind(self, executor: Executor, held: int, added: int) -> None:
+    def fill(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Feeds with ``kv_positions`` of one of a few lengths, where the cache can be read so."""
+
+    @abstractmethod
+    def bind(self, executor: Executor, held: int, added: int, positions: int) -> None:
         """Let the executor's next run find ``held`` tokens here and add to them.
+
+        Args:
+            positions: length of ``kv_positions``, as `fill` left it.
 
         Raises:
             OmniportError: there are not as many, or there is no room.
@@ -85,7 +113,12 @@ class StaticTrtCache(TrtCache):
     def _held(self) -> list[DeviceBuffer]:
         return list(self._parts.values())
 
-    def bind(self, executor: Executor, held: int, added: int) -> None:
+    def fill(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """They go on past the live ones."""
+        length = positions_bucket(len(feeds["kv_positions"]), self._capacity)
+        return {**feeds, "kv_positions": np.arange(length, dtype=np.int64)}
+
+    def bind(self, executor: Executor, held: int, added: int, positions: int) -> None:
         self._require(held, added, self._capacity)
         if not held:
             # Rows behind the live ones are masked, but they are read: NaN times a weight of zero would still be NaN.
@@ -100,45 +133,89 @@ class StaticTrtCache(TrtCache):
         """Nothing to note: it holds what was written."""
 
 
+class _Row(NamedTuple):
+    """A row of every head, in a buffer whose heads have ``rows`` rows."""
+
+    buffer: DeviceBuffer
+    rows: int
+    first: int
+
+
 class GrowingTrtCache(TrtCache):
-    """Two buffers a part, the cache in one of them: each call writes it into the other, longer."""
+    """Two buffers a part: each call reads the cache in one, and writes it into the other, longer.
+
+    To decode, the cache has rows to spare in the buffer that is read: the call's own row comes out behind them all, and
+    is copied to where it belongs. So shapes and addresses stay as they are until the rows are used up.
+    """
 
     def __init__(self, driver: Driver, stream: int, spec: GraphSpec, capacity: int) -> None:
         super().__init__(driver, stream, spec, capacity)
-        self._now, self._next = self._buffers(), self._buffers()
-        self._length = 0
+        self._home, self._other = self._buffers(), self._buffers()
+        self._now = self._home  # where the cache is, that many rows a head of which the first hold tokens
+        self._rows = self._length = 0
 
     def _held(self) -> list[DeviceBuffer]:
-        return [*self._now.values(), *self._next.values()]
+        return [*self._home.values(), *self._other.values()]
 
-    def bind(self, executor: Executor, held: int, added: int) -> None:
+    @property
+    def _next(self) -> dict[str, DeviceBuffer]:
+        return self._other if self._now is self._home else self._home
+
+    def fill(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Those of a step: tokens that are held, rows to spare, the new token."""
+        known = feeds["kv_positions"]
+        if feeds["inputs_embeds"].shape[1] != 1 or len(known) > self._capacity:
+            return feeds
+        positions = np.full(positions_bucket(len(known), self._capacity), _UNUSED, np.int64)
+        positions[: len(known) - 1], positions[-1] = known[:-1], known[-1]
+        return {**feeds, "kv_positions": positions}
+
+    def bind(self, executor: Executor, held: int, added: int, positions: int) -> None:
         self._require(held, added, self._length)
-        if held < self._length:
-            self._cut(held)
+        rows = positions - added
+        if added == 1 and (self._now is not self._home or self._rows != rows):
+            # captured graphs read one side and write the other
+            if self._now is self._home:
+                self._move(held, held)
+            self._move(held, rows)
+        elif self._rows != rows:
+            self._move(held, held)
         for name, output in self._pairs.items():
-            executor.bind(name, self._now[name].address, self._shape(name, held))
+            executor.bind(name, self._now[name].address, self._shape(name, rows))
             executor.bind(output, self._next[name].address)
 
     def grown(self, held: int, added: int) -> None:
-        self._now, self._next = self._next, self._now
+        if held + added > self._rows:  # it came out whole, without a gap
+            self._now, self._rows = self._next, held + added
+        else:
+            for name in self._pairs:
+                new = _Row(self._next[name], self._rows + 1, self._rows)
+                self._copy(name, _Row(self._now[name], self._rows, held), new, 1)
         self._length = held + added
 
-    def _cut(self, length: int) -> None:
-        """Keep the first tokens: heads lie one behind the other, so each has to move."""
-        for name in self._pairs if length else ():
-            heads, width, itemsize = self._geometry[name]
-            row = width * itemsize
-            self._driver.copy_rows(
-                self._next[name].address,
-                self._now[name].address,
-                self._stream,
-                to_pitch=length * row,
-                pitch=self._length * row,
-                width=length * row,
-                rows=heads,
-            )
-        self._now, self._next = self._next, self._now
-        self._length = length
+    def _move(self, length: int, rows: int) -> None:
+        """Put the first tokens on the other side, each head with ``rows`` rows; those to spare are zero: finite."""
+        for name in self._pairs:
+            target = self._next[name]
+            if rows > length:
+                self._driver.zero(target.address, self._bytes(name, rows), self._stream)
+            if length:
+                self._copy(name, _Row(target, rows, 0), _Row(self._now[name], self._rows, 0), length)
+        self._now, self._rows, self._length = self._next, rows, length
+
+    def _copy(self, name: str, to: _Row, source: _Row, count: int) -> None:
+        """That many rows of each head."""
+        heads, width, itemsize = self._geometry[name]
+        row = width * itemsize
+        self._driver.copy_rows(
+            to.buffer.address + to.first * row,
+            source.buffer.address + source.first * row,
+            self._stream,
+            to_pitch=to.rows * row,
+            pitch=source.rows * row,
+            width=count * row,
+            rows=heads,
+        )
 
 
 def _geometry(spec: GraphSpec, name: str) -> tuple[int, int, int]:

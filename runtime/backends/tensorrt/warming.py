@@ -66,7 +66,7 @@ class Warming:
                 if self._stopped.is_set():
                     return
                 executor = Executor(driver, stream, self._loaded.context(fixed=True), inputs, outputs, scratch)
-                cache.bind(executor, 0, 1)
+                cache.bind(executor, 0, 1, length)
                 executor.run(step_feeds(spec, length))
         finally:
             with suppress(BackendError):

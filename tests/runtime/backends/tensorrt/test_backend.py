@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
-from omniport.runtime.backends.tensorrt.backend import TrtBackend, positions_bucket
-from omniport.runtime.backends.tensorrt.kv_cache import StaticTrtCache
+from omniport.runtime.backends.tensorrt.backend import TrtBackend
+from omniport.runtime.backends.tensorrt.kv_cache import StaticTrtCache, positions_bucket
 from omniport.runtime.bundle.bfloat16 import from_bfloat16, to_bfloat16
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
