@@ -32,11 +32,12 @@ def tokenizer_json(ckpt: Checkpoint) -> bytes:
     if path.exists():
         data = _read(path)
         tokenizer = _load(data, str(path))
-        if tokenizer.truncation is None and tokenizer.padding is None:
+        if tokenizer.truncation is None and tokenizer.padding is None and not tokenizer.model.dropout:
             return data
         # what a trainer left in the file; transformers sets both anew at every call
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.model.dropout = None
         return bytes(tokenizer.to_str(), "utf-8")
     vocab = ckpt.json("vocab.json")
     merges = ckpt.path / "merges.txt"

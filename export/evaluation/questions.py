@@ -115,7 +115,10 @@ def read_questions(path: Path, manifest: Manifest, codec: TextCodec) -> Question
     if not questions:
         raise UsageError(f'{path} holds no question; at least one line with "messages" and "answer" was expected')
     beside = path.with_suffix(".gram")
-    grammar = read_text(beside) if beside.exists() else grammar_of(q.answer for q in questions)
+    try:
+        grammar = read_text(beside) if beside.exists() else grammar_of(q.answer for q in questions)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {beside}: {error}. A grammar (JSGF) in UTF-8 was expected") from error
     return QuestionSet(tuple(questions), grammar)
 
 

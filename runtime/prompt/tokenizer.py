@@ -78,6 +78,7 @@ class TextCodec:
         # A trainer's settings, which transformers sets anew at every call.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.model.dropout = None  # merges left out at random, for training
         # A fine-tune may have saved a control token as an ordinary added token, which plain text would match.
         tokenizer.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in contents.values() if c])
         tokenizer.encode_special_tokens = True

@@ -29,18 +29,27 @@ from omniport.runtime.prompt.builder import build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
 from PIL import Image
 from support.bundles import make_bundle
-from support.fuzzing import Peak, note, seeds
+from support.fuzzing import BYTES, Peak, note, seeds
 from support.live_turns import film
 from support.onnx_graphs import cache_model, plain_model, put_graphs
 
-#: seconds that an input may take, and how much the peak of memory may rise
-SECONDS, BYTES = 60, 1 << 30
+#: seconds that an input may take
+SECONDS = 60
 #: inputs of one seed
-EACH = {"bundles": 25, "checkpoints": 12, "media": 40, "messages": 60, "arguments": 30, "data": 40, "graphs": 15}
+EACH = {
+    "bundles": 25,
+    "checkpoints": 12,
+    "media": 40,
+    "messages": 60,
+    "arguments": 30,
+    "data": 40,
+    "questions": 40,
+    "graphs": 15,
+}
 
 ODD: list[Any] = [
     None, True, "", "x", "\0", "a\nb", "é" * 300, "../../etc/passwd", "/dev/zero", "\ud800", -1, 0, 1, 2**31, 2**63,
-    10**30, 0.5, float("nan"), float("inf"), 1e308, [], {}, [[]], [0] * 40, {"a": {}}, [1, "x", None],
+    10**30, 10**400, 0.5, float("nan"), float("inf"), 1e308, [], {}, [[]], [0] * 40, {"a": {}}, [1, "x", None],
 ]  # fmt: skip
 
 
@@ -216,6 +225,31 @@ def test_data(tmp_path: Path, number: int) -> None:
         tried("data", lambda: read_samples(path, bundle.manifest, codec))
 
 
+@pytest.mark.parametrize("number", seeds("questions", 1))
+def test_questions(tmp_path: Path, number: int) -> None:
+    """Questions with answers, and the grammar beside them, as ``quant-report --questions`` reads them."""
+    from omniport.export.evaluation.questions import read_questions
+
+    rng = random.Random(number)
+    bundle = Bundle.open(make_bundle(tmp_path / "bundle"))
+    codec = TextCodec.from_file(bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens)
+    parts = [{"type": "text", "text": "Well?"}, {"type": "image", "image": "missing.png", "max_pixels": 5000}]
+    entries = [
+        {"messages": [{"role": "user", "content": "Is it red?"}], "answer": "Yes.", "kind": "colour"},
+        {"messages": [{"role": "user", "content": parts[:1]}], "answer": "two of them"},
+        {"messages": [{"role": "user", "content": parts}], "answer": "No."},
+    ]
+    path, grammar = tmp_path / "set.jsonl", b"#JSGF V1.0;\ngrammar g;\npublic <s> = yes | no;\n"
+    for _ in range(EACH["questions"]):
+        lines = [json.dumps(entry).encode() for entry in rng.sample(entries, rng.randrange(1, 4))]
+        if rng.random() < 0.7:
+            lines[-1] = _json_bytes(rng, json.loads(lines[-1]))
+        data = b"\n".join(lines)
+        path.write_bytes(mutated(rng, data) if rng.random() < 0.3 else data)
+        path.with_suffix(".gram").write_bytes(mutated(rng, grammar) if rng.random() < 0.5 else grammar)
+        tried("questions", lambda: read_questions(path, bundle.manifest, codec))
+
+
 @pytest.mark.parametrize("number", seeds("checkpoints", 1))
 def test_checkpoints(tmp_path: Path, tiny_checkpoint: Path, number: int) -> None:
     from omniport.export.checkpoint import frontends
@@ -324,7 +358,8 @@ def test_arguments(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch)
     paths += ["/dev/null", "/dev/zero", str(tmp_path / "a\0b"), str(tmp_path / ("x" * 300)), str(tmp_path), ""]
     odd = [*paths, "-1", "0", "nan", "inf", "1e400", "9" * 30, "é\ud800", "a=b", ",", "--", "auto", "\n"]
     commands: Any = typer.main.get_command(app)
-    names = sorted(set(commands.commands) - {"talk"})  # it waits for what is said
+    soundfile.write(tmp_path / "sound.wav", np.zeros(800, np.float32), 16000)
+    names = sorted(commands.commands)
     for _ in range(EACH["arguments"]):
         name = rng.choice(names)
         parameters = commands.commands[name].params
@@ -332,6 +367,8 @@ def test_arguments(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch)
         options = [p for p in parameters if p.param_type_name == "option" and p.name not in ("sample_data", "help")]
         for option in rng.sample(options, min(len(options), rng.randrange(4))):
             arguments += [option.opts[0]] if getattr(option, "is_flag", False) else [option.opts[0], rng.choice(odd)]
+        if name == "talk":  # a microphone would wait for what is said
+            arguments += ["--input-wav", rng.choice([*paths, str(tmp_path / "sound.wav")])]
         with within_bounds():
             command(name, *arguments)
         note("arguments")

@@ -39,7 +39,7 @@ from omniport.runtime.prompt import chat_template
 from omniport.runtime.prompt.positions import Layout
 from support.bundles import make_bundle
 from support.fake_backend import FakeCache, FakeDecoder
-from support.fuzzing import note, seeds
+from support.fuzzing import BYTES, Peak, note, seeds
 from support.live_turns import Live, start, voice
 
 REPLY = "It is so."
@@ -56,6 +56,7 @@ class Contract(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.threads = set(threading.enumerate())
+        self.peak = Peak()
         self.live = Live(self.root)
         self.others: list[OmniSession] = []
         self.session = self.live.session
@@ -490,6 +491,7 @@ class Contract(RuleBasedStateMachine):
         while left := [t for t in threading.enumerate() if t not in self.threads and t.is_alive()]:
             assert time.monotonic() < limit, left
             time.sleep(0.001)
+        assert self.peak.risen() < BYTES
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+#: how far the peak of memory may rise for one input
+BYTES = 1 << 30
 _ASKED = os.environ.get("OMNIPORT_FUZZ_SEEDS")
 _LOG = os.environ.get("OMNIPORT_FUZZ_LOG")
 

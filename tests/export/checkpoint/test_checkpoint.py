@@ -772,10 +772,13 @@ def test_truncation_and_padding_of_a_trainer_are_left_out(folder: Path) -> None:
             "pad_token": "<|endoftext|>",
         }
 
+        document["model"]["dropout"] = 1.0
+
     edit_json(folder / "tokenizer.json", leave)
     written = json.loads(tokenizer_json(Checkpoint.open(folder)))
     assert written["truncation"] is None
     assert written["padding"] is None
+    assert not written["model"]["dropout"]
     assert load_tokenizer(Checkpoint.open(folder)).encode(TEXTS[0] * 4).ids == plain
 
 

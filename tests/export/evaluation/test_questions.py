@@ -66,6 +66,13 @@ def test_an_empty_set_is_refused(session: OmniSession, tmp_path: Path) -> None:
         read_questions(written(tmp_path), session.manifest, session.text_codec)
 
 
+def test_a_grammar_that_cannot_be_read(session: OmniSession, tmp_path: Path) -> None:
+    path = written(tmp_path, ASKED)
+    path.with_suffix(".gram").write_bytes(b"#JSGF V1.0;\xff")
+    with pytest.raises(UsageError, match=r"questions\.gram.*UTF-8"):
+        read_questions(path, session.manifest, session.text_codec)
+
+
 def test_every_shipped_question_is_one(session: OmniSession) -> None:
     """The set of Wren can be asked of any bundle: its media are there, and all kinds are in it."""
     found = read_questions(SHIPPED, session.manifest, session.text_codec)
