@@ -1,5 +1,7 @@
 """The question set that comes with Wren: held-out questions of every kind, drawn and not chosen, with their media.
 
+Beside it lies a set to calibrate with, of questions from training, with the answers as replies.
+
     python -m wren.questions [--work DIR] [--out DIR]
 
 Format: `omniport.export.evaluation.questions`. What is asked after a first turn has the right first answer before it.
@@ -23,6 +25,7 @@ from wren.thinker import Conversations
 from wren.world import Kind, Picture
 
 OUT = Path("wren/questions")
+CALIBRATED: dict[Kind, int] = {"typed": 12, "spoken": 4, "picture": 5, "video": 1, "second_turn": 2}
 # What the demo shows: a picture of the held-out ones, and a question on it.
 DEMO, DEMO_ASKED = Picture((("red", "triangle"), ("blue", "square"))), "What do you see?"
 COUNTS: dict[Kind, int] = {
@@ -31,10 +34,11 @@ COUNTS: dict[Kind, int] = {
 
 
 class Writer:
-    """Writes questions and their media to a folder."""
+    """Writes questions and their media to a folder; ``answer``: what their right answers are called there."""
 
-    def __init__(self, out: Path) -> None:
-        self.out, self.lines = out, list[str]()
+    def __init__(self, out: Path, answer: str) -> None:
+        self.out, self.answer, self.lines = out, answer, list[str]()
+        out.mkdir(parents=True)
 
     def add(self, kind: Kind, turns: list[Turn]) -> None:
         messages: list[dict[str, Any]] = []
@@ -43,7 +47,16 @@ class Writer:
             messages.append({"role": "user", "content": content})
             if number < len(turns) - 1:
                 messages.append({"role": "assistant", "content": turn.answer})
-        self.lines.append(json.dumps({"kind": kind, "messages": messages, "answer": turns[-1].answer}))
+        kinds = {"kind": kind} if self.answer == "answer" else {}
+        self.lines.append(json.dumps({**kinds, "messages": messages, self.answer: turns[-1].answer}))
+
+    def draw(self, conversations: Conversations, counts: dict[Kind, int], name: str) -> None:
+        """Draw questions, and write the file of that name."""
+        for kind, count in counts.items():
+            draw = np.random.default_rng((12, world.KINDS.index(kind)))
+            for _ in range(count):
+                self.add(kind, conversations.question(kind, draw))
+        (self.out / name).write_text("\n".join(self.lines) + "\n")
 
     def _content(self, name: str, turn: Turn) -> list[dict[str, Any]]:
         parts: list[dict[str, Any]] = []
@@ -66,18 +79,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
-    conversations, writer = Conversations(args.work, "held_out", whole_clips=True), Writer(args.out)
-    for kind, count in COUNTS.items():
-        draw = np.random.default_rng((12, world.KINDS.index(kind)))
-        for _ in range(count):
-            writer.add(kind, conversations.question(kind, draw))
+    conversations = Conversations(args.work, "held_out", whole_clips=True)
+    Writer(args.out, "answer").draw(conversations, COUNTS, "questions.jsonl")
+    trained = Conversations(args.work, "train", whole_clips=True)
+    Writer(args.out / "calib", "reply").draw(trained, CALIBRATED, "calib.jsonl")
     assert world.split_of("picture", DEMO.shapes) == "held_out"
     pixels, _ = media.picture(DEMO, np.random.default_rng(1))
     Image.fromarray(pixels).save(args.out / "demo.png", optimize=True)
     spoken = next(u for u in conversations.utterances[DEMO_ASKED] if u.voice == "slt")
     soundfile.write(args.out / "demo.flac", speech_data.sound_of(args.work, spoken), sizes.QUESTION_RATE)
-    (args.out / "questions.jsonl").write_text("\n".join(writer.lines) + "\n")
     (args.out / "questions.gram").write_text(world.grammar())
 
 

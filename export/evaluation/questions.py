@@ -122,8 +122,18 @@ def read_questions(path: Path, manifest: Manifest, codec: TextCodec) -> Question
     return QuestionSet(tuple(questions), grammar)
 
 
-def answers(session: OmniSession, questions: Sequence[Question], progress: Progress | None = None) -> Iterator[Answer]:
-    """What a session says to each question: the likeliest text, and speech as the bundle samples it, voices in turn."""
+def answers(
+    session: OmniSession,
+    questions: Sequence[Question],
+    progress: Progress | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[Answer]:
+    """What a session says to each question: the likeliest text, and speech as the bundle samples it, voices in turn.
+
+    Args:
+        progress: called with the number of questions that were asked, and of all.
+        options: of ``OmniSession.reply`` besides, such as ``solver`` or ``window``, for spoken replies.
+    """
     manifest = session.manifest
     thinker = replace(manifest.thinker_sampling, temperature=0.0, max_new_tokens=MAX_TOKENS)
     talker = manifest.talker_sampling
@@ -135,7 +145,7 @@ def answers(session: OmniSession, questions: Sequence[Question], progress: Progr
         if progress is not None:
             progress("asking", number, len(questions))
         voice = manifest.voices[number % len(manifest.voices)].name if voiced else ""
-        chosen = {**voiced, "voice": voice, "seed": number} if voiced else {}
+        chosen = {**voiced, "voice": voice, "seed": number, **(options or {})} if voiced else {}
         events = list(session.reply(question.messages, speak=bool(voiced), thinker=thinker, **chosen))
         chunks = [event.samples for event in events if isinstance(event, AudioChunk)]
         done = next(event for event in events if isinstance(event, Done))

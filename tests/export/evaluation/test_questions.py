@@ -81,7 +81,7 @@ def test_every_shipped_question_is_one(session: OmniSession) -> None:
     assert min(kinds.values()) >= 8
     parts = [p for q in found.questions for m in q.messages for p in m["content"] if isinstance(p, dict)]
     named = {Path(part[part["type"]]) for part in parts if part["type"] in ("audio", "image", "video")}
-    assert {path.name for path in named} | {"demo.png", "demo.flac", SHIPPED.name, "questions.gram"} == {
+    assert {path.name for path in named} | {"demo.png", "demo.flac", SHIPPED.name, "questions.gram", "calib"} == {
         path.name for path in SHIPPED.parent.iterdir()
     }
 

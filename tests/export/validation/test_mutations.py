@@ -6,7 +6,6 @@ but the numbers gives them away. Faults of the runtime are planted in the functi
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,69 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import msgspec
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
 from omniport.export.validation.types import FAIL, ValidationReport
 from omniport.export.validation.validate import group_names, validate
-from omniport.runtime.bundle.manifest import FileRecord, SolverSpec
-from omniport.runtime.bundle.reader import read_manifest
+from omniport.runtime.bundle.manifest import SolverSpec
 from omniport.runtime.media import image as vision
 from omniport.runtime.prompt.positions import Segment
 from omniport.runtime.speech import ode as solver
 from omniport.runtime.speech.token2wav import MelPiece, Token2Wav
 from onnx import TensorProto, helper, numpy_helper
+from support.planted import constant, edit_graph, initializer, insert_after, producer, rope_on_all_heads
 
 Floats = NDArray[np.float32]
 Graph = onnx.GraphProto
 
 
 # faults in graphs
-
-
-def edit_graph(bundle: Path, name: str, change: Callable[[Graph, Path], None]) -> None:
-    """Change an ONNX file, and its weights, in place; bundle.json then lists them as if they were right."""
-    path = bundle / "graphs" / f"{name}.onnx"
-    model = onnx.load(str(path), load_external_data=False)
-    change(model.graph, path.parent)
-    path.write_bytes(model.SerializeToString())
-    manifest = read_manifest(bundle)
-    files = dict(manifest.files)
-    for listed in (manifest.graphs[name].file, *manifest.graphs[name].data):
-        content = (bundle / listed).read_bytes()
-        files[listed] = FileRecord(size=len(content), sha256=hashlib.sha256(content).hexdigest())
-    (bundle / "bundle.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, files=files)))
-
-
-def initializer(graph: Graph, name: str) -> TensorProto:
-    return next(tensor for tensor in graph.initializer if tensor.name == name)
-
-
-def producer(graph: Graph, value: str) -> onnx.NodeProto:
-    return next(node for node in graph.node if value in node.output)
-
-
-def consumer(graph: Graph, value: str) -> onnx.NodeProto:
-    """The only node that reads a value."""
-    (node,) = (node for node in graph.node if value in node.input)
-    return node
-
-
-def insert_after(graph: Graph, value: str, *nodes: onnx.NodeProto) -> None:
-    """Put nodes behind the one that makes ``value``: they read ``<value>/planted``, the last writes ``value``."""
-    source = producer(graph, value)
-    source.output[list(source.output).index(value)] = f"{value}/planted"
-    at = list(graph.node).index(source) + 1
-    for i, node in enumerate(nodes):
-        graph.node.insert(at + i, node)
-
-
-def constant(graph: Graph, name: str, value: float | int) -> str:
-    dtype = np.int64 if isinstance(value, int) else np.float32
-    graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype), name))
-    return name
 
 
 def mrope_section(graph: Graph, folder: Path) -> None:
@@ -132,29 +87,6 @@ def kv_slot(graph: Graph, folder: Path) -> None:
     assert scatters
     for node in scatters:
         node.input[2] = "write_index/off"
-
-
-def rope_on_all_heads(graph: Graph, folder: Path) -> None:
-    """The DiT rotates every head, as any other transformer would."""
-    rotations = [node for node in graph.node if node.op_type == "RotaryEmbedding"]
-    assert rotations
-    cosine = next(info for info in graph.value_info if info.name == rotations[0].input[1])
-    head = 2 * cosine.type.tensor_type.shape.dim[-1].dim_value
-    for rotation in rotations:
-        joined = consumer(graph, consumer(graph, rotation.output[0]).output[0])
-        assert joined.op_type == "Concat"
-        rest = producer(graph, joined.input[1])
-        width = numpy_helper.to_array(initializer(graph, rest.input[0].replace("/Add:0", ".bias"))).size
-        whole = helper.make_node(
-            "RotaryEmbedding",
-            [rest.input[0], rotation.input[1], rotation.input[2]],
-            list(joined.output),
-            interleaved=1,
-            num_heads=width // head,
-        )
-        at = list(graph.node).index(joined)
-        graph.node.remove(joined)
-        graph.node.insert(at, whole)
 
 
 def silence(graph: Graph, folder: Path) -> None:
