@@ -75,7 +75,8 @@ def build_engines(
         precision: what the caller believes the bundle to be; the bundle decides.
         graphs: these only; all by default.
         limits: what engines are to take, where that is less than the bundle allows.
-        tf32: let products of float32 graphs be rounded to TF32, which is quicker and misses float32's tolerance.
+        tf32: let products of float32 graphs be rounded to TF32, which is quicker and misses float32's tolerance; so
+            does ``OMNIPORT_TF32=1``.
         force: build also what did not change.
         progress: called with the stage, and thousandths done and in all.
 
@@ -114,7 +115,7 @@ def build_bundle(
 ) -> BuildReport:
     """As `build_engines`, of what is opened and found."""
     started = time.perf_counter()
-    limits = limits or Limits()
+    limits, tf32 = limits or Limits(), tf32 or host.tf32_asked()
     check_bundle_precision(bundle, precision)
     names = _chosen(bundle, graphs)
     for name in names:

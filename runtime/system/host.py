@@ -133,6 +133,11 @@ class Gpu:
     bandwidth: float
 
 
+def tf32_asked() -> bool:
+    """Whether ``OMNIPORT_TF32=1`` asks that float32 products be rounded to TF32: ten bits of 23 of a mantissa."""
+    return os.environ.get("OMNIPORT_TF32") == "1"
+
+
 def gpu_capability() -> str | None:
     """Compute capability of the first GPU, ``8.9``; None if no GPU can be used."""
     try:

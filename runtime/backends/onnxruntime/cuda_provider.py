@@ -8,7 +8,6 @@ a session that is not allowed to.
 from __future__ import annotations
 
 import io
-import os
 import platform
 import re
 from contextlib import redirect_stdout
@@ -24,8 +23,6 @@ from ...system.stderr import dropped_from_stderr
 from .packages import INSTALL_GPU, MEND_GPU, gpu_published
 from .providers import PROVIDERS, nodes_by_provider, record_placement
 
-#: set to 1, FP32 matrix products and convolutions may take TF32, which keeps 10 bits of 23 of a mantissa
-TF32_VARIABLE = "OMNIPORT_TF32"
 #: y = Conv(x, w), float32 [1, 1, 3] and [1, 1, 2], as an ONNX file
 PROBE = (
     b'\x08\x08:_\n\x0f\n\x01x\n\x01w\x12\x01y"\x04Conv\x12\x01gZ\x17\n\x01x\x12\x12\n\x10\x08\x01\x12\x0c\n\x02\x08\x01'
@@ -45,7 +42,7 @@ def cuda_options(spec: GraphSpec) -> dict[str, str]:
     The default arena doubles what it takes with each extension.
     """
     options = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
-    if spec.compute_dtype == "float32" and os.environ.get(TF32_VARIABLE) != "1":
+    if spec.compute_dtype == "float32" and not host.tf32_asked():
         options["use_tf32"] = "0"
     return options
 

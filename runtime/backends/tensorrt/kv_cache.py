@@ -81,7 +81,11 @@ class TrtCache(ABC):
 
     @abstractmethod
     def grown(self, held: int, added: int) -> None:
-        """Take note that the run has been carried out."""
+        """Take note that the run has been carried out.
+
+        Raises:
+            BackendError: the driver refuses; it is as if the run had not been.
+        """
 
     def _require(self, held: int, added: int, most: int) -> None:
         if held > most or held + added > self._capacity:
@@ -191,6 +195,7 @@ class GrowingTrtCache(TrtCache):
             for name in self._pairs:
                 new = _Row(self._next[name], self._rows + 1, self._rows)
                 self._copy(name, _Row(self._now[name], self._rows, held), new, 1)
+            self._driver.synchronize(self._stream)  # the cache may be given back next
         self._length = held + added
 
     def _move(self, length: int, rows: int) -> None:

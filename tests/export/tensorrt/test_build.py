@@ -160,6 +160,14 @@ def test_interrupted_builds_leave_nothing(
 # what is built again
 
 
+def test_tf32_is_asked_for_by_the_variable_too(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build(bundle) == {"dit", "bigvgan"}
+    monkeypatch.setenv("OMNIPORT_TF32", "1")
+    assert build(bundle) == {"dit", "bigvgan"}
+    assert all("TF32" in engine.record.flags for engine in list_engines(Bundle.open(bundle)).usable)
+    assert build_bundle(Bundle.open(bundle), TARGETS["rtx-4090"], tf32=True).graphs[0].built is False
+
+
 def test_only_what_changed_is_built_again(bundle: Path) -> None:
     assert build(bundle) == {"dit", "bigvgan"}
     assert build(bundle) == set()

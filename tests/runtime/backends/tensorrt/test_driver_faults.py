@@ -18,7 +18,7 @@ from omniport.runtime.backends.tensorrt.backend import TrtBackend
 from omniport.runtime.backends.tensorrt.cuda_driver import CALLS
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
-from support.fake_device import FakeEngine, FakeRuntime, feeds_of
+from support.fake_device import FakeEngine, FakeRuntime, feeds_of, with_engines
 from support.live_turns import sort
 from support.stub_cuda import ILLEGAL_ADDRESS, LAUNCH_OUT_OF_RESOURCES, OUT_OF_MEMORY, Stub, StubDriver
 
@@ -83,6 +83,10 @@ def engines() -> dict[Path, FakeEngine]:
 
 @pytest.fixture(scope="module")
 def wanted(bundle: Bundle) -> list[NDArray[np.float32]]:
+    return steps_on_the_cpu(bundle)
+
+
+def steps_on_the_cpu(bundle: Bundle) -> list[NDArray[np.float32]]:
     backend = open_backend("ort-cpu", bundle, threads=1)
     graph = backend.graph("thinker")
     cache = graph.new_cache(1024)
@@ -125,6 +129,25 @@ def test_every_call_of_a_session_fails_once(
         assert stub.left == (0, 0, 0) or name in QUIET
     assert stub.fault == ""
     assert not driver.problems
+
+
+def test_a_cache_that_grows_survives_each_copy_of_rows(
+    lowered_bundle: Path, tmp_path: Path, driver: StubDriver, stub: Stub
+) -> None:
+    bundle = with_engines(lowered_bundle, tmp_path / "bundle", ["thinker"])
+    engines: dict[Path, FakeEngine] = {}
+    exact = steps_on_the_cpu(bundle)
+    assert same(Session(bundle, driver, engines).run(), exact)
+    count = stub.calls("cuMemcpy2DAsync_v2")
+    assert count >= 2 * bundle.manifest.thinker.num_layers * (STEPS + 1)
+    for call in range(1, count + 1):
+        session = Session(bundle, driver, engines)
+        stub.fail("cuMemcpy2DAsync_v2", call, LAUNCH_OUT_OF_RESOURCES)
+        assert same(session.run(), exact), call
+        stub.forgive()
+        assert len(session.said) == 1
+        assert stub.left == (0, 0, 0)
+    assert stub.fault == ""
 
 
 def test_memory_runs_out_at_each_allocation(
