@@ -43,7 +43,7 @@ from .deployment.deploy_record import (
     write_record,
 )
 from .deployment.deploy_work import DeployWork, Meter, deploy_work
-from .deployment.first_reply import measure_first_reply
+from .deployment.first_reply import measure_alone
 from .deployment.whole_progress import WholeProgress
 
 VALIDATIONS = ("quick", "none")
@@ -303,7 +303,7 @@ class _Run:
         return msgspec.structs.replace(record, engines=engines)
 
     def _reply(self, work: DeployWork, record: Deployment, meter: Meter) -> Deployment:
-        return msgspec.structs.replace(record, reply=measure_first_reply(self.out, "ort-cpu"))
+        return msgspec.structs.replace(record, reply=measure_alone(self.out, "ort-cpu"))
 
 
 def next_line(out: Path, record: Deployment) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -57,3 +59,21 @@ def measure_first_reply(bundle: Path, backend: str = "auto") -> FirstReply:
             speech_seconds=heard,
             peak_memory_bytes=stats.peak_memory_bytes or 0,
         )
+
+
+def measure_alone(bundle: Path, backend: str) -> FirstReply:
+    """As `measure_first_reply`, in a process of its own, whose memory is that of the reply alone.
+
+    Raises:
+        CheckFailed: it does not answer; says what that process said last.
+    """
+    command = [sys.executable, "-m", __name__, str(bundle), backend]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise CheckFailed(f"{bundle} does not answer: {said[-1] if said else f'exit code {done.returncode}'}")
+    return msgspec.json.decode(done.stdout, type=FirstReply)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(msgspec.json.encode(measure_first_reply(Path(sys.argv[1]), sys.argv[2])).decode())

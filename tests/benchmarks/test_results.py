@@ -13,6 +13,7 @@ from benchmarks import (
     bench_page,
     build_matrix,
     calibrate,
+    deploy,
     install_check,
     live,
     plan,
@@ -29,6 +30,7 @@ from scripts import structure
 PAGES = {
     "build-matrix": build_matrix,
     "calibrate": calibrate,
+    "deploy": deploy,
     "install-check": install_check,
     "live": live,
     "plan": plan,
