@@ -147,12 +147,15 @@ def build_memory(bundle: Bundle, graphs: Sequence[str]) -> int:
 
 
 def memory_needed(bundle: Bundle, graphs: Sequence[str], limits: Limits) -> int:
-    """Bytes of the weights of these graphs, all loaded at once, and of one KV cache for each decoder."""
+    """Bytes of the weights of these graphs, all loaded at once, and of one KV cache for each decoder.
+
+    A cache that grows is there twice: each call copies it from one side to the other.
+    """
     manifest = bundle.manifest
     weights = sum(record.size for name in graphs for record in graph_files(manifest, name).values())
     context = limits.max_context or manifest.kv.max_context
     caches = [cache_bytes(g, context, manifest.kv.dtype) for name, g in manifest.decoders.items() if name in graphs]
-    return weights + sum(caches)
+    return weights + sum(caches) * (2 if manifest.kv.form == "concat" else 1)
 
 
 def cache_bytes(geometry: DecoderGeometry, context: int, dtype: str) -> int:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx
 import pytest
 from omniport.cli.main import app
@@ -431,6 +432,9 @@ def test_check_adds_up_the_memory(tmp_path: Path) -> None:
     assert (
         memory_needed(bundle, ["thinker"], Limits(max_context=65)) - memory_needed(bundle, ["thinker"], Limits()) == 64
     )
+    kv = msgspec.structs.replace(bundle.manifest.kv, form="concat")
+    grows = Bundle(root, msgspec.structs.replace(bundle.manifest, kv=kv), {})
+    assert memory_needed(grows, ["thinker"], Limits()) == size + 2 * 2 * 1 * 1 * 8 * 64 * 4  # read here, written there
     tight = replace(CARD, memory_bytes=(1 << 29) + 100)
     report = check_bundle(bundle, tight)
     assert not report.fits
