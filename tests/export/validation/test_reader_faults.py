@@ -71,7 +71,7 @@ def test_a_wrong_choice_of_files_is_found(
     report, _ = validate(tmp_path / "right", folder, graphs=("thinker",))
     assert {check.status for check in report.checks} == {PASS}
 
-    monkeypatch.setattr(reading, "_open_weights", lambda path: reading._open_indexed(path / reading._INDEX))
+    monkeypatch.setattr(reading, "_open_weights", lambda path, *_named: reading._open_indexed(path / reading._INDEX))
     export_checkpoint(folder, tmp_path / "wrong", max_context=4096)
     report, _ = validate(tmp_path / "wrong", folder, graphs=("thinker",))
     assert {check.stage for check in report.checks if check.status == FAIL} == {"thinker"}
