@@ -89,8 +89,7 @@ def _reshape_like_node(x: Any, like: Any) -> Any:
 
 def _pad_to_blocks_node(x: Any, block: int) -> Any:
     length = op.Shape(x, start=1, end=2)
-    # ONNX Mod has the sign of the divisor, so this is how much is missing.
-    # -length modulo block; TensorRT documents Neg for no INT64
+    # how much is missing: -length modulo block, written as a product because TensorRT documents Neg for no INT64
     missing = op.Mod(op.Mul(length, op.Constant(value_ints=[block - 1])), op.Constant(value_ints=[block]))
     pads = op.Concat(op.Constant(value_ints=[0, 0, 0, 0]), missing, op.Constant(value_ints=[0]), axis=0)
     return op.Pad(x, pads)

@@ -9,8 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from wren import frame, thinker  # noqa: E402
+from wren import frame, media, thinker  # noqa: E402
 from wren.prompts import Laid, Prompts, Turn, mel_of_question  # noqa: E402
+from wren.world import Picture  # noqa: E402
 
 
 def rows(prompts: Prompts) -> list[Laid]:
@@ -53,6 +54,28 @@ def test_sounds_are_spelled_by_the_audio_encoder(work: Path) -> None:
         optimizer.step()
     assert answers.isfinite()
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_pictures_are_named_token_by_token(work: Path) -> None:
+    """Each token has the colour and the shape that it shows; ground has neither; scores of these names are right."""
+    prompts = Prompts(work)
+    shapes = (("red", "star"), ("blue", "circle"))
+    pixels, places = media.picture(Picture(shapes), np.random.default_rng(2))
+    laid = prompts.lay([Turn("What do you see?", "A star.", picture=pixels, places=places, names=shapes)])
+    (names,) = laid.seen
+    nothing = prompts.manifest.tokens.image
+    (red,), (star,), (blue,), (circle,) = (prompts.codec.encode(f" {w}") for w in ("red", "star", "blue", "circle"))
+    grid = names.reshape(4, 4, 2)  # 112 pixels, 28 a token
+    assert {tuple(name) for name in names.tolist()} == {(nothing, nothing), (red, star), (blue, circle)}
+    for column, wanted in ((0, (red, star)), (3, (blue, circle))):
+        found = {tuple(name) for name in grid[:, column].tolist()}
+        assert found <= {(nothing, nothing), wanted}, "the star is on the left"
+    names_of = torch.from_numpy(names)
+    right = torch.zeros(16, 1280).scatter_(1, names_of, 30.0)
+    assert thinker.naming_loss(right, names_of, nothing) < 0.36, "half of ln 2: a shape's token has two names"
+    ground = names_of[:, :1] == nothing
+    for wrong in (torch.where(ground, right, right.roll(1, 1)), torch.where(ground, right.roll(1, 1), right)):
+        assert thinker.naming_loss(wrong, names_of, nothing) > 3, "of shapes and of ground alike"
 
 
 @pytest.mark.parametrize("samples", [16000, 16001, 16159, 33333])
