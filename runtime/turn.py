@@ -24,8 +24,9 @@ from .media.image import ImageSource, load_image
 from .pipeline.reply import Reply
 from .pipeline.task import ReplyTask
 from .prompt import chat_template
-from .prompt.builder import Media, Part, check_content
+from .prompt.builder import Media
 from .prompt.live_clip import LiveClip
+from .prompt.messages import Part, check_content
 from .prompt.positions import Layout
 from .prompt.room import Room
 

@@ -28,7 +28,8 @@ from omniport.runtime.media.image import load_image
 from omniport.runtime.media.log_mel import audio_tokens
 from omniport.runtime.media.source import is_url, require
 from omniport.runtime.media.video import load_video
-from omniport.runtime.prompt.builder import build_prompt, vision_limits
+from omniport.runtime.prompt.builder import build_prompt
+from omniport.runtime.prompt.messages import vision_limits
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.session import OmniSession
 from omniport.runtime.speech.windows import SpeechWindows

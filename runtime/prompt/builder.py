@@ -9,43 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle.manifest import Manifest
-from ..errors import MediaError, PromptError
+from ..errors import MediaError
 from ..media.audio import load_audio
 from ..media.image import VisionInput, image_input, load_image, picture_size, video_input
-from ..media.limits import VisionLimits
 from ..media.log_mel import audio_tokens, chunk_mel, log_mel
 from ..media.video import open_video
 from . import chat_template
+from .messages import Message, Part, check_messages
 from .positions import Layout, Segment, SoundVideo, grid_positions, video_times
 from .room import PlannedImage, PlannedVideo, Room, too_long
 from .tokenizer import TextCodec
+from .tools import check_tools, lay_out
 
 MediaKind = Literal["audio", "image", "video"]
 _Made = TypeVar("_Made")
-
-#: what Qwen's qwen-omni-utils takes on a picture or video, and on a video alone; see ``VisionLimits``
-_SIZE = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-_FRAMES = ("total_pixels", "fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
-#: those that are seconds, or a rate; the others are whole numbers
-_REAL = ("fps", "video_start", "video_end")
-#: part type -> its keys
-_PARTS: Mapping[str, frozenset[str]] = {
-    "text": frozenset({"type", "text"}),
-    "audio": frozenset({"type", "audio"}),
-    "image": frozenset({"type", "image", *_SIZE}),
-    "video": frozenset({"type", "video", "use_audio", *_SIZE, *_FRAMES}),
-}
-_PART_HELP = (
-    '{"type": "text", "text": T}, {"type": "audio", "audio": X}, {"type": "image", "image": X} or '
-    '{"type": "video", "video": X, "use_audio": true}'
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,22 +89,14 @@ class Prompt:
         return mask
 
 
-_NO_LIMITS = VisionLimits()
-
-
-@dataclass(frozen=True)
-class Part:
-    """One checked piece of content. ``where`` names it in messages to the user."""
-
-    kind: str
-    value: Any
-    where: str
-    use_audio: bool = False
-    limits: VisionLimits = _NO_LIMITS
-
-
 def build_prompt(
-    messages: Sequence[Mapping[str, Any]], manifest: Manifest, codec: TextCodec, capacity: int | None = None
+    messages: Sequence[Mapping[str, Any]],
+    manifest: Manifest,
+    codec: TextCodec,
+    capacity: int | None = None,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    asked: bool = True,
 ) -> Prompt:
     """Read the media that ``messages`` name and lay everything out as one prompt.
 
@@ -130,23 +105,27 @@ def build_prompt(
             content a string or a list of parts: text, audio, image, or video, the last with its sound if ``use_audio``
             is true (false if left out, as in the reference). A picture or video may carry bounds, see ``VisionLimits``;
             those without are shown smaller if all together would not fit. Unless the first message is a system message
-            the bundle's system prompt is put in.
-
+            the bundle's system prompt is put in. An assistant's message may have ``tool_calls``.
         capacity: tokens that the KV cache holds; what the bundle was exported for if None.
+        tools: that the model may call, see ``check_tools``.
+        asked: one message must hold something to reply to; without, there may be none.
 
     Raises:
         PromptError: the messages are malformed. All of them are checked before any medium is read.
         PromptTooLong: more tokens than the KV cache holds; known before pictures and videos are decoded.
         MediaError: a medium cannot be read or used.
     """
-    checked = _check_messages(messages)
-    if checked[0][0] != "system" and manifest.chat.system_prompt:
-        checked.insert(0, ("system", [Part("text", manifest.chat.system_prompt, "the bundle's system prompt")]))
+    checked, signatures = check_messages(messages, asked), check_tools(tools)
+    own = manifest.chat.system_prompt
+    if (not checked or checked[0].role != "system") and (own or signatures):
+        where = "the bundle's system prompt"
+        checked.insert(0, Message("system", [Part("text", own, where)], where))
+    laid = lay_out(checked, signatures)
     capacity = manifest.kv.max_context if capacity is None else capacity
     layout = Layout(manifest, codec)
     media = Media(layout)
-    lay = iter(media.read([part for _, parts in checked for part in parts], codec, Room(capacity)))
-    for role, parts in checked:
+    lay = iter(media.read([part for _, parts in laid for part in parts], codec, Room(capacity)))
+    for role, parts in laid:
         chat_template.begin_message(layout, role)
         for _ in parts:
             next(lay)()()
@@ -279,95 +258,3 @@ class Media:
         seen, heard = (np.concatenate([p.indices for p in pieces if p.kind == kind]) for kind in ("video", "audio"))
         self.spans.append(MediaSpan("video", seen, vision=vision))
         self.spans.append(MediaSpan("audio", heard, chunks=chunks, frames=frames))
-
-
-def _check_messages(messages: object) -> list[tuple[str, list[Part]]]:
-    """Role and parts of every message, all checked."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise PromptError(
-            f"messages are a {type(messages).__name__}; a list of messages was expected, such as "
-            '[{"role": "user", "content": "Hello"}]'
-        )
-    if not messages:
-        raise PromptError('there are no messages; at least [{"role": "user", "content": "..."}] was expected')
-    checked = [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    asked = (part for role, parts in checked if role == "user" for part in parts)
-    if not any(part.kind != "text" or part.value.strip() for part in asked):
-        raise PromptError(
-            "no message with role 'user' has any content, so there is nothing to reply to; "
-            "add text, audio, an image or a video"
-        )
-    return checked
-
-
-def _check_message(message: object, where: str) -> tuple[str, list[Part]]:
-    if not isinstance(message, Mapping):
-        raise PromptError(f'{where} is a {type(message).__name__}; {{"role": ..., "content": ...}} was expected')
-    _check_keys(message, frozenset({"role", "content"}), frozenset({"role", "content"}), where)
-    role, content = message["role"], message["content"]
-    if role not in chat_template.ROLES:
-        raise PromptError(f"{where} has role {role!r}; one of {', '.join(chat_template.ROLES)} was expected")
-    return role, [Part("text", content, where)] if isinstance(content, str) else check_content(
-        content, f"{where}.content"
-    )
-
-
-def check_content(content: object, where: str) -> list[Part]:
-    """The parts of one message's content; PromptError, which calls it ``where``, if malformed."""
-    if isinstance(content, str):
-        return [Part("text", content, where)]
-    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
-        raise PromptError(f"{where} is a {type(content).__name__}; a string or a list of parts was expected")
-    return [_check_part(part, f"{where}[{i}]") for i, part in enumerate(content)]
-
-
-def _check_part(part: object, where: str) -> Part:
-    if not isinstance(part, Mapping):
-        raise PromptError(f"{where} is a {type(part).__name__}; {_PART_HELP} was expected")
-    kind = part.get("type")
-    if not isinstance(kind, str) or kind not in _PARTS:
-        problem = f"has type {kind!r}" if "type" in part else "has no type"
-        raise PromptError(f"{where} {problem}; {_PART_HELP} was expected")
-    _check_keys(part, _PARTS[kind], frozenset({"type", kind}), where)
-    value, use_audio = part[kind], part.get("use_audio", False)
-    if kind == "text" and not isinstance(value, str):
-        raise PromptError(f"{where}.text is a {type(value).__name__}; a string was expected")
-    if value is None:
-        raise PromptError(f"{where}.{kind} is None; a path, bytes or an array was expected")
-    if not isinstance(use_audio, bool):
-        raise PromptError(f"{where}.use_audio is {use_audio!r}; true or false was expected")
-    return Part(kind, value, f"{where}.{kind}", use_audio, vision_limits(part, where))
-
-
-def vision_limits(part: Mapping[str, Any], where: str) -> VisionLimits:
-    """What a part of a message asks of its pixels and frames.
-
-    Raises:
-        PromptError: it cannot be; ``where`` names the part.
-    """
-    given = {name: part[name] for name in (*_SIZE, *_FRAMES) if part.get(name) is not None}
-    for name, value in given.items():
-        least = 0.0 if name.startswith("video_") else 1e-3 if name in _REAL else 1.0
-        known = isinstance(value, Real if name in _REAL else int) and not isinstance(value, bool)
-        if not known or not least <= value < 1e12:
-            wanted = "a finite number" if name in _REAL else "a whole number"
-            raise PromptError(f"{where}.{name} is {value!r}; {wanted} of {least:g} or more was expected")
-    for one, other in (("resized_height", "resized_width"), ("resized_width", "resized_height")):
-        if one in given and other not in given:
-            raise PromptError(f"{where} has {one} without {other}; give both or neither")
-    for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_start", "video_end")):
-        if low in given and high in given and given[low] > given[high]:
-            raise PromptError(f"{where} has {low} {given[low]} above {high} {given[high]}; swap or correct them")
-    if "fps" in given and "nframes" in given:
-        raise PromptError(f"{where} has both fps and nframes; give one of them")
-    return VisionLimits(**given)
-
-
-def _check_keys(given: Mapping[Any, Any], known: frozenset[str], needed: frozenset[str], where: str) -> None:
-    unknown = [repr(key) for key in given if key not in known]
-    missing = [repr(key) for key in sorted(needed) if key not in given]
-    if unknown or missing:
-        problems = [f"{word} {', '.join(keys)}" for word, keys in (("unknown", unknown), ("missing", missing)) if keys]
-        raise PromptError(
-            f"{where} has the wrong keys ({'; '.join(problems)}); {', '.join(sorted(known))} were expected"
-        )
