@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime import AudioChunk, Done, Event, OmniSession, SamplingConfig, TurnsDropped
+from omniport.runtime import AudioChunk, Done, Event, OmniSession, SamplingConfig, TextDelta, TurnsDropped
 from omniport.runtime.events import Stats
 from omniport.runtime.generation.conversation import Conversation
 from omniport.runtime.pipeline.reply import Reply
@@ -150,7 +150,7 @@ def _collect(events: Iterator[Event]) -> tuple[str, NDArray[np.float32], Done, i
             sound.append(event.samples)
         elif isinstance(event, TurnsDropped):
             dropped += event.turns
-        else:
+        elif isinstance(event, TextDelta):
             text += event.text
     assert done is not None
     return text, np.concatenate(sound), done, dropped

@@ -51,7 +51,7 @@ class Replier:
 
     def _show(self, begin: Callable[[], Iterator[Event]], speak: Path | None) -> Done:
         """Print the events that ``begin`` gives once the WAV file is open."""
-        from omniport.runtime.events import AudioChunk, Done, TextDelta
+        from omniport.runtime.events import AudioChunk, Done, TextDelta, TurnsDropped
 
         done: Done | None = None
         with ExitStack() as stack:
@@ -70,7 +70,7 @@ class Replier:
                     print_json(event_dict(event))
                 elif isinstance(event, TextDelta):
                     print_text(event.text)
-                elif not isinstance(event, AudioChunk):
+                elif isinstance(event, TurnsDropped):
                     log_console(self.quiet).print(
                         f"the conversation outgrew the KV cache: its {event.turns} oldest turns are forgotten",
                         style="dim",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         UsageError,
         UserError,
     )
-    from .events import AudioChunk, Done, Event, Stats, TextDelta, TurnsDropped
+    from .events import AudioChunk, Done, Event, Stats, TextDelta, ToolCall, ToolCallDelta, TurnsDropped
     from .live.dialogue import Dialogue, TurnBegan, TurnCommitted
     from .live.hands_free import HandsFree
     from .live.vad import SpeechLimits
@@ -55,6 +55,8 @@ __all__ = [
     "SpeechWindows",
     "Stats",
     "TextDelta",
+    "ToolCall",
+    "ToolCallDelta",
     "Turn",
     "TurnBegan",
     "TurnCommitted",
@@ -82,7 +84,7 @@ _MODULES = {
         "UsageError",
         "UserError",
     ),
-    ".events": ("AudioChunk", "Done", "Event", "Stats", "TextDelta", "TurnsDropped"),
+    ".events": ("AudioChunk", "Done", "Event", "Stats", "TextDelta", "ToolCall", "ToolCallDelta", "TurnsDropped"),
     ".live.dialogue": ("Dialogue", "TurnBegan", "TurnCommitted"),
     ".live.hands_free": ("HandsFree",),
     ".live.vad": ("SpeechLimits",),

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 class TextDelta:
     """Text that one thinker token completed. Empty while a multi-byte character is unfinished.
 
+    A token comes late where its text may be the beginning of a tool call or of a stop string.
+
     Attributes:
         time: seconds from the question's end until it was ready.
     """
@@ -33,6 +35,42 @@ class AudioChunk:
     samples: NDArray[np.float32]
     sample_rate: int
     index: int
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """The next piece of a tool call that is being written. The first one comes when the call's name is known.
+
+    What is written counts as a call once its ``ToolCall`` comes. One that turns out to be no valid JSON, or that is
+    never finished, gets none: it was text, and follows as ``TextDelta``.
+
+    Attributes:
+        id: of the call.
+        arguments: the next piece of their JSON; may be empty.
+        time: seconds from the question's end until it was ready.
+    """
+
+    id: str
+    name: str
+    arguments: str
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A complete tool call. It is never spoken.
+
+    Attributes:
+        id: made up for it, unique.
+        name: what it calls, which need not be one of the tools that there are.
+        arguments: a JSON object, as the model wrote it.
+        time: seconds from the question's end until it was ready.
+    """
+
+    id: str
+    name: str
+    arguments: str
     time: float = 0.0
 
 
@@ -112,11 +150,14 @@ class Done:
     """End of the reply.
 
     Attributes:
-        text: what was said. Of a reply that was cancelled, the part that counts as said, see ``Turn.cancel``.
-        token_ids: without the stop token. codec_ids: without the stop code.
-        finish_reason: ``stop``: the model ended; ``length``: ``max_new_tokens``; ``context``: the KV cache is full;
-            ``cancelled``.
-        speech_finish_reason: the same of the speech; None without speech.
+        text: what was said, without tool calls. Of a reply that was cancelled, the part that counts as said, see
+            ``Turn.cancel``.
+        token_ids: with those of tool calls, without the stop token or the stop string.
+        codec_ids: without the stop code.
+        finish_reason: ``stop``: the model ended, or wrote a stop string; ``tool_calls``: the model ended and has called
+            tools; ``length``: ``max_new_tokens``; ``context``: the KV cache is full; ``cancelled``.
+        speech_finish_reason: the same of the speech, without ``tool_calls``; None without speech.
+        tool_calls: the complete ones.
     """
 
     text: str
@@ -125,9 +166,12 @@ class Done:
     stats: Stats
     finish_reason: str = "stop"
     speech_finish_reason: str | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
-Event = TextDelta | AudioChunk | TurnsDropped | Done
+#: what the thinker writes
+TextEvent = TextDelta | ToolCallDelta | ToolCall
+Event = TextEvent | AudioChunk | TurnsDropped | Done
 
 
 def underruns(chunks: Iterable[tuple[float, float]]) -> tuple[int, float]:

@@ -30,6 +30,7 @@ from .prompt import chat_template
 from .prompt.builder import build_prompt
 from .prompt.positions import Layout, Segment
 from .prompt.tokenizer import TextCodec
+from .prompt.tools import check_tools
 from .reply_options import ReplyOptions
 from .speech.ode_methods import Solver
 from .speech.windows import Window
@@ -64,6 +65,7 @@ class OmniSession:
         self._pool = CachePool(self._new_cache, self.max_context)
         self._conversation: Conversation | None = None
         self._system: str | None = None
+        self._tools: Sequence[Mapping[str, Any]] = ()
         self._warned = False
         self._turn: Turn | None = None
         self._replies: weakref.WeakSet[WholeReply] = weakref.WeakSet()
@@ -158,23 +160,26 @@ class OmniSession:
             other._shared, other._owner = self._shared.join(), self._owner
             return other
 
-    def reset(self, system: str | None = None) -> None:
+    def reset(self, system: str | None = None, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         """Begin a new conversation.
 
         Args:
             system: its system message; None is the one that the talker was trained with.
+            tools: that the model may call, see docs/tools.md: ``{"type": "function", "function": {"name": ...,
+                "description": ..., "parameters": ...}}`` each.
 
         Raises:
-            UsageError: a turn is open, or ``system`` is no string.
+            UsageError: a turn is open, or ``system`` is no string. PromptError: malformed ``tools``.
         """
         self._owner.check()
         if system is not None and not isinstance(system, str):
             raise UsageError(f"the system message is a {type(system).__name__}; a string was expected")
+        check_tools(tools)
         with self._lock:
             self._require_no_turn()
             if self._conversation is not None:
                 self._conversation.clear()
-            self._system = system
+            self._system, self._tools = system, tools
 
     def turn(
         self,
@@ -190,17 +195,20 @@ class OmniSession:
         exact: bool = False,
         threads: bool = True,
         ignore_stop: bool = False,
+        stop: str | Sequence[str] = (),
+        say: str | None = None,
     ) -> Turn:
         """Begin the next turn of the session's conversation.
 
         Args:
-            voice, speak, thinker, talker, seed, noise, window, solver, threads, ignore_stop: as in ``reply``.
+            voice, speak, thinker, talker, seed, noise, window, solver, threads, ignore_stop, stop, say: as in
+                ``reply``.
             exact: Whisper's log-mel is floored at its loudest moment in the whole clip, which is not known before the
                 clip ends. Live sound is floored at the loudest moment so far; True encodes again, on commit, what the
                 final floor changes, and prefills again from there on.
 
         Raises:
-            UsageError, UnknownVoice: bad options, or a turn that is still open.
+            UsageError, UnknownVoice: bad options, or a turn that is still open. PromptError: nothing that can be said.
         """
         options = ReplyOptions(
             voice=voice,
@@ -214,6 +222,9 @@ class OmniSession:
             exact=exact,
             threads=threads,
             ignore_stop=ignore_stop,
+            stop=stop,
+            say=say,
+            tools=self._tools,
         )
         self._owner.claim()
         with self._lock:
@@ -229,6 +240,44 @@ class OmniSession:
             self._turn = Turn(task, conversation)
             return self._turn
 
+    def say(
+        self,
+        text: str,
+        voice: str | None = None,
+        *,
+        talker: SamplingConfig | None = None,
+        seed: int = 0,
+        noise: NDArray[np.float32] | None = None,
+        window: Window = "stream",
+        solver: Solver = "rk4",
+        threads: bool = True,
+    ) -> Iterator[Event]:
+        """Speak a given text, as if the model had thought of it; it joins the conversation as the assistant's message.
+
+        ``turn(say=text)`` gives the turn, which can be cancelled; ``reply(messages, say=text)`` leaves nothing behind.
+
+        Args:
+            text: at most what the KV cache has room for; a long one is better said in parts.
+            voice, talker, seed, noise, window, solver, threads: as in ``reply``.
+
+        Yields:
+            The events of a reply.
+
+        Raises:
+            PromptError: the text is empty, not valid Unicode, or holds a control token. PromptTooLong.
+            UsageError, UnknownVoice: bad options, a turn that is still open, or a bundle that cannot speak.
+        """
+        return self.turn(
+            voice,
+            talker=talker,
+            seed=seed,
+            noise=noise,
+            window=window,
+            solver=solver,
+            threads=threads,
+            say=text,
+        ).commit()
+
     def reply(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -243,6 +292,9 @@ class OmniSession:
         solver: Solver = "rk4",
         threads: bool = True,
         ignore_stop: bool = False,
+        stop: str | Sequence[str] = (),
+        say: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[Event]:
         """Answer a conversation that is given whole, apart from the session's own.
 
@@ -262,8 +314,14 @@ class OmniSession:
                 caller's thread. The result is the same.
             ignore_stop: text and speech go on until their ``max_new_tokens``, for measuring.
 
+            stop: at most 4 strings that end the reply. None is part of it, nor is what the model would write after it.
+            say: the reply's text, if it shall not be generated; thinker, stop and tools then have no effect, and
+                ``messages`` may be empty.
+            tools: that the model may call, as in ``reset``.
+
         Yields:
-            TextDelta and AudioChunk as they come, then one Done. An iterator that is closed or dropped stops the work.
+            TextDelta, AudioChunk, ToolCallDelta and ToolCall as they come, then one Done. An iterator that is closed or
+            dropped stops the work.
 
         Raises:
             UsageError, UnknownVoice, PromptError, MediaError: at once, before any computing.
@@ -280,15 +338,19 @@ class OmniSession:
             solver=solver,
             threads=threads,
             ignore_stop=ignore_stop,
+            stop=stop,
+            say=say,
+            tools=tools,
         )
         self._owner.claim()
         task = self._task(options)
         with task.timer("preprocess"):
-            prompt = build_prompt(messages, self.manifest, self.text_codec, self.max_context)
-        if speak and messages[0]["role"] == "system":
+            prompt = build_prompt(
+                messages, self.manifest, self.text_codec, self.max_context, tools=tools, asked=say is None
+            )
+        if speak and messages and messages[0]["role"] == "system":
             self._compare_prompt(messages[0]["content"])
-        # The talker prefills two tokens more than the prompt has.
-        require_room(len(prompt.token_ids), self.max_context, reply=2 if speak else 1)
+        require_room(len(prompt.token_ids), self.max_context, reply=task.least)
         for span in prompt.media:
             self.bundle.require_graph(encoder_of(span.kind).name, f"the {span.kind}")
         reply = WholeReply(task, prompt, self._pool, started)
@@ -328,9 +390,11 @@ class OmniSession:
     def _opening(self) -> Segment:
         """The system message; empty where the user gave none, and the bundle has none."""
         layout = Layout(self.manifest, self.text_codec)
-        if self._system is not None or self.manifest.chat.system_prompt:
+        if self._system is not None or self.manifest.chat.system_prompt or self._tools:
             chat_template.begin_message(layout, "system")
             layout.text(self.manifest.chat.system_prompt if self._system is None else self._system)
+            if self._tools:
+                layout.text(chat_template.tool_signatures(check_tools(self._tools)))
             chat_template.end_message(layout)
             layout.flush()
         return layout.segment()

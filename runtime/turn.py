@@ -31,6 +31,8 @@ from .prompt.positions import Layout
 from .prompt.room import Room
 
 _ENDED = "this turn was cancelled or ended by an error; session.turn() begins another"
+#: tokens around a message, or around what a tool call gave, at most
+_TAGS = 48
 
 
 class Turn:
@@ -52,6 +54,7 @@ class Turn:
         self._clip: LiveClip | None = None
         self._seconds = 0.0
         self._anything = False
+        self._results = False  # what was pushed last is what a tool call gave
         conversation.begin_turn()
         self._stats = Stats(backend=task.backend.name, reused_tokens=conversation.cached)
         self._prefilled = conversation.prefilled
@@ -137,6 +140,21 @@ class Turn:
                 self._close_clip()
                 self._layout.text(text)
 
+    def push_tool_result(self, content: str) -> None:
+        """Take what a tool call of the last reply gave; of several calls in their order. It closes the clip before it.
+
+        Raises:
+            PromptError: not a string, or not valid Unicode. MediaError: the sound before it is too short. TurnEnded.
+        """
+        if not isinstance(content, str):
+            raise PromptError(f"the tool's result is a {type(content).__name__}; a string was expected")
+        tokens = len(self._task.codec.encode(content))
+        with self._lock:
+            follows = self._anything and self._results
+            with self._push(tokens + _TAGS, results=True):
+                self._close_clip()
+                chat_template.tool_result(self._layout, content, follows)
+
     def push(self, content: str | Sequence[Mapping[str, Any]]) -> None:
         """Take content that is complete: what a message holds, text, audio, image and video files or arrays.
 
@@ -164,7 +182,7 @@ class Turn:
         return [decode() for decode in made], room.tokens + ends
 
     def commit(self) -> Iterator[Event]:
-        """The turn is complete: answer it.
+        """The turn is complete: answer it, or say what was given to say, for which nothing need have been pushed.
 
         What is left of its media is encoded before this returns; everything else begins with the first ``next``.
 
@@ -180,7 +198,7 @@ class Turn:
         self._task.owner.check()
         with self._lock:
             self._require_open()
-            if not self._anything:
+            if not self._anything and not self._task.given:
                 raise PromptError("nothing was pushed in this turn, so there is nothing to reply to; push something")
             if self._clip is not None:
                 self._clip.require_tokens()
@@ -229,20 +247,27 @@ class Turn:
         self.cancel()
 
     @contextmanager
-    def _push(self, tokens: int, clip: LiveClip | None = None) -> Iterator[None]:
+    def _push(self, tokens: int, clip: LiveClip | None = None, results: bool = False) -> Iterator[None]:
         """Around what takes something: prefills what it completed, or ends the turn if that fails.
 
         Args:
             tokens: of it at most; PromptTooLong before anything is taken if there is no room.
             clip: that it belongs to, whose waiting tokens are among them; another one ends before.
+            results: it is what a tool call gave, which stands in a message without anything else.
         """
         self._task.owner.check()
         with self._lock:
             self._require_open()
             if self._clip is not None and self._clip is not clip:
                 tokens += self._clip.waiting()
-            self._conversation.require_room(self._layout.pending + tokens)
+            other = self._anything and results != self._results
+            self._conversation.require_room(self._layout.pending + tokens + other * _TAGS)
             try:
+                if other:
+                    self._close_clip()
+                    chat_template.end_message(self._layout)
+                    chat_template.begin_message(self._layout, "user")
+                self._results = results
                 yield
                 self._advance()
             except MediaError:  # raised before anything is taken
@@ -326,7 +351,11 @@ class Turn:
 
     def _complete(self) -> None:
         """Lay out the rest of the turn."""
-        self._close_clip()
-        chat_template.end_message(self._layout)
+        if self._anything:
+            self._close_clip()
+            chat_template.end_message(self._layout)
+        else:  # nobody has asked: the reply stands alone
+            self._layout = Layout(self._task.bundle.manifest, self._task.codec)
         chat_template.begin_reply(self._layout)
         self._conversation.add(self._layout.segment())
+        self._conversation.require_room(least=self._task.least)

@@ -46,7 +46,7 @@ class Channel(Generic[T]):
             return waited
 
     def close(self) -> None:
-        """One sender is done."""
+        """One sender is done. The only one may say so again."""
         with self._changed:
             self._senders -= 1
             self._changed.notify_all()
@@ -57,7 +57,7 @@ class Channel(Generic[T]):
     def __next__(self) -> T:
         with self._changed:
             start = time.perf_counter()
-            self._changed.wait_for(lambda: self._token.cancelled or self._items or not self._senders)
+            self._changed.wait_for(lambda: self._token.cancelled or self._items or self._senders < 1)
             self.waited += time.perf_counter() - start
             self._token.check()
             if not self._items:

@@ -211,16 +211,16 @@ class Conversation:
             self._conditioning = np.concatenate([self._conditioning, np.stack(conditioning[:consumed])])
         self.add(_line(closing))
 
-    def shorten_answer(self, turn: list[Segment] | None, count: int) -> bool:
-        """Cut a turn's reply back to its first ``count`` tokens, if it is the last; whether it is."""
+    def shorten_answer(self, turn: list[Segment] | None, ids: list[int], first: int) -> bool:
+        """Let a turn's reply be ``ids``, of which ``first`` are its first ones, if it is the last; whether it is."""
         with self._lock:
             if self.turns[-1] is not turn:
                 return False
-            reply, closing = turn[-2:]
+            closing = turn[-1]
             del turn[-2:]
             prompt = self.length
-            self.add(_line(reply.ids[:count]))
-            self._cut(prompt + count)
+            self.add(_line(np.asarray(ids, np.int64)))
+            self._cut(prompt + first)
             self.add(closing)
             return True
 

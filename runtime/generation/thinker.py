@@ -1,8 +1,12 @@
-"""Run the thinker: a prompt in its KV cache in, text tokens and the talker's conditioning out."""
+"""Run the thinker: a prompt in its KV cache in, text tokens and the talker's conditioning out.
+
+The talker's conditioning of a token is ``hidden + embedding`` after the thinker has consumed it. The last token that is
+generated never is consumed: it has none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,21 +18,20 @@ from ..errors import PromptTooLong
 from .decoder import Decoder
 from .sampling import Sampler
 
+#: given tokens that are consumed at once: about as many as the first window of speech takes
+_PIECE = 32
+
 
 @dataclass(frozen=True)
 class ThinkerStep:
     """One generated token.
 
     Attributes:
-        token_id: the k-th generated token.
-        conditioning: float32 [H], the talker's: ``hidden + embedding`` of generated token k - 1, which was consumed to
-            pick this one; None at k = 0. The last generated token is never consumed: it has none.
         stop: the token ends the reply and is not part of it.
         last: no step follows: a stop token, the last of ``max_new_tokens``, or a full cache.
     """
 
     token_id: int
-    conditioning: NDArray[np.float32] | None
     stop: bool
     last: bool
 
@@ -43,6 +46,7 @@ class ThinkerRun:
         prompt_ids: int64 [S], what the repetition penalty sees beside the reply.
         position: of the first generated token, in all three components; the k-th has this plus k.
         stop: ids that end the reply.
+        given: the tokens of the reply, which are consumed instead of any that would be picked; there must be room.
 
     Attributes:
         conditioning: float32 [H] each, the talker's, of the generated tokens that were consumed so far.
@@ -60,20 +64,34 @@ class ThinkerRun:
         prompt_ids: NDArray[np.int64],
         position: int,
         stop: Iterable[int],
+        given: Sequence[int] = (),
     ) -> None:
         self.conditioning: list[NDArray[np.float32]] = []
         self.finish_reason = "stop"
         self._decoder = decoder
+        self._prompt = decoder.length
         self._logits = logits
         self._prompt_ids = prompt_ids
         self._position = position
         self._sampler = sampler
         self._embedding = embedding
         self._stop = frozenset(stop)
+        self._given = given
         self._timer = timer
 
     def steps(self) -> Iterator[ThinkerStep]:
-        """Generate until a stop token, ``max_new_tokens``, or a full cache."""
+        """Give the tokens until a stop token, ``max_new_tokens``, or a full cache; or those that were given."""
+        return self._give() if self._given else self._generate()
+
+    def end_with(self, kept: int, ids: Sequence[int]) -> None:
+        """End here: the first ``kept`` tokens stay, and ``ids`` follow in the place of those after them."""
+        del self.conditioning[kept:]
+        self._decoder.truncate(self._prompt + kept)
+        self.finish_reason = "stop"
+        if 0 < len(ids) <= self._decoder.room:
+            self._consume(ids)
+
+    def _generate(self) -> Iterator[ThinkerStep]:
         # The last token is not consumed, so a reply may be one token longer than the room.
         limit = min(self._sampler.config.max_new_tokens, self._decoder.room + 1)
         seen = np.concatenate([self._prompt_ids, np.zeros(limit, np.int64)])
@@ -85,15 +103,30 @@ class ThinkerRun:
             last = stop or k + 1 == limit
             if last and not stop:
                 self.finish_reason = "length" if limit == self._sampler.config.max_new_tokens else "context"
-            yield ThinkerStep(token, self.conditioning[-1] if self.conditioning else None, stop, last)
+            yield ThinkerStep(token, stop, last)
             if last:
                 return
             seen[count + k] = token
-            with self._timer("thinker"):
-                embed = self._embedding.rows([token])
-                logits, hidden = self._decoder.forward(embed, np.full((3, 1), self._position + k, np.int64))
-                if hidden is not None:
-                    self.conditioning.append(hidden[0] + embed[0])
+            logits = self._consume([token])
+
+    def _give(self) -> Iterator[ThinkerStep]:
+        for start in range(0, len(self._given), _PIECE):
+            piece = self._given[start : start + _PIECE]
+            self._consume(piece)
+            for token in piece:
+                yield ThinkerStep(token, stop=False, last=False)
+        yield ThinkerStep(self._given[-1], stop=True, last=True)
+
+    def _consume(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Run tokens of the reply; gives the logits [V] after them."""
+        with self._timer("thinker"):
+            embeds = self._embedding.rows(ids)
+            first = self._position + self._decoder.length - self._prompt
+            positions = np.tile(np.arange(first, first + len(ids)), (3, 1))
+            logits, hidden = self._decoder.forward(embeds, positions)
+            if hidden is not None:
+                self.conditioning.extend(hidden + embeds)
+        return logits
 
 
 def require_room(tokens: int, capacity: int, reply: int = 1) -> None:

@@ -9,8 +9,9 @@ from contextlib import suppress
 
 from ..concurrency.cancel import Cancelled
 from ..concurrency.owner import Owner
-from ..events import AudioChunk, Done, Event, Stats, TextDelta, TurnsDropped, underruns
+from ..events import AudioChunk, Done, Event, Stats, TextDelta, TextEvent, ToolCall, TurnsDropped, underruns
 from ..generation.conversation import Conversation
+from ..generation.reply_text import Said
 from ..generation.thinker import ThinkerRun
 from ..prompt.chat_template import end_of_reply
 from ..prompt.positions import Segment
@@ -45,7 +46,7 @@ class Reply:
         self._setup = threading.Lock()  # held while the caller's thread uses the conversation
         self._delivery = threading.Lock()
         self._chunks: list[tuple[float, float]] = []
-        self._texts = 0
+        self._texts = self._calls = 0
         self._samples = 0
 
     def events(self) -> Iterator[Event]:
@@ -86,12 +87,12 @@ class Reply:
         if ended is None:
             self._end(heard=heard)
         elif heard is not None and not self._undone and self._workers is not None:
-            self._shorten(len(self._heard(heard)))
+            self._shorten(self._heard(heard))
 
-    def _shorten(self, count: int) -> None:
-        """The reply is complete, but was not heard to its end: keep ``count`` tokens of it."""
-        if count < self._kept and self._conversation.shorten_answer(self._turn, count):
-            self._kept = count
+    def _shorten(self, said: Said) -> None:
+        """The reply is complete, but was not heard to its end."""
+        if len(said.ids) < self._kept and self._conversation.shorten_answer(self._turn, said.ids, said.first):
+            self._kept = len(said.ids)
 
     def _prepare(self) -> None:
         """Complete the conversation's last turn: before anything else, in the thread that asks for the first event."""
@@ -104,8 +105,7 @@ class Reply:
         task.token.check()
         before = conversation.prefilled
         self._prepare()
-        least = 2 if task.speech is not None else 1  # the talker prefills two tokens more than the prompt has
-        conversation.prefill(task.reserve, least)
+        conversation.prefill(task.reserve, task.least)
         stats.prompt_tokens = conversation.length
         stats.late_tokens = conversation.prefilled - before
         stats.prefilled_tokens = conversation.prefilled - self._before
@@ -118,18 +118,20 @@ class Reply:
             prompt_ids=conversation.ids,
             position=conversation.cursor,
             stop=task.stop,
+            given=task.given,
         )
         self._workers = Workers(task, run, conversation, self._elapsed)
         return conversation.take_dropped()
 
-    def _delivered(self, event: TextDelta | AudioChunk) -> bool:
+    def _delivered(self, event: TextEvent | AudioChunk) -> bool:
         """Note that the caller gets an event; False if the reply was cancelled before."""
         stats = self._stats
         with self._delivery:
             if self._task.token.cancelled:
                 return False
-            if isinstance(event, TextDelta):
-                self._texts += event.token_id not in self._task.stop
+            if not isinstance(event, AudioChunk):
+                self._texts += isinstance(event, TextDelta) and event.token_id not in self._task.stop
+                self._calls += isinstance(event, ToolCall)
                 stats.time_to_first_token = (
                     event.time if stats.time_to_first_token is None else stats.time_to_first_token
                 )
@@ -153,36 +155,35 @@ class Reply:
             if undo:
                 self._conversation.undo_turn()
             else:
-                conditioning = self._workers.run.conditioning if self._workers is not None else []
+                conditioning = self._workers.run.conditioning[: said.first] if self._workers is not None else []
                 closing = end_of_reply(self._task.bundle.manifest, self._task.codec)
-                self._conversation.answer(said, conditioning, closing)
-                self._kept = len(said)
+                self._conversation.answer(said.ids, conditioning, closing)
+                self._kept = len(said.ids)
             self._release()
             self.ended = True
             return self._done
 
-    def _said(self, heard: float | None) -> list[int]:
-        """Reply tokens that count as said."""
+    def _said(self, heard: float | None) -> Said:
+        """What counts as said."""
         workers = self._workers
         if workers is None:
-            return []
-        ids = workers.token_ids
+            return Said([], 0, "", [])
         if self._task.token.cancelled:
             return self._heard(heard)
-        if ids and workers.codec_ids:
-            self._conversation.codes_per_token = len(workers.codec_ids) / len(ids)
-        return ids
+        if workers.text.spoken and workers.codec_ids:
+            self._conversation.codes_per_token = len(workers.codec_ids) / workers.text.spoken
+        return workers.text.said()
 
-    def _heard(self, heard: float | None) -> list[int]:
-        """Reply tokens that were read, or heard, by the pace of the speech."""
+    def _heard(self, heard: float | None) -> Said:
+        """What was read, or heard, by the pace of the speech."""
         workers = self._workers
         assert workers is not None
-        ids = workers.token_ids
-        if self._task.speech is None:
-            return ids[: self._texts]
-        complete = {"thinker", "talker"} <= workers.ended.keys()
-        pace = len(workers.codec_ids) / len(ids) if complete and ids else self._conversation.codes_per_token
-        return ids[: min(self._texts, int(self._codes(heard) / pace + 1e-6))]
+        texts, spoken = self._texts, workers.text.spoken
+        if self._task.speech is not None:
+            complete = {"thinker", "talker"} <= workers.ended.keys()
+            pace = len(workers.codec_ids) / spoken if complete and spoken else self._conversation.codes_per_token
+            texts = min(texts, int(self._codes(heard) / pace + 1e-6))
+        return workers.text.said(texts, self._calls)
 
     def _codes(self, heard: float | None = None) -> int:
         """Codec tokens whose sound was delivered, or heard if the caller knows for how many seconds it was."""
@@ -192,7 +193,7 @@ class Reply:
         seconds = self._samples / speech.sample_rate
         return round((seconds if heard is None else min(seconds, heard)) * dit.codec_hz)
 
-    def _sum_up(self, said: list[int]) -> Done:
+    def _sum_up(self, said: Said) -> Done:
         stats, workers, task = self._stats, self._workers, self._task
         stats.total_time = self._elapsed()
         stats.busy, stats.run_seconds = task.timer.busy, task.backend.seconds
@@ -202,17 +203,19 @@ class Reply:
         cancelled = task.token.cancelled
         stats.workers = workers.times
         codes = workers.codec_ids[: self._codes()] if cancelled else workers.codec_ids
-        stats.text_tokens, stats.codec_tokens = len(said), len(codes)
+        stats.text_tokens, stats.codec_tokens = len(said.ids), len(codes)
         stats.audio_seconds = sum(duration for _, duration in self._chunks)
         stats.underruns, stats.underrun_seconds = underruns(self._chunks)
         thought, voiced = workers.ended.get("thinker"), workers.ended.get("talker")
-        stats.tokens_per_second = len(workers.token_ids) / thought if thought else None
+        stats.tokens_per_second = len(workers.text.token_ids) / thought if thought else None
         stats.codes_per_second = len(workers.codec_ids) / voiced if voiced else None
         if stats.audio_seconds:
             stats.real_time_factor = stats.total_time / stats.audio_seconds
         reason = "cancelled" if cancelled else workers.run.finish_reason
+        if said.calls and reason == "stop":
+            reason = "tool_calls"
         speech = None if task.speech is None else "cancelled" if cancelled else task.speech.talker.finish_reason
-        return Done(task.codec.decode(said), said, codes, stats, reason, speech)
+        return Done(said.text, said.ids, codes, stats, reason, speech, said.calls)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._started

@@ -16,6 +16,7 @@ from ..concurrency.timing import StageTimer
 from ..errors import UsageError
 from ..generation.sampling import Sampler, validate_sampling
 from ..generation.talker import Talker
+from ..prompt.given_text import ids_to_say
 from ..prompt.tokenizer import TextCodec
 from ..reply_options import ReplyOptions
 from ..speech.token2wav import NoiseStream, Token2Wav
@@ -38,9 +39,11 @@ class ReplyTask:
 
     Attributes:
         sampler: the thinker's.
-        stop: thinker ids that end the reply.
+        stop: thinker ids that end the reply. stop_strings: texts that do.
+        tools: the reply may call some.
+        given: the reply's tokens, where it is given and not generated.
         speech: None for a reply that is only read.
-        reserve: tokens of the KV cache that shall be free for the reply.
+        reserve: tokens of the KV cache that shall be free for the reply. least: without which there is none.
         threads: workers at once, each in its thread; False: one after the other in the caller's.
         owner: the process that works on it.
         exact: of a live turn, see `OmniSession.turn`.
@@ -53,8 +56,12 @@ class ReplyTask:
     timer: StageTimer
     sampler: Sampler
     stop: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    tools: bool
+    given: list[int]
     speech: SpeechTask | None
     reserve: int
+    least: int
     threads: bool
     exact: bool
     owner: Owner
@@ -77,7 +84,7 @@ def make_task(
         run_limit: seconds that one run of a graph may take.
 
     Raises:
-        UsageError, UnknownVoice: the bundle cannot reply like that.
+        UsageError, UnknownVoice: the bundle cannot reply like that. PromptError: nothing that can be said.
     """
     writer = decoders()[0].name
     bundle.require_graph(writer, "any reply")
@@ -86,7 +93,9 @@ def make_task(
     timer, token = StageTimer(), CancelToken()
     guarded = GuardedBackend(CheckedBackend(backend, bundle.manifest.graphs, run_limit), token, timer)
     speech = _speech_task(bundle, guarded, options, timer) if options.speak else None
-    longest = max(config.max_new_tokens, speech.sampler.config.max_new_tokens if speech else 0)
+    given = [] if options.say is None else ids_to_say(options.say, codec)
+    longest = max(len(given) or config.max_new_tokens, speech.sampler.config.max_new_tokens if speech else 0)
+    least = max(len(given), 2 if speech else 1)  # the talker prefills two tokens more than the prompt has
     return ReplyTask(
         bundle=bundle,
         codec=codec,
@@ -95,8 +104,12 @@ def make_task(
         timer=timer,
         sampler=Sampler(config, options.generators()[0]),
         stop=() if options.ignore_stop else bundle.manifest.chat.stop,
+        stop_strings=() if given else options.stop_strings(),
+        tools=bool(options.tools) and not given,
+        given=given,
         speech=speech,
-        reserve=min(longest, capacity // 4),
+        reserve=max(least, min(longest, capacity // 4)),
+        least=least,
         threads=options.threads,
         exact=options.exact,
         owner=owner,

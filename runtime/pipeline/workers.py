@@ -1,9 +1,9 @@
 """The workers of a reply: thinker, talker and token2wav, a thread each, joined by bounded queues.
 
-The thinker sends the talker a vector of conditioning for every token that it consumes, the talker sends codec tokens to
-token2wav, whose vocoder runs beside the next window's DiT, and what is to be read or heard leaves through one queue to
-the caller. A full queue holds its sender back. Under greedy sampling, or with the same seed, the result is that of the
-workers one after the other: each draws from its own stream, and none looks at the time.
+The thinker sends the talker a vector of conditioning for every token that is to be spoken, the talker sends codec
+tokens to token2wav, whose vocoder runs beside the next window's DiT, and what is to be read or heard leaves through
+one queue to the caller. A full queue holds its sender back. Under greedy sampling, or with the same seed, the result
+is that of the workers one after the other: each draws from its own stream, and none looks at the time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ..bundle.parts import decoders
 from ..concurrency.cancel import Cancelled
 from ..concurrency.channel import Channel
 from ..concurrency.schedule import Pace
-from ..events import AudioChunk, TextDelta, WorkerTime
+from ..events import AudioChunk, TextEvent, WorkerTime
 from ..generation.conversation import Conversation
+from ..generation.reply_text import ReplyText
 from ..generation.thinker import ThinkerRun
 from ..speech.token2wav import MelPiece
 from .task import ReplyTask
@@ -46,7 +47,8 @@ class Workers:
         clock: seconds since the question ended.
 
     Attributes:
-        token_ids, codec_ids: generated so far.
+        text: what the thinker has written so far.
+        codec_ids: generated so far.
         times: of each worker that has ended.
         ended: seconds at which each worker ended, of those that came to their end.
         error: what ended a worker before its time.
@@ -55,13 +57,13 @@ class Workers:
     def __init__(
         self, task: ReplyTask, run: ThinkerRun, conversation: Conversation, clock: Callable[[], float]
     ) -> None:
-        self.token_ids: list[int] = []
+        self.text = ReplyText(task.codec, task.stop_strings, task.tools)
         self.codec_ids: list[int] = []
         self.times: dict[str, WorkerTime] = {}
         self.ended: dict[str, float] = {}
         self.error: BaseException | None = None
         self.run = run
-        self._text, self._speech, self._conversation = task.codec.stream(), task.speech, conversation
+        self._speech, self._conversation = task.speech, conversation
         self._token, self._timer, self._clock = task.token, task.timer, clock
         speech, token, threads = task.speech, task.token, task.threads
         # The talker is a window ahead of token2wav, no more: what it does sooner delays the sound that is due.
@@ -71,9 +73,10 @@ class Workers:
         first = speech.token2wav.first_window if speech is not None and threads and self._held else None
         self._pace = None if first is None else Pace(*first, clock, token)
         self._conditioning: Channel[NDArray[np.float32]] = Channel(bounds[0], token)
+        self._conditioned = 0  # vectors that were sent
         self._codes: Channel[int] = Channel(bounds[1], token)
         self._mels: Channel[MelPiece] = Channel(1 if threads else None, token)
-        self._events: Channel[TextDelta | AudioChunk] = Channel(bounds[2], token, senders=1 if speech is None else 2)
+        self._events: Channel[TextEvent | AudioChunk] = Channel(bounds[2], token, senders=1 if speech is None else 2)
         self._bodies: list[_Body] = [("thinker", self._think, (self._conditioning, self._events))]
         if speech is not None:
             self._bodies += [
@@ -94,7 +97,7 @@ class Workers:
         """Whether the thread that asks is the one that runs the bodies, which cannot wait for itself."""
         return self._inside is threading.current_thread()
 
-    def events(self) -> Iterator[TextDelta | AudioChunk]:
+    def events(self) -> Iterator[TextEvent | AudioChunk]:
         """Start, and give what comes.
 
         Raises:
@@ -162,17 +165,28 @@ class Workers:
     def _think(self) -> float:
         waited = 0.0
         for step in self.run.steps():
-            if not step.stop:
-                self.token_ids.append(step.token_id)
-            if step.conditioning is not None and self._speech is not None:
-                waited += self._conditioning.send(step.conditioning)
-            delta = "" if step.stop else self._text.push(step.token_id)
-            if step.last:  # a character that is left unfinished comes out as U+FFFD
-                delta += self._text.flush()
-            if delta or not step.stop:
-                waited += self._events.send(TextDelta(delta, step.token_id, self._clock()))
+            events = self.text.take(step, self._clock())
+            if self.text.cut is not None:
+                self.run.end_with(self.text.cut, self.text.token_ids[self.text.cut :])
+            before = self._conditioned
+            waited += self._condition()
+            for event in events:
+                waited += self._events.send(event)
+            if self.text.cut is not None:
+                break
             if not step.last:
-                waited += self._hold("thinker", len(self.run.conditioning))
+                waited += sum(self._hold("thinker", made + 1) for made in range(before, self._conditioned))
+        return waited
+
+    def _condition(self) -> float:
+        """Send the talker what is to be spoken of the tokens so far."""
+        waited = 0.0
+        if self._speech is not None:
+            for vector in self.run.conditioning[self._conditioned : self.text.spoken]:
+                waited += self._conditioning.send(vector)
+                self._conditioned += 1
+            if self.text.silent:  # the talker need not wait for the end of the text
+                self._conditioning.close()
         return waited
 
     def _talk(self) -> float:

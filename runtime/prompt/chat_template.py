@@ -70,3 +70,9 @@ def tool_signatures(tools: Sequence[str]) -> str:
 def tool_call(name: str, arguments: str) -> str:
     """A call in the assistant's message; ``arguments`` is a JSON object."""
     return f'{TOOL_CALL[0]}\n{{"name": "{name}", "arguments": {arguments}}}\n{TOOL_CALL[1]}'
+
+
+def tool_result(layout: Layout, content: str, follows: bool) -> None:
+    """Append what a call gave to a message of the user that holds nothing else; ``follows`` another one."""
+    begin, end = TOOL_RESPONSE
+    layout.text("\n" * follows + begin + content + end)

@@ -91,6 +91,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special) | special
+        self._markers = [token.content for token in added.values() if re.fullmatch(r"<.+>", token.content)]
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], tokens: SpecialTokens) -> TextCodec:
@@ -142,6 +143,10 @@ class TextCodec:
                 "Decode the text with the right encoding, or drop that character"
             ) from error
 
+    def marker_in(self, text: str) -> str | None:
+        """A control token, or another added one that is written like a tag, which ``text`` spells."""
+        return next((marker for marker in self._markers if marker in text), None)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``: special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode([i for i in ids if i not in self._special], skip_special_tokens=True)
@@ -177,7 +182,11 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Text that this token completed; empty while a character is unfinished and for special tokens."""
-        return self._utf8.decode(self._codec.token_bytes(token_id))
+        return self.take(self._codec.token_bytes(token_id))
+
+    def take(self, data: bytes) -> str:
+        """Text that these bytes of a token completed."""
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
         """U+FFFD if the last character never was finished, else nothing. The stream can be used anew afterwards."""

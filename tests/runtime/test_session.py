@@ -236,7 +236,7 @@ def test_options_of_a_reply_are_one_set() -> None:
         parameters = inspect.signature(method).parameters
         given = {name: p.default for name, p in parameters.items() if name not in more | {"self"}}
         assert given == {name: fields[name] for name in given}
-        assert fields.keys() - given.keys() <= {"exact"}
+        assert fields.keys() - given.keys() <= {"exact", "tools"}
 
 
 def test_repetition_penalty_sees_the_prompt_ids(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
