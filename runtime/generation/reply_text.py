@@ -17,6 +17,8 @@ from .thinker import ThinkerStep
 from .tool_calls import CallReader
 
 _BEGIN, _END = (tag.encode() for tag in TOOL_CALL)
+#: bytes that go on with a character in UTF-8
+_CONTINUED = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))
 
 
 @dataclass(frozen=True)
@@ -97,22 +99,20 @@ class ReplyText:
             return self._read_call(events, time)
         data = b"".join(part for _, part in self._held)
         found = self._find(data)
+        start, end, stop = found or (len(data) - self._undecided(data), 0, False)
+        rest = data[self._release(self._whole(data, start), events, time) : start]
         if found is None:
-            self._release(len(data) - self._undecided(data), events, time)
             return False
-        start, end, stop = found
         if stop:
-            rest = data[self._release(self._whole(data, start), events, time) : start]
             self._stop_at(rest, events, time)
             return False
-        rest = data[self._release(start, events, time) : start]
         self._begin_call(rest, data[end:], events, time)
         return True
 
     def _whole(self, data: bytes, start: int) -> int:
-        """The last place up to ``start`` where a token ends and a character too."""
-        ends = itertools.accumulate(len(part) for _, part in self._held)
-        return max((end for end in ends if end <= start and data[end] & 0xC0 != 0x80), default=0)
+        """The last place up to ``start`` where a token ends; with stop strings, one where a character ends too."""
+        ends = (end for end in itertools.accumulate(len(part) for _, part in self._held) if end <= start)
+        return max((end for end in ends if not self._stop or data[end : end + 1] not in _CONTINUED), default=0)
 
     def _find(self, data: bytes) -> tuple[int, int, bool] | None:
         """(start, end, whether it is a stop string) of the first tag or stop string."""
@@ -124,7 +124,7 @@ class ReplyText:
     def _undecided(self, data: bytes) -> int:
         """How many bytes at the end may be the beginning of a tag, with the white space before it, or a stop string.
 
-        A stop string may follow in the token that ends a character: the tokens before belong to what is spelled anew.
+        A stop string may follow in the token that ends a character: that is spelled anew with all tokens it is made of.
         """
         most = max((_overlap(data, stop) for stop in self._stop), default=0)
         if self._stop:
