@@ -7,6 +7,7 @@
 # make fuzz: mutated files, messages, arguments and turns for an hour (docs/results/fuzz.md)
 # make extras: resolve every extra for Python 3.10 to 3.14 on x86-64 and aarch64, from wheels
 # make install-check: install both ONNX Runtimes in every order, and mend them as doctor says (docs/results/install-check.md)
+# make tensorrt-contract: compare what was recorded of TensorRT's Python modules (10.3 to 11.4) with the real bindings
 # make build-matrix: build the engines of real-width graphs for several GPUs, without one (docs/results/build-matrix.md)
 # make bench-check: measure the real-width model and compare its ratios with docs/results/bench.json, within a noise band
 
@@ -15,7 +16,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint demo wren docs fuzz extras install-check build-matrix bench-check gpu-check clean
+.PHONY: test lint demo wren docs fuzz extras install-check tensorrt-contract build-matrix bench-check gpu-check clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -46,6 +47,9 @@ extras: $(INSTALLED)
 
 install-check: $(INSTALLED)
 	$(PYTHON) -m benchmarks.install_check
+
+tensorrt-contract: $(INSTALLED)
+	$(PYTHON) -m pytest -q -m network tests/export/tensorrt/test_recorded.py
 
 demo: $(INSTALLED)
 	$(PYTHON) -m scripts.demo

@@ -3,7 +3,7 @@
 Both have the same Python API under two module names, and both have changed it: features were added (weights given by
 address in 10.13, attention in 10.14, the KV cache in 10.15) and removed (weak typing in 11). Features are detected by
 attributes rather than by version, so that releases newer than this code are handled correctly.
-tests/data/trt_attributes.json holds recorded attribute sets.
+tests/data/trt_attributes.json holds what real releases offer (scripts/tensorrt_contract.py).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ INT8_BLOCKS, _INT8_BLOCKS_SINCE = "INT8 in blocks", (10, 16)
 #: the first ONNX opset with operators that only those parsers know
 _NEW_OPSET, _NEW_OPSET_SINCE = 23, (10, 14)
 
-#: class -> whether its attributes are looked at; what `attributes_of` records
-INTERESTING = (
+#: classes whose attributes are looked at
+_INTERESTING = (
     "Builder",
     "BuilderFlag",
     "ComputeCapability",
@@ -110,7 +110,7 @@ def attributes_of(module: Any) -> dict[str, list[str]]:
     """Public attributes of the classes that `features_of` looks at."""
     return {
         name: [attribute for attribute in dir(getattr(module, name)) if not attribute.startswith("_")]
-        for name in INTERESTING
+        for name in _INTERESTING
         if hasattr(module, name)
     }
 

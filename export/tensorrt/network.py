@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from omniport.runtime.backends.tensorrt.runtime_api import attempt
 from omniport.runtime.bundle.graph_spec import GraphSpec, TensorSpec
 from omniport.runtime.errors import BuildError
 
@@ -43,9 +44,9 @@ class Parsed:
 
     def __init__(self, api: Api, onnx_file: OnnxFile, graph: str) -> None:
         self.api, self.onnx_file, self.graph = api, onnx_file, graph
-        self.builder = api.module.Builder(api.logger)
+        self.builder = api.given(attempt(api.module.Builder, api.logger), "builder")
         self.network = api.create_network(self.builder)
-        self.parser = api.module.OnnxParser(self.network, api.logger)
+        self.parser = api.given(attempt(api.module.OnnxParser, self.network, api.logger), "parser")
         self._mapped: list[Any] = []
         self.layers: dict[str, int] = {}
 
@@ -261,8 +262,6 @@ def _parser_error(parser: Any) -> str:
         return "the parser gives no reason"
     error = parser.get_error(0)
     text = " ".join(str(error.desc()).split())[:600]
-    if not hasattr(error, "node_name"):  # before 10.2
-        return f"node {error.node()} cannot be parsed: {text}"
     return f"node {error.node_name()!r} ({error.node_operator()}) cannot be parsed: {error.code()!s}: {text}"
 
 

@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,30 +23,6 @@ from ...errors import BackendError
 #: backend -> its Python module, and the extra that brings it
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
-
-#: class -> attributes that are called here whatever the version; a test looks them up in the real module
-USED = {
-    "Runtime": ("deserialize_cuda_engine",),
-    "ICudaEngine": (
-        "create_execution_context",
-        "get_tensor_dtype",
-        "get_tensor_mode",
-        "get_tensor_name",
-        "get_tensor_shape",
-        "num_io_tensors",
-    ),
-    "IExecutionContext": (
-        "execute_async_v3",
-        "get_tensor_shape",
-        "infer_shapes",
-        "set_input_shape",
-        "set_optimization_profile_async",
-        "set_tensor_address",
-        "update_device_memory_size_for_shapes",
-    ),
-    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
-    "TensorIOMode": ("INPUT", "OUTPUT"),
-}
 
 #: specs' names of TensorRT's dtypes
 _DTYPES = {
@@ -145,11 +121,24 @@ def installed_runtimes() -> list[str]:
     return [name for name, module in MODULES.items() if importlib.util.find_spec(module) is not None]
 
 
+def attempt(make: Callable[..., Any], *arguments: Any) -> Any:
+    """What a class of TensorRT's makes; None where its library made nothing, for want of a GPU or a new enough driver.
+
+    Functions of TensorRT give None themselves then; the constructors of its Python module raise a TypeError.
+    """
+    try:
+        return make(*arguments)
+    except TypeError as error:
+        if "nullptr" in str(error):
+            return None
+        raise
+
+
 class TrtRuntime:
     """TensorRT or TensorRT-RTX, as installed.
 
     Raises:
-        BackendError: it is not installed or does not import.
+        BackendError: it is not installed, does not import, or cannot start.
     """
 
     def __init__(self, builder: str) -> None:
@@ -157,7 +146,7 @@ class TrtRuntime:
         self.module = _import(builder)
         self.version = str(self.module.__version__)
         self.logger, self.messages = listen(builder, self.module)
-        self._runtime = self.given(self.module.Runtime(self.logger), "runtime")
+        self._runtime = self.given(attempt(self.module.Runtime, self.logger), "runtime")
 
     def given(self, made: Any, what: str) -> Any:
         """What a call gave. BackendError: nothing."""
@@ -269,8 +258,7 @@ class _TrtContext:
     def scratch_bytes(self) -> int:
         """0 is TensorRT's error, except of an engine that never needs any."""
         needed = int(self._context.update_device_memory_size_for_shapes())
-        sizes = ("device_memory_size_v2", "device_memory_size")  # the older name until 10.1
-        if not needed and any(getattr(self._engine, name, 0) for name in sizes):
+        if not needed and self._engine.device_memory_size_v2:
             raise BackendError(f"the engine cannot tell the memory that a run needs: {self._reason()}")
         return needed
 

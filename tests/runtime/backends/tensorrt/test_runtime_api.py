@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,39 +11,13 @@ from omniport.export.devices.detect import find_target
 from omniport.export.tensorrt.build import build_bundle
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.tensorrt import runtime_api as trt_runtime
-from omniport.runtime.backends.tensorrt.runtime_api import USED, TrtRuntime, installed_runtimes
+from omniport.runtime.backends.tensorrt.runtime_api import TrtRuntime, installed_runtimes
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
 from omniport.runtime.system.host import gpu_capability
 from support.onnx_graphs import cache_model, plain_model, put_graphs
 
 no_gpu = pytest.mark.skipif(gpu_capability() is not None, reason="says what happens without a GPU, and here is one")
-
-
-def test_every_name_that_is_used_exists() -> None:
-    module = TrtRuntime("tensorrt-rtx").module
-    for kind, names in USED.items():
-        for name in names:
-            assert hasattr(getattr(module, kind), name), f"{kind}.{name}"
-    assert hasattr(module.IExecutionContext, "is_stream_capturable")
-    assert hasattr(module.IExecutionContext, "device_memory") or hasattr(module.IExecutionContext, "set_device_memory")
-    assert hasattr(module.ICudaEngine, "device_memory_size_v2")
-    assert hasattr(module.ICudaEngine, "get_aliased_input_tensor")
-    for name in ("EAGER", "LAZY"):
-        assert hasattr(module.DynamicShapesKernelSpecializationStrategy, name)
-    for name in ("dynamic_shapes_kernel_specialization_strategy", "set_execution_context_allocation_strategy"):
-        assert hasattr(module.IRuntimeConfig, name)
-    assert set(trt_runtime._DTYPES) <= set(dir(module.DataType))
-
-
-def test_source_uses_what_is_checked() -> None:
-    """Every attribute of an engine or context that the source reads is in USED, or is looked for before."""
-    tree = ast.parse(Path(trt_runtime.__file__).read_text())
-    read = {(ast.unparse(n.value), n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    optional = {"get_aliased_input_tensor", "create_runtime_config", "device_memory", "set_device_memory"}
-    for kind, variables in (("ICudaEngine", {"engine", "self._engine"}), ("IExecutionContext", {"self._context"})):
-        found = {name for variable, name in read if variable in variables}
-        assert found - optional == set(USED[kind])
 
 
 @no_gpu
