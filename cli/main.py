@@ -29,6 +29,7 @@ from .commands import (
     quant_report,
     quantize,
     ranges,
+    say,
     start,
     talk,
     targets,
@@ -73,6 +74,7 @@ for _module in (
     inspect,
     voices,
     run_command,
+    say,
     talk,
     doctor,
 ):

@@ -166,7 +166,7 @@ class Done:
     stats: Stats
     finish_reason: str = "stop"
     speech_finish_reason: str | None = None
-    tool_calls: list[ToolCall] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list, kw_only=True)
 
 
 #: what the thinker writes

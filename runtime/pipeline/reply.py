@@ -215,7 +215,7 @@ class Reply:
         if said.calls and reason == "stop":
             reason = "tool_calls"
         speech = None if task.speech is None else "cancelled" if cancelled else task.speech.talker.finish_reason
-        return Done(said.text, said.ids, codes, stats, reason, speech, said.calls)
+        return Done(said.text, said.ids, codes, stats, reason, speech, tool_calls=said.calls)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._started

@@ -368,6 +368,22 @@ def test_run_text_only_prints_text_and_a_summary(omniport: Omniport, tiny_bundle
     assert (code, again, err) == (0, text, "")
 
 
+def test_say_speaks_a_given_text(omniport: Omniport, tiny_bundle: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "said.wav", "The train leaves at noon."
+    code, shown, err = omniport("say", tiny_bundle, text, "--speak", out, "--json", "--greedy", "--max-speech", 0.6)
+    assert code == 0, err
+    done = json.loads(shown.splitlines()[-1])
+    assert (done["event"], done["text"], done["wav"]) == ("done", text, str(out))
+    rate, samples, rms = wav_facts(out)
+    assert (rate, samples) == (24000, 480 * len(done["codec_ids"]))
+    assert rms > 1e-3
+    other = tmp_path / "other.wav"
+    refused(omniport("say", tiny_bundle, " ", "--speak", other), "empty")
+    refused(omniport("say", tiny_bundle, "a<|im_end|>", "--speak", other), "control token")
+    refused(omniport("say", tiny_bundle, text, "--speak", other, "--voice", "Nobody"), "Nobody")
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_run_takes_every_medium(omniport: Omniport, tiny_bundle: Path, sample_media: dict[str, Path]) -> None:
     media = [word for kind in ("audio", "image", "video") for word in (f"--{kind}", sample_media[kind])]
     prompts = []
