@@ -19,7 +19,9 @@ from omniport.runtime import (
     ToolCallDelta,
     UsageError,
 )
-from support.live_turns import Live, assert_fed_alike, sort
+from support.bundles import make_bundle, make_manifest, tokenizer, write_manifest
+from support.live_turns import Gate, Live, assert_fed_alike, sort, start
+from tokenizers import AddedToken
 
 LONG = SamplingConfig(max_new_tokens=400)
 CODES = [k % 48 for k in range(120)]
@@ -107,12 +109,15 @@ def assert_fed_alike_talker(got: Live, wanted: Live) -> None:
 
 
 def test_speech_ends_while_the_call_is_still_written(root: Path) -> None:
-    live = ready(root, f'Wait.\n{CALL[:-14]}, "more": "{"x" * 300}"}}\n</tool_call>', codes=CODES[:10])
-    events, done = answer(live)
-    assert len(done.tool_calls) == 1
-    assert done.codec_ids == CODES[:10]
-    kinds = [type(event) for event in events]
-    assert kinds.count(AudioChunk) >= 1
+    live = ready(root, f"Wait.\n{CALL}", CODES[:10])
+    gate = Gate(live.backend.graphs["thinker"], at=40)  # within the call
+    live.backend.graphs["thinker"] = gate
+    events = live.ask("hello", talker=LONG, thinker=LONG).commit()
+    heard = start(lambda: next(event for event in events if isinstance(event, AudioChunk)))
+    assert len(heard.result(20).samples) == 10 * 480
+    assert gate.reached.wait(20)
+    gate.go.set()
+    assert len(sort_done(events).tool_calls) == 1
 
 
 def test_without_tools_a_call_is_text_like_any_other(root: Path) -> None:
@@ -257,6 +262,25 @@ def next_turn_follows_plain(live: Live, root: Path, said: str) -> None:
     assert live.say("and now?")[2].codec_ids == oracle.say("and now?")[2].codec_ids
     assert live.conversation.ids.tolist() == oracle.conversation.ids.tolist()
     assert_fed_alike(live, oracle)
+
+
+def test_a_stop_string_that_begins_within_a_token(tmp_path: Path) -> None:
+    """The text before it is spelled by other tokens, which are consumed in its place."""
+    root = make_bundle(tmp_path / "words")
+    made = tokenizer()
+    made.add_tokens([AddedToken("es.\n\n", normalized=False)])
+    made.save(str(root / "tokenizer.json"))
+    write_manifest(root, make_manifest())
+    live = ready(root, "Yes.\n\nAnd so on", tools=False)
+    assert len(live.encode("Yes.\n\n")) == 2
+    events, done = answer(live, stop="\n\nAnd")
+    assert texts(events) == done.text == "Yes."
+    assert done.token_ids == live.encode("Yes.") == live.encode("Y") + live.encode("es.")
+    assert spoken_rows(live) == 4
+    alone = ready(root, "Yes.", tools=False)
+    answer(alone)
+    assert_fed_alike_talker(live, alone)
+    next_turn_follows_plain(live, root, "Yes.")
 
 
 def test_a_stop_string_at_once(root: Path) -> None:
