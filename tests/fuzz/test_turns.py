@@ -67,6 +67,7 @@ class Contract(RuleBasedStateMachine):
         self.text: str | None = ""  # of the open turn; None once it holds other media
         self.anything = False
         self.begun = False
+        self.given = False  # the reply is
         self.speak = False
         self.delivered = 0
         self.past: list[list[int]] = []  # the turns' tokens, the system message first
@@ -82,12 +83,20 @@ class Contract(RuleBasedStateMachine):
     # -- what happens while no turn is open
 
     @precondition(lambda self: self.turn is None)
-    @rule(speak=st.booleans(), threads=st.booleans(), exact=st.booleans(), longest=st.sampled_from([3, 30]))
-    def begins(self, speak: bool, threads: bool, exact: bool, longest: int) -> None:
-        sampling = SamplingConfig(max_new_tokens=longest), SamplingConfig(max_new_tokens=60)
+    @rule(
+        speak=st.booleans(),
+        threads=st.booleans(),
+        exact=st.booleans(),
+        longest=st.sampled_from([3, 30]),
+        text=st.sampled_from([{}, {}, {"stop": "so"}, {"stop": ("is that", ".")}, {"say": REPLY}]),
+    )
+    def begins(self, speak: bool, threads: bool, exact: bool, longest: int, text: dict[str, Any]) -> None:
+        options: dict[str, Any] = {"speak": speak, "threads": threads, "exact": exact, **text}
+        options["thinker"], options["talker"] = (SamplingConfig(max_new_tokens=most) for most in (longest, 60))
+        self.given = "say" in text
 
         def begin() -> Turn:
-            return self.session.turn(speak=speak, threads=threads, exact=exact, thinker=sampling[0], talker=sampling[1])
+            return self.session.turn(**options)
 
         if self.closed:
             self.refused(begin, UsageError)
@@ -115,6 +124,13 @@ class Contract(RuleBasedStateMachine):
         if self.push(lambda: turn.push(text) if whole else turn.push_text(text)) and text:
             self.anything = True
             self.text = None if self.text is None else self.text + text
+
+    @precondition(lambda self: self.is_open)
+    @rule(result=st.sampled_from(["", "3 °C", "z" * 300]))
+    def tells_what_a_tool_gave(self, result: str) -> None:
+        turn = self.open_turn
+        if self.push(lambda: turn.push_tool_result(result)):
+            self.anything, self.text = True, None
 
     @precondition(lambda self: self.is_open)
     @rule(seconds=st.sampled_from([0.0, 0.01, 0.3, 1.0, 2.0, 2.6, 7.0]), rate=st.sampled_from([16000, 44100]))
@@ -158,7 +174,7 @@ class Contract(RuleBasedStateMachine):
     @rule()
     def commits(self) -> None:
         turn, before = self.open_turn, (self.tokens(), self.open_turn._layout.pending)
-        if not self.anything:
+        if not self.anything and not self.given:
             self.refused(turn.commit, PromptError)
             return
         try:
@@ -444,9 +460,10 @@ class Contract(RuleBasedStateMachine):
         if self.text is None:
             return None
         layout = Layout(self.live.bundle.manifest, self.session.text_codec)
-        chat_template.begin_message(layout, "user")
-        layout.text(self.text)
-        chat_template.end_message(layout)
+        if self.anything:
+            chat_template.begin_message(layout, "user")
+            layout.text(self.text)
+            chat_template.end_message(layout)
         chat_template.begin_reply(layout)
         layout.flush()
         return [int(i) for i in layout.segment().ids]
