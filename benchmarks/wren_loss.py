@@ -3,7 +3,8 @@
     python -m benchmarks.wren_loss [--work .work/wren-loss] [--count N] [--only NAME,NAME]
 
 Every way answers the first N questions of each kind of wren/questions. Right answers and words heard wrong say what is
-lost; distances are from the FP32 bundle's mel and sound of the same codes and noise.
+lost; distances are from the FP32 bundle's mel and sound of the same codes and noise. GPTQ and AWQ bundles are measured
+where `python -m benchmarks.wren_packed WORK` has packed the weights.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from omniport.export.evaluation.half_emulation import EmulatedBackend
-from omniport.export.evaluation.hearing import Ear
+from omniport.export.evaluation.hearing import Ear, words
 from omniport.export.evaluation.machine import environment, usable_threads
 from omniport.export.evaluation.questions import Answer, Question, QuestionSet, answers, figures, read_questions
 from omniport.export.evaluation.speech_metrics import log_mel_power, mel_cepstral_distortion, mel_l1
 from omniport.runtime.backends.base import Backend
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend
 from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.events import Done
+from omniport.runtime.media.audio import load_audio
 from omniport.runtime.session import OmniSession
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 from omniport.runtime.speech.windows import SpeechWindows, Window
@@ -51,10 +55,16 @@ BUNDLES: dict[str, Sequence[str]] = {
     "int4 to 15 dB": ("quantize B/fp32 B/int4-15 --recipe int4 --target-sqnr 15",),
     "int4 to 20 dB": ("quantize B/fp32 B/int4-20 --recipe int4 --target-sqnr 20",),
     "int4 to 25 dB": ("quantize B/fp32 B/int4-25 --recipe int4 --target-sqnr 25",),
+    "GPTQ": ("export B/packed-gptq B/gptq",),
+    "AWQ": ("export B/packed-awq B/awq",),
 }
 #: ways to make speech of the FP32 bundle's codes
 SOLVERS = ("rk4", "midpoint", "euler")
 WINDOWS = (12, 24, 48, 96, 240)
+#: mel frames around a window that the vocoder sees
+CONTEXTS = (20, 34)
+#: seconds of sound that a live turn is given at a time, and how much quieter the first half of a sound is made
+PIECE, QUIETER = 0.1, 0.1
 
 
 class Spoken:
@@ -137,6 +147,8 @@ def measure(options: argparse.Namespace, before: Any) -> Iterator[Any]:
         return not only or name in only
 
     for name in filter(wanted, BUNDLES):
+        if (packed := _packed(name, work)) is not None and not packed.exists():
+            continue
         root = make(name, work)
         given, seconds = (first, seconds) if name == "fp32" else answered(root, found.questions)
         row = heard(given, ear, seconds)
@@ -153,13 +165,59 @@ def measure(options: argparse.Namespace, before: Any) -> Iterator[Any]:
             row |= distance([said.sound(a.codes, a.voice, **change) for a in first], sounds)
             result["ways"][name] = row
             yield result
+    if wanted("live"):
+        spoken = [question for question in found.questions if question.kind == "spoken"]
+        for name, exact, first_half in LIVE:
+            result.setdefault("live", {})[name] = live_right(base, spoken, exact, first_half)
+            yield result
+
+
+#: name, ``exact`` of ``OmniSession.turn`` (None: the whole clip at once), and the level of a sound's first half
+LIVE: Sequence[tuple[str, bool | None, float]] = (
+    ("whole clip", None, 1.0),
+    ("live, floor so far", False, 1.0),
+    ("live, exact", True, 1.0),
+    ("whole clip, first half 20 dB quieter", None, QUIETER),
+    ("live, floor so far, first half 20 dB quieter", False, QUIETER),
+    ("live, exact, first half 20 dB quieter", True, QUIETER),
+)
+
+
+def live_right(root: Path, questions: Sequence[Question], exact: bool | None, first_half: float) -> dict[str, float]:
+    """The share of spoken questions that are answered right in text when they are heard live."""
+    right = 0
+    with OmniSession.open(root) as session:
+        greedy = replace(session.manifest.thinker_sampling, temperature=0.0, max_new_tokens=64)
+        for question in questions:
+            (part,) = question.messages[-1]["content"]
+            sound, rate = load_audio(part["audio"]).copy(), 16000
+            sound[: len(sound) // 2] *= first_half
+            session.reset()
+            if exact is None:
+                asked = [{"role": "user", "content": [{"type": "audio", "audio": (sound, rate)}]}]
+                events = list(session.reply(asked, speak=False, thinker=greedy))
+            else:
+                with session.turn(speak=False, thinker=greedy, exact=exact) as turn:
+                    for piece in np.array_split(sound, max(1, round(len(sound) / rate / PIECE))):
+                        turn.push_audio(piece, rate)
+                    events = list(turn.commit())
+            text = next(event.text for event in events if isinstance(event, Done))
+            right += words(text) == words(question.answer)
+    return {"questions": len(questions), "right": right / len(questions)}
 
 
 def ways() -> Mapping[str, dict[str, Any]]:
     """Ways to speak: options of ``OmniSession.reply``."""
     found: dict[str, dict[str, Any]] = {"streamed": {"window": SpeechWindows()}, "whole": {"window": "whole"}}
     found |= {f"whole, {solver}": {"window": "whole", "solver": solver} for solver in SOLVERS}
-    return found | {f"windows of {codes}": {"window": SpeechWindows(chunks=(codes,))} for codes in WINDOWS}
+    found |= {f"windows of {codes}": {"window": SpeechWindows(chunks=(codes,))} for codes in WINDOWS}
+    return found | {f"vocoder sees {n} frames around": {"window": SpeechWindows(vocoder_context=n)} for n in CONTEXTS}
+
+
+def _packed(name: str, work: Path) -> Path | None:
+    """The checkpoint that a bundle needs, which other tools have to pack first."""
+    source = BUNDLES[name][0].split()[1]
+    return work / source.removeprefix("B/") if source.startswith("B/packed") else None
 
 
 def make(name: str, work: Path) -> Path:
@@ -195,6 +253,8 @@ def page(found: Any) -> str:
     lines = ["# Loss that is heard", "", "Made by `python -m benchmarks.wren_loss`.", ""]
     lines += table(["bundle", "size", "right", *kinds, "same codes", *_SPEECH], bundles)
     lines += ["", *table(["speech", *_SPEECH], ([name, *_speech(row)] for name, row in found["ways"].items())), ""]
+    heard_live = [[name, str(row["questions"]), percent(row["right"])] for name, row in found.get("live", {}).items()]
+    lines += [*table(["spoken questions", "asked", "right"], heard_live), ""]
     return "\n".join(lines)
 
 
