@@ -29,6 +29,7 @@ Floats = NDArray[np.float32]
 
 FFT, HOP = 400, 160
 WINDOW = torch.hann_window(FFT)
+NO_NAME = -1  # of a name that is not told
 SEEN = 0.1  # share of a token's pixels that a shape has to cover
 FILTERS = torch.tensor(mel_filters(128, FFT, sizes.QUESTION_RATE), dtype=torch.float32)
 
@@ -54,7 +55,7 @@ class Turn:
         picture: uint8 [h, w, 3].
         clip: frames uint8 [F, h, w, 3] and sound float32 [n] at 16 kHz.
         said: the words of the sound, or of the clip's.
-        names: colour and shape of what is seen.
+        names: colour and shape of what is seen; of what moves in a clip the direction as well.
         places: which of ``names`` each pixel shows, counted from 1 (0: none); [h, w] of a picture, [F, h, w] of a clip.
     """
 
@@ -64,7 +65,7 @@ class Turn:
     picture: NDArray[np.uint8] | None = None
     clip: tuple[NDArray[np.uint8], Floats] | None = None
     said: str = ""
-    names: Sequence[tuple[str, str]] = ()
+    names: Sequence[tuple[str, ...]] = ()
     places: NDArray[np.uint8] | None = None
 
 
@@ -72,8 +73,8 @@ class Turn:
 class Laid:
     """A conversation of tokens [S]; ``answers`` are the spans that the model has to say, each with its end.
 
-    Each sound has its mel, and the ids of the words that it says; each picture or clip the ids [tokens, 2] of the
-    colour and the shape that most of a token's pixels show.
+    Each sound has its mel, and the ids of the words that it says; each picture or clip the ids [tokens, 3] of the
+    colour and the shape that most of a token's pixels show, and of the direction that it moves in (-1: it does not).
     """
 
     ids: NDArray[np.int64]
@@ -143,12 +144,13 @@ class Prompts:
             layout.control(tokens.audio_eos)
 
     def _named(self, turn: Turn, grid: Sequence[int]) -> NDArray[np.int64]:
-        """Ids [tokens, 2] of the colour and the shape of each token; ``grid`` counts patches."""
+        """Ids [tokens, 3] of the colour, shape and direction of each token; ``grid`` counts patches."""
         nothing, merge = self.manifest.tokens.image, self.manifest.vision.merge_size
-        names = [(nothing, nothing), *(tuple(self._word(w) for w in name) for name in turn.names)]
+        words = [[self._word(word) for word in name] for name in turn.names]
+        names = [[*ids, NO_NAME][:3] for ids in ([nothing, nothing], *words)]
         times, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
         if turn.places is None:
-            return np.full((times * rows * columns, 2), nothing)
+            return np.tile(names[0], (times * rows * columns, 1))
         places = turn.places.reshape(
             times, -1, rows, turn.places.shape[-2] // rows, columns, turn.places.shape[-1] // columns
         )

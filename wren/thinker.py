@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from wren import frame, media, sizes, speech_data, world
-from wren.prompts import Floats, Laid, Prompts, Turn
+from wren.prompts import NO_NAME, Floats, Laid, Prompts, Turn
 from wren.training import Plan, bf16, train
 from wren.world import Draw, Kind, Question, Split
 
@@ -197,8 +198,9 @@ class Spelling:
 
 
 class Naming:
-    """What is seen, named: each token of a picture says the colour and the shape that it shows, by the text model's
-    own token embeddings. Answers alone teach an encoder of this size colours and counts, but no shapes.
+    """What is seen, named: each token of a picture says the colour and the shape that it shows, and where it moves to,
+    by the text model's own token embeddings. Answers alone teach an encoder of this size colours and counts, but
+    neither shapes nor directions.
     """
 
     def __init__(self, model: Any) -> None:
@@ -217,10 +219,39 @@ class Naming:
 
 
 def naming_loss(scores: Tensor, names: Tensor, nothing: int) -> Tensor:
-    """Cross entropy of scores [tokens, vocabulary] and names [tokens, 2]: ground and shapes count alike."""
-    each = -scores.log_softmax(-1).gather(1, names).mean(1)
+    """Cross entropy of scores [tokens, vocabulary] and names [tokens, 3]: ground and shapes count alike."""
+    told = names != NO_NAME
+    each = -(scores.log_softmax(-1).gather(1, names.clamp(min=0)) * told).sum(1) / told.sum(1)
     ground = names[:, 0] == nothing
     return (each[ground].mean() + each[~ground].mean()) / 2
+
+
+class Lessons:
+    """The loss of a step: answers of conversations of all kinds, what is heard spelled, what is seen named.
+
+    Args:
+        rows: conversations of a step, by kind.
+        shares: of the loss, by kind.
+    """
+
+    def __init__(
+        self, model: Any, conversations: Conversations, rows: Mapping[str, int], shares: Mapping[str, float]
+    ) -> None:
+        self.model, self.conversations, self.rows, self.shares = model, conversations, rows, shares
+        self.tokens = conversations.prompts.manifest.tokens
+        self.spelling, self.naming = Spelling(model, self.tokens.audio), Naming(model)
+
+    def loss(self, draw: Draw) -> Tensor:
+        each = []
+        for what, count in self.rows.items():
+            rows = self.conversations.rows(what, draw, count)
+            loss = loss_of_rows(self.model, *self.conversations.prompts.batch(rows))
+            if any(row.said for row in rows):
+                loss = loss + SPELLING * self.spelling.loss(rows)
+            if any(row.seen for row in rows):
+                loss = loss + NAMING * self.naming.loss(rows, self.tokens.image)
+            each.append(self.shares[what] * loss)
+        return torch.stack(each).sum() / sum(self.shares.values())
 
 
 def loss_of_rows(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
@@ -268,24 +299,13 @@ def main() -> None:
     model = build(args.work)
     model.model.visual.load_state_dict(load_file(args.work / "vision.safetensors"))
     trained, held_out = Conversations(args.work, "train"), Conversations(args.work, "held_out")
-    prompts = trained.prompts
-    spelling, naming = Spelling(model, prompts.manifest.tokens.audio), Naming(model)
     model.model.language_model.compile(dynamic=True)  # minutes at first, then nearly twice as fast
+    lessons = Lessons(model, trained, ROWS, SHARES)
 
     def loss_of(step: int) -> tuple[Tensor, float]:
         if step % TEST_EVERY == 0 and step:
             print(f"step {step} held out:", right_answers(model, held_out, TESTED), flush=True)
-        draw = np.random.default_rng((1, step))
-        each = []
-        for what, count in ROWS.items():
-            rows = trained.rows(what, draw, count)
-            loss = loss_of_rows(model, *prompts.batch(rows))
-            if any(row.said for row in rows):
-                loss = loss + SPELLING * spelling.loss(rows)
-            if any(row.seen for row in rows):
-                loss = loss + NAMING * naming.loss(rows, prompts.manifest.tokens.image)
-            each.append(SHARES[what] * loss)
-        loss = torch.stack(each).sum() / sum(SHARES.values())
+        loss = lessons.loss(np.random.default_rng((1, step)))
         return loss, loss.item()
 
     plan = Plan(args.steps, 1.5e-3, decay=0.02)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wren import media, sizes, thinker, world
-from wren.prompts import Laid, Prompts, Turn
+from wren.prompts import NO_NAME, Laid, Prompts, Turn
 from wren.training import Plan, bf16, train
 from wren.world import Draw
 
@@ -43,37 +43,48 @@ def drawn(prompts: Prompts, draw: Draw, pictures: int, clips: int) -> list[Laid]
     return [prompts.lay([turn]) for turn in turns]
 
 
+class Encoder:
+    """The thinker's vision encoder, and what it says by the text model's token embeddings."""
+
+    def __init__(self, model: Any, prompts: Prompts) -> None:
+        self.table = model.get_input_embeddings().weight.detach()
+        self.encoder, self.prompts = model.model.visual, prompts
+
+    def scores(self, rows: list[Laid]) -> tuple[Tensor, Tensor]:
+        """Scores [tokens, vocabulary] of pictures and clips, and their names [tokens, 3]."""
+        seen = [look for row in rows for look in (*row.pictures, *row.clips)]
+        pixels = np.concatenate([np.reshape(s.patches, (-1, s.patches.shape[-1])) for s in seen])
+        with bf16():
+            found = self.encoder(torch.from_numpy(pixels), torch.tensor([s.grid_thw for s in seen])).pooler_output
+        names = torch.from_numpy(np.concatenate([ids for row in rows for ids in row.seen]))
+        return found.float() @ self.table.T / math.sqrt(self.table.shape[1]), names
+
+    def loss(self, draw: Draw, pictures: int, clips: int, tell: str = "") -> Tensor:
+        """Of pictures and clips that are drawn; ``tell``: print the share of right names before this."""
+        scores, names = self.scores(drawn(self.prompts, draw, pictures, clips))
+        if tell:
+            shown = names[:, 0] != self.prompts.manifest.tokens.image
+            best, wanted = scores[shown].topk(3).indices, names[shown]
+            right = [(best == ids[:, None]).any(1)[ids != NO_NAME].float().mean().item() for ids in wanted.T]
+            print(f"{tell} colours {right[0]:.3f}, shapes {right[1]:.3f}, directions {right[2]:.3f}", flush=True)
+        return thinker.naming_loss(scores, names, self.prompts.manifest.tokens.image)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=sizes.WORK)
     parser.add_argument("--steps", type=int, default=PLAN.steps)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model: Any = thinker.build(args.work)
-    prompts = Prompts(args.work)
-    table, encoder = model.get_input_embeddings().weight.detach(), model.model.visual
-
-    def scores_of(rows: list[Laid]) -> tuple[Tensor, Tensor]:
-        seen = [look for row in rows for look in (*row.pictures, *row.clips)]
-        pixels = np.concatenate([np.reshape(s.patches, (-1, s.patches.shape[-1])) for s in seen])
-        with bf16():
-            found = encoder(torch.from_numpy(pixels), torch.tensor([s.grid_thw for s in seen])).pooler_output
-        names = torch.from_numpy(np.concatenate([ids for row in rows for ids in row.seen]))
-        return found.float() @ table.T / math.sqrt(table.shape[1]), names
+    encoder = Encoder(thinker.build(args.work), Prompts(args.work))
 
     def loss_of(step: int) -> tuple[Tensor, float]:
-        draw = np.random.default_rng((4, step))
-        scores, names = scores_of(drawn(prompts, draw, PICTURES, CLIPS))
-        loss = thinker.naming_loss(scores, names, prompts.manifest.tokens.image)
-        if step % TEST_EVERY == 0:
-            shown = names[:, 0] != prompts.manifest.tokens.image
-            best = scores[shown].topk(2).indices
-            right = [(best == names[shown][:, i : i + 1]).any(1).float().mean().item() for i in (0, 1)]
-            print(f"step {step} colours {right[0]:.3f}, shapes {right[1]:.3f}", flush=True)
+        tell = f"step {step}" if step % TEST_EVERY == 0 else ""
+        loss = encoder.loss(np.random.default_rng((4, step)), PICTURES, CLIPS, tell)
         return loss, loss.item()
 
     plan = Plan(args.steps, PLAN.peak, decay=PLAN.decay, average=PLAN.average)
-    weights = train(encoder, loss_of, plan, args.work / "vision.train.pt")
+    weights = train(encoder.encoder, loss_of, plan, args.work / "vision.train.pt")
     save_file({name: value.contiguous() for name, value in weights.items()}, args.work / "vision.safetensors")
 
 

@@ -104,10 +104,11 @@ class Clip:
     word: str
 
     @property
-    def looks(self) -> tuple[tuple[str, str], ...]:
-        """Colour and shape at first, and after a change of colour."""
-        first = (self.colour, self.shape)
-        return (first,) if self.change in MOVES else (first, (self.change, self.shape))
+    def looks(self) -> tuple[tuple[str, ...], ...]:
+        """Colour, shape and where it moves to; or colour and shape at first, and after a change of colour."""
+        if self.change in MOVES:
+            return ((self.colour, self.shape, self.change.split()[-1]),)
+        return (self.colour, self.shape), (self.change, self.shape)
 
 
 MOVES = ("moves to the left", "moves to the right", "moves up", "moves down", "stands still")
