@@ -1,6 +1,6 @@
 """What Wren can do: held-out questions of every kind to an exported bundle, answered by the product's runtime.
 
-    python -m wren.evaluate BUNDLE [--work DIR] [--count N] [--silent] [--reference CHECKPOINT]
+    python -m wren.evaluate BUNDLE [--work DIR] [--count N] [--kinds KIND,KIND] [--silent] [--reference CHECKPOINT]
 
 Text is greedy; speech is sampled as it ships, in both voices in turn, streamed in windows, and heard by the ear. A
 second turn is asked behind the model's own first answer. With a checkpoint, transformers' own `generate` answers some
@@ -10,6 +10,7 @@ of the questions too, and both say the greedy text and codes. Results go to WORK
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import tempfile
 import time
@@ -132,11 +133,20 @@ def compare(asker: Asker, reference: Reference, asked: list[list[Turn]]) -> dict
     return {"questions": len(asked), "same_text": texts / len(asked), "same_codes": codes / len(asked)}
 
 
+def merge_json(path: Path, results: dict[str, Any]) -> None:
+    """Write results beside those of other kinds, which another process may be asking."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(before | results, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--work", type=Path, default=sizes.WORK)
     parser.add_argument("--count", type=int, default=200, help="questions of each kind")
+    parser.add_argument("--kinds", default=",".join(world.KINDS), help="these kinds alone; others' figures stay")
     parser.add_argument("--silent", action="store_true", help="text only")
     parser.add_argument("--reference", type=Path, help="checkpoint that transformers answers with")
     parser.add_argument("--compared", type=int, default=20, help="questions of each kind for transformers")
@@ -146,10 +156,10 @@ def main() -> None:
     seen = {v: [r.mel for r in corpus.replies(args.work, v, "train", SEEN)] for v in sizes.REPLY_VOICES}
     voice_of = None if args.silent else VoiceClassifier(seen)
     reference = Reference(args.reference, conversations.prompts) if args.reference else None
-    results: dict[str, Any] = {}
     with OmniSession.open(args.bundle) as session, tempfile.TemporaryDirectory() as folder:
         asker = Asker(session, Path(folder))
-        for kind in world.KINDS:
+        for kind in args.kinds.split(","):
+            results: dict[str, Any] = {}
             begin = time.monotonic()
             asked = questions(conversations, kind, args.count, asker)
             tallies: dict[str, Tally] = defaultdict(Tally)
@@ -178,7 +188,7 @@ def main() -> None:
                 results[kind] |= {"transformers": compare(asker, reference, asked[: args.compared])}
             for name in (kind, *(f"{kind}, {voice}" for voice in tallies)):
                 print(name, json.dumps(results[name]), f"{time.monotonic() - begin:.0f} s", flush=True)
-            (args.work / "answers.json").write_text(json.dumps(results, indent=1) + "\n")
+            merge_json(args.work / "answers.json", results)
 
 
 if __name__ == "__main__":

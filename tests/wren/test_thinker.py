@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from wren import frame, media, thinker  # noqa: E402
-from wren.prompts import Laid, Prompts, Turn, mel_of_question  # noqa: E402
-from wren.world import Picture  # noqa: E402
+from wren.prompts import NO_NAME, Laid, Prompts, Turn, mel_of_question  # noqa: E402
+from wren.world import MOVES, Clip, Picture  # noqa: E402
 
 
 def rows(prompts: Prompts) -> list[Laid]:
@@ -65,17 +65,38 @@ def test_pictures_are_named_token_by_token(work: Path) -> None:
     (names,) = laid.seen
     nothing = prompts.manifest.tokens.image
     (red,), (star,), (blue,), (circle,) = (prompts.codec.encode(f" {w}") for w in ("red", "star", "blue", "circle"))
-    grid = names.reshape(4, 4, 2)  # 112 pixels, 28 a token
-    assert {tuple(name) for name in names.tolist()} == {(nothing, nothing), (red, star), (blue, circle)}
+    grid = names.reshape(4, 4, 3)[..., :2]
+    assert (names[:, 2] == NO_NAME).all(), "nothing moves in a picture"  # 112 pixels, 28 a token
+    assert {tuple(name) for name in names[:, :2].tolist()} == {(nothing, nothing), (red, star), (blue, circle)}
     for column, wanted in ((0, (red, star)), (3, (blue, circle))):
         found = {tuple(name) for name in grid[:, column].tolist()}
         assert found <= {(nothing, nothing), wanted}, "the star is on the left"
     names_of = torch.from_numpy(names)
-    right = torch.zeros(16, 1280).scatter_(1, names_of, 30.0)
+    right = torch.zeros(16, 1280).scatter_(1, names_of[:, :2], 30.0)
     assert thinker.naming_loss(right, names_of, nothing) < 0.36, "half of ln 2: a shape's token has two names"
     ground = names_of[:, :1] == nothing
     for wrong in (torch.where(ground, right, right.roll(1, 1)), torch.where(ground, right.roll(1, 1), right)):
         assert thinker.naming_loss(wrong, names_of, nothing) > 3, "of shapes and of ground alike"
+
+
+@pytest.mark.parametrize("change", MOVES)
+def test_what_moves_in_a_clip_names_its_direction(work: Path, change: str) -> None:
+    prompts = Prompts(work)
+    clip = Clip("red", "star", change, "paper")
+    frames, places = media.clip(clip, np.random.default_rng(3), np.linspace(0, 1.8, 4))
+    sound = np.zeros(16000, np.float32)
+    laid = prompts.lay([Turn("", "", clip=(frames, sound), places=places, names=clip.looks)])
+    (names,) = laid.seen
+    nothing = prompts.manifest.tokens.image
+    told = [prompts.codec.encode(f" {word}")[0] for word in ("red", "star", change.split()[-1])]
+    assert {tuple(name) for name in names.tolist()} == {(nothing, nothing, NO_NAME), tuple(told)}
+    names_of = torch.from_numpy(names)
+    scores = torch.zeros(len(names), 1280).scatter_(1, names_of.clamp(min=0), 30.0)
+    scores[:, 0] = 0
+    right = thinker.naming_loss(scores, names_of, nothing)
+    assert right < 0.56, "half of ln 3: a moving shape's token has three names"
+    scores[:, told[2]] = 0
+    assert thinker.naming_loss(scores, names_of, nothing) > right + 3, "a direction that is not told costs"
 
 
 @pytest.mark.parametrize("samples", [16000, 16001, 16159, 33333])
