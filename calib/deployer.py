@@ -21,7 +21,7 @@ from omniport.export.checkpoint.config import read_json
 from omniport.export.graphs.fingerprint import source_key
 from omniport.export.planning.shapes import PUBLISHED, find_model, shape_of_config
 from omniport.export.source_code import json_key, tracing_key
-from omniport.export.tensorrt.builder_api import installed_builders
+from omniport.runtime.backends.tensorrt import packages
 from omniport.runtime.bundle.listed_files import sha256_of
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.bundle.staging import check_space, previous_manifest
@@ -235,7 +235,7 @@ class _Run:
             yield from (name for name in made if name not in record.stages)
         if self.validation != "none" and record.validated is None:
             yield "validate"
-        if plan.built_here and plan.builder in installed_builders() and not record.engines:
+        if plan.built_here and plan.builder in packages.installed() and not record.engines:
             yield "engines"
         if plan.target == CPU and record.reply is None:
             yield "reply"

@@ -10,7 +10,6 @@ be installed is said, and does not keep the rest from being measured.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from pathlib import Path
 
 from omniport.export.devices.install import Advice, Machine, advise, this_machine
 from omniport.runtime.backends.onnxruntime.packages import DISTRIBUTIONS, installed
+from omniport.runtime.backends.tensorrt import packages as tensorrt
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"ort": "onnxruntime", "ort-gpu": "onnxruntime-gpu"}
-MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = this_machine()
     advice = advise(machine)
     print(describe(machine, advice), flush=True)
-    builders = [name for name, module in MODULES.items() if importlib.util.find_spec(module) is not None]
-    for step in decide(advice, installed(), builders, options.gpu_check):
+    for step in decide(advice, installed(), tensorrt.installed(), options.gpu_check):
         print(f"pip {shlex.join(step.pip)}", flush=True)
         if options.dry_run:
             continue

@@ -11,7 +11,8 @@ from omniport.export.planning.machines import Machine, find_machines
 from omniport.export.planning.plan import ENGINE_EXTRA, RecipePlan, load_of, loss_of, make_plan
 from omniport.export.planning.shapes import ModelShape
 from omniport.export.planning.weights import RECIPES, graph_bytes
-from omniport.export.tensorrt.builder_api import NATIVE_SINCE, installed_builders, too_old_for
+from omniport.export.tensorrt.builder_api import NATIVE_SINCE, too_old_for
+from omniport.runtime.backends.tensorrt import packages
 from omniport.runtime.errors import UsageError
 from rich.filesize import decimal
 
@@ -257,5 +258,5 @@ def _peaks(
             yield done + graph_bytes(shape, plain, row.recipe.graph_precision(name, precision))
     whole = sum(stored.values()) + tables + _SMALL
     yield whole
-    if machine.target is not None and machine.target.built_anywhere and machine.target.builder in installed_builders():
+    if machine.target is not None and machine.target.built_anywhere and machine.target.builder in packages.installed():
         yield whole + sum(stored.values()) + ENGINE_EXTRA * len(stored)

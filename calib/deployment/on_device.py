@@ -9,7 +9,7 @@ import msgspec
 from omniport.export.devices.catalog import THIS
 from omniport.export.devices.detect import find_target
 from omniport.export.devices.install import advise, this_machine
-from omniport.runtime.backends.select import installed_version
+from omniport.runtime.backends.tensorrt.packages import installed_version
 from omniport.runtime.bundle.engines import find_engine
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, UsageError

@@ -16,15 +16,16 @@ from ..common import JsonFlag, QuietFlag, log_console, print_json, print_table, 
 NAME = "doctor"
 EXAMPLE = "omniport doctor --json"
 
-#: name to show -> distributions that can carry it; versions come from their metadata, nothing is imported
+#: name to show -> distributions that can carry it; versions come from their metadata, nothing is imported;
+#: those of the builders of engines from `_builders`
 PACKAGES: dict[str, tuple[str, ...]] = {
     "numpy": ("numpy",),
     "tokenizers": ("tokenizers",),
     "msgspec": ("msgspec",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "onnxruntime_gpu": ("onnxruntime-gpu",),
-    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
-    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
+    "tensorrt": (),
+    "tensorrt_rtx": (),
     "onnxruntime_ep_nv_tensorrt_rtx": ("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12"),
     "av": ("av",),
     "PIL": ("pillow",),
@@ -67,7 +68,7 @@ def command(json: JsonFlag = False, quiet: QuietFlag = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything that ``omniport doctor`` reports. Imports onnxruntime (its providers are known to it alone)."""
-    packages = {name: _version(distributions) for name, distributions in PACKAGES.items()}
+    packages = {name: _version(distributions) for name, distributions in PACKAGES.items()} | _builders()
     gpus, no_gpu = _gpus()
     abilities = []
     for name, (needs, extra) in ABILITIES.items():
@@ -110,6 +111,14 @@ def _version(distributions: tuple[str, ...]) -> str | None:
     return None
 
 
+def _builders() -> dict[str, str | None]:
+    """Versions of the builders of engines: one counts as installed if its module is there."""
+    from omniport.runtime.backends.tensorrt.packages import MODULES, installed, installed_version
+
+    here = installed()
+    return {MODULES[name]: installed_version(name) or "unknown" if name in here else None for name in MODULES}
+
+
 def _backends(packages: dict[str, str | None], gpus: list[dict[str, str]]) -> list[dict[str, Any]]:
     from omniport.runtime.backends.registry import BACKENDS, find_loader
 
@@ -124,12 +133,14 @@ def _backends(packages: dict[str, str | None], gpus: list[dict[str, str]]) -> li
 def _engines(packages: dict[str, str | None]) -> dict[str, Any]:
     """Engines need the builder that the GPU is built for, and each kind of machine gets it from elsewhere."""
     from omniport.export.devices.install import advise, this_machine
+    from omniport.runtime.backends.tensorrt.packages import why_not
 
     advice = advise(this_machine())
     needs = [advice.builder.replace("-", "_"), "onnx"] if advice.builder else ["GPU"]
     missing = [package for package in needs if packages.get(package) is None]
-    row = {"name": f"run engines ({advice.builder or 'TensorRT'})", "ready": not missing}
-    return {**row, "missing": missing, "install": advice.how if missing else None}
+    problem = why_not(advice.builder) if advice.builder and not missing else ""
+    row = {"name": f"run engines ({advice.builder or 'TensorRT'})", "ready": not missing and not problem}
+    return {**row, "missing": missing, "install": problem or (advice.how if missing else None)}
 
 
 def _gpus() -> tuple[list[dict[str, str]], str | None]:

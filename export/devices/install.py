@@ -7,14 +7,10 @@ import sys
 from dataclasses import dataclass
 
 from omniport.runtime.backends.onnxruntime.packages import gpu_published
+from omniport.runtime.backends.tensorrt.packages import EXTRAS, JETPACK, NVIDIA_INDEX, how_to_install
 from omniport.runtime.system import host
 
 from .catalog import RTX_RUNS_ON
-
-#: NVIDIA's own index: what the tensorrt packages of PyPI are made of is there and nowhere else
-NVIDIA_INDEX = "--extra-index-url https://pypi.nvidia.com"
-#: files that only Jetson's system has
-_JETSON_FILES = ("/etc/nv_tegra_release", "/proc/device-tree/compatible")
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Advice:
 
 def this_machine() -> Machine:
     """Ask the driver and the system."""
-    return Machine(sys.platform, platform.machine(), host.gpu_capability(), _is_jetson())
+    return Machine(sys.platform, platform.machine(), host.gpu_capability(), host.is_jetson())
 
 
 def advise(machine: Machine) -> Advice:
@@ -63,24 +59,7 @@ def advise(machine: Machine) -> Advice:
     if machine.capability is None:
         return Advice("ort", how="no NVIDIA GPU that the CUDA driver can use: ONNX Runtime for the CPU")
     onnxruntime = "ort-gpu" if gpu_published(machine.processor) and not machine.jetson else "ort"
-    if machine.capability in RTX_RUNS_ON:
-        return Advice(onnxruntime, "tensorrt-rtx", "rtx", how="pip install 'omniport[rtx]'")
-    if machine.jetson:
-        how = (
-            "sudo apt-get install nvidia-jetpack, then install omniport and onnx into a virtual environment made with "
-            "--system-site-packages: TensorRT is JetPack's"
-        )
-        return Advice(onnxruntime, "tensorrt", how=how)
-    how = f"pip install 'omniport[trt]' {NVIDIA_INDEX} (CUDA 13: driver 580 or newer)"
-    return Advice(onnxruntime, "tensorrt", "trt", tuple(NVIDIA_INDEX.split()), how)
-
-
-def _is_jetson() -> bool:
-    for name in _JETSON_FILES:
-        try:
-            with open(name, "rb") as file:
-                if name != _JETSON_FILES[1] or b"nvidia,tegra" in file.read(4096):
-                    return True
-        except OSError:
-            continue
-    return False
+    builder = "tensorrt-rtx" if machine.capability in RTX_RUNS_ON else "tensorrt"
+    how = how_to_install(builder, machine.jetson)
+    extra = "" if how == JETPACK else EXTRAS[builder]
+    return Advice(onnxruntime, builder, extra, tuple(NVIDIA_INDEX.split()) if NVIDIA_INDEX in how else (), how)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-from omniport.runtime.backends.select import installed_version
+from omniport.runtime.backends.tensorrt import packages
 from omniport.runtime.bundle.activation_ranges import limit, overflowing
 from omniport.runtime.bundle.engines import EngineRecord, engine_path, graph_files
 from omniport.runtime.bundle.graph_spec import GraphSpec
@@ -25,7 +25,7 @@ from omniport.runtime.system.progress import Progress
 from ..devices.catalog import THIS, Target
 from ..devices.detect import find_target
 from ..source_code import json_key, package_digest
-from .builder_api import Api, installed_builders, load_api
+from .builder_api import Api, load_api
 from .engine_builder import Built, build_engine
 from .engine_store import EngineStore
 from .interruptible import run_interruptible
@@ -190,7 +190,7 @@ def choose_builder(target: Target, builder: str, bundle: str = "BUNDLE") -> str:
             f"tensorrt-rtx does not build for {target.name} ({target.sm}): its engines come from the TensorRT on the "
             f"device. Run there: {on_device(target, bundle)}"
         )
-    here = installed_builders()
+    here = packages.installed()
     if builder == "auto" and target.built_anywhere and ("tensorrt-rtx" in here or "tensorrt" not in here):
         return _require("tensorrt-rtx", here)
     if builder == "tensorrt-rtx":
@@ -214,7 +214,7 @@ def on_device(target: Target, bundle: str) -> str:
 
 def builder_version(builder: str) -> str:
     """Version of an installed builder, from its metadata; the package itself is imported only where there is none."""
-    return installed_version(builder) or load_api(builder).version
+    return packages.installed_version(builder) or load_api(builder).version
 
 
 def engine_key(
@@ -322,8 +322,7 @@ def _chosen(bundle: Bundle, graphs: Sequence[str] | None) -> list[str]:
 
 def _require(builder: str, here: Sequence[str]) -> str:
     if builder not in here:
-        extra = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}[builder]
-        raise BackendError(f"{builder} is not installed here: pip install 'omniport[{extra}]'")
+        raise BackendError(packages.absent(builder))
     return builder
 
 

@@ -8,20 +8,15 @@ tests/data/trt_attributes.json holds what real releases offer (scripts/tensorrt_
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from omniport.runtime.backends.tensorrt.packages import import_builder
 from omniport.runtime.backends.tensorrt.runtime_api import listen
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import BackendError
 from omniport.runtime.system import host
-
-#: builder -> its Python module
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_EXTRAS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 
 #: operator -> first TensorRT whose ONNX parser takes it. Source: release notes of 10.14 and 10.15.
 NATIVE_SINCE: Mapping[str, tuple[int, int]] = {
@@ -128,28 +123,13 @@ def too_old_for(operators: Iterable[str], opset: int, tensorrt: str) -> list[str
     return lacking
 
 
-def installed_builders() -> list[str]:
-    """Builders whose Python package is there; nothing is imported."""
-    return [builder for builder, module in MODULES.items() if importlib.util.find_spec(module) is not None]
-
-
 def load_api(builder: str) -> Api:
     """Import a builder's package.
 
     Raises:
         BackendError: it is not installed or does not import.
     """
-    name = MODULES[builder]
-    if builder not in installed_builders():
-        raise BackendError(f"{builder} is not installed here: pip install 'omniport[{_EXTRAS[builder]}]'")
-    try:
-        module = importlib.import_module(name)
-    except Exception as error:  # a broken native library can raise anything
-        raise BackendError(
-            f"{name} does not import: {type(error).__name__}: {error}. Install it again: "
-            f"pip install --force-reinstall 'omniport[{_EXTRAS[builder]}]'"
-        ) from error
-    return Api(builder, module)
+    return Api(builder, import_builder(builder))
 
 
 class PhaseStack:

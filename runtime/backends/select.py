@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ..errors import BackendError
 from ..system import host
 from .base import Backend, Loader
 from .composite import CompositeBackend
-from .tensorrt import runtime_api as trt_runtime
+from .tensorrt import packages
 
 if TYPE_CHECKING:
     from ..bundle.reader import Bundle
@@ -31,26 +30,19 @@ class EngineHost:
     Attributes:
         capability: compute capability of its GPU; None if it has none that can be used.
         versions: installed builders; the version is empty where the package does not say.
+        no_gpu: why there is none, and what to check.
     """
 
     capability: str | None
     versions: dict[str, str]
+    no_gpu: str = ""
 
 
 def this_machine() -> EngineHost:
     """Ask the driver and the packages' metadata; imports neither builder."""
-    versions = {builder: installed_version(builder) or "" for builder in trt_runtime.installed_runtimes()}
-    return EngineHost(host.gpu_capability(), versions)
-
-
-def installed_version(builder: str) -> str | None:
-    """Version of an installed builder, from its metadata; None if that does not say."""
-    for name in (builder, f"{builder}-cu13", f"{builder}-cu12", trt_runtime.MODULES[builder]):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+    versions = {builder: packages.installed_version(builder) or "" for builder in packages.installed()}
+    capability = host.gpu_capability()
+    return EngineHost(capability, versions, "" if capability else host.why_no_gpu())
 
 
 def why_not(record: EngineRecord, host: EngineHost, bundle: Path) -> str:
@@ -58,14 +50,14 @@ def why_not(record: EngineRecord, host: EngineHost, bundle: Path) -> str:
     builder = record.builder
     again = build_line(bundle, "this", builder)
     if host.capability is None:
-        return "this machine has no NVIDIA GPU that can be used: check nvidia-smi"
+        return host.no_gpu
     if record.compute_capability != host.capability:
         return (
             f"it was built for compute capability {record.compute_capability}, and this machine's GPU has "
             f"{host.capability}. Build it here: {again}"
         )
     if builder not in host.versions:
-        return f"{builder} is not installed here: pip install 'omniport[{trt_runtime.EXTRAS[builder]}]'"
+        return packages.absent(builder)
     version = host.versions[builder]
     if version and version != record.builder_version:
         return f"{builder} {record.builder_version} built it, and {version} is installed. Build it again: {again}"

@@ -10,6 +10,7 @@ import gc
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -24,6 +25,10 @@ _STATUS = Path("/proc/self/status")
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _INTEGRATED = 18
 _MEMORY_CLOCK_KHZ, _BUS_WIDTH_BITS = 36, 37
+#: files that only Jetson's system has
+_JETSON_FILES = ("/etc/nv_tegra_release", "/proc/device-tree/compatible")
+#: files that Docker and Podman put into a container
+_CONTAINER_FILES = ("/.dockerenv", "/run/.containerenv")
 
 
 def resident_memory(field: str = "VmRSS") -> int | None:
@@ -146,6 +151,15 @@ def gpu_capability() -> str | None:
         return None
 
 
+def why_no_gpu() -> str:
+    """Why no GPU can be used, and what to check; empty if one can."""
+    try:
+        read_gpu()
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
 def read_gpu() -> Gpu:
     """Ask the CUDA driver about the first GPU.
 
@@ -193,6 +207,29 @@ def _read_gpu(driver: Any, index: int) -> Gpu:
     )
 
 
+def is_jetson() -> bool:
+    """Whether the system is JetPack's."""
+    for name in _JETSON_FILES:
+        try:
+            with open(name, "rb") as file:
+                if name != _JETSON_FILES[1] or b"nvidia,tegra" in file.read(4096):
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def what_to_check() -> str:
+    """What to look at where the CUDA driver gives no GPU. nvidia-smi tells nothing on a Jetson, or is not there."""
+    contained = any(map(os.path.exists, _CONTAINER_FILES))
+    if is_jetson():
+        started = "start the container with --runtime nvidia" if contained else "check that JetPack is whole"
+        return f"{started} (on a Jetson the driver is part of JetPack, and nvidia-smi does not tell)"
+    if contained:
+        return "start the container with --gpus all, and check nvidia-smi on its host"
+    return "check nvidia-smi" if shutil.which("nvidia-smi") else "install NVIDIA's driver"
+
+
 def driver_version() -> str | None:
     """Version of NVIDIA's driver as nvidia-smi prints it; None where that is missing (Jetson) or does not know."""
     call = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -217,7 +254,7 @@ def load_cuda(path: str | None = None) -> Any:
         return ctypes.CDLL(path or ("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"))
     except OSError as error:
         raise BackendError(
-            f"no NVIDIA GPU can be used here: the CUDA driver does not load ({error}). Install NVIDIA's driver"
+            f"no NVIDIA GPU can be used here: the CUDA driver does not load ({error}): {what_to_check()}"
         ) from error
 
 
@@ -225,7 +262,7 @@ def _call(driver: Any, name: str, *arguments: Any) -> None:
     status = int(getattr(driver, name)(*arguments))
     if status:
         raise BackendError(
-            f"no NVIDIA GPU can be used here: {name} of the CUDA driver gave error {status}. Check nvidia-smi"
+            f"no NVIDIA GPU can be used here: {name} of the CUDA driver gave error {status}: {what_to_check()}"
         )
 
 

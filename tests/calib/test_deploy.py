@@ -25,7 +25,7 @@ from omniport.calib.deployment.deploy_work import deploy_work, disk_bytes
 from omniport.calib.deployment.whole_progress import STEPS, WholeProgress
 from omniport.calib.quantizer import quantize
 from omniport.export.planning.shapes import find_model
-from omniport.export.tensorrt.builder_api import installed_builders
+from omniport.runtime.backends.tensorrt import packages
 from omniport.runtime.bundle.reader import Bundle, read_manifest
 from omniport.runtime.errors import ExportError, UsageError
 from support.calibrations import calibrate_bundle
@@ -43,7 +43,7 @@ class Stopped(Exception):
 def no_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """No builder is installed, but where a test is about engines: they take half a minute."""
     if "engines" not in request.node.name:
-        monkeypatch.setattr(deployer, "installed_builders", list)
+        monkeypatch.setattr(packages, "installed", list)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_a_jetson_board_gets_a_bundle_to_copy(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("tensorrt-rtx" not in installed_builders(), reason="tensorrt-rtx is not installed")
+@pytest.mark.skipif("tensorrt-rtx" not in packages.installed(), reason="tensorrt-rtx is not installed")
 def test_an_rtx_card_gets_its_engines(omniport: Omniport, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     arguments = ("deploy", tiny_checkpoint, out, "--target", RTX, "--max-context", 1024, "--validate", "none", "--json")

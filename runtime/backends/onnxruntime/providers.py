@@ -57,8 +57,8 @@ def plugin_devices(ort: Any) -> list[Any]:
             devices = _plugin_devices(ort)
     if not devices:
         raise BackendError(
-            "the TensorRT-RTX plugin finds no GPU that it can use (Ampere, RTX 30 or later): check nvidia-smi, or use "
-            "backend 'ort-cuda' or 'ort-cpu'"
+            "the TensorRT-RTX plugin finds no GPU that it can use (Ampere, RTX 30 or later); 'omniport doctor' "
+            "says what is here. Use backend 'ort-cuda' or 'ort-cpu'"
         )
     return devices
 

@@ -29,7 +29,8 @@ from .cuda_driver import CudaDriver
 from .execution import Executor, Scratch
 from .kernel_cache import KernelFile
 from .kv_cache import GrowingTrtCache, StaticTrtCache, TrtCache, positions_bucket
-from .runtime_api import EXTRAS, MODULES, EngineRuntime, LoadedEngine, TrtRuntime
+from .packages import why_not
+from .runtime_api import EngineRuntime, LoadedEngine, TrtRuntime
 from .warming import Warming
 
 if TYPE_CHECKING:
@@ -335,8 +336,7 @@ def _open(name: str, bundle: Bundle, threads: int | None) -> TrtBackend:
 
 
 def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[str]:
-    missing = packages[MODULES[name]] is None
-    problems = [f"{MODULES[name]} not installed: pip install 'omniport[{EXTRAS[name]}]'"] if missing else []
+    problems = [problem] if (problem := why_not(name)) else []
     return problems if gpu else [*problems, NO_GPU]
 
 

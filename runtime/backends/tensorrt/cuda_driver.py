@@ -104,7 +104,7 @@ class CudaDriver:
         self._functions = _functions(load_cuda(library))
         self._check("cuInit", 0)
         if not self._value("cuDeviceGetCount", _INT()):
-            raise BackendError("the CUDA driver sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES")
+            raise BackendError("the CUDA driver sees no GPU: check CUDA_VISIBLE_DEVICES")
         self._device = self._value("cuDeviceGet", _INT(), 0)
         self._context = self._value("cuDevicePrimaryCtxRetain", _POINTER(), self._device)  # TensorRT holds it as well
 

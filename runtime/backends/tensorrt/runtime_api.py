@@ -6,8 +6,6 @@ here, so that this is the only file that calls it, and so that tests can put ano
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import mmap
 import threading
 import warnings
@@ -19,10 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import BackendError
-
-#: backend -> its Python module, and the extra that brings it
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-EXTRAS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
+from .packages import import_builder
 
 #: specs' names of TensorRT's dtypes
 _DTYPES = {
@@ -116,11 +111,6 @@ class EngineRuntime(Protocol):
         """Load an engine, which the caller knows to be the one that was built. BackendError: it does not load."""
 
 
-def installed_runtimes() -> list[str]:
-    """Backends whose Python package is there; nothing is imported."""
-    return [name for name, module in MODULES.items() if importlib.util.find_spec(module) is not None]
-
-
 def attempt(make: Callable[..., Any], *arguments: Any) -> Any:
     """What a class of TensorRT's makes; None where its library made nothing, for want of a GPU or a new enough driver.
 
@@ -143,7 +133,7 @@ class TrtRuntime:
 
     def __init__(self, builder: str) -> None:
         self.builder = builder
-        self.module = _import(builder)
+        self.module = import_builder(builder)
         self.version = str(self.module.__version__)
         self.logger, self.messages = listen(builder, self.module)
         self._runtime = self.given(attempt(self.module.Runtime, self.logger), "runtime")
@@ -348,16 +338,3 @@ def _kernel_cache(engine: Any) -> Any:
         return None
     config = engine.create_runtime_config()
     return config.create_runtime_cache() if hasattr(config, "create_runtime_cache") else None
-
-
-def _import(builder: str) -> Any:
-    name, extra = MODULES[builder], EXTRAS[builder]
-    if importlib.util.find_spec(name) is None:
-        raise BackendError(f"{builder} is not installed here: pip install 'omniport[{extra}]'")
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # a broken native library can raise anything
-        raise BackendError(
-            f"{name} does not import: {type(error).__name__}: {error}. Install it again: "
-            f"pip install --force-reinstall 'omniport[{extra}]'"
-        ) from error

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import tomllib
-from omniport.export.devices import install
 from omniport.export.devices.catalog import TARGETS
 from omniport.export.devices.install import Machine, advise
 from support.paths import REPOSITORY
@@ -81,19 +78,6 @@ def test_the_script_says_what_it_decides(monkeypatch: pytest.MonkeyPatch, capsys
 def test_make_gpu_check_installs_first() -> None:
     rule = (REPOSITORY / "Makefile").read_text().split("\ngpu-check:")[1].split("\n\n")[0]
     assert rule.splitlines()[1].endswith("scripts.install_backends --gpu-check")
-
-
-def test_a_jetson_is_known_without_nvidia_smi(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    compatible = tmp_path / "compatible"
-    monkeypatch.setattr(install, "_JETSON_FILES", (str(tmp_path / "nv_tegra_release"), str(compatible)))
-    assert not install._is_jetson()
-    compatible.write_bytes(b"raspberrypi,5\0")
-    assert not install._is_jetson()
-    compatible.write_bytes(b"nvidia,p3768-0000+p3767-0005\0nvidia,tegra234\0")
-    assert install._is_jetson()
-    compatible.unlink()
-    (tmp_path / "nv_tegra_release").touch()
-    assert install._is_jetson()
 
 
 def test_no_extra_brings_an_onnxruntime_but_the_two_that_are_it() -> None:

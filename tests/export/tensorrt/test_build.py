@@ -359,10 +359,10 @@ def test_device_targets_say_what_to_run_there(name: str, monkeypatch: pytest.Mon
     with pytest.raises(BackendError, match=r"this machine's has 8\.9"):
         choose_builder(target, "tensorrt")
     monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: target.capability)
-    monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", lambda: ["tensorrt-rtx"])
+    monkeypatch.setattr("omniport.runtime.backends.tensorrt.packages.installed", lambda: ["tensorrt-rtx"])
     with pytest.raises(BackendError, match=r"pip install 'omniport\[trt\]'"):
         choose_builder(target, "auto")
-    monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", lambda: ["tensorrt", "tensorrt-rtx"])
+    monkeypatch.setattr("omniport.runtime.backends.tensorrt.packages.installed", lambda: ["tensorrt", "tensorrt-rtx"])
     assert choose_builder(target, "auto") == "tensorrt"
 
 
@@ -371,11 +371,11 @@ def test_cards_are_built_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_builder(CARD, "auto") == "tensorrt-rtx"
     with pytest.raises(BackendError, match=r"TensorRT needs a GPU of compute capability 8\.9"):
         choose_builder(CARD, "tensorrt")
-    monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", list)
+    monkeypatch.setattr("omniport.runtime.backends.tensorrt.packages.installed", list)
     with pytest.raises(BackendError, match=r"pip install 'omniport\[rtx\]'"):
         choose_builder(CARD, "auto")
     monkeypatch.setattr("omniport.runtime.system.host.gpu_capability", lambda: CARD.capability)
-    monkeypatch.setattr("omniport.export.tensorrt.build.installed_builders", lambda: ["tensorrt"])
+    monkeypatch.setattr("omniport.runtime.backends.tensorrt.packages.installed", lambda: ["tensorrt"])
     assert choose_builder(CARD, "auto") == "tensorrt"
 
 

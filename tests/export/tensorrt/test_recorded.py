@@ -143,7 +143,7 @@ def exercise_building(module: Any, folder: Path) -> None:
 
 
 def exercise_running(module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime_api, "_import", lambda _: module)
+    monkeypatch.setattr(runtime_api, "import_builder", lambda _: module)
     (folder / "engine").write_bytes(b"engine")
     module.gives.update(
         {
@@ -197,7 +197,7 @@ def test_what_cannot_be_made_is_told_with_the_reason(
     """A driver that is too old, or no GPU: TensorRT logs it, and Python hears a TypeError of the constructor."""
     module = module_of(name, null=(null,))
     if null == "Runtime":
-        monkeypatch.setattr(runtime_api, "_import", lambda _: module)
+        monkeypatch.setattr(runtime_api, "import_builder", lambda _: module)
         with pytest.raises(BackendError, match="gives no runtime: it gives no reason"):
             TrtRuntime(builder_of(name))
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omniport.runtime.system import host
 from omniport.runtime.system.host import (
     collect_and_trim,
     cpu_name,
@@ -98,6 +99,36 @@ def test_the_driver_s_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{said}'\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
         assert driver_version() == version
+
+
+def test_a_jetson_is_known_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compatible = tmp_path / "compatible"
+    monkeypatch.setattr(host, "_JETSON_FILES", (str(tmp_path / "nv_tegra_release"), str(compatible)))
+    assert not host.is_jetson()
+    compatible.write_bytes(b"raspberrypi,5\0")
+    assert not host.is_jetson()
+    compatible.write_bytes(b"nvidia,p3768-0000+p3767-0005\0nvidia,tegra234\0")
+    assert host.is_jetson()
+    compatible.unlink()
+    (tmp_path / "nv_tegra_release").touch()
+    assert host.is_jetson()
+
+
+def test_what_to_check_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Jetson and in containers nvidia-smi is missing, or prints N/A."""
+    jetson, container = tmp_path / "nv_tegra_release", tmp_path / "dockerenv"
+    monkeypatch.setattr(host, "_JETSON_FILES", (str(jetson), str(tmp_path / "compatible")))
+    monkeypatch.setattr(host, "_CONTAINER_FILES", (str(container),))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert host.what_to_check() == "install NVIDIA's driver"
+    (tmp_path / "nvidia-smi").touch(0o755)
+    assert host.what_to_check() == "check nvidia-smi"
+    container.touch()
+    assert host.what_to_check().startswith("start the container with --gpus all")
+    jetson.touch()
+    assert host.what_to_check().startswith("start the container with --runtime nvidia")
+    container.unlink()
+    assert host.what_to_check().startswith("check that JetPack is whole")
 
 
 def test_the_machine() -> None:

@@ -10,9 +10,10 @@ from unittest.mock import Mock
 import pytest
 from omniport.export.validation.validate import validate
 from omniport.runtime import OmniSession, SamplingConfig
-from omniport.runtime.backends import open_backend, select
+from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.composite import CompositeBackend
 from omniport.runtime.backends.tensorrt import backend as trt
+from omniport.runtime.backends.tensorrt import packages
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
 from omniport.runtime.system.host import gpu_capability
@@ -35,7 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
 def installed(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, driver: FakeDriver, version: str = VERSION) -> None:
     monkeypatch.setattr(trt, "TrtRuntime", lambda builder: FakeRuntime(bundle, driver, version))
-    monkeypatch.setattr(select, "installed_version", lambda builder: version)
+    monkeypatch.setattr(packages, "installed_version", lambda builder: version)
 
 
 def says(session: OmniSession) -> tuple[str, str]:
@@ -98,9 +99,9 @@ def test_engines_of_another_version(bundle: Bundle, gpu: FakeDriver, monkeypatch
             "compute capability 8.9, and this machine's GPU has 8.6. Build it here: omniport build",
         ),
         (
-            "backends.tensorrt.runtime_api.installed_runtimes",
+            "backends.tensorrt.packages.installed",
             list,
-            "tensorrt-rtx is not installed here: pip install 'omniport[rtx]'",
+            "tensorrt-rtx is not installed here but for its Python bindings and libraries: pip install 'omniport[rtx]'",
         ),
         (
             "backends.tensorrt.backend.CudaDriver",
@@ -141,7 +142,7 @@ def test_inspect_says_which_run_here(bundle: Bundle, omniport: Omniport, monkeyp
         return out, err
 
     assert json.loads(inspect("--json")[0])["not_here"] == {}
-    monkeypatch.setattr(select, "installed_version", lambda builder: "1.8.0")
+    monkeypatch.setattr(packages, "installed_version", lambda builder: "1.8.0")
     reasons = json.loads(inspect("--json")[0])["not_here"]
     assert len(reasons) == 2
     assert all("1.8.0 is installed. Build it again: omniport build" in reason for reason in reasons.values())

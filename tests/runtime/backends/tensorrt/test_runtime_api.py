@@ -11,7 +11,7 @@ from omniport.export.devices.detect import find_target
 from omniport.export.tensorrt.build import build_bundle
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.tensorrt import runtime_api as trt_runtime
-from omniport.runtime.backends.tensorrt.runtime_api import TrtRuntime, installed_runtimes
+from omniport.runtime.backends.tensorrt.runtime_api import TrtRuntime
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
 from omniport.runtime.system.host import gpu_capability
@@ -105,7 +105,3 @@ def test_a_kernel_cache_that_is_refused_is_not_kept() -> None:
     with pytest.warns(RuntimeWarning, match="will not be kept: its reason"):
         loaded.context(fixed=True)
     assert loaded.kernels() == b""
-
-
-def test_installed() -> None:
-    assert "tensorrt-rtx" in installed_runtimes()
