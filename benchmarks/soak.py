@@ -25,7 +25,6 @@ from omniport.runtime.events import Stats
 from omniport.runtime.generation.conversation import Conversation
 from omniport.runtime.pipeline.reply import Reply
 from omniport.runtime.pipeline.task import make_task
-from omniport.runtime.prompt.positions import Segment
 from omniport.runtime.reply_options import ReplyOptions
 
 from benchmarks.harness import command_line
@@ -95,14 +94,12 @@ def _turn(session: OmniSession, rng: np.random.Generator, counts: dict[str, int]
         return
     events = turn.commit()
     conversation = session._conversation
-    assert conversation is not None
-    asked = len(conversation.turns[-1])
     if rng.random() < 0.2:
         _interrupt(turn, events, rng)
         counts["cancelled"] += 1
         return
     text, sound, done, dropped = _collect(events)
-    wanted = _oracle(session, conversation, asked, options)
+    wanted = _oracle(session, conversation, options)
     assert (done.token_ids, done.codec_ids) == (wanted[2].token_ids, wanted[2].codec_ids)
     assert text == done.text == wanted[2].text
     assert done.stats.prompt_tokens == wanted[2].stats.prompt_tokens
@@ -157,7 +154,7 @@ def _collect(events: Iterator[Event]) -> tuple[str, NDArray[np.float32], Done, i
 
 
 def _oracle(
-    session: OmniSession, conversation: Conversation, asked: int, options: dict[str, Any]
+    session: OmniSession, conversation: Conversation, options: dict[str, Any]
 ) -> tuple[str, NDArray[np.float32], Done, int]:
     """The same conversation up to the question, whole, in new caches, one worker after the other."""
     task = make_task(
@@ -170,7 +167,7 @@ def _oracle(
     )
     fresh = Conversation(session.bundle, session._new_cache, session.max_context)
     fresh.use(task.backend, task.timer)
-    segments: list[Segment] = [s for turn in conversation.turns[:-1] for s in turn] + conversation.turns[-1][:asked]
+    segments = conversation.entries.segments()[:-2]  # without the reply and what ends it
     fresh.begin_turn()
     for segment in segments:
         fresh.add(segment)

@@ -26,7 +26,19 @@ if TYPE_CHECKING:
         UsageError,
         UserError,
     )
-    from .events import AudioChunk, Done, Event, Stats, TextDelta, ToolCall, ToolCallDelta, TurnsDropped
+    from .events import (
+        AudioChunk,
+        Done,
+        Event,
+        Stats,
+        TextDelta,
+        TokenCounts,
+        ToolCall,
+        ToolCallDelta,
+        TurnsDropped,
+        Usage,
+    )
+    from .items import ConversationItem, ConversationItems
     from .live.dialogue import Dialogue, TurnBegan, TurnCommitted
     from .live.hands_free import HandsFree
     from .live.vad import SpeechLimits
@@ -40,6 +52,8 @@ __all__ = [
     "BundleError",
     "CheckFailed",
     "CheckpointError",
+    "ConversationItem",
+    "ConversationItems",
     "Dialogue",
     "Done",
     "Event",
@@ -55,6 +69,7 @@ __all__ = [
     "SpeechWindows",
     "Stats",
     "TextDelta",
+    "TokenCounts",
     "ToolCall",
     "ToolCallDelta",
     "Turn",
@@ -63,6 +78,7 @@ __all__ = [
     "TurnEnded",
     "TurnsDropped",
     "UnknownVoice",
+    "Usage",
     "UsageError",
     "UserError",
 ]
@@ -84,7 +100,19 @@ _MODULES = {
         "UsageError",
         "UserError",
     ),
-    ".events": ("AudioChunk", "Done", "Event", "Stats", "TextDelta", "ToolCall", "ToolCallDelta", "TurnsDropped"),
+    ".events": (
+        "AudioChunk",
+        "Done",
+        "Event",
+        "Stats",
+        "TextDelta",
+        "TokenCounts",
+        "ToolCall",
+        "ToolCallDelta",
+        "TurnsDropped",
+        "Usage",
+    ),
+    ".items": ("ConversationItem", "ConversationItems"),
     ".live.dialogue": ("Dialogue", "TurnBegan", "TurnCommitted"),
     ".live.hands_free": ("HandsFree",),
     ".live.vad": ("SpeechLimits",),

@@ -81,10 +81,12 @@ class TurnsDropped:
     Attributes:
         turns: how many, each a question with its reply.
         prefilled: tokens that had to be prefilled again.
+        items: ids of the messages that are forgotten, see ``OmniSession.items``.
     """
 
     turns: int
     prefilled: int
+    items: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -100,6 +102,32 @@ class WorkerTime:
     waiting: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenCounts:
+    """Tokens by what they stand for. The ends of a medium and the chat template are text."""
+
+    text: int = 0
+    audio: int = 0
+    image: int = 0
+    video: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens of one reply by modality, as servers bill them.
+
+    Attributes:
+        prompt: the whole conversation up to the reply.
+        cached: those of them that were in the KV cache before the turn began, and did not have to be prefilled.
+        text, codec: of the reply and of its speech.
+    """
+
+    prompt: TokenCounts = TokenCounts()
+    cached: TokenCounts = TokenCounts()
+    text: int = 0
+    codec: int = 0
+
+
 @dataclass(kw_only=True)
 class Stats:
     """Measurements of one reply. Times are seconds since the question ended; None where a stage did not run.
@@ -107,10 +135,11 @@ class Stats:
     Attributes:
         backend: what ran the graphs.
         prompt_tokens: tokens of the whole conversation up to the reply.
-        reused_tokens: those of them that were in the KV cache from turns before.
+        reused_tokens: those of them that were in the KV cache from before the turn.
         prefilled_tokens: those that were run for this turn, while it was being said and afterwards.
         late_tokens: those of them that were run after the question had ended.
         text_tokens, codec_tokens: tokens of the reply and of its speech.
+        usage: the same by modality.
         tokens_per_second, codes_per_second: their number over the time from the question's end to the last of them.
         time_to_first_token, time_to_first_audio, total_time: seconds.
         real_time_factor: ``total_time`` per second of speech: below 1 speech is made faster than it is heard.
@@ -130,6 +159,7 @@ class Stats:
     late_tokens: int = 0
     text_tokens: int = 0
     codec_tokens: int = 0
+    usage: Usage = Usage()
     audio_seconds: float = 0.0
     tokens_per_second: float | None = None
     codes_per_second: float | None = None

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,25 @@ from numpy.typing import NDArray
 
 from .backends import open_backend
 from .backends.base import Backend, KvCache
+from .backends.checked import CheckedBackend
+from .backends.guarded import GuardedBackend
 from .bundle.geometry import check_shapes
 from .bundle.manifest import Manifest, SamplingConfig
 from .bundle.parts import encoder_of
 from .bundle.reader import Bundle
+from .concurrency.cancel import Cancelled, CancelToken
 from .concurrency.owner import Owner
+from .concurrency.timing import StageTimer
 from .errors import UsageError
 from .events import Event
 from .generation.conversation import Conversation
+from .generation.encoders import Encoders
 from .generation.thinker import require_room
+from .items import ConversationItems
 from .pipeline.task import ReplyTask, make_task
 from .pipeline.whole_reply import CachePool, WholeReply
-from .prompt import chat_template
 from .prompt.builder import build_prompt
-from .prompt.positions import Layout, Segment
 from .prompt.tokenizer import TextCodec
-from .prompt.tools import check_tools
 from .reply_options import ReplyOptions
 from .speech.ode_methods import Solver
 from .speech.windows import Window
@@ -63,9 +67,9 @@ class OmniSession:
         self._shared, self._owner = _Shared(), Owner()
         self._lock = threading.RLock()  # a signal handler may close the session in the thread that holds it
         self._pool = CachePool(self._new_cache, self.max_context)
-        self._conversation: Conversation | None = None
-        self._system: str | None = None
-        self._tools: Sequence[Mapping[str, Any]] = ()
+        self._conversation = Conversation(bundle, self._new_cache, self.max_context)
+        self._items = ConversationItems(bundle, self.text_codec, self._conversation, self._computing)
+        self._under_way: set[CancelToken] = set()  # of what is computed outside turns
         self._warned = False
         self._turn: Turn | None = None
         self._replies: weakref.WeakSet[WholeReply] = weakref.WeakSet()
@@ -134,6 +138,8 @@ class OmniSession:
         """
         if self._owner.elsewhere:
             return
+        for token in tuple(self._under_way):  # first: who computes holds the lock until it sees this
+            token.cancel()
         with self._lock:
             if self._backend is None:
                 return
@@ -141,7 +147,8 @@ class OmniSession:
                 self._turn.cancel()
             for reply in tuple(self._replies):
                 reply.cancel()
-            backend, self._backend, self._conversation = self._backend, None, None
+            backend, self._backend = self._backend, None
+            self._conversation.release()
             self._pool.clear()
         if self._shared.leave():
             backend.close()
@@ -160,26 +167,39 @@ class OmniSession:
             other._shared, other._owner = self._shared.join(), self._owner
             return other
 
-    def reset(self, system: str | None = None, tools: Sequence[Mapping[str, Any]] = ()) -> None:
+    @property
+    def items(self) -> ConversationItems:
+        """The messages of the session's conversation: to look at, add and change.
+
+        Raises:
+            UsageError: the session was used in the process that this one is a fork of.
+        """
+        self._owner.check()
+        return self._items
+
+    def reset(
+        self,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        instructions: str | None = None,
+    ) -> None:
         """Begin a new conversation.
 
         Args:
             system: its system message; None is the one that the talker was trained with.
+            instructions: text that stands beside it in the same message.
             tools: that the model may call, see docs/tools.md: ``{"type": "function", "function": {"name": ...,
                 "description": ..., "parameters": ...}}`` each.
 
         Raises:
-            UsageError: a turn is open, or ``system`` is no string. PromptError: malformed ``tools``.
+            UsageError: a turn is open, or ``system`` or ``instructions`` is no string. PromptError: malformed
+            ``tools``.
         """
         self._owner.check()
-        if system is not None and not isinstance(system, str):
-            raise UsageError(f"the system message is a {type(system).__name__}; a string was expected")
-        check_tools(tools)
         with self._lock:
             self._require_no_turn()
-            if self._conversation is not None:
-                self._conversation.clear()
-            self._system, self._tools = system, tools
+            self._items.begin(system, instructions, tools)
 
     def turn(
         self,
@@ -224,20 +244,16 @@ class OmniSession:
             ignore_stop=ignore_stop,
             stop=stop,
             say=say,
-            tools=self._tools,
+            tools=self._items.tools,
         )
         self._owner.claim()
         with self._lock:
             self._require_no_turn()
             task = self._task(options)
-            conversation = self._conversation or Conversation(self.bundle, self._new_cache, self.max_context)
-            self._conversation = conversation
-            conversation.use(task.backend, task.timer)
-            if not conversation.length:
-                conversation.add(self._opening())
-            if speak and self._system is not None:
-                self._compare_prompt(self._system)
-            self._turn = Turn(task, conversation)
+            self._conversation.use(task.backend, task.timer)
+            if speak and self._items.system is not None:
+                self._compare_prompt(self._items.system)
+            self._turn = Turn(task, self._conversation)
             return self._turn
 
     def say(
@@ -370,6 +386,38 @@ class OmniSession:
             run_limit=self._run_limit,
         )
 
+    @contextmanager
+    def _computing(self, alone: bool) -> Iterator[Encoders | None]:
+        """Around work on the conversation outside turns.
+
+        Args:
+            alone: it needs the KV caches.
+
+        Yields:
+            What encodes media; None if ``alone``, and a turn is open that has the caches.
+
+        Raises:
+            UsageError: the session is closed, or was closed meanwhile.
+        """
+        self._owner.claim()
+        token, timer = CancelToken(), StageTimer()
+        self._under_way.add(token)
+        try:
+            backend = GuardedBackend(CheckedBackend(self.backend, self.manifest.graphs, self._run_limit), token, timer)
+            if not alone:
+                yield Encoders(backend, timer)
+                return
+            with self._lock:
+                if self._turn is not None and not self._turn.ended:
+                    yield None
+                    return
+                self._conversation.use(backend, timer)
+                yield Encoders(backend, timer)
+        except Cancelled:
+            raise UsageError("the session was closed; open another one with OmniSession.open(...)") from None
+        finally:
+            self._under_way.discard(token)
+
     def _require_no_turn(self) -> None:
         if self._turn is not None and not self._turn.ended:
             raise UsageError("a turn is still open: take its events to the end, or cancel it, before the next begins")
@@ -386,18 +434,6 @@ class OmniSession:
                 "speech may be poor: the talker was trained with the bundle's own system message, and this "
                 "conversation has another. Leave it out, or begin it with chat.system_prompt of bundle.json"
             )
-
-    def _opening(self) -> Segment:
-        """The system message; empty where the user gave none, and the bundle has none."""
-        layout = Layout(self.manifest, self.text_codec)
-        if self._system is not None or self.manifest.chat.system_prompt or self._tools:
-            chat_template.begin_message(layout, "system")
-            layout.text(self.manifest.chat.system_prompt if self._system is None else self._system)
-            if self._tools:
-                layout.text(chat_template.tool_signatures(check_tools(self._tools)))
-            chat_template.end_message(layout)
-            layout.flush()
-        return layout.segment()
 
 
 def _check_limit(run_limit: float | None) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from .prompt import chat_template
 from .prompt.builder import Media
 from .prompt.live_clip import LiveClip
 from .prompt.messages import Part, check_content
-from .prompt.positions import Layout
+from .prompt.positions import Layout, fresh_key
 from .prompt.room import Room
 
 _ENDED = "this turn was cancelled or ended by an error; session.turn() begins another"
@@ -48,24 +49,29 @@ class Turn:
         """For ``OmniSession``."""
         self._task, self._conversation = task, conversation
         self._lock = threading.RLock()
-        self._state: Literal["open", "committed", "ended"] = "open"
+        self._state: Literal["open", "kept", "committed", "ended"] = "open"
         self._reply: Reply | None = None
         self._encoders = Encoders(task.backend, task.timer)
         self._clip: LiveClip | None = None
         self._seconds = 0.0
         self._anything = False
         self._results = False  # what was pushed last is what a tool call gave
-        conversation.begin_turn()
-        self._stats = Stats(backend=task.backend.name, reused_tokens=conversation.cached)
-        self._prefilled = conversation.prefilled
+        self._entries = [conversation.begin_turn()]
+        self._stats = Stats(backend=task.backend.name)
+        self._prefilled = conversation.caches.prefilled
         self._layout = Layout(task.bundle.manifest, task.codec)
         self._media = Media(self._layout)
         chat_template.begin_message(self._layout, "user")
 
     @property
     def ended(self) -> bool:
-        """Whether the turn was discarded, or its reply has ended."""
-        return self._state == "ended" or (self._reply is not None and self._reply.ended)
+        """Whether the turn was discarded or kept, or its reply has ended."""
+        return self._state in ("kept", "ended") or (self._reply is not None and self._reply.ended)
+
+    @property
+    def item_ids(self) -> list[str]:
+        """Of its messages in ``OmniSession.items``, each there once it is complete: the user's, then the reply's."""
+        return [entry.id for entry in self._entries]
 
     def push_audio(self, samples: NDArray[Any], sample_rate: float) -> None:
         """Take the next samples of a recording.
@@ -198,21 +204,63 @@ class Turn:
         self._task.owner.check()
         with self._lock:
             self._require_open()
-            if not self._anything and not self._task.given:
-                raise PromptError("nothing was pushed in this turn, so there is nothing to reply to; push something")
-            if self._clip is not None:
-                self._clip.require_tokens()
+            if self._task.given and not self._anything:
+                return self._answer(self._task, started)
+            self._require_content("reply to")
             try:
-                self._complete()
+                self._end_message()
+                return self._answer(self._task, started)
             except Cancelled:
                 self._abort()
                 return iter([Done("", [], [], self._stats, "cancelled")])
             except BaseException:
                 self._abort()
                 raise
-            self._state = "committed"
-            self._reply = Reply(self._task, self._conversation, self._stats, started, self._prefilled)
-            return self._reply.events()
+
+    def answer(self, *, drop: bool = True) -> Iterator[Event]:
+        """Answer the conversation as it stands, without another message of the user.
+
+        Args:
+            drop: the oldest turns may be dropped so that the reply has room. False: it takes what is left.
+
+        Yields:
+            As ``commit``.
+
+        Raises:
+            UsageError: something was pushed; ``commit`` answers that. TurnEnded. PromptTooLong.
+        """
+        started = time.perf_counter()
+        self._task.owner.check()
+        with self._lock:
+            self._require_open()
+            if self._anything:
+                raise UsageError("something was pushed in this turn, which commit() answers; answer() is for none")
+            return self._answer(self._task if drop else replace(self._task, reserve=None), started)
+
+    def keep(self) -> None:
+        """The turn is complete, and is not answered now: its message stays in the conversation, prefilled.
+
+        ``session.turn(...).answer()`` may answer it later.
+
+        Raises:
+            PromptError: nothing was pushed. MediaError: the last sound is too short. Both leave the turn open.
+            TurnEnded. PromptTooLong.
+        """
+        self._task.owner.check()
+        with self._lock:
+            self._require_content("keep")
+            try:
+                self._end_message()
+                self._conversation.prefill()
+                if self._task.speech is not None:
+                    self._conversation.catch_up()
+            except Cancelled:
+                self._abort()
+                raise TurnEnded(_ENDED) from None
+            except BaseException:
+                self._abort()
+                raise
+            self._state = "kept"
 
     def cancel(self, heard: float | None = None) -> None:
         """End the turn now; from any thread, at any time, as often as wanted.
@@ -224,7 +272,8 @@ class Turn:
 
         Args:
             heard: seconds of the speech that were played, where the caller knows; all that was delivered if None. With
-                it, a reply that has ended but is still being played can be cut back too, until the next turn begins.
+                it, a reply that has ended can be cut back too, while it is still being played or later: a turn that
+                has begun meanwhile goes on, and what follows the cut is prefilled again before the next reply.
 
         Raises:
             UsageError: ``heard`` is no number of seconds.
@@ -264,8 +313,8 @@ class Turn:
             self._conversation.require_room(self._layout.pending + tokens + other * _TAGS)
             try:
                 if other:
-                    self._close_clip()
-                    chat_template.end_message(self._layout)
+                    self._end_message()
+                    self._entries.append(self._conversation.begin_message("user"))
                     chat_template.begin_message(self._layout, "user")
                 self._results = results
                 yield
@@ -281,8 +330,10 @@ class Turn:
             self._anything = True
 
     def _require_open(self) -> None:
-        if self._state != "open":
-            raise TurnEnded("this turn was committed; session.turn() begins the next" if self._reply else _ENDED)
+        if self._state in ("committed", "kept"):
+            raise TurnEnded(f"this turn was {self._state}; session.turn() begins the next")
+        if self._state == "ended":
+            raise TurnEnded(_ENDED)
 
     def _require(self, kind: str) -> None:
         """UsageError if the bundle cannot take such media."""
@@ -313,7 +364,7 @@ class Turn:
         for append in lay:
             append()
         for span in self._media.spans:
-            self._layout.fill(span.indices, self._encoders.embed(span))
+            self._layout.fill(span.indices, self._encoders.embed(span), span.key)
         self._media.spans.clear()
 
     def _clip_for(self, medium: Literal["audio", "video"]) -> LiveClip:
@@ -336,26 +387,48 @@ class Turn:
         changed = clip.close()
         if changed is not None:
             self._conversation.add(self._layout.segment())
-            self._conversation.replace_embeds(*changed)
+            self._conversation.replace_embeds(*changed, fresh_key())
 
     def _advance(self) -> None:
         """Prefill what new media have completed, and, once a clip has begun, what came before this turn."""
         conversation = self._conversation
         if self._layout.filled:
             conversation.add(self._layout.segment())
-        elif self._clip is None or conversation.cached == conversation.length:
+        elif self._clip is None or not conversation.behind:
             return
         conversation.prefill(self._task.reserve)
         if self._task.speech is not None:
             conversation.catch_up()
 
-    def _complete(self) -> None:
-        """Lay out the rest of the turn."""
-        if self._anything:
-            self._close_clip()
-            chat_template.end_message(self._layout)
-        else:  # nobody has asked: the reply stands alone
-            self._layout = Layout(self._task.bundle.manifest, self._task.codec)
-        chat_template.begin_reply(self._layout)
+    def _require_content(self, purpose: str) -> None:
+        self._require_open()
+        if not self._anything:
+            raise PromptError(f"nothing was pushed in this turn, so there is nothing to {purpose}; push something")
+        if self._clip is not None:
+            self._clip.require_tokens()
+
+    def _end_message(self) -> None:
+        """Lay out the rest of the message that is open."""
+        self._close_clip()
+        chat_template.end_message(self._layout)
+        self._layout.flush()
         self._conversation.add(self._layout.segment())
-        self._conversation.require_room(least=self._task.least)
+        self._conversation.end_message()
+
+    def _answer(self, task: ReplyTask, started: float) -> Iterator[Event]:
+        """Begin the reply."""
+        conversation = self._conversation
+        if not self._anything:  # nobody has asked: the reply stands alone
+            conversation.undo_turn()
+            self._entries.clear()
+        header = Layout(task.bundle.manifest, task.codec)
+        chat_template.begin_reply(header)
+        self._entries.append(conversation.begin_message("assistant", header.segment()))
+        try:
+            conversation.require_room(least=task.least)
+        except PromptError:
+            self._abort()
+            raise
+        self._state = "committed"
+        self._reply = Reply(task, conversation, self._stats, started, self._prefilled, self._entries[-1])
+        return self._reply.events()

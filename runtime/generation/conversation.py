@@ -1,13 +1,11 @@
-"""A conversation: its tokens, turn by turn, and how much of them the KV caches of thinker and talker hold.
+"""A conversation: its messages, whose tokens the KV caches of thinker and talker hold as far as they are prefilled.
 
-Both caches always hold a prefix of the tokens here. So nothing has to be undone when a turn is dropped, cut short or
-changed: the tokens are set right, the caches are cut back to what is still true, and the next prefill does the rest.
+Messages may be changed at any time, also while a reply is made: a prefill takes them as they are then.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -16,10 +14,12 @@ from numpy.typing import NDArray
 from ..backends.base import Backend, KvCache
 from ..bundle.reader import Bundle
 from ..concurrency.timing import StageTimer
-from ..errors import OmniportError
 from ..events import TurnsDropped
+from ..prompt.builder import LaidMessage
 from ..prompt.positions import Segment
-from .decoder import Decoder
+from .caches import Caches
+from .encoders import Encoders
+from .entries import Entries, Entry, Tokens
 from .thinker import require_room
 
 Floats = NDArray[np.float32]
@@ -29,135 +29,197 @@ _CODES_PER_TOKEN = 15.0
 
 
 class Conversation:
-    """The tokens of a conversation and its two KV caches.
+    """The messages of a conversation and the KV caches of the two decoders.
 
     Args:
         new_cache: gives the cache of the graph of that name, for ``capacity`` tokens.
 
     Attributes:
-        turns: segments of each turn, a question with its reply; the first is the system message.
-        logits: float32 [V] after the last prefilled token.
-        prefilled: tokens that the thinker has prefilled, all in all.
         codes_per_token: codec tokens that speech takes for a text token: those of the last reply that was spoken to its
             end, before that ``_CODES_PER_TOKEN``.
     """
 
     def __init__(self, bundle: Bundle, new_cache: Callable[[str], KvCache], capacity: int) -> None:
-        self.turns: list[list[Segment]] = [[]]
-        self.logits: Floats = np.zeros(0, np.float32)
-        self.prefilled = 0
-        self.codes_per_token = _CODES_PER_TOKEN
-        self._bundle = bundle
-        self._new_cache = new_cache
+        self.entries = Entries()
+        self.caches = Caches(bundle, new_cache)
         self.capacity = capacity
-        self._speaks = bundle.manifest.talker is not None
-        self._decoders: dict[str, Decoder] = {}
-        # float32 [n, H] of the tokens that the thinker has and the talker does not
-        self._conditioning: Floats = np.zeros((0, bundle.manifest.thinker.hidden_size), np.float32)
-        self._dropped = self._refilled = 0
-        self._lock = threading.Lock()  # a reply may be shortened while the next turn begins
-        self._backend: Backend | None = None
-        self._timer = StageTimer()
+        self.codes_per_token = _CODES_PER_TOKEN
+        self._bundle, self._new_cache = bundle, new_cache
+        self._encoders: Encoders | None = None
+        self._turn: list[Entry] = []  # what was begun and has not ended: the user's, the reply
+        self._prefilled = -1  # version of the entries
+        self._dropped: list[Entry] = []
+        self._turns_dropped = self._refilled = 0
 
     def use(self, backend: Backend, timer: StageTimer) -> None:
         """Run on this backend from now on, and count time there."""
-        self._backend, self._timer = backend, timer
-        for name, decoder in self._decoders.items():
-            decoder.graph = backend.graph(name)
+        self.caches.use(backend, timer)
+        self._encoders = Encoders(backend, timer)
 
-    def decoder(self, name: str) -> Decoder:
-        """The decoder of that name; its graph and cache are made on first use."""
-        if name not in self._decoders:
-            assert self._backend is not None, "use() comes first"
-            with self._timer("load"):
-                self._decoders[name] = Decoder(self._backend.graph(name), self._new_cache(name))
-        return self._decoders[name]
+    def clear(self) -> None:
+        """Forget everything."""
+        self.entries.replace([])
+        self.caches.cut(0)
+
+    def release(self) -> None:
+        """Forget everything, and free the caches."""
+        self.entries.replace([])
+        self.caches = Caches(self._bundle, self._new_cache)
 
     @property
     def ids(self) -> NDArray[np.int64]:
         """All tokens [S]."""
-        return np.concatenate([np.zeros(0, np.int64), *(segment.ids for segment in self._segments())])
+        return Tokens.of(self.entries.segments()).ids
 
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return sum(len(segment) for segment in self._segments())
+        return self.entries.length
 
     @property
-    def cached(self) -> int:
-        """Tokens in the thinker's cache."""
-        return self._length("thinker")
+    def behind(self) -> bool:
+        """Whether something has changed since the last prefill."""
+        return self._prefilled != self.entries.version
 
-    @property
-    def cursor(self) -> int:
-        """Position of the next token."""
-        return sum(segment.advance for segment in self._segments())
+    # -- a turn
 
-    @property
-    def highest(self) -> int:
-        """Highest position of any token."""
-        cursor, highest = 0, -1
-        for segment in self._segments():
-            highest = max(highest, cursor + int(segment.positions.max()))
-            cursor += segment.advance
-        return highest
+    def begin_turn(self) -> Entry:
+        """A new turn begins, with a message of the user."""
+        self.caches.kept = len(self.caches.held)
+        self._turn = []
+        return self.begin_message("user")
 
-    def clear(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self.turns = [[]]
-            self._cut(0)
+    def begin_message(self, role: str, *segments: Segment) -> Entry:
+        """What is added from now on is the turn's next message; that of the assistant is its reply."""
+        entry = self.entries.make(role, segments)
+        entry.open = True
+        self.entries.insert(entry)
+        self._turn.append(entry)
+        return entry
 
-    def begin_turn(self) -> None:
-        """What is added from now on is a new turn; the last one can't be shortened any more."""
-        with self._lock:
-            self.turns.append([])
+    def end_message(self) -> None:
+        """The message is complete."""
+        self.entries.put(self._turn[-1], self._turn[-1].segments, open=False)
 
     def undo_turn(self) -> None:
-        """Discard the last turn."""
-        self.turns.pop()
-        self._cut(self.length)
+        """Discard the turn that was begun last, and its reply."""
+        self.entries.remove(self._turn)
+        self._turn = []
+        self.caches.cut(len(self.caches.held))
 
     def add(self, segment: Segment) -> None:
-        """Append tokens to the current turn; ``prefill`` runs them."""
+        """Append tokens to the message that is open; ``prefill`` runs them."""
         if len(segment):
-            self.turns[-1].append(segment)
+            entry = self._turn[-1]
+            self.entries.put(entry, [*entry.segments, segment], open=entry.open)
 
-    def prefill(self, reserve: int = 1, least: int = 1) -> None:
+    def replace_embeds(self, indices: NDArray[np.int64], embeds: Floats, key: int) -> None:
+        """Give tokens of the open message, named by their indices [n] in it, other embeddings [n, H]."""
+        entry = self._turn[-1]
+        for segment in entry.segments:
+            found = np.isin(indices, segment.indices)
+            if found.any():
+                assert segment.embeds is not None
+                at = np.searchsorted(segment.indices, indices[found])
+                segment.embeds[at], segment.keys[at] = embeds[found], key
+            indices = indices - len(segment)
+        self.entries.put(entry, entry.segments, open=entry.open)
+
+    def answer(self, ids: list[int], conditioning: list[Floats], closing: NDArray[np.int64]) -> None:
+        """The reply has ended.
+
+        Args:
+            ids: the tokens that count as said, without a stop token. Both caches are cut back to them.
+            conditioning: float32 [H] each, the talker's, of the tokens that the thinker has consumed.
+            closing: what ends the assistant's message.
+        """
+        said = np.asarray(ids, np.int64)
+        self.caches.keep_reply(said, conditioning)
+        if self._turn and self._turn[-1].role == "assistant":
+            entry = self._turn[-1]
+            self.entries.put(entry, [*entry.segments, _line(said), _line(closing)], open=False)
+        self._turn = []
+
+    # -- other messages
+
+    def add_message(self, laid: LaidMessage, encoders: Encoders, before: Entry | None = None) -> Entry:
+        """Add a complete message, whose media are encoded now."""
+        entry = self._entry(laid)
+        self._encode(entry, encoders)
+        self.entries.insert(entry, before)
+        return entry
+
+    def replace(self, laid: Sequence[LaidMessage]) -> None:
+        """Have these messages instead. Of those that are there, the same ones stay, with their media's embeddings."""
+        with self.entries.lock:
+            there = list(self.entries)
+            made = []
+            for message in laid:
+                entry = self._entry(message)
+                same = next((other for other in there if other.same_as(entry)), None)
+                if same is not None:
+                    there.remove(same)
+                made.append(same or entry)
+            self.entries.replace(made)
+
+    def shorten(self, entry: Entry, texts: int) -> bool:
+        """Cut a complete reply back to its first so many tokens of text; whether that made it shorter."""
+        with self.entries.lock:
+            if entry.said is None or entry.open or entry not in self.entries:
+                return False
+            header, said, closing = entry.segments
+            ids = entry.said(texts)
+            if len(ids) >= len(said):
+                return False
+            self.entries.put(entry, [header, _line(np.asarray(ids, np.int64)), closing], open=False)
+            return True
+
+    def shorten_spoken(self, entry: Entry, codes: int) -> bool:
+        """Cut a reply back to what so many codec tokens said of it, by its pace; whether that made it shorter."""
+        return bool(entry.pace) and self.shorten(entry, codes_to_tokens(codes, entry.pace or 1.0))
+
+    # -- the caches
+
+    def prefill(self, reserve: int | None = 1, least: int = 1, *, logits: bool = False) -> None:
         """Run the tokens that the thinker does not have yet.
 
         Args:
-            reserve: tokens of room to leave; for that the oldest turns after the system message are dropped.
+            reserve: tokens of room to leave; for that the oldest turns are dropped. None: nothing is dropped.
             least: tokens of room without which nothing is run.
+            logits: those after the last token are asked for.
 
         Raises:
-            PromptTooLong: the current turn does not fit, even alone with the system message. Nothing has changed.
+            PromptTooLong: the last turn does not fit, even alone with the system message. Nothing has changed.
         """
-        self._make_room(reserve, least)
-        decoder, start = self.decoder("thinker"), self.cached
-        if start == self.length:
-            return
-        with self._timer("prefill"):
-            embeds, positions, media = self._from(start)
-            try:
-                self.logits, hidden = decoder.forward(embeds, positions)
-            except BaseException:
-                decoder.truncate(start)  # the hidden states of a part of them are lost
-                raise
-            if hidden is None:
-                raise OmniportError("the thinker graph gives no 'hidden'; export the bundle again")
-            self.prefilled += len(embeds)
-            if self._speaks:
-                embeds[media] = 0
-                self._conditioning = np.concatenate([self._conditioning, hidden + embeds])
+        dropped = False
+        while True:
+            with self.entries.lock:
+                dropped |= self._make_room(reserve, least)
+                waiting = [entry for entry in self.entries if entry.waiting]
+                if not waiting:
+                    version, segments = self.entries.version, self.entries.segments()
+                    break
+            assert self._encoders is not None, "use() comes first"
+            for entry in waiting:
+                self._encode(entry, self._encoders)
+        tokens, held = Tokens.of(segments), self.caches.held
+        if dropped:
+            self._refilled += max(0, min(len(held), len(tokens)) - held.common(tokens))
+        self.caches.prefill(tokens, segments, logits=logits)
+        self._prefilled = version
+
+    def catch_up(self) -> None:
+        """Let the talker prefill what the thinker has."""
+        self.caches.catch_up()
 
     @property
     def committed(self) -> int:
-        """Tokens of the system message and the current turn, which are never dropped."""
-        return sum(map(_tokens, (self.turns[0], self.turns[-1]) if len(self.turns) > 1 else (self.turns[0],)))
+        """Tokens of the first system messages and the last turn, which are never dropped."""
+        turns = self.entries.turns()
+        return sum(map(len, turns[0])) + (sum(map(len, turns[-1])) if len(turns) > 1 else 0)
 
     def require_room(self, tokens: int = 0, least: int = 1) -> None:
-        """Whether the current turn can take so many more tokens, with ``least`` more behind them.
+        """Whether the last turn can take so many more tokens, with ``least`` more behind them.
 
         Raises:
             PromptTooLong: it could not, even alone with the system message.
@@ -166,113 +228,42 @@ class Conversation:
 
     def take_dropped(self) -> TurnsDropped | None:
         """What was dropped since this was last asked."""
-        dropped, refilled, self._dropped, self._refilled = self._dropped, self._refilled, 0, 0
-        return TurnsDropped(dropped, refilled) if dropped else None
+        turns, refilled, items = self._turns_dropped, self._refilled, [entry.id for entry in self._dropped]
+        self._turns_dropped = self._refilled = 0
+        self._dropped = []
+        return TurnsDropped(turns, refilled, items) if turns else None
 
-    def catch_up(self) -> None:
-        """Let the talker prefill what the thinker has."""
-        decoder, start = self.decoder("talker"), self._length("talker")
-        if not len(self._conditioning):
-            return
-        with self._timer("talker_prefill"):
-            _, positions, _ = self._from(start)
-            try:
-                decoder.forward(self._conditioning, positions[:, : len(self._conditioning)])
-            except BaseException:
-                decoder.truncate(start)
-                raise
-            self._conditioning = self._conditioning[:0]
+    def _entry(self, laid: LaidMessage) -> Entry:
+        placed = laid.tokens.place([(span.indices, span.key) for span in laid.media])
+        return self.entries.make(laid.role, [placed], laid.media)
 
-    def replace_embeds(self, indices: NDArray[np.int64], embeds: Floats) -> None:
-        """Give tokens of the current turn, named by their indices [n] in it, other embeddings [n, H]."""
-        start = self.length - sum(len(segment) for segment in self.turns[-1])
-        self._cut(start + int(indices.min()))
-        for segment in self.turns[-1]:
-            found = np.isin(indices, segment.indices)
-            if found.any():
-                assert segment.embeds is not None
-                segment.embeds[np.searchsorted(segment.indices, indices[found])] = embeds[found]
-            indices = indices - len(segment)
+    def _encode(self, entry: Entry, encoders: Encoders) -> None:
+        fills = [(span.indices, encoders.embed(span), span.key) for span in entry.waiting]
+        if fills:
+            self.entries.put(entry, [entry.segments[0].fill(fills)], open=False)
+            entry.waiting = []
 
-    def answer(self, ids: list[int], conditioning: list[Floats], closing: NDArray[np.int64]) -> None:
-        """Append a reply.
-
-        Args:
-            ids: the tokens that count as said, without a stop token. Both caches are cut back to them.
-            conditioning: float32 [H] each, the talker's, of the tokens that the thinker has consumed.
-            closing: what ends the assistant's message.
-        """
-        prompt = self.length
-        consumed = min(len(conditioning), len(ids)) if self.cached >= prompt else 0
-        self.add(_line(np.asarray(ids, np.int64)))
-        self._length_is("talker", prompt)
-        self._length_is("thinker", prompt + consumed)
-        if consumed and self._speaks:
-            self._conditioning = np.concatenate([self._conditioning, np.stack(conditioning[:consumed])])
-        self.add(_line(closing))
-
-    def shorten_answer(self, turn: list[Segment] | None, ids: list[int], first: int) -> bool:
-        """Let a turn's reply be ``ids``, of which ``first`` are its first ones, if it is the last; whether it is."""
-        with self._lock:
-            if self.turns[-1] is not turn:
-                return False
-            closing = turn[-1]
-            del turn[-2:]
-            prompt = self.length
-            self.add(_line(np.asarray(ids, np.int64)))
-            self._cut(prompt + first)
-            self.add(closing)
-            return True
-
-    def _segments(self) -> Iterator[Segment]:
-        for turn in self.turns:
-            yield from turn
-
-    def _length(self, name: str) -> int:
-        return self._decoders[name].length if name in self._decoders else 0
-
-    def _length_is(self, name: str, length: int) -> None:
-        if name in self._decoders:
-            self._decoders[name].truncate(length)
-
-    def _cut(self, length: int) -> None:
-        """Forget what the caches hold behind the first ``length`` tokens."""
-        self._length_is("thinker", length)
-        self._length_is("talker", self.cached)
-        self._conditioning = self._conditioning[: self.cached - self._length("talker")]
-
-    def _make_room(self, reserve: int, least: int) -> None:
+    def _make_room(self, reserve: int | None, least: int) -> bool:
+        """Whether something was dropped."""
         self.require_room(least=least)
-        system, dropped, cached = _tokens(self.turns[0]), 0, self.cached
-        while len(self.turns) > 2 and self.length + reserve > self.capacity:
-            self.turns.pop(1)
-            dropped += 1
-        if dropped:
-            self._cut(system)
-            self._dropped += dropped
-            self._refilled += max(0, min(cached, self.length) - system)
-
-    def _from(self, start: int) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
-        """Embeddings [n, H] and positions [3, n] of the tokens from ``start`` on, and which are media's."""
-        table = self._bundle.embedding("thinker")
-        embeds, positions, media = [], [], []
-        offset = cursor = 0
-        for segment in self._segments():
-            if offset + len(segment) > start:
-                first = max(0, start - offset)
-                rows = table.rows(segment.ids)
-                if segment.embeds is not None:
-                    rows[segment.indices] = segment.embeds
-                embeds.append(rows[first:])
-                positions.append(cursor + segment.positions[:, first:])
-                media.append(segment.media_mask[first:])
-            offset += len(segment)
-            cursor += segment.advance
-        return np.concatenate(embeds), np.concatenate(positions, axis=1), np.concatenate(media)
+        turns, length, count = self.entries.turns(), self.length, 0
+        if reserve is None:
+            require_room(length, self.capacity, least)
+            return False
+        while len(turns) - count > 2 and length + reserve > self.capacity:
+            count += 1
+            length -= sum(map(len, turns[count]))
+        gone = [entry for turn in turns[1 : count + 1] for entry in turn]
+        if gone:
+            self.entries.remove(gone)
+        self._dropped += gone
+        self._turns_dropped += count
+        return bool(gone)
 
 
-def _tokens(turn: list[Segment]) -> int:
-    return sum(len(segment) for segment in turn)
+def codes_to_tokens(codes: int, pace: float) -> int:
+    """Text tokens that so many codec tokens have said, at ``pace`` for each."""
+    return int(codes / pace + 1e-6)
 
 
 def _line(ids: NDArray[np.int64]) -> Segment:

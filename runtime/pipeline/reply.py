@@ -6,15 +6,16 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 from ..concurrency.cancel import Cancelled
 from ..concurrency.owner import Owner
-from ..events import AudioChunk, Done, Event, Stats, TextDelta, TextEvent, ToolCall, TurnsDropped, underruns
-from ..generation.conversation import Conversation
+from ..events import AudioChunk, Done, Event, Stats, TextDelta, TextEvent, ToolCall, TurnsDropped, Usage, underruns
+from ..generation.conversation import Conversation, codes_to_tokens
+from ..generation.entries import Entry
 from ..generation.reply_text import Said
 from ..generation.thinker import ThinkerRun
 from ..prompt.chat_template import end_of_reply
-from ..prompt.positions import Segment
 from ..system.host import peak_memory
 from .task import ReplyTask
 from .workers import Workers
@@ -25,24 +26,29 @@ class Reply:
 
     Args:
         started: when the question ended, by ``time.perf_counter``.
-        before: what ``conversation.prefilled`` was when the turn began.
+        before: what ``conversation.caches.prefilled`` was when the turn began.
+        entry: its message in the conversation; None in one that ends with the reply.
 
     Attributes:
         ended: however it did.
     """
 
     def __init__(
-        self, task: ReplyTask, conversation: Conversation, stats: Stats, started: float, before: int = 0
+        self,
+        task: ReplyTask,
+        conversation: Conversation,
+        stats: Stats,
+        started: float,
+        before: int = 0,
+        entry: Entry | None = None,
     ) -> None:
         self.ended = False
         self._task, self._conversation, self._stats, self._started = task, conversation, stats, started
-        self._before = before
+        self._before, self._entry = before, entry
         self._workers: Workers | None = None
         self._done: Done | None = None
-        self._turn: list[Segment] | None = None
         self._undone = False
         self._heard_before: float | None = None
-        self._kept = 0
         self._setup = threading.Lock()  # held while the caller's thread uses the conversation
         self._delivery = threading.Lock()
         self._chunks: list[tuple[float, float]] = []
@@ -86,13 +92,8 @@ class Reply:
             ended = self._done
         if ended is None:
             self._end(heard=heard)
-        elif heard is not None and not self._undone and self._workers is not None:
-            self._shorten(self._heard(heard))
-
-    def _shorten(self, said: Said) -> None:
-        """The reply is complete, but was not heard to its end."""
-        if len(said.ids) < self._kept and self._conversation.shorten_answer(self._turn, said.ids, said.first):
-            self._kept = len(said.ids)
+        elif heard is not None and not self._undone and self._entry is not None:
+            self._conversation.shorten_spoken(self._entry, self._codes(heard))
 
     def _prepare(self) -> None:
         """Complete the conversation's last turn: before anything else, in the thread that asks for the first event."""
@@ -103,20 +104,23 @@ class Reply:
     def _prefill(self) -> TurnsDropped | None:
         task, conversation, stats = self._task, self._conversation, self._stats
         task.token.check()
-        before = conversation.prefilled
+        caches = conversation.caches
+        before = caches.prefilled
         self._prepare()
-        conversation.prefill(task.reserve, task.least)
-        stats.prompt_tokens = conversation.length
-        stats.late_tokens = conversation.prefilled - before
-        stats.prefilled_tokens = conversation.prefilled - self._before
+        conversation.prefill(task.reserve, task.least, logits=True)
+        prompt, special = caches.held, task.bundle.manifest.tokens
+        stats.prompt_tokens, stats.reused_tokens = len(prompt), caches.kept
+        stats.usage = Usage(prompt=prompt.count(special), cached=prompt.first(caches.kept).count(special))
+        stats.late_tokens = caches.prefilled - before
+        stats.prefilled_tokens = caches.prefilled - self._before
         run = ThinkerRun(
-            conversation.decoder("thinker"),
+            caches.decoder("thinker"),
             task.sampler,
             task.bundle.embedding("thinker"),
             task.timer,
-            logits=conversation.logits,
-            prompt_ids=conversation.ids,
-            position=conversation.cursor,
+            logits=caches.logits,
+            prompt_ids=prompt.ids,
+            position=prompt.cursor,
             stop=task.stop,
             given=task.given,
         )
@@ -151,14 +155,15 @@ class Reply:
                 self._workers.join()
             said = self._said(self._heard_before if heard is None else heard)
             self._done = self._sum_up(said)
-            self._undone, self._turn = undo, self._conversation.turns[-1]
+            self._undone = undo
             if undo:
                 self._conversation.undo_turn()
             else:
                 conditioning = self._workers.run.conditioning[: said.first] if self._workers is not None else []
                 closing = end_of_reply(self._task.bundle.manifest, self._task.codec)
+                if self._entry is not None and self._workers is not None:
+                    self._entry.pace, self._entry.said = self._pace, self._ids
                 self._conversation.answer(said.ids, conditioning, closing)
-                self._kept = len(said.ids)
             self._release()
             self.ended = True
             return self._done
@@ -176,14 +181,26 @@ class Reply:
 
     def _heard(self, heard: float | None) -> Said:
         """What was read, or heard, by the pace of the speech."""
+        assert self._workers is not None
+        texts, pace = self._texts, self._pace
+        if pace:
+            texts = min(texts, codes_to_tokens(self._codes(heard), pace))
+        return self._workers.text.said(texts, self._calls)
+
+    def _ids(self, texts: int) -> list[int]:
+        """What counts as said if so many tokens of text do."""
+        assert self._workers is not None
+        return self._workers.text.said(min(texts, self._texts), self._calls).ids
+
+    @property
+    def _pace(self) -> float | None:
+        """Codec tokens for each token of text; None of a reply that is only read, 0 of one that has no sound."""
         workers = self._workers
-        assert workers is not None
-        texts, spoken = self._texts, workers.text.spoken
-        if self._task.speech is not None:
-            complete = {"thinker", "talker"} <= workers.ended.keys()
-            pace = len(workers.codec_ids) / spoken if complete and spoken else self._conversation.codes_per_token
-            texts = min(texts, int(self._codes(heard) / pace + 1e-6))
-        return workers.text.said(texts, self._calls)
+        if workers is None or self._task.speech is None:
+            return None
+        if {"thinker", "talker"} <= workers.ended.keys() and workers.text.spoken:
+            return len(workers.codec_ids) / workers.text.spoken
+        return self._conversation.codes_per_token
 
     def _codes(self, heard: float | None = None) -> int:
         """Codec tokens whose sound was delivered, or heard if the caller knows for how many seconds it was."""
@@ -204,6 +221,7 @@ class Reply:
         stats.workers = workers.times
         codes = workers.codec_ids[: self._codes()] if cancelled else workers.codec_ids
         stats.text_tokens, stats.codec_tokens = len(said.ids), len(codes)
+        stats.usage = replace(stats.usage, text=len(said.ids), codec=len(codes))
         stats.audio_seconds = sum(duration for _, duration in self._chunks)
         stats.underruns, stats.underrun_seconds = underruns(self._chunks)
         thought, voiced = workers.ended.get("thinker"), workers.ended.get("talker")

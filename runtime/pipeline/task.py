@@ -43,7 +43,8 @@ class ReplyTask:
         tools: the reply may call some.
         given: the reply's tokens, where it is given and not generated.
         speech: None for a reply that is only read.
-        reserve: tokens of the KV cache that shall be free for the reply. least: without which there is none.
+        reserve: tokens of the KV cache that shall be free for the reply; None: what the prompt leaves is enough.
+        least: tokens without which there is no reply.
         threads: workers at once, each in its thread; False: one after the other in the caller's.
         owner: the process that works on it.
         exact: of a live turn, see `OmniSession.turn`.
@@ -60,7 +61,7 @@ class ReplyTask:
     tools: bool
     given: list[int]
     speech: SpeechTask | None
-    reserve: int
+    reserve: int | None
     least: int
     threads: bool
     exact: bool

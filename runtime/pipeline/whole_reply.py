@@ -10,6 +10,7 @@ from ..events import Stats
 from ..generation.conversation import Conversation
 from ..generation.encoders import Encoders
 from ..prompt.builder import Prompt
+from ..prompt.positions import fresh_key
 from .reply import Reply
 from .task import ReplyTask
 
@@ -65,7 +66,9 @@ class WholeReply(Reply):
         conversation.use(task.backend, task.timer)
         conversation.begin_turn()
         encoders = Encoders(task.backend, task.timer)
-        conversation.add(prompt.tokens.fill([(span.indices, encoders.embed(span)) for span in prompt.media]))
+        conversation.add(
+            prompt.tokens.fill([(span.indices, encoders.embed(span), fresh_key()) for span in prompt.media])
+        )
 
     def _release(self) -> None:
         while self._borrowed:

@@ -193,7 +193,7 @@ class Workers:
         speech, conversation = self._speech, self._conversation
         assert speech is not None
         conversation.catch_up()  # while the thinker writes its first words
-        decoder = conversation.decoder("talker")
+        decoder, prompt = conversation.caches.decoder("talker"), conversation.caches.held
         waited = 0.0
         for code in speech.talker.codes(
             decoder,
@@ -201,8 +201,8 @@ class Workers:
             speech.voice,
             speech.sampler,
             self._timer,
-            tail=conversation.cursor,
-            highest=conversation.highest,
+            tail=prompt.cursor,
+            highest=int(prompt.positions.max()),
         ):
             self.codec_ids.append(code)
             waited += self._codes.send(code)

@@ -6,9 +6,11 @@ The token sequence is what Qwen2.5-Omni's chat template and ``Qwen2_5OmniProcess
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -21,14 +23,16 @@ from ..media.image import VisionInput, image_input, load_image, picture_size, vi
 from ..media.log_mel import audio_tokens, chunk_mel, log_mel
 from ..media.video import open_video
 from . import chat_template
-from .messages import Message, Part, check_messages
-from .positions import Layout, Segment, SoundVideo, grid_positions, video_times
+from .messages import Part, check_messages, open_conversation
+from .positions import Layout, Segment, SoundVideo, grid_positions, joined, video_times
 from .room import PlannedImage, PlannedVideo, Room, too_long
 from .tokenizer import TextCodec
-from .tools import check_tools, lay_out
+from .tools import RoleParts, check_tools, lay_out
 
 MediaKind = Literal["audio", "image", "video"]
 _Made = TypeVar("_Made")
+#: so that nobody can make two media that have the same key
+_SALT = secrets.token_bytes(16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +51,30 @@ class MediaSpan:
     chunks: NDArray[np.float32] | None = None
     frames: NDArray[np.int64] | None = None
     vision: VisionInput | None = None
+
+    @cached_property
+    def key(self) -> int:
+        """What ``Segment.keys`` says of it: the same for the same medium."""
+        known = hashlib.blake2b(digest_size=8, key=_SALT)
+        for array in (self.chunks, self.frames) if self.vision is None else (self.vision.patches,):
+            known.update(repr(None if array is None else array.shape).encode())
+            known.update(b"" if array is None else np.ascontiguousarray(array).data)
+        known.update(b"" if self.vision is None else repr(self.vision.grid_thw).encode())
+        return int.from_bytes(known.digest(), "little", signed=True) or 1
+
+
+@dataclass(frozen=True, eq=False)
+class LaidMessage:
+    """One message of a conversation, laid out.
+
+    Attributes:
+        tokens: without media.
+        media: their indices count from the message's first token.
+    """
+
+    role: str
+    tokens: Segment
+    media: list[MediaSpan]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +129,12 @@ def build_prompt(
     """Read the media that ``messages`` name and lay everything out as one prompt.
 
     Args:
-        messages: ``{"role": ..., "content": ...}``; the role is system, user, assistant or tool (what a call gave), the
-            content a string or a list of parts: text, audio, image, or video, the last with its sound if ``use_audio``
-            is true (false if left out, as in the reference). A picture or video may carry bounds, see ``VisionLimits``;
-            those without are shown smaller if all together would not fit. Unless the first message is a system message
-            the bundle's system prompt is put in. An assistant's message may have ``tool_calls``.
+        messages: ``{"role": ..., "content": ...}``; the role is system, developer, user, assistant or tool (what a call
+            gave), the content a string or a list of parts: text, audio, image, or video, the last with its sound if
+            ``use_audio`` is true (false if left out, as in the reference). A picture or video may carry bounds, see
+            ``VisionLimits``; those without are shown smaller if all together would not fit. Unless the first message is
+            a system message the bundle's system prompt is put in; a first one of the role developer stands beside that
+            prompt, in the same message. An assistant's message may have ``tool_calls``.
         capacity: tokens that the KV cache holds; what the bundle was exported for if None.
         tools: that the model may call, see ``check_tools``.
         asked: one message must hold something to reply to; without, there may be none.
@@ -116,29 +145,49 @@ def build_prompt(
         MediaError: a medium cannot be read or used.
     """
     checked, signatures = check_messages(messages, asked), check_tools(tools)
-    own = manifest.chat.system_prompt
-    if (not checked or checked[0].role != "system") and (own or signatures):
-        where = "the bundle's system prompt"
-        checked.insert(0, Message("system", [Part("text", own, where)], where))
-    laid = lay_out(checked, signatures)
+    checked = open_conversation(checked, manifest.chat.system_prompt, always=bool(signatures))
     capacity = manifest.kv.max_context if capacity is None else capacity
     layout = Layout(manifest, codec)
+    laid = read_messages(lay_out(checked, signatures), layout, codec, Room(capacity))
+    chat_template.begin_reply(layout)
+    require_fit(laid, layout.length, capacity)
+    media, start = [], 0
+    for message in laid:
+        media += [replace(span, indices=span.indices + start) for span in message.media]
+        start += len(message.tokens)
+    return Prompt(joined([*(message.tokens for message in laid), layout.segment()]), media)
+
+
+def read_messages(messages: Sequence[RoleParts], layout: Layout, codec: TextCodec, room: Room) -> list[LaidMessage]:
+    """Read the media of messages, which must fit ``room``, and append them all to ``layout``.
+
+    Raises:
+        PromptError: text that is not Unicode. PromptTooLong, MediaError.
+    """
     media = Media(layout)
-    lay = iter(media.read([part for _, parts in laid for part in parts], codec, Room(capacity)))
-    for role, parts in laid:
+    lay = iter(media.read([part for _, parts in messages for part in parts], codec, room))
+    laid = []
+    for role, parts in messages:
+        start = layout.length
         chat_template.begin_message(layout, role)
         for _ in parts:
             next(lay)()()
         chat_template.end_message(layout)
-    chat_template.begin_reply(layout)
-    if layout.length > capacity:
-        sizes = {
-            kind: sum(len(s.indices) for s in media.spans if s.kind == kind) for kind in ("audio", "image", "video")
-        }
+        layout.flush()
+        spans = [replace(span, indices=span.indices - start) for span in media.spans]
+        media.spans.clear()
+        laid.append(LaidMessage(role, layout.segment(), spans))
+    return laid
+
+
+def require_fit(laid: Sequence[LaidMessage], length: int, capacity: int) -> None:
+    """PromptTooLong if ``length`` tokens, of which these messages' media take some, do not fit."""
+    if length > capacity:
+        spans = [span for message in laid for span in message.media]
+        sizes = {kind: sum(len(s.indices) for s in spans if s.kind == kind) for kind in ("audio", "image", "video")}
         filled = sum(sizes.values())
-        sizes["text"] = layout.length - filled
-        raise too_long(layout.length, layout.length - filled, filled, capacity, sizes)
-    return Prompt(layout.segment(), media.spans)
+        sizes["text"] = length - filled
+        raise too_long(length, length - filled, filled, capacity, sizes)
 
 
 class Media:

@@ -19,7 +19,9 @@ from .positions import Layout
 from .tokenizer import TextCodec
 
 #: ``tool``, the result of a call, is laid out like the others, as the published template does
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool", "developer")
+#: between the speech prompt and instructions in one system message, as Qwen2.5's template sets tools behind it
+BESIDE = "\n\n"
 #: around a call, which is a JSON object, and around what it gave
 TOOL_CALL = ("<tool_call>", "</tool_call>")
 TOOL_RESPONSE = ("<tool_response>\n", "\n</tool_response>")

@@ -15,7 +15,7 @@ from ..media.audio import ResampleStream
 from ..media.image import Pixels, VisionInput, video_input
 from ..media.limits import VisionLimits, video_size
 from ..media.log_mel import LogMelStream, MelBlock, audio_tokens, pad_chunk, require_tokens
-from .positions import Fill, Layout, SoundVideo, grid_positions, video_times
+from .positions import Layout, SoundVideo, fresh_key, grid_positions, video_times
 
 Floats = NDArray[np.float32]
 
@@ -321,7 +321,7 @@ class LiveClip:
             count += pictures.tokens_with(frame, origin) - len(pictures.indices)
         return count
 
-    def close(self) -> Fill | None:
+    def close(self) -> tuple[NDArray[np.int64], Floats] | None:
         """No more will come: lay out the rest. Gives the tokens whose embeddings an ``exact`` clip has changed."""
         sound, pictures = self._sound, self._pictures
         if sound is not None:
@@ -389,4 +389,4 @@ class LiveClip:
     def _fill(self, medium: _Tokens, part: slice, indices: NDArray[np.int64]) -> None:
         assert medium.embeds is not None
         medium.indices = np.concatenate([medium.indices, indices])
-        self._layout.fill(indices, medium.embeds[part])
+        self._layout.fill(indices, medium.embeds[part], fresh_key())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -72,7 +72,7 @@ def check_messages(messages: object, asked: bool = True) -> list[Message]:
         )
     if not messages and asked:
         raise PromptError('there are no messages; at least [{"role": "user", "content": "..."}] was expected')
-    checked = [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    checked = [check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     content = (part for message in checked if message.role == "user" for part in message.parts)
     if asked and not any(part.kind != "text" or part.value.strip() for part in content):
         raise PromptError(
@@ -82,7 +82,27 @@ def check_messages(messages: object, asked: bool = True) -> list[Message]:
     return checked
 
 
-def _check_message(message: object, where: str) -> Message:
+def open_conversation(messages: Sequence[Message], own: str, always: bool = False) -> list[Message]:
+    """Messages that begin with a system message, of which none has the role ``developer``.
+
+    ``developer`` is another name for ``system``. But a first message of that role stands beside the bundle's own system
+    prompt, in one system message: speech needs the prompt, and a model is trained with one system message.
+
+    Args:
+        own: the bundle's system prompt; may be empty.
+        always: begin with a system message even where there is nothing to say in it.
+    """
+    where, first, rest = "the bundle's system prompt", messages[0] if messages else None, messages[1:]
+    if first is not None and first.role == "developer" and own:
+        first = replace(first, role="system", parts=[Part("text", own + chat_template.BESIDE, where), *first.parts])
+    elif (first is None or first.role not in ("system", "developer")) and (own or always):
+        first, rest = Message("system", [Part("text", own, where)], where), messages
+    listed = [*([] if first is None else [first]), *rest]
+    return [replace(message, role="system") if message.role == "developer" else message for message in listed]
+
+
+def check_message(message: object, where: str) -> Message:
+    """One message; PromptError, which calls it ``where``, if malformed."""
     if not isinstance(message, Mapping):
         raise PromptError(f'{where} is a {type(message).__name__}; {{"role": ..., "content": ...}} was expected')
     role, calls = message.get("role"), message.get("tool_calls")

@@ -6,6 +6,7 @@ from the layout's own start, so that a turn can be laid out before it is known w
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -17,8 +18,13 @@ from ..bundle.manifest import Manifest
 from .tokenizer import TextCodec
 
 Positions = NDArray[np.int64]
-Fill = tuple[NDArray[np.int64], NDArray[np.float32]]
-"""indices [n] of placeholder tokens, and the embeddings [n, H] that take their places"""
+Fill = tuple[NDArray[np.int64], NDArray[np.float32], int]
+"""indices [n] of placeholder tokens, the embeddings [n, H] that take their places, and their key"""
+
+
+def fresh_key() -> int:
+    """A key for embeddings that equal no others."""
+    return secrets.randbits(62) + 1
 
 
 @dataclass(eq=False)
@@ -30,13 +36,16 @@ class Segment:
         positions: int64 [3, n], counted from where the segment starts; below 0 where a medium goes on beside another.
         advance: from the segment's start to the next one's.
         indices: int64 [m], ascending: tokens whose embedding is not that of their id.
-        embeds: float32 [m, H], their embeddings.
+        keys: int64 [m], not 0: of the media that they belong to. Tokens at the same place of media with the same key
+            have the same embedding.
+        embeds: float32 [m, H], their embeddings; None until they are encoded.
     """
 
     ids: NDArray[np.int64]
     positions: Positions
     advance: int
     indices: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    keys: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     embeds: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
@@ -49,14 +58,30 @@ class Segment:
         mask[self.indices] = True
         return mask
 
+    def place(self, media: Sequence[tuple[NDArray[np.int64], int]]) -> Segment:
+        """The same tokens, some of which belong to media: the indices [n] and the key of each."""
+        if not media:
+            return self
+        indices = np.concatenate([indices for indices, _ in media])
+        keys = np.concatenate([np.full(len(indices), key) for indices, key in media])
+        order = np.argsort(indices)  # a video and its sound come one after the other, and lie side by side
+        return replace(self, indices=indices[order], keys=keys[order])
+
     def fill(self, fills: Sequence[Fill]) -> Segment:
         """The same tokens with the embeddings of media; nothing else has embeddings yet."""
         if not fills:
             return self
-        indices = np.concatenate([indices for indices, _ in fills])
-        order = np.argsort(indices)  # a video and its sound come one after the other, and lie side by side
-        embeds = np.concatenate([embeds for _, embeds in fills])[order]
-        return replace(self, indices=indices[order], embeds=embeds)
+        made = self.place([(indices, key) for indices, _, key in fills])
+        order = np.argsort(np.concatenate([indices for indices, _, _ in fills]))
+        return replace(made, embeds=np.concatenate([embeds for _, embeds, _ in fills])[order])
+
+
+def joined(segments: Sequence[Segment]) -> Segment:
+    """The tokens of segments that follow one another, without media."""
+    starts = np.cumsum([0, *(segment.advance for segment in segments)])
+    placed = [segment.positions + start for segment, start in zip(segments, starts, strict=False)]
+    ids = np.concatenate([segment.ids for segment in segments])
+    return Segment(ids, np.concatenate(placed, axis=1), int(starts[-1]))
 
 
 class Layout:
@@ -120,9 +145,9 @@ class Layout:
         """Tokens since the last ``segment``, with those of text that is held back."""
         return self.length - self._taken + len(self._codec.encode("".join(self._text)))
 
-    def fill(self, indices: NDArray[np.int64], embeds: NDArray[np.float32]) -> None:
+    def fill(self, indices: NDArray[np.int64], embeds: NDArray[np.float32], key: int) -> None:
         """Give tokens that were appended since the last ``segment`` their embeddings."""
-        self._fills.append((indices - self._taken, embeds))
+        self._fills.append((indices - self._taken, embeds, key))
 
     @property
     def filled(self) -> bool:

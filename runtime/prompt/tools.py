@@ -32,16 +32,19 @@ def check_tools(tools: object) -> tuple[str, ...]:
     return tuple(_check_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools))
 
 
-def lay_out(messages: Sequence[Message], tools: Sequence[str] = ()) -> list[RoleParts]:
+def lay_out(messages: Sequence[Message], tools: Sequence[str] = (), tooled: bool = False) -> list[RoleParts]:
     """Role and parts of each message as the template lays it out.
 
     Without tools and calls every message is as it is. With them, tools stand at the end of the first message, calls at
     the end of the assistant's, and results that follow one another in one message of the user.
 
+    Args:
+        tooled: there are some in messages before these.
+
     Raises:
         PromptError: malformed ``tool_calls``.
     """
-    if not tools and not any(message.calls for message in messages):
+    if not tools and not tooled and not any(message.calls for message in messages):
         return [(message.role, message.parts) for message in messages]
     laid: list[RoleParts] = []
     for i, message in enumerate(messages):

@@ -35,6 +35,7 @@ from omniport.runtime import (
     TurnsDropped,
     UsageError,
 )
+from omniport.runtime.generation.entries import Tokens
 from omniport.runtime.prompt import chat_template
 from omniport.runtime.prompt.positions import Layout
 from support.bundles import make_bundle
@@ -379,9 +380,8 @@ class Contract(RuleBasedStateMachine):
 
     def tokens(self) -> list[list[int]]:
         """The conversation, turn by turn."""
-        conversation = self.session._conversation
-        turns = [] if conversation is None else conversation.turns
-        return [[int(i) for segment in turn for i in segment.ids] for turn in turns]
+        turns = self.session._conversation.entries.turns()
+        return [[int(i) for entry in turn for segment in entry.segments for i in segment.ids] for turn in turns]
 
     def dropping(self) -> None:
         """The oldest turns after the system message may be gone, whole."""
@@ -471,34 +471,36 @@ class Contract(RuleBasedStateMachine):
     @invariant()
     def caches_hold_a_prefix(self) -> None:
         """Of the conversation's tokens, whenever no reply is at work."""
-        conversation = self.session._conversation
-        if self.closed or conversation is None or self.events is not None:
+        caches = self.session._conversation.caches
+        decoder = caches._decoders.get("thinker")
+        if self.closed or self.events is not None or decoder is None:
             return
-        decoder = conversation._decoders.get("thinker")
-        if decoder is None or not decoder.length:
+        assert decoder.length == len(caches.held)
+        talker = caches._decoders.get("talker")
+        talked = 0 if talker is None else talker.length
+        assert talked + len(caches._conditioning) == decoder.length
+        segments = self.session._conversation.entries.segments()
+        tokens = Tokens.of(segments)
+        same = caches.held.common(tokens)
+        if not same:
             return
-        assert decoder.length <= conversation.length
-        embeds, positions, media = conversation._from(0)
-        embeds, positions, media = embeds[: decoder.length], positions[:, : decoder.length], media[: decoder.length]
+        embeds, positions, media = caches._embeds(segments, 0)[:same], tokens.positions[:, :same], tokens.keys[:same]
         cache = decoder._cache
         assert isinstance(cache, FakeCache)
-        np.testing.assert_allclose(cache.rows[: decoder.length], embeds, atol=1e-5)
-        talker = conversation._decoders.get("talker")
-        held = 0 if talker is None else talker.length
-        assert held + len(conversation._conditioning) == decoder.length
-        if talker is not None and held:
+        np.testing.assert_allclose(cache.rows[:same], embeds, atol=1e-5)
+        if talker is not None and talked:
             fresh = FakeDecoder(self.live.bundle.manifest.thinker, hidden=True, seed=3)
             feeds = {
                 "inputs_embeds": np.ascontiguousarray(embeds[None]),
                 "position_ids": np.ascontiguousarray(positions[:, None]),
-                "kv_positions": np.arange(decoder.length),
+                "kv_positions": np.arange(same),
                 "write_index": np.zeros(1, np.int64),
             }
-            hidden = fresh.run(feeds, fresh.new_cache(decoder.length))["hidden"][0]
-            wanted = hidden + np.where(media[:, None], 0, embeds)
-            rows = talker._cache
+            hidden = fresh.run(feeds, fresh.new_cache(same))["hidden"][0]
+            wanted = hidden + np.where(media[:, None] != 0, 0, embeds)
+            rows, both = talker._cache, min(talked, same)
             assert isinstance(rows, FakeCache)
-            np.testing.assert_allclose(rows.rows[:held], wanted[:held], atol=1e-4)
+            np.testing.assert_allclose(rows.rows[:both], wanted[:both], atol=1e-4)
 
     def teardown(self) -> None:
         for session in (self.session, *self.others):

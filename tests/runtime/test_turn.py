@@ -198,7 +198,7 @@ def test_what_came_before_the_turn_does_not_wait_for_a_piece(live: Live) -> None
     turn.push_audio(voice(0.5), 16000)
     (call,) = live.decoder("thinker").calls
     system = call["inputs_embeds"].shape[1]
-    assert system == len(live.session._opening())
+    assert system == len(live.session._conversation.entries.segments()[0])
     turn.push_audio(voice(0.5), 16000)
     assert len(live.decoder("thinker").calls) == 1
     stats = sort(turn.commit())[2].stats

@@ -89,7 +89,7 @@ class FakeDecoder(FakeGraph):
         assert positions.shape == (3, 1, count)
         assert feeds["kv_positions"].tolist() == list(range(start + count))
         cache.rows[start : start + count] = embeds[0]
-        if count > 1 or start == 0:
+        if count > 1 or start == 0 or start < cache.prompt:
             cache.prompt = int(start) + count
         live = cache.rows[: start + count].astype(np.float64)
         assert np.isfinite(live).all(), "a cache row that was never written"

@@ -40,10 +40,8 @@ class Live:
 
     @property
     def conversation(self) -> Conversation:
-        """The session's, which has begun."""
-        conversation = self.session._conversation
-        assert conversation is not None
-        return conversation
+        """The session's."""
+        return self.session._conversation
 
     def encode(self, text: str) -> list[int]:
         return self.session.text_codec.encode(text)

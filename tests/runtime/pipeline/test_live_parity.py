@@ -48,11 +48,10 @@ def same(session: OmniSession, parts: list[dict[str, Any]], push: Callable[[Any]
     heard = sort(turn.commit())
     prompt = told[2].stats.prompt_tokens
     assert heard[2].stats.prompt_tokens == prompt
-    conversation = session._conversation
-    assert conversation is not None
+    caches = session._conversation.caches
     for name in ("thinker", "talker"):
         wanted = cache_rows(whole._pool.borrow(name), prompt)
-        if not close(cache_rows(conversation.decoder(name)._cache, prompt), wanted):
+        if not close(cache_rows(caches.decoder(name)._cache, prompt), wanted):
             return False
     if (heard[2].token_ids, heard[2].codec_ids) != (told[2].token_ids, told[2].codec_ids):
         return False
