@@ -211,8 +211,8 @@ def speak(session: OmniSession, messages: list[dict[str, Any]], window: Window =
             mel.append(feeds["mel"][0])
         return outputs
 
-    def built(*args: Any) -> Prompt:
-        prompts.append(build(*args))
+    def built(*args: Any, **options: Any) -> Prompt:
+        prompts.append(build(*args, **options))
         return prompts[-1]
 
     settings: dict[str, Any] = {
@@ -414,7 +414,7 @@ def test_other_voice(reference: Reference, session: OmniSession, pair: Callable[
 
 def spoiled(session: OmniSession, both: Pair, spoil: Callable[[Prompt], Prompt], patch: pytest.MonkeyPatch) -> Spoken:
     """omniport's reply to the same prompt after ``spoil``."""
-    patch.setattr(session_module, "build_prompt", lambda *_: spoil(both.got.prompt))
+    patch.setattr(session_module, "build_prompt", lambda *_, **__: spoil(both.got.prompt))
     return speak(session, [{"role": "user", "content": "not read"}])
 
 

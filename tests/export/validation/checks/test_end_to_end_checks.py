@@ -255,15 +255,15 @@ def check_all(context: Context, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
     return lambda: list(end_to_end_checks(context))
 
 
-def shifted(*arguments: Any) -> Prompt:
+def shifted(*arguments: Any, **options: Any) -> Prompt:
     """Height and width of pictures change places."""
-    prompt = build_prompt(*arguments)
+    prompt = build_prompt(*arguments, **options)
     return replace(prompt, tokens=replace(prompt.tokens, positions=prompt.position_ids[[0, 2, 1]]))
 
 
-def one_late(*arguments: Any) -> Prompt:
+def one_late(*arguments: Any, **options: Any) -> Prompt:
     """The reply starts one position too late."""
-    prompt = build_prompt(*arguments)
+    prompt = build_prompt(*arguments, **options)
     return replace(prompt, tokens=replace(prompt.tokens, advance=prompt.next_position + 1))
 
 
