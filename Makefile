@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml tests/constraints.txt | $(PYTHON)
 	touch $@
 
 # what users run, as Windows sees it
-USED := -p omniport.runtime -p omniport.export -p omniport.calib -p omniport.cli
+USED := -p omniport.runtime -p omniport.serve -p omniport.export -p omniport.calib -p omniport.cli
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -30,6 +30,7 @@ from .commands import (
     quantize,
     ranges,
     say,
+    serve,
     start,
     talk,
     targets,
@@ -76,6 +77,7 @@ for _module in (
     run_command,
     say,
     talk,
+    serve,
     doctor,
 ):
     app.command(_module.NAME, epilog=f"Example: {_module.EXAMPLE}")(_module.command)

@@ -19,6 +19,7 @@ MACHINES = ("x86_64", "aarch64")
 #: resolved together -> what they have to bring, and what they must not
 GROUPS: dict[tuple[str, ...], tuple[str, str]] = {
     ("media", "live", "export", "calib"): ("torch", "onnxruntime"),
+    ("serve",): ("starlette", "pydantic"),
     ("ort",): ("onnxruntime", "onnxruntime-gpu"),
     ("ort-gpu",): ("nvidia-cudnn", ""),
 }

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DESIGN = ROOT / "docs" / "design.md"
 MODULES = ROOT / "docs" / "modules.md"
 #: in the order in which imports lead
-FOLDERS = ("runtime", "export", "calib", "cli")
+FOLDERS = ("runtime", "serve", "export", "calib", "cli")
 
 _START, _END = "<!-- packages: made by make docs -->\n", "<!-- end of packages -->\n"
 _INTRO = """# Modules

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 BEFORE = "59a8a1c"
-PRODUCT = ("cli", "calib", "export", "runtime")
+PRODUCT = ("cli", "calib", "export", "serve", "runtime")
 GROUPS = {"product": PRODUCT, "scripts and benchmarks": ("scripts", "benchmarks"), "tests": ("tests",)}
 PARTS = ("audio_encoder", "vision_encoder", "thinker", "talker", "dit", "bigvgan")
 LONG = 60

@@ -156,7 +156,7 @@ def test_folders_of_the_picture_exist() -> None:
 def test_paths_that_a_page_names_exist(page: str) -> None:
     """`runtime/session.py` and `tests/support` in backticks are files and folders of the checkout."""
     text = re.sub(r"^```.*?^```", "", (REPOSITORY / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    tree = r"(?:runtime|export|calib|cli|scripts|benchmarks|tests|docs)/[\w./-]*"
+    tree = r"(?:runtime|serve|export|calib|cli|scripts|benchmarks|tests|docs)/[\w./-]*"
     for path in re.findall(rf"`({tree})(?:::\w+)?`", text):
         assert (REPOSITORY / path).exists(), f"{page} names {path}"
 
@@ -194,7 +194,7 @@ def test_every_walk_is_short_and_names_its_place() -> None:
     assert {*wanted, "Change how incoming sound is cut", "Change how outgoing speech is cut"} <= set(walks)
     for name, walk in walks.items():
         assert len(walk.split()) < 60, name
-        assert re.search(r"`(runtime|export|calib|cli)/[\w/.]+`", walk), name
+        assert re.search(r"`(runtime|serve|export|calib|cli)/[\w/.]+`", walk), name
 
 
 RECORDS = sorted((REPOSITORY / "docs" / "decisions").glob("[!R]*.md"))

@@ -1,4 +1,5 @@
-"""Imports go one way: cli -> calib -> export -> runtime, and no modules import each other in a circle.
+"""Imports go one way: cli -> calib -> export -> runtime, cli -> serve -> runtime, and no modules import each other in a
+circle.
 
 Counted is every import that stands in the text: at the top, in functions and under TYPE_CHECKING.
 """
@@ -13,7 +14,7 @@ import pytest
 from scripts.structure import Graph, circles, import_graph, imports
 
 #: each may import itself and what follows it
-LAYERS = ("cli", "calib", "export", "runtime")
+LAYERS = ("cli", "calib", "export", "serve", "runtime")
 
 
 def upward(graph: Graph, layers: Iterable[str] = LAYERS) -> list[str]:
@@ -33,6 +34,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_imports_go_one_way() -> None:
     assert upward(import_graph()) == []
+
+
+def test_only_the_command_line_imports_the_server() -> None:
+    importers = {name for name, others in import_graph().items() if any(o.partition(".")[0] == "serve" for o in others)}
+    assert {name.partition(".")[0] for name in importers} <= {"serve", "cli"}
 
 
 def test_every_import_is_of_a_module_that_exists() -> None:

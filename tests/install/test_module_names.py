@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 import pytest
 from support.paths import REPOSITORY
 
-FOLDERS = ("cli", "calib", "export", "runtime", "benchmarks")
+FOLDERS = ("cli", "calib", "export", "serve", "runtime", "benchmarks")
 
 #: names that stand twice for different things: none, and none is to be added
 LEFT: set[str] = set()

@@ -46,4 +46,4 @@ def test_every_file_beside_the_code_is_installed() -> None:
     }
     held = {path for name in roots.values() for path in (REPOSITORY / name).rglob("*") if path.is_file()}
     assert named == {path for path in held if path.suffix not in (".py", ".pyc")}
-    assert {REPOSITORY / name / "py.typed" for name in ("runtime", "export", "calib", "cli")} <= named
+    assert {REPOSITORY / name / "py.typed" for name in ("runtime", "serve", "export", "calib", "cli")} <= named

@@ -1,0 +1,107 @@
+"""omniport serve"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..common import QuietFlag, print_line, require_extra
+from ..options import BackendOption, BundleArgument, one_of
+
+NAME = "serve"
+EXAMPLE = "omniport serve bundle --port 8000"
+_KEYS = "OMNIPORT_API_KEY"
+
+
+def _pairs(given: list[str] | None) -> dict[str, str]:
+    """``NAME=VOICE`` of each."""
+    pairs = [text.partition("=") for text in given or []]
+    for name, equals, voice in pairs:
+        if not (name and equals and voice):
+            raise typer.BadParameter(f"{name + equals + voice!r} is not NAME=VOICE.", param_hint="--voice")
+    return {name: voice for name, _, voice in pairs}
+
+
+def command(
+    bundle: BundleArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own want a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"Keys, one a line, of which clients send one; also taken from {_KEYS}."),
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Let everybody who reaches the address in.")] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Web pages of this origin may call, too; may be repeated."),
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name that clients ask for; without it the bundle's own.")
+    ] = None,
+    any_model: Annotated[bool, typer.Option("--any-model", help="Answer whatever model is asked for.")] = False,
+    voice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VOICE", help="Another name of a voice, such as alloy=Ethan; may be repeated."),
+    ] = None,
+    sessions: Annotated[
+        int, typer.Option(min=1, help="Conversations whose KV caches are kept for when they go on.")
+    ] = 4,
+    active: Annotated[int, typer.Option(min=1, help="Replies at once.")] = 1,
+    queue: Annotated[int, typer.Option(min=0, help="Replies that wait for their turn; more are refused.")] = 4,
+    max_context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a conversation with its reply; without it the bundle's own.")
+    ] = None,
+    run_limit: Annotated[
+        float | None, typer.Option(min=0.001, metavar="SECONDS", help="For one run of a graph at most.")
+    ] = None,
+    dialect: Annotated[
+        str, one_of(("openai", "dashscope"), help="dashscope: streams of wav have no header.")
+    ] = "openai",
+    backend: BackendOption = "auto",
+    quiet: QuietFlag = False,
+) -> None:
+    """Serve a bundle to OpenAI's clients over HTTP.
+
+    Chat with text and speech, streamed or whole. The URL is printed on stdout as soon as connections are taken; GET
+    /ready tells when the graphs are loaded. SIGTERM takes no more requests, and ends when those under way have.
+    """
+    require_extra("serve", "starlette", "uvicorn", "prometheus_client", "python_multipart")
+    from omniport.runtime import OmniSession
+    from omniport.runtime.errors import UsageError
+    from omniport.serve.http.access import read_keys
+    from omniport.serve.server import serve
+    from omniport.serve.settings import Limits, Settings
+
+    if not quiet:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    keys = [*read_keys(os.environ.get(_KEYS, ""))]
+    if api_key_file is not None:
+        try:
+            keys += read_keys(api_key_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeError) as error:
+            raise UsageError(f"cannot read the keys of {api_key_file}: {error}; name a text file") from error
+        if not keys:
+            raise UsageError(f"{api_key_file} holds no key: write one a line")
+    chosen: dict[str, Any] = {"dialect": dialect}
+    settings = Settings(
+        host=host,
+        port=port,
+        keys=tuple(keys),
+        no_auth=no_auth,
+        origins=tuple(cors_origin or ()),
+        model=model_name,
+        any_model=any_model,
+        voices=_pairs(voice),
+        sessions=sessions,
+        active=active,
+        limits=Limits(queue=queue),
+        **chosen,
+    )
+    with OmniSession.open(bundle, backend=backend, max_context=max_context, run_limit=run_limit) as session:
+        serve(session, settings, print_line)

@@ -1,0 +1,1 @@
+"""The endpoints: models, chat, speech, transcriptions, operations; their bodies, streams and errors."""

@@ -1,0 +1,62 @@
+"""Endpoints for those who run the server: health, readiness, version, metrics, capacity, draining."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..service import Service
+from .routing import json_response, require_ready
+
+
+async def health(request: Request, service: Service) -> Response:
+    """The process lives."""
+    return json_response({"status": "ok"})
+
+
+async def ready(request: Request, service: Service) -> Response:
+    """Requests are answered."""
+    require_ready(service)
+    return json_response({"status": service.state})
+
+
+async def get_version(request: Request, service: Service) -> Response:
+    """Of omniport and of the bundle."""
+    return json_response({"version": version("omniport"), "model": service.model, "bundle_hash": service.fingerprint})
+
+
+async def metrics(request: Request, service: Service) -> Response:
+    """For Prometheus."""
+    admission, measured = service.admission, service.measurements
+    measured.replies_active.set(admission.active)
+    measured.sessions.labels("active").set(admission.active)
+    measured.sessions.labels("waiting").set(admission.waiting)
+    measured.sessions.labels("free").set(admission.places - admission.active)
+    return Response(measured.page(), media_type="text/plain; version=0.0.4")
+
+
+async def capacity(request: Request, service: Service) -> Response:
+    """How much is free, for a load balancer, and what a reply that is asked for now would be like."""
+    admission, measured = service.admission, service.measurements
+    first = None if measured.first_audio is None else measured.first_audio + admission.expected_wait()
+    free = max(0, admission.places - admission.active - admission.waiting) if service.state == "ready" else 0
+    return json_response(
+        {
+            "sessions": admission.places,
+            "active": admission.active,
+            "waiting": admission.waiting,
+            "free": free,
+            "state": service.state,
+            "predicted_first_audio_s": first,
+            "predicted_rtf": measured.rate,
+            "power_mode": None,
+        }
+    )
+
+
+async def drain(request: Request, service: Service) -> Response:
+    """Take no more requests."""
+    service.drain()
+    return json_response({"status": service.state}, 202)

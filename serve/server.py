@@ -1,0 +1,75 @@
+"""Listen, say where, and stop as asked: requests under way are ended first."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from omniport.runtime import OmniSession
+from omniport.runtime.errors import UsageError
+
+from .app import make_app
+from .service import Service
+from .settings import Settings
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.drain()
+        if sig == signal.SIGTERM and not self.should_exit:
+            self.should_exit = True  # uvicorn would raise it again at the end: stopping as asked is no failure
+        else:
+            super().handle_exit(sig, frame)
+
+
+def serve(session: OmniSession, settings: Settings, listening: Callable[[str], None]) -> None:
+    """Serve until a signal comes; the session is closed then.
+
+    Args:
+        listening: called with the URL once connections are taken, while the graphs are loaded.
+
+    Raises:
+        UsageError: the address cannot be listened on, or the settings do not go with the bundle.
+        OmniportError: the graphs cannot be loaded or run.
+    """
+    service = Service(session, settings)
+    try:
+        with _bound(settings) as bound:
+            config = uvicorn.Config(
+                make_app(service),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                timeout_graceful_shutdown=round(settings.limits.drain_seconds),
+            )
+            server = _Server(config, service)
+            service.start(failed=lambda: setattr(server, "should_exit", True))
+            listening(_url(settings, bound))
+            server.run([bound])
+    finally:
+        service.close()
+    if service.failure is not None:
+        raise service.failure
+
+
+def _bound(settings: Settings) -> socket.socket:
+    host, port = settings.host, settings.port
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=128)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UsageError(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from error
+
+
+def _url(settings: Settings, bound: socket.socket) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{bound.getsockname()[1]}"

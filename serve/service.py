@@ -1,0 +1,109 @@
+"""What the endpoints share: the bundle's session, admission, names, measurements, and whether all is ready."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+from omniport.runtime import OmniSession, SamplingConfig
+from omniport.runtime.bundle.reader import MANIFEST_FILE
+from omniport.runtime.errors import UsageError
+
+from .admission import Admission
+from .measurements import Measurements
+from .settings import Settings
+
+_LOG = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "draining"]
+#: OpenAI's voices, which its clients ask for unasked
+_OPENAI_VOICES = frozenset(
+    ("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse")
+)
+#: threads that wait for the next event of a reply, and that read media
+_WAITING, _READING = 16, 2
+
+
+class Service:
+    """A bundle that is served.
+
+    Args:
+        session: open.
+        settings: see there.
+
+    Attributes:
+        state: requests are answered when it is ``ready``.
+        model: the name that clients ask for. fingerprint: of the bundle. created: seconds since 1970.
+        waiting, reading: threads that wait for replies, and that read media.
+        failure: what ended the warming up.
+
+    Raises:
+        UsageError: a name stands for a voice that the bundle does not have.
+    """
+
+    def __init__(self, session: OmniSession, settings: Settings) -> None:
+        self.session, self.settings = session, settings
+        self.state: State = "loading"
+        self.failure: Exception | None = None
+        self.admission = Admission(settings.active, settings.limits.queue)
+        self.measurements = Measurements()
+        self.waiting = ThreadPoolExecutor(_WAITING, "omniport-serve")
+        self.reading = ThreadPoolExecutor(_READING, "omniport-media")
+        description = session.bundle.root / MANIFEST_FILE
+        self.model = settings.model or session.manifest.source.name.rpartition("/")[2]
+        self.created = int(description.stat().st_mtime)
+        self.fingerprint = hashlib.sha256(description.read_bytes()).hexdigest()[:16]
+        self.voice_names = [voice.name for voice in session.manifest.voices]
+        for name, voice in settings.voices.items():
+            if voice not in self.voice_names:
+                known = ", ".join(self.voice_names) or "none"
+                raise UsageError(f"{name!r} shall be the voice {voice!r}, but the bundle's voices are: {known}")
+
+    def voice(self, name: str | None) -> str | None:
+        """The bundle's voice for what a client asks for; a name that nobody knows is given on, to be refused."""
+        if name is None or name in self.voice_names:
+            return name
+        return self.settings.voices.get(name, None if name.lower() in _OPENAI_VOICES else name)
+
+    def start(self, failed: Callable[[], None]) -> None:
+        """Load the graphs and make a first reply, in a thread of its own; ``failed`` is called if that is not possible.
+
+        A graph's first run takes longer than the others, which no client shall wait for.
+        """
+
+        def warm_up() -> None:
+            try:
+                self.session.load()
+                self._first_reply()
+            except Exception as error:  # noqa: BLE001  raised again by who started
+                self.failure = error
+                failed()
+                return
+            if self.state == "loading":
+                self.state = "ready"
+                _LOG.info("ready: %s on %s", self.model, self.session.backend.name)
+
+        threading.Thread(target=warm_up, name="omniport-warm-up", daemon=True).start()
+
+    def drain(self) -> None:
+        """Take no more requests; those under way go on."""
+        self.state = "draining"
+
+    def close(self) -> None:
+        """End what is under way."""
+        self.drain()
+        self.session.close()
+        self.waiting.shutdown(wait=False, cancel_futures=True)
+        self.reading.shutdown(wait=False, cancel_futures=True)
+
+    def _first_reply(self) -> None:
+        speaks = self.session.manifest.dit is not None
+        few = SamplingConfig(max_new_tokens=2)
+        codes = SamplingConfig(max_new_tokens=8) if speaks else None
+        messages = [{"role": "user", "content": "Hello"}]
+        for _ in self.session.reply(messages, speak=speaks, thinker=few, talker=codes):
+            pass

@@ -1,0 +1,87 @@
+"""What the operator decides: address, keys, names and limits of the server."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omniport.runtime.errors import UsageError
+
+Dialect = Literal["openai", "dashscope"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one client may take.
+
+    Attributes:
+        body, part: bytes of a request, and of one medium in it.
+        image_pixels: of a picture. audio_seconds, video_seconds: of a clip.
+        decode_seconds: for reading one medium. upload_seconds: for a request to arrive.
+        queue: replies that wait for their turn. requests: requests that are open at once.
+        drain_seconds: for replies under way to end when the server stops.
+    """
+
+    body: int = 32 << 20
+    part: int = 24 << 20
+    image_pixels: int = 16_000_000
+    audio_seconds: float = 300.0
+    video_seconds: float = 384.0
+    decode_seconds: float = 20.0
+    upload_seconds: float = 60.0
+    queue: int = 4
+    requests: int = 64
+    drain_seconds: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to serve.
+
+    Attributes:
+        host, port: where to listen; port 0 takes a free one.
+        keys: of which a client must send one; without any, everybody who reaches the server may use it.
+        no_auth: listen beyond this machine without keys.
+        origins: of web pages elsewhere that may call, such as ``https://example.org``.
+        model: name that clients ask for; None is the bundle's own. any_model: answer whatever name they ask for.
+        voices: further names of voices -> voices of the bundle.
+        active: replies at once. sessions: conversations whose KV caches are kept.
+        url_hosts: from which media are fetched by https; none else.
+        dialect: of streams of wav sound: DashScope's have no header.
+
+    Raises:
+        UsageError: no key, and an address that others reach.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: tuple[str, ...] = ()
+    no_auth: bool = False
+    origins: tuple[str, ...] = ()
+    model: str | None = None
+    any_model: bool = False
+    voices: Mapping[str, str] = field(default_factory=dict)
+    active: int = 1
+    sessions: int = 4
+    url_hosts: tuple[str, ...] = ()
+    dialect: Dialect = "openai"
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        if not (self.keys or self.no_auth or is_loopback(self.host)):
+            raise UsageError(
+                f"{self.host} can be reached from other machines, and no key is set: give --api-key-file FILE or set "
+                "OMNIPORT_API_KEY, listen on 127.0.0.1, or add --no-auth to let everybody in"
+            )
+        if any(not key.isascii() or not key.isprintable() or " " in key for key in self.keys):
+            raise UsageError("a key holds characters that no header can: use letters, digits, '-' and '_'")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,26 @@
+"""A server for each module of tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import pytest
+from support.bundles import make_bundle
+
+if TYPE_CHECKING:
+    from support.served import Served
+
+#: an environment that was set up before these became part of the `test` extra
+_MISSING = [name for name in ("omniport.serve", "openai", "prometheus_client") if find_spec(name) is None]
+collect_ignore_glob = ["test_*.py"] if _MISSING else []
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """On loopback, without keys."""
+    from support.served import Served
+
+    with Served(make_bundle(tmp_path_factory.mktemp("served") / "bundle")) as made:
+        yield made.start()

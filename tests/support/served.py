@@ -1,0 +1,70 @@
+"""A server over fake graphs, in a thread of this process, for official clients."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import uvicorn
+from omniport.serve.app import make_app
+from omniport.serve.service import Service
+from omniport.serve.settings import Settings
+from starlette.testclient import TestClient
+
+from .live_turns import Live
+
+
+class Served:
+    """A service over a bundle made by hand; with ``start`` it listens on loopback.
+
+    Attributes:
+        live: the session and its fake graphs, whose replies can be scripted.
+    """
+
+    def __init__(self, root: Path, **settings: Any) -> None:
+        self.live = Live(root)
+        self.service = Service(self.live.session, Settings(port=0, **settings))
+        self.service.state = "ready"
+        self.app = make_app(self.service)
+        self.url = ""
+
+    def start(self) -> Served:
+        bound = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        self._server = uvicorn.Server(uvicorn.Config(self.app, lifespan="off", log_config=None, ws="none"))
+        self._thread = threading.Thread(target=self._server.run, args=([bound],), daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        if self.url:
+            self._server.should_exit = True
+            self._thread.join(20)
+            assert not self._thread.is_alive()
+        self.service.close()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        """OpenAI's client, unmodified, which does not try again."""
+        return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options})
+
+    def http(self, **options: Any) -> TestClient:
+        """Starlette's client, which needs no server."""
+        return TestClient(self.app, **{"base_url": "http://127.0.0.1", "raise_server_exceptions": False, **options})
+
+    def quiet(self, seconds: float = 5.0) -> bool:
+        """Wait until no reply is made or waited for; whether that came."""
+        due = time.monotonic() + seconds
+        admission = self.service.admission
+        while (busy := admission.active + admission.waiting) and time.monotonic() < due:
+            time.sleep(0.01)
+        return not busy
