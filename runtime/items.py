@@ -107,7 +107,8 @@ class ConversationItems:
         with self._computing(True) as encoders:
             if encoders is not None:
                 self._prefill(entry)
-        return self[entry.id]
+        there = next((item for item in self._all() if item.id == entry.id), None)
+        return there or self._described(entry, 0, 0)  # dropped at once, with the old turn that it was put in
 
     def delete(self, item_id: str) -> None:
         """Take an item away.

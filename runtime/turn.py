@@ -209,6 +209,7 @@ class Turn:
             self._require_content("reply to")
             try:
                 self._end_message()
+                self._conversation.end_turn()
                 return self._answer(self._task, started)
             except Cancelled:
                 self._abort()
@@ -251,6 +252,7 @@ class Turn:
             self._require_content("keep")
             try:
                 self._end_message()
+                self._conversation.end_turn()
                 self._conversation.prefill()
                 if self._task.speech is not None:
                     self._conversation.catch_up()
@@ -413,7 +415,6 @@ class Turn:
         chat_template.end_message(self._layout)
         self._layout.flush()
         self._conversation.add(self._layout.segment())
-        self._conversation.end_message()
 
     def _answer(self, task: ReplyTask, started: float) -> Iterator[Event]:
         """Begin the reply."""
@@ -423,7 +424,8 @@ class Turn:
             self._entries.clear()
         header = Layout(task.bundle.manifest, task.codec)
         chat_template.begin_reply(header)
-        self._entries.append(conversation.begin_message("assistant", header.segment()))
+        alone = bool(task.given) and not self._anything
+        self._entries.append(conversation.begin_message("assistant", header.segment(), begins=alone))
         try:
             conversation.require_room(least=task.least)
         except PromptError:

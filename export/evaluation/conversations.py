@@ -29,6 +29,7 @@ from omniport.runtime.media.log_mel import audio_tokens
 from omniport.runtime.media.source import is_url, require
 from omniport.runtime.media.video import load_video
 from omniport.runtime.prompt.builder import build_prompt
+from omniport.runtime.prompt.chat_template import BESIDE
 from omniport.runtime.prompt.messages import vision_limits
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.session import OmniSession
@@ -323,4 +324,7 @@ def _conversation(messages: Sequence[Mapping[str, Any]], manifest: Manifest, nam
         content = message["content"]
         parts = (content,) if isinstance(content, str) else tuple(decode(part) for part in content)
         turns.append((str(message["role"]), parts))
-    return Conversation(name, tuple(turns), where)
+    if turns[0][0] == "developer" and manifest.chat.system_prompt:
+        turns[0] = ("system", (manifest.chat.system_prompt + BESIDE, *turns[0][1]))
+    named = ((role.replace("developer", "system"), parts) for role, parts in turns)  # the reference knows no other
+    return Conversation(name, tuple(named), where)

@@ -87,19 +87,24 @@ class Conversation:
         """A new turn begins, with a message of the user."""
         self.caches.kept = len(self.caches.held)
         self._turn = []
-        return self.begin_message("user")
+        return self.begin_message("user", begins=True)
 
-    def begin_message(self, role: str, *segments: Segment) -> Entry:
-        """What is added from now on is the turn's next message; that of the assistant is its reply."""
+    def begin_message(self, role: str, *segments: Segment, begins: bool = False) -> Entry:
+        """What is added from now on is the turn's next message; that of the assistant is its reply.
+
+        Args:
+            begins: it is not dropped with what stands before it.
+        """
         entry = self.entries.make(role, segments)
-        entry.open = True
+        entry.open, entry.begins = True, begins
         self.entries.insert(entry)
         self._turn.append(entry)
         return entry
 
-    def end_message(self) -> None:
-        """The message is complete."""
-        self.entries.put(self._turn[-1], self._turn[-1].segments, open=False)
+    def end_turn(self) -> None:
+        """The user's messages are complete."""
+        for entry in self._turn:
+            self.entries.put(entry, entry.segments, open=False)
 
     def undo_turn(self) -> None:
         """Discard the turn that was begun last, and its reply."""

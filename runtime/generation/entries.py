@@ -24,6 +24,7 @@ class Entry:
     Attributes:
         segments: its tokens. Of a reply: what begins it, what counts as said, what ends it.
         waiting: media of its only segment that are not encoded yet.
+        begins: a turn begins with it.
         open: it is being said: a turn that is not complete, or a reply under way.
         pace: codec tokens that a token of this reply took; None if it was not spoken.
         said: of the model's reply, gives its tokens if so many of them, the first ones, count as said.
@@ -33,6 +34,7 @@ class Entry:
     role: str
     segments: list[Segment] = field(default_factory=list)
     waiting: list[MediaSpan] = field(default_factory=list)
+    begins: bool = False
     open: bool = False
     pace: float | None = None
     said: Callable[[int], list[int]] | None = None
@@ -109,8 +111,8 @@ class Tokens:
 class Entries:
     """A conversation's messages. Hold ``lock`` where several calls belong together.
 
-    They begin with system messages, which are never dropped. After these, a user's message begins a *turn* with what
-    follows it; turns are dropped whole, the oldest first.
+    They begin with system messages, which are never dropped. After these come turns: a message of the user with what
+    follows it. Turns are dropped whole, the oldest first.
 
     Attributes:
         version: another number after every change.
@@ -128,14 +130,15 @@ class Entries:
 
     def make(self, role: str, segments: Sequence[Segment] = (), waiting: Sequence[MediaSpan] = ()) -> Entry:
         """An entry that is not in the conversation yet."""
-        return Entry(f"item_{next(self._numbers)}", role, list(segments), list(waiting))
+        return Entry(f"item_{next(self._numbers)}", role, list(segments), list(waiting), begins=role == "user")
 
     def insert(self, entry: Entry, before: Entry | None = None) -> None:
         """Add one, at the end if ``before`` is None or gone: that is before a user's turn that is not complete."""
         with self.lock:
             at = self._all.index(before) if before is not None and before in self._all else len(self._all)
-            if at == len(self._all) > 0 and not entry.open and self._all[-1].open and self._all[-1].role == "user":
-                at -= 1
+            if at == len(self._all) and not entry.open:
+                while at and self._all[at - 1].open and self._all[at - 1].role == "user":
+                    at -= 1
             self._all.insert(at, entry)
             self.version += 1
 
@@ -186,7 +189,7 @@ class Entries:
         turns: list[list[Entry]] = [[]]
         for entry in self:
             first = len(turns) == 1 and entry.role != "system"
-            if first or (len(turns) > 1 and entry.role == "user"):
+            if first or (len(turns) > 1 and entry.begins):
                 turns.append([])
             turns[-1].append(entry)
         return turns

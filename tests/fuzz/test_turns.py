@@ -72,6 +72,7 @@ class Contract(RuleBasedStateMachine):
         self.speak = False
         self.delivered = 0
         self.past: list[list[int]] = []  # the turns' tokens, the system message first
+        self.joined: list[int] | None = None  # the turn before, which a reply without a question joins
 
     @initialize(capacity=st.sampled_from([None, 150, 400]))
     def opened(self, capacity: int | None) -> None:
@@ -106,10 +107,38 @@ class Contract(RuleBasedStateMachine):
         self.text, self.anything, self.begun, self.delivered, self.events = "", False, False, 0, None
         self.past = self.past or self.tokens()[:1]
 
+    @precondition(lambda self: self.turn is None and not self.closed)
+    @rule(speak=st.booleans(), drop=st.booleans())
+    def answers(self, speak: bool, drop: bool) -> None:
+        short = SamplingConfig(max_new_tokens=30)
+        self.past = self.past or self.tokens()[:1]
+        self.turn, self.speak = self.session.turn(speak=speak, thinker=short, talker=short), speak
+        self.text, self.anything, self.given, self.delivered = None, False, False, 0
+        self.joined = self.past.pop() if len(self.past) > 1 else None
+        try:
+            self.events = self.elsewhere(lambda: self.open_turn.answer(drop=drop))
+        except PromptTooLong:
+            self.is_undone()
+
+    @precondition(lambda self: self.turn is None and not self.closed)
+    @rule(texts=st.lists(st.sampled_from(["a", "Well? ", "x" * 40, "y" * 5000]), max_size=3))
+    def replaces(self, texts: list[str]) -> None:
+        messages = [{"role": "user", "content": text} for text in texts]
+        before = self.tokens()
+        try:
+            self.elsewhere(lambda: self.session.items.replace(messages))
+        except PromptTooLong:
+            assert self.tokens() == before
+            return
+        built = self.live.prompt([*messages, {"role": "user", "content": "z"}]).token_ids
+        flat = self.flat(self.tokens())
+        assert flat == [int(i) for i in built[: len(flat)]]
+        self.past = self.tokens()
+
     @precondition(lambda self: self.turn is None)
-    @rule(system=st.sampled_from([None, "", "Be brief."]))
-    def resets(self, system: str | None) -> None:
-        self.elsewhere(lambda: self.session.reset(system))
+    @rule(system=st.sampled_from([None, "", "Be brief."]), instructions=st.sampled_from([None, "Hm."]))
+    def resets(self, system: str | None, instructions: str | None) -> None:
+        self.elsewhere(lambda: self.session.reset(system, instructions=instructions))
         self.past, self.ended = [], None
 
     # -- while it is open
@@ -185,6 +214,65 @@ class Contract(RuleBasedStateMachine):
         except PromptTooLong:
             self.is_undone()
 
+    @precondition(lambda self: self.is_open)
+    @rule()
+    def keeps(self) -> None:
+        turn, before = self.open_turn, (self.tokens(), self.open_turn._layout.pending)
+        if not self.anything:
+            self.refused(turn.keep, PromptError)
+            return
+        try:
+            self.elsewhere(turn.keep)
+        except MediaError:
+            self.took_nothing(before)
+        except PromptTooLong:
+            self.is_undone()
+        else:
+            self.ended, self.turn = turn, None
+            self.dropping_answered()
+
+    # -- while no reply is made, the conversation may be changed
+
+    @precondition(lambda self: self.events is None and not self.closed)
+    @rule(
+        role=st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
+        text=st.sampled_from(["", "a", "Well? ", "x" * 60, "y" * 3000]),
+        place=st.sampled_from([None, None, 0, 1, 5]),
+    )
+    def appends(self, role: str, text: str, place: int | None) -> None:
+        items, before = self.session.items, self.complete()
+        ids = [item.id for item in items]
+        where = None if place is None or not ids else ids[place % len(ids)]
+        try:
+            item = self.elsewhere(lambda: items.append({"role": role, "content": text}, before=where))
+        except PromptTooLong:
+            assert self.complete() == before
+            return
+        assert item.content == ([{"type": "text", "text": text}] if text else [])
+        flat, new = self.flat(self.complete()), self.flat(before)
+        assert len(flat) == len(new) + item.tokens or self.session.max_context < 2048
+        assert where is not None or flat[-item.tokens :] == self.item_tokens(item.id)
+        self.past = self.complete()
+
+    @precondition(lambda self: self.events is None and len(self.session.items))
+    @rule(which=st.integers(0, 20))
+    def deletes(self, which: int) -> None:
+        ids = [item.id for item in self.session.items]
+        item_id = ids[which % len(ids)]
+        wanted = [token for other in ids if other != item_id for token in self.item_tokens(other)]
+        self.elsewhere(lambda: self.session.items.delete(item_id))
+        assert self.flat(self.complete()) == wanted
+        self.past = self.complete()
+
+    @precondition(lambda self: self.events is None and len(self.session.items))
+    @rule(which=st.integers(0, 20))
+    def rewinds(self, which: int) -> None:
+        ids = [item.id for item in self.session.items]
+        wanted = [token for other in ids[: which % len(ids) + 1] for token in self.item_tokens(other)]
+        self.elsewhere(lambda: self.session.items.rewind(ids[which % len(ids)]))
+        assert self.flat(self.complete()) == wanted
+        self.past = self.complete()
+
     @precondition(lambda self: self.turn is not None)
     @rule()
     def another_begins(self) -> None:
@@ -242,7 +330,7 @@ class Contract(RuleBasedStateMachine):
         assert turn is not None
         self.refused(lambda: turn.cancel(heard=heard), UsageError)
 
-    @precondition(lambda self: self.turn is None and self.ended is not None)
+    @precondition(lambda self: self.ended is not None and self.joined is None)
     @rule(heard=st.sampled_from([None, 0, 0.3, 2.0]))
     def cuts_back(self, heard: float | None) -> None:
         assert self.ended is not None
@@ -290,7 +378,7 @@ class Contract(RuleBasedStateMachine):
         if self.turn is not None:
             assert self.turn.ended
             self.turn, self.events = None, None
-        self.closed, self.past, self.ended = True, [], None
+        self.closed, self.past, self.ended, self.joined = True, [], None, None
         if not self.others:
             self.live = Live(self.root)
             self.live.script(REPLY, CODES)
@@ -383,6 +471,18 @@ class Contract(RuleBasedStateMachine):
         turns = self.session._conversation.entries.turns()
         return [[int(i) for entry in turn for segment in entry.segments for i in segment.ids] for turn in turns]
 
+    def complete(self) -> list[list[int]]:
+        """The same without the turn that is open or replying."""
+        return self.tokens()[: None if self.turn is None else -1]
+
+    @staticmethod
+    def flat(turns: list[list[int]]) -> list[int]:
+        return list(itertools.chain.from_iterable(turns))
+
+    def item_tokens(self, item_id: str) -> list[int]:
+        entry = self.session._conversation.entries.find(item_id)
+        return [int(i) for segment in entry.segments for i in segment.ids]
+
     def dropping(self) -> None:
         """The oldest turns after the system message may be gone, whole."""
         kept = self.tokens()[1 : None if self.turn is None else -1]
@@ -397,6 +497,8 @@ class Contract(RuleBasedStateMachine):
         """The turn was discarded: the conversation is as it was before."""
         assert self.open_turn.ended
         self.ended, self.turn, self.events = self.turn, None, None
+        self.past += [] if self.joined is None else [self.joined]
+        self.joined = None
         self.dropping()
         assert self.tokens()[: len(self.past)] == self.past
         assert len(self.tokens()) == max(1, len(self.past))
@@ -441,18 +543,17 @@ class Contract(RuleBasedStateMachine):
         assert tokens[0] == self.past[0]
         kept = tokens[1:-1]
         assert kept == self.past[len(self.past) - len(kept) :]
-        self.past = tokens
+        assert self.joined is None or tokens[-1][: len(self.joined)] == self.joined
+        self.past, self.joined = tokens, None
 
     def is_shortened(self, heard: float | None) -> None:
-        """``cancel`` after the end: the last reply may have become shorter, by nothing if nothing was said of sound."""
-        tokens = self.tokens()
+        """``cancel`` after the end: its reply may have become shorter, by nothing if nothing was said of sound."""
+        tokens = self.complete()
         if not self.past or not tokens[-1:]:
             return
-        assert tokens[:-1] == self.past[:-1]
-        if heard is None:
-            assert tokens == self.past
-        elif tokens != self.past:
-            assert len(tokens[-1]) < len(self.past[-1])
+        changed = [(now, past) for now, past in zip(tokens, self.past, strict=True) if now != past]
+        assert len(changed) <= (heard is not None)
+        assert all(len(now) < len(past) for now, past in changed)
         self.past = tokens
 
     def question(self) -> list[int] | None:

@@ -83,3 +83,31 @@ def test_a_loud_end_needs_exact(session: OmniSession) -> None:
     parts = [{"type": "audio", "audio": (samples, 16000)}]
     assert same(session, parts, lambda turn: turn.push_audio(samples, 16000), exact=True)
     assert not same(session, parts, lambda turn: turn.push_audio(samples, 16000), exact=False)
+
+
+def test_a_conversation_that_was_changed(session: OmniSession) -> None:
+    """A reply was cut, messages were added before and behind it: the next one is that of the result, given at once."""
+    changed, fresh = session.fork(), session.fork()
+    picture = np.random.default_rng(1).integers(0, 255, (56, 84, 3), np.uint8)
+    sound = (voice(2.3), 16000)
+    turn = changed.turn(thinker=THINKER, talker=TALKER)
+    turn.push([{"type": "audio", "audio": sound}])
+    sort(turn.commit())
+    question, reply = turn.item_ids
+    added = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "A disc."}]
+    last = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Well?"}]}
+    changed.items.append(added[0], before=question)
+    changed.items.append(added[1])
+    changed.items.append(last)
+    turn.cancel(heard=0.0)
+    got = sort(changed.turn(thinker=THINKER, talker=TALKER).answer())
+    own = {"role": "system", "content": session.manifest.chat.system_prompt}
+    asked = {"role": "user", "content": [{"type": "audio", "audio": sound}]}
+    messages = [own, added[0], asked, {"role": "assistant", "content": ""}, added[1], last]
+    wanted = sort(fresh.reply(messages, thinker=THINKER, talker=TALKER))
+    assert changed.items[reply].content == []
+    assert got[2].stats.prompt_tokens == wanted[2].stats.prompt_tokens
+    assert got[2].stats.usage.prompt == wanted[2].stats.usage.prompt
+    assert (got[2].token_ids, got[2].codec_ids) == (wanted[2].token_ids, wanted[2].codec_ids)
+    assert len(wanted[2].codec_ids) > 5
+    assert np.abs(got[1] - wanted[1]).max() < 1e-3 * np.abs(wanted[1]).max()
