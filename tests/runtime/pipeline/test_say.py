@@ -67,7 +67,7 @@ def test_in_an_empty_conversation_it_is_the_assistants_message(root: Path) -> No
     alone = ready(root)
     apart = sort(alone.session.reply([], say=TEXT, talker=LONG))[2]
     assert (apart.codec_ids, apart.stats.prompt_tokens) == (CODES, done.stats.prompt_tokens)
-    assert alone.session._conversation is None
+    assert [item.role for item in alone.session.items] == ["system"]
 
 
 def test_sound_comes_before_the_text_is_at_its_end(root: Path) -> None:
