@@ -54,7 +54,13 @@ class OmniSession:
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, *, max_context: int | None = None, run_limit: float | None = None
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        max_context: int | None = None,
+        run_limit: float | None = None,
+        codec: TextCodec | None = None,
     ) -> None:
         _check_limit(run_limit)
         check_shapes(bundle.manifest, bundle.root)
@@ -62,7 +68,9 @@ class OmniSession:
         self.bundle = bundle
         exported = bundle.manifest.kv.max_context
         self.max_context = _context(max_context, min(exported, backend.max_context() or exported))
-        self.text_codec = TextCodec.from_file(bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens)
+        self.text_codec = codec or TextCodec.from_file(
+            bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens
+        )
         self._backend: Backend | None = backend
         self._shared, self._owner = _Shared(), Owner()
         self._lock = threading.RLock()  # a signal handler may close the session in the thread that holds it
@@ -160,10 +168,16 @@ class OmniSession:
             self.backend.graph(name)
 
     def fork(self) -> OmniSession:
-        """Another session, with another conversation, over the same graphs: weights are in memory once."""
+        """Another session, with another conversation, over the same graphs and tokenizer, in memory once."""
         self._owner.check()
         with self._lock:
-            other = OmniSession(self.bundle, self.backend, max_context=self.max_context, run_limit=self._run_limit)
+            other = OmniSession(
+                self.bundle,
+                self.backend,
+                max_context=self.max_context,
+                run_limit=self._run_limit,
+                codec=self.text_codec,
+            )
             other._shared, other._owner = self._shared.join(), self._owner
             return other
 

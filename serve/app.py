@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from .http import model_list, operations
+from .http import chat, model_list, operations, speech_route, transcription
 from .http.access import Access
 from .http.api_errors import ApiError
 from .http.request_scope import RequestScope
@@ -53,6 +53,11 @@ def _routes(service: Service) -> Iterable[Route]:
     yield from route(service, "GET", "/metrics", operations.metrics, prefixed=False)
     yield from route(service, "GET", "/omniport/capacity", operations.capacity)
     yield from route(service, "POST", "/omniport/drain", operations.drain)
+    yield from route(service, "POST", "/chat/completions", chat.chat)
+    yield from route(service, "POST", "/audio/speech", speech_route.speak)
+    yield from route(service, "GET", "/audio/voices", speech_route.list_voices)
+    yield from route(service, "POST", "/audio/transcriptions", transcription.transcribe)
+    yield from route(service, "POST", "/audio/translations", transcription.translate)
     yield from route(service, "GET", "/models", model_list.list_models)
     yield from route(service, "GET", "/models/{model:path}", model_list.get_model)
 

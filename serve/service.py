@@ -15,7 +15,9 @@ from omniport.runtime.errors import UsageError
 
 from .admission import Admission
 from .measurements import Measurements
+from .session_pool import SessionPool
 from .settings import Settings
+from .spoken_replies import SpokenReplies
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,12 +34,13 @@ class Service:
     """A bundle that is served.
 
     Args:
-        session: open.
+        session: open; replies that are apart from any chat are made by it.
         settings: see there.
 
     Attributes:
         state: requests are answered when it is ``ready``.
         model: the name that clients ask for. fingerprint: of the bundle. created: seconds since 1970.
+        sessions: those of chats. spoken: what replies with sound have said.
         waiting, reading: threads that wait for replies, and that read media.
         failure: what ended the warming up.
 
@@ -51,6 +54,8 @@ class Service:
         self.failure: Exception | None = None
         self.admission = Admission(settings.active, settings.limits.queue)
         self.measurements = Measurements()
+        self.spoken = SpokenReplies()
+        self.sessions = SessionPool(session, max(settings.sessions, settings.active))
         self.waiting = ThreadPoolExecutor(_WAITING, "omniport-serve")
         self.reading = ThreadPoolExecutor(_READING, "omniport-media")
         description = session.bundle.root / MANIFEST_FILE
@@ -96,6 +101,7 @@ class Service:
     def close(self) -> None:
         """End what is under way."""
         self.drain()
+        self.sessions.close()
         self.session.close()
         self.waiting.shutdown(wait=False, cancel_futures=True)
         self.reading.shutdown(wait=False, cancel_futures=True)

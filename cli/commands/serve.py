@@ -49,6 +49,12 @@ def command(
         list[str] | None,
         typer.Option(metavar="NAME=VOICE", help="Another name of a voice, such as alloy=Ethan; may be repeated."),
     ] = None,
+    allow_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST", help="Fetch media from this host by https; may be repeated. Else only data: URLs."
+        ),
+    ] = None,
     sessions: Annotated[
         int, typer.Option(min=1, help="Conversations whose KV caches are kept for when they go on.")
     ] = 4,
@@ -98,6 +104,7 @@ def command(
         model=model_name,
         any_model=any_model,
         voices=_pairs(voice),
+        url_hosts=tuple(host.lower() for host in allow_url or ()),
         sessions=sessions,
         active=active,
         limits=Limits(queue=queue),

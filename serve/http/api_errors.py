@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from typing import Any
@@ -16,6 +17,8 @@ from omniport.runtime.errors import (
     UsageError,
 )
 from starlette.responses import Response
+
+_LOG = logging.getLogger(__name__)
 
 #: how messages of the runtime name what they are about
 _PATH = re.compile(r"(?:messages|tools)(?:\[\d+\])?(?:\.\w+|\[\d+\])*")
@@ -113,3 +116,12 @@ def from_runtime(error: OmniportError, param: str | None = None) -> ApiError | N
                 param = found[0]
             return ApiError(400, code, str(error), param=param)
     return None
+
+
+def told_late(error: Exception) -> ApiError:
+    """What a client is told of a reply that fails while it is sent."""
+    told = from_runtime(error) if isinstance(error, OmniportError) else None
+    if told is None:
+        _LOG.error("a reply failed while it was sent", exc_info=error)
+        told = ApiError(500, "internal_error", "internal error; the server's log tells more", kind="server_error")
+    return told

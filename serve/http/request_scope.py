@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..settings import Limits
 from .api_errors import ApiError, busy, internal
 
 _LOG = logging.getLogger(__name__)
+#: what the log and the measurements call a request whose client has left, as nginx does
+_CLIENT_LEFT = 499
 
 
 class RequestScope:
@@ -42,8 +45,8 @@ class RequestScope:
             await self._app(scope, request.receive, request.send)
         except ApiError as error:
             await error.response()(scope, receive, request.send)
-        except asyncio.CancelledError:
-            raise
+        except ClientDisconnect:
+            request.status = _CLIENT_LEFT
         except Exception:  # noqa: BLE001 - whatever it is, the next request is served
             _LOG.exception("request %s failed", request.id)
             if not request.status:

@@ -31,6 +31,7 @@ class Served:
         self.service.state = "ready"
         self.app = make_app(self.service)
         self.url = ""
+        self._clients: list[openai.OpenAI] = []
 
     def start(self) -> Served:
         bound = socket.create_server(("127.0.0.1", 0))
@@ -41,6 +42,8 @@ class Served:
         return self
 
     def close(self) -> None:
+        for client in self._clients:
+            client.close()
         if self.url:
             self._server.should_exit = True
             self._thread.join(20)
@@ -55,7 +58,9 @@ class Served:
 
     def client(self, **options: Any) -> openai.OpenAI:
         """OpenAI's client, unmodified, which does not try again."""
-        return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options})
+        options = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options}
+        self._clients.append(openai.OpenAI(**options))
+        return self._clients[-1]
 
     def http(self, **options: Any) -> TestClient:
         """Starlette's client, which needs no server."""

@@ -1,0 +1,105 @@
+"""The command itself, in a process of its own: where it listens, readiness, and how it stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from support.paths import REPOSITORY
+
+#: the command over fake graphs
+CODE = """
+import sys, time
+from omniport.runtime.backends import registry
+from support import toy_backend
+registry.BACKENDS["ort-cpu"] = "support.toy_backend"
+SLOW
+from omniport.cli.main import run
+run(["serve", *sys.argv[1:], "--backend", "ort-cpu", "--port", "0"])
+"""
+SLOW = """
+from support.fake_backend import FakeDecoder
+compute = FakeDecoder.compute
+FakeDecoder.compute = lambda *arguments: (time.sleep(0.1), compute(*arguments))[1]
+"""
+BROKEN = """
+from support.fake_backend import FakeDecoder
+from omniport.runtime.errors import BackendError
+def compute(*_): raise BackendError("the engine is for another device")
+FakeDecoder.compute = compute
+"""
+
+
+def start(root: Path, *arguments: str, slow: str = "", **environment: str) -> subprocess.Popen[str]:
+    code = CODE.replace("SLOW", slow)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), *sys.path]), **environment}
+    command = [sys.executable, "-c", code, str(root), *arguments]
+    return subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def listening(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    assert url.startswith("http://127.0.0.1:"), process.communicate()
+    due = time.monotonic() + 60
+    while httpx.get(f"{url}/ready").status_code != 200:
+        assert time.monotonic() < due
+        time.sleep(0.05)
+    return url
+
+
+@pytest.fixture
+def stopped() -> Iterator[list[subprocess.Popen[str]]]:
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_signal_ends_the_server_after_the_reply(root: Path, stopped: list[subprocess.Popen[str]]) -> None:
+    process = start(root, slow=SLOW, OMNIPORT_API_KEY="sk-1")
+    stopped.append(process)
+    url = listening(process)
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="sk-1", max_retries=0) as client:
+        chunks = iter(
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}], stream=True)
+        )
+        next(chunks)
+        process.send_signal(signal.SIGTERM)
+        ended = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
+    assert ended[-1] == "length", "the reply under way was ended"
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert out == ""
+    assert "POST /v1/chat/completions 200" in err
+    assert "Traceback" not in err
+    assert "Hello" not in err
+
+
+def test_graphs_that_do_not_run_end_the_server(root: Path, stopped: list[subprocess.Popen[str]]) -> None:
+    process = start(root, "--quiet", slow=BROKEN)
+    stopped.append(process)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out.startswith("http://")
+    assert err == "error: the engine is for another device\n"
+
+
+def test_an_address_that_is_taken_or_open_to_all(root: Path, stopped: list[subprocess.Popen[str]]) -> None:
+    for arguments, problem in ((["--host", "0.0.0.0"], "--no-auth"), (["--host", "192.0.2.1", "--no-auth"], "listen")):
+        process = start(root, "--quiet", *arguments)
+        stopped.append(process)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert problem in err
+        assert "Traceback" not in err
