@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..settings import Limits
+from .access import OPEN
 from .api_errors import ApiError, busy, internal
 
 _LOG = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class RequestScope:
             self._open -= 1
             self._counted(scope, request.status)
             taken = time.perf_counter() - started
-            _LOG.info("%s %s %d %.3f s %s", scope["method"], scope["path"], request.status, taken, request.id)
+            level = logging.DEBUG if scope["path"] in OPEN else logging.INFO  # probes come every few seconds
+            _LOG.log(level, "%s %s %d %.3f s %s", scope["method"], scope["path"], request.status, taken, request.id)
 
 
 class _Request:
