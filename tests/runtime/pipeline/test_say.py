@@ -60,6 +60,7 @@ def test_in_an_empty_conversation_it_is_the_assistants_message(root: Path) -> No
     assert (done.text, done.codec_ids) == (TEXT, CODES)
     manifest = live.session.manifest
     said = live.session.text_codec.decode(live.conversation.ids.tolist())
+    assert [item.role for item in live.session.items] == ["system", "assistant"]
     assert said == f"system\n{manifest.chat.system_prompt}\nassistant\n{TEXT}\n"
     live.script("yes", [1, 2, 52])
     assert live.say("and?")[2].stats.reused_tokens > len(TEXT)
@@ -135,8 +136,8 @@ def test_old_turns_make_room(tmp_path: Path) -> None:
     live = ready(make_bundle(tmp_path / "small", max_context=400), "x" * 8)
     for _ in range(5):
         live.say("y" * 60, talker=SamplingConfig(max_new_tokens=9))
-    _, _, done, dropped = sort(live.session.say("z" * 300, talker=SamplingConfig(max_new_tokens=9)))
-    assert (done.text, len(dropped)) == ("z" * 300, 1)
+    _, _, done, dropped = sort(live.session.say("z" * 200, talker=SamplingConfig(max_new_tokens=9)))
+    assert (done.text, len(dropped)) == ("z" * 200, 1)
 
 
 def test_a_bundle_that_does_not_speak(tmp_path: Path) -> None:
