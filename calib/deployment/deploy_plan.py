@@ -60,6 +60,7 @@ def plan_deployment(model: ModelShape, asked: Asked) -> DeployPlan:
     machine = find_machines(asked.target)[0]
     release = _release(machine, asked.jetpack)
     ops, lowered = _form(release)
+    model = replace(model, kv="static" if ops == "native" else "concat")
     rows, context = _fitting(model, machine, asked)
     row = min((row for row in rows if row.works), key=_ORDERS[asked.goal])
     if asked.max_context is None and asked.goal != "memory":
@@ -82,7 +83,7 @@ def plan_deployment(model: ModelShape, asked: Asked) -> DeployPlan:
         quantized=recipe.quantized is not None,
         context=context,
         ops=ops,
-        kv="static" if ops == "native" else "concat",
+        kv=model.kv,
         reasons=tuple(_reasons(row, asked, machine, context, lowered)),
         refused={each.recipe.name: _refusal(each) for each in rows if each.recipe.name not in working},
         expected=_expected(model, machine, row, precision),

@@ -20,6 +20,7 @@ from omniport.runtime.speech.windows import BEHIND_CODES, SpeechWindows, window_
 
 from ..devices.catalog import BUILD_CONSTANT, BUILD_FACTOR
 from ..option_values import TOKEN2WAV_PRECISIONS
+from ..tensorrt.builder_api import NATIVE_SINCE, too_old_for
 from .machines import Machine, find_machines
 from .shapes import DecoderShape, ModelShape, find_model
 from .weights import RECIPES, GraphShape, Matrix, PlanRecipe, graph_bytes, itemsize, matrix_bytes
@@ -218,6 +219,17 @@ def load_of(row: RecipePlan) -> float:
     return row.speed.speech if row.speed.speech is not None else 1 / row.speed.decode
 
 
+def kv_form(model: ModelShape, machine: Machine) -> str:
+    """Form of the KV caches: the bundle's, or what an export for the machine takes.
+
+    Of a board's JetPacks the oldest decides, whose graphs later ones take too. A cache that grows is there twice: a
+    call reads it on one side and writes it on the other.
+    """
+    releases = () if machine.target is None else machine.target.jetpacks
+    lowered = bool(releases) and bool(too_old_for(NATIVE_SINCE, 0, releases[0].tensorrt))
+    return model.kv or ("concat" if lowered else "static")
+
+
 @dataclass(frozen=True)
 class _Estimate:
     """Memory and speed of one model on one machine by one recipe."""
@@ -243,8 +255,10 @@ class _Estimate:
 
     def memory(self) -> Memory:
         weights = {name: self.held_bytes(shape) for name, shape in self.model.graphs.items()}
-        # a CPU's caches are as wide as what it computes in; both decoders keep one
-        caches = sum(d.cache_elements(self.context) * self.itemsize(name) for name, d in self.model.decoders.items())
+        # a CPU's caches are as wide as what it computes in; both decoders keep one, on two sides if it grows
+        sides = 2 if kv_form(self.model, self.machine) == "concat" else 1
+        held = sum(d.cache_elements(self.context) * self.itemsize(name) for name, d in self.model.decoders.items())
+        caches = sides * held
         activations = sum(self.activations(shape) for shape in self.model.graphs.values())
         return Memory(weights, caches, activations, self.machine.process, sum(self.model.embedding_bytes.values()))
 

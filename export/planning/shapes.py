@@ -53,6 +53,7 @@ class ModelShape:
         embedding_bytes: of the token tables, by decoder; they stay in mapped files.
         max_context: positions that it was trained on, or that a bundle was exported for.
         evaluations: of the DiT for one window of speech.
+        kv: form of a bundle's KV caches, ``static`` or ``concat``; empty before an export, which chooses it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class ModelShape:
     embedding_bytes: Mapping[str, int]
     max_context: int
     evaluations: int = 36
+    kv: str = ""
 
     @property
     def speaks(self) -> bool:
@@ -263,6 +265,7 @@ def shape_of_bundle(bundle: Bundle) -> ModelShape:
         embedding_bytes={name: manifest.files[g.embedding_file].size for name, g in manifest.decoders.items()},
         max_context=manifest.kv.max_context,
         evaluations=sum(map(len, solver.stages)) if solver is not None else 0,
+        kv=manifest.kv.form,
     )
 
 

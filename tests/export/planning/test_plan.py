@@ -16,12 +16,16 @@ from omniport.calib.quantizer import quantize
 from omniport.cli.main import app
 from omniport.export.planning.machines import Machine, Rates, cpu_machine, find_machines, measure_rates
 from omniport.export.planning.plan import RecipePlan, TargetPlan, make_plan
-from omniport.export.planning.shapes import ModelShape, find_model, shape_of_config
+from omniport.export.planning.shapes import ModelShape, find_model, shape_of_bundle, shape_of_config
 from omniport.export.planning.weights import RECIPES, graph_bytes
 from omniport.export.synthetic.geometries import SIZES, geometry_config
+from omniport.export.tensorrt.build_check import memory_needed
 from omniport.export.tensorrt.onnx_file import open_onnx
+from omniport.export.tensorrt.profiles import Limits
+from omniport.runtime.backends.tensorrt.kv_cache import GrowingTrtCache, StaticTrtCache
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
+from support.fake_device import FakeDriver
 from typer.testing import CliRunner
 
 from benchmarks import plan as plan_bench
@@ -104,6 +108,19 @@ def test_a_bundle_and_its_checkpoint_multiply_alike(bundles: dict[str, Path], ti
 # --- memory and speed ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["static", "concat"])
+def test_caches_are_counted_as_the_runtime_allocates_them(form: str, tiny_bundle: Path, lowered_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle if form == "static" else lowered_bundle)
+    kinds = {"static": StaticTrtCache, "concat": GrowingTrtCache}
+    graphs = [bundle.manifest.graphs[name] for name in ("thinker", "talker")]
+    allocated = sum(kinds[form](FakeDriver(), 0, graph, 512).nbytes for graph in graphs)
+    memory = row(planned(shape_of_bundle(bundle), "rtx-4090", 512), "fp32").memory
+    assert memory is not None
+    assert memory.caches == allocated
+    long, short = (memory_needed(bundle, ["thinker", "talker"], Limits(max_context=most)) for most in (512, 256))
+    assert long - short == allocated // 2
+
+
 def test_memory_adds_up_and_grows_with_the_context() -> None:
     short, long = (row(planned("3b", "rtx-4090", context), "fp16").memory for context in (1024, 8192))
     assert short is not None
@@ -112,6 +129,9 @@ def test_memory_adds_up_and_grows_with_the_context() -> None:
     # keys and values of 36 layers with 2 heads of 128, and of 24 with 2 of 64, in FP16
     assert short.caches == 2 * 2 * 1024 * (36 * 2 * 128 + 24 * 2 * 64)
     assert short.total == sum(short.weights.values()) + short.caches + short.activations + short.runtime
+    on_board = row(planned("3b", "jetson-orin-nano-8gb", 1024), "fp16").memory
+    assert on_board is not None
+    assert on_board.caches == 2 * short.caches  # TensorRT 10.3 takes a cache that grows alone: read here, written there
     assert short.mapped == 2 * (151936 * 2048 + 8448 * 2048)
 
 
