@@ -5,7 +5,7 @@
 # make gpu-check: install what the GPU found here can use, run the tests that need one, then measure it
 #     (docs/results/gpu-NAME.json)
 # make fuzz: mutated files, messages, arguments and turns for an hour (docs/results/fuzz.md)
-# make extras: resolve every extra for Python 3.10 to 3.14 on x86-64 and aarch64, from wheels
+# make extras: resolve every extra for Python 3.10 to 3.14 on Linux (x86-64, aarch64) and Windows, from wheels
 # make install-check: install both ONNX Runtimes in every order, and mend them as doctor says (docs/results/install-check.md)
 # make tensorrt-contract: compare what was recorded of TensorRT's Python modules (10.3 to 11.4) with the real bindings
 # make build-matrix: build the engines of real-width graphs for several GPUs, without one (docs/results/build-matrix.md)

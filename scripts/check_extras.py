@@ -1,4 +1,4 @@
-"""Resolve every extra for every supported Python on x86-64 and aarch64, from wheels alone.
+"""Resolve every extra for every supported Python on Linux (x86-64, aarch64) and Windows, from wheels alone.
 
     python -m scripts.check_extras
 
@@ -15,7 +15,12 @@ from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-MACHINES = ("x86_64", "aarch64")
+#: machine -> uv's name of its platform
+MACHINES = {
+    "x86_64": "x86_64-manylinux_2_28",
+    "aarch64": "aarch64-manylinux_2_28",
+    "win_amd64": "x86_64-pc-windows-msvc",
+}
 #: resolved together -> what they have to bring, and what they must not
 GROUPS: dict[tuple[str, ...], tuple[str, str]] = {
     ("media", "live", "export", "calib"): ("torch", "onnxruntime"),
@@ -37,7 +42,7 @@ SOURCE = {"hear": "pocketsphinx has wheels for some machines and Pythons only, n
 def resolve(extras: Sequence[str], python: str, machine: str) -> tuple[list[str], str]:
     """Packages that extras bring, from wheels; uv's explanation where there are none."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
-    command += ["--only-binary", ":all:", "--python-version", python, "--python-platform", f"{machine}-manylinux_2_28"]
+    command += ["--only-binary", ":all:", "--python-version", python, "--python-platform", MACHINES[machine]]
     done = subprocess.run(
         [*command, *(f"--extra={extra}" for extra in extras), str(PYPROJECT)], capture_output=True, text=True
     )
