@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def serve(session: OmniSession, settings: Settings, listening: Callable[[str], N
     """
     service = Service(session, settings)
     try:
-        with _bound(settings) as bound:
+        with listen(settings.host, settings.port) as bound:
             config = uvicorn.Config(
                 make_app(service),
                 lifespan="off",
@@ -61,11 +62,29 @@ def serve(session: OmniSession, settings: Settings, listening: Callable[[str], N
         raise service.failure
 
 
-def _bound(settings: Settings) -> socket.socket:
-    host, port = settings.host, settings.port
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    It is of the protocol TCP by name: for others asyncio leaves Nagle's algorithm on, which holds a stream's next piece
+    back until the client has acknowledged the last, by 40 ms.
+
+    Raises:
+        UsageError: the address cannot be listened on.
+    """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            if os.name == "posix":  # elsewhere it lets two programs have one port
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen(128)
+        except BaseException:
+            bound.close()
+            raise
+        return bound
     except (OSError, OverflowError, UnicodeError) as error:
         raise UsageError(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from error
 

@@ -20,6 +20,7 @@ class Limits:
         body, part: bytes of a request, and of one medium in it.
         image_pixels: of a picture. audio_seconds, video_seconds: of a clip.
         decode_seconds: for reading one medium. upload_seconds: for a request to arrive.
+        unread_seconds: for a client to take what was sent of a stream.
         queue: replies that wait for their turn. requests: requests that are open at once.
         drain_seconds: for replies under way to end when the server stops.
     """
@@ -31,6 +32,7 @@ class Limits:
     video_seconds: float = 384.0
     decode_seconds: float = 20.0
     upload_seconds: float = 60.0
+    unread_seconds: float = 30.0
     queue: int = 4
     requests: int = 64
     drain_seconds: float = 30.0

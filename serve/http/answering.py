@@ -84,7 +84,8 @@ async def while_connected(request: Request, service: Service, work: Coroutine[An
 
 
 class Stream(Response):
-    """A body that is sent as it is made. What it holds is let go of when it ends, or when the client leaves.
+    """A body that is sent as it is made. What it holds is let go of when it ends, or when the client leaves or no
+    longer reads.
 
     Args:
         body: pieces. held: closed at the end.
@@ -112,6 +113,8 @@ class Stream(Response):
                     await sending
                 else:
                     self._service.measurements.interrupted("client_left")
+            except asyncio.TimeoutError:  # another class than Python's own before 3.11
+                self._service.measurements.interrupted("client_stalled")
             finally:
                 await _cancel(sending, leaving)
 
@@ -119,7 +122,8 @@ class Stream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._body) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                sent = send({"type": "http.response.body", "body": piece, "more_body": True})
+                await asyncio.wait_for(sent, self._service.settings.limits.unread_seconds)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

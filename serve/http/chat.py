@@ -42,17 +42,17 @@ async def _answer(service: Service, asked: ChatRequest, header: bool) -> Respons
         messages = await read_messages(asked.messages, service, asked.hear_videos)
         tools = asked.tools if asked.tool_choice == "auto" else []
         session = held.enter_context(service.sessions.borrow(asked.messages, tools))
-        options = reply_options(asked, service)
+        options, reply = reply_options(asked, service), _Reply(service, asked)
+        made = None if reply.format is None else encoder(reply.format, reply.rate, header=header)
 
         def begin() -> Any:
             session.items.replace(messages, tools)
             return session.turn(**options).answer(drop=False)
 
         events = await held.enter_async_context(ReplyEvents(begin, service.waiting))
-        reply = _Reply(service, asked)
         headers = {"x-omniport-voice": session.bundle.find_voice(options["voice"]).name} if asked.speak else {}
         if asked.stream:
-            lines = kept_alive(_chunks(events, reply, header))
+            lines = kept_alive(_chunks(events, reply, made))
             return Stream(lines, held.pop_all(), service, "text/event-stream", {"cache-control": "no-cache", **headers})
         return json_response(await _whole(events, reply), headers=headers)
 
@@ -122,9 +122,8 @@ async def _whole(events: ReplyEvents, reply: _Reply) -> dict[str, Any]:
     return reply.record("chat.completion", [choice], chat_usage(done.stats))
 
 
-async def _chunks(events: ReplyEvents, reply: _Reply, header: bool) -> AsyncIterator[bytes]:
+async def _chunks(events: ReplyEvents, reply: _Reply, made: Encoder | None) -> AsyncIterator[bytes]:
     """Lines of the stream; an error is told in one, after which nothing follows."""
-    made = None if reply.format is None else encoder(reply.format, reply.rate, header=header)
     yield reply.chunk({"role": "assistant", "content": "", "refusal": None})
     try:
         async for event in events:

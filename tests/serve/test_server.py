@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from omniport.serve.server import listen
 from support.paths import REPOSITORY
 
 #: the command over fake graphs
@@ -84,6 +87,28 @@ def test_a_signal_ends_the_server_after_the_reply(root: Path, stopped: list[subp
     assert "POST /v1/chat/completions 200" in err
     assert "Traceback" not in err
     assert "Hello" not in err
+
+
+def test_what_is_sent_is_not_held_back() -> None:
+    """Nagle's algorithm would add 40 ms to the first sound."""
+
+    async def run() -> int:
+        accepted: asyncio.Future[asyncio.BaseTransport] = asyncio.get_running_loop().create_future()
+
+        class Protocol(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                accepted.set_result(transport)
+
+        with listen("127.0.0.1", 0) as bound:
+            server = await asyncio.get_running_loop().create_server(Protocol, sock=bound)
+            with socket.create_connection(bound.getsockname()):
+                transport = await asyncio.wait_for(accepted, 10)
+            no_delay = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            transport.close()
+            server.close()
+            return int(no_delay)
+
+    assert asyncio.run(run())
 
 
 def test_graphs_that_do_not_run_end_the_server(root: Path, stopped: list[subprocess.Popen[str]]) -> None:

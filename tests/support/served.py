@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import openai
 import uvicorn
 from omniport.serve.app import make_app
+from omniport.serve.server import listen
 from omniport.serve.service import Service
 from omniport.serve.settings import Settings
 from starlette.testclient import TestClient
@@ -34,7 +34,7 @@ class Served:
         self._clients: list[openai.OpenAI] = []
 
     def start(self) -> Served:
-        bound = socket.create_server(("127.0.0.1", 0))
+        bound = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         self._server = uvicorn.Server(uvicorn.Config(self.app, lifespan="off", log_config=None, ws="none"))
         self._thread = threading.Thread(target=self._server.run, args=([bound],), daemon=True)
