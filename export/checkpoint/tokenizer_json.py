@@ -1,44 +1,62 @@
-"""Make a bundle's tokenizer.json: copy the checkpoint's, or build it from vocab.json and merges.txt."""
+"""Make a bundle's tokenizer.json: the checkpoint's own where transformers reads text so, else transformers'."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from omniport.runtime.errors import CheckpointError
-from omniport.runtime.system.files import read_text
+from omniport.runtime.prompt.tokenizer import SPLIT
+from omniport.runtime.system.files import read_text, scratch_folder
 from omniport.runtime.system.foreign import foreign
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from .checkpoint import Checkpoint
+from .config import quiet_transformers
 from .control_tokens import CONTROL_TOKENS
 
+#: what transformers makes a tokenizer from
+_TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+_TEXT_FILES += ("added_tokens.json", "special_tokens_map.json")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-#: Qwen2's split: contractions, words with one leading mark, single digits, punctuation runs, line ends, spaces
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
-
+@lru_cache(maxsize=1)
 def tokenizer_json(ckpt: Checkpoint) -> bytes:
-    """The checkpoint's tokenizer.json as stored, or one built from vocab.json, merges.txt and the added tokens.
+    """The tokenizer that transformers reads the checkpoint's text with.
+
+    It is tokenizer.json as stored, or one built from vocab.json, merges.txt and the added tokens, if that reads text in
+    the same way. transformers may read otherwise: some of its classes take no more than vocabulary and merges from the
+    file, and tokens that stand only in tokenizer_config.json are added.
 
     Raises:
-        CheckpointError: neither is there, or what is there cannot be loaded.
+        CheckpointError: neither is there, what is there cannot be loaded, here or by transformers, or tokenizer.json
+            has an added token that transformers does not read from there.
     """
+    own, reference = _own(ckpt), _of_transformers(ckpt)
+    here, there = _reading(Tokenizer.from_str(own.decode())), _reading(reference)
+    if here == there:
+        return own
+    for text, token in here["added"].items():
+        if there["added"].get(text, {}).get("id") != token["id"]:
+            raise CheckpointError(
+                f"tokenizer.json of {ckpt.name} has the added token {text!r} with id {token['id']}, and transformers "
+                "does not read it from there: enter it in added_tokens_decoder of tokenizer_config.json, or drop it."
+            )
+    _reset(reference)
+    return bytes(reference.to_str(), "utf-8")
+
+
+def _own(ckpt: Checkpoint) -> bytes:
+    """The checkpoint's tokenizer.json, without what a trainer left in it, or one built from its other files."""
     path = ckpt.path / "tokenizer.json"
     if path.exists():
         data = _read(path)
         tokenizer = _load(data, str(path))
-        if tokenizer.truncation is None and tokenizer.padding is None and not tokenizer.model.dropout:
-            return data
-        # what a trainer left in the file; transformers sets both anew at every call
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.model.dropout = None
-        return bytes(tokenizer.to_str(), "utf-8")
+        return bytes(tokenizer.to_str(), "utf-8") if _reset(tokenizer) else data
     vocab = ckpt.json("vocab.json")
     merges = ckpt.path / "merges.txt"
     if vocab is None or not merges.exists():
@@ -47,6 +65,51 @@ def tokenizer_json(ckpt: Checkpoint) -> bytes:
             "base model."
         )
     return tokenizer_from_vocab(vocab, _read_merges(ckpt), _added_tokens(ckpt))
+
+
+def _of_transformers(ckpt: Checkpoint) -> Tokenizer:
+    """transformers' tokenizer of the checkpoint."""
+    from transformers import AutoTokenizer
+
+    problem = f"transformers cannot load the tokenizer of {ckpt.name}"
+    remedy = "Copy the tokenizer files of the base model."
+    with quiet_transformers(), scratch_folder() as folder, foreign(CheckpointError, problem, remedy):
+        for name in _TEXT_FILES:  # transformers takes no byte order mark
+            if (ckpt.path / name).exists():
+                (folder / name).write_bytes(_read(ckpt.path / name))
+        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # a copy: what is reset here, transformers sets by itself
+        return Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+
+
+def _reset(tokenizer: Tokenizer) -> bool:
+    """Switch off what a trainer left in a file and transformers sets anew at every call; whether there was any."""
+    if tokenizer.truncation is None and tokenizer.padding is None and not tokenizer.model.dropout:
+        return False
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.model.dropout = None
+    return True
+
+
+def _reading(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides how a tokenizer reads and writes text: equal ones do the same."""
+    document: dict[str, Any] = json.loads(tokenizer.to_str())
+    # Offsets, and what is put around a text, are not used here; dropout is switched off.
+    split = _without(document["pre_tokenizer"], {"trim_offsets"})
+    # ByteLevel has one way back, whatever its options
+    decoder = _without(document["decoder"], {"trim_offsets", "add_prefix_space", "use_regex"})
+    model = {name: value or None for name, value in document["model"].items() if name != "dropout"}
+    added = {token["content"]: token for token in document["added_tokens"]}
+    return {"normalizer": document["normalizer"], "split": split, "decoder": decoder, "model": model, "added": added}
+
+
+def _without(value: Any, names: set[str]) -> Any:
+    if isinstance(value, list):
+        return [_without(item, names) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _without(item, names) for name, item in value.items() if name not in names}
 
 
 def own_tokens(stored: bytes) -> tuple[str, ...]:
@@ -80,7 +143,7 @@ def tokenizer_from_vocab(
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated", invert=False),
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

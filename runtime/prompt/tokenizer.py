@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import msgspec
@@ -20,6 +21,12 @@ from ..bundle.manifest import SpecialTokens
 from ..errors import BundleError, PromptError
 from ..system.files import read_text
 from ..system.foreign import foreign
+from ..system.stderr import dropped_from_stderr
+
+#: Qwen2's split: contractions, words with one leading mark, single digits, punctuation runs, line ends, spaces
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 #: longest stretch of text that is encoded (characters); a context of 32,768 tokens holds an eighth of that in English
 MAX_TEXT = 1 << 20
@@ -37,6 +44,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+#: what a panic prints: a search with a split of somebody's own may go beyond the library's limits
+_PANIC = re.compile(rb"\s*$|thread '|Onig: |stack backtrace:| +\d+: | +at |note: ")
 
 
 #: parts of a tokenizer.json, and the types that they may be made of
@@ -89,6 +98,8 @@ class TextCodec:
                     "so a message could forge control tokens. Export the bundle again from a Qwen2.5-Omni checkpoint"
                 )
         self._tokenizer = tokenizer
+        patterns = set(_fields(tokenizer.pre_tokenizer, "Regex"))
+        self._own_split = not patterns <= {SPLIT}
         added = tokenizer.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special) | special
         self._markers = [token.content for token in added.values() if re.fullmatch(r"<.+>", token.content)]
@@ -128,20 +139,23 @@ class TextCodec:
         """Token ids of ``text``, in which nothing is a control token.
 
         Raises:
-            PromptError: the text is not valid Unicode (lone surrogates), or longer than ``MAX_TEXT``.
+            PromptError: the text is not valid Unicode (lone surrogates), longer than ``MAX_TEXT``, or too much for a
+                split of the bundle's own.
         """
         if len(text) > MAX_TEXT:
             raise PromptError(f"the text has {len(text)} characters, at most {MAX_TEXT} are taken; shorten it")
-        try:
-            return self._ids(self._tokenizer, text)
-        except TypeError as error:
-            bad = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
-            if bad is None:
-                raise
-            raise PromptError(
-                f"the text holds a lone surrogate ({text[bad]!r}) at character {bad}; valid Unicode text was expected. "
-                "Decode the text with the right encoding, or drop that character"
-            ) from error
+        hushed: AbstractContextManager[object] = dropped_from_stderr(_PANIC) if self._own_split else nullcontext()
+        with foreign(PromptError, "the bundle's tokenizer fails on this text", "Shorten it"), hushed:
+            try:
+                return self._ids(self._tokenizer, text)
+            except TypeError as error:
+                bad = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+                if bad is None:
+                    raise
+                raise PromptError(
+                    f"the text holds a lone surrogate ({text[bad]!r}) at character {bad}; valid Unicode text was "
+                    "expected. Decode the text with the right encoding, or drop that character"
+                ) from error
 
     def marker_in(self, text: str) -> str | None:
         """A control token, or another added one that is written like a tag, which ``text`` spells."""
@@ -201,25 +215,25 @@ def _refuse_unknown_components(tokenizer: Tokenizer) -> None:
     """
     for place, known in _COMPONENTS.items():
         component: Any = getattr(tokenizer, place)
-        found = [type(component).__name__] if place == "model" else _kinds(component)
+        found = [type(component).__name__] if place == "model" else _fields(component, "type")
         if unknown := [kind for kind in found if kind not in known]:
             raise ValueError(f"its {place} has a {unknown[0]}; known are {', '.join(sorted(known))}")
 
 
-def _kinds(component: Any) -> list[str]:
-    """Type of a component, and of those inside."""
+def _fields(component: Any, name: str) -> list[str]:
+    """Texts of that name in a component, and in those inside."""
     if component is None:
         return []
-    kinds: list[str] = []
+    found: list[str] = []
 
     def look(value: Any) -> None:
         if isinstance(value, dict):
-            kinds.extend([value["type"]] if isinstance(value.get("type"), str) else [])
+            found.extend([value[name]] if isinstance(value.get(name), str) else [])
         for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             look(inner)
 
     look(json.loads(component.__getstate__()))
-    return kinds
+    return found
 
 
 def _only_control_tokens_special(document: str, tokens: SpecialTokens) -> tuple[str, frozenset[int]]:

@@ -120,10 +120,12 @@ def test_a_template_without_a_system_message(tiny_checkpoint: Path, tmp_path: Pa
 
 
 def test_own_added_tokens_are_listed(tiny_checkpoint: Path, tmp_path: Path, omniport: Omniport) -> None:
+    from transformers import AutoTokenizer
+
     checkpoint = rewritten(tiny_checkpoint, tmp_path / "checkpoint", _without_speech)
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    tokenizer.add_special_tokens(["<|emotion_happy|>"])
-    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|emotion_happy|>"]})
+    tokenizer.save_pretrained(checkpoint)
     call = ("export", checkpoint, tmp_path / "bundle", "--graphs", "audio_encoder")
     assert "added tokens of the checkpoint: <|emotion_happy|>" in omniport(*call)[2]
     assert json.loads(omniport(*call, "--json")[1])["added_tokens"] == ["<|emotion_happy|>"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from omniport.runtime import session as session_module
@@ -21,6 +22,7 @@ from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.system.files import scratch_folder
 
 from ...evaluation.conversations import Conversation, standard_conversations
+from ...evaluation.probe import PROBE
 from ...models.signals import RATE, generator, picture, voice
 from ..comparison import array_check, equal_check
 from ..context import Context
@@ -44,6 +46,7 @@ def preprocess_checks(context: Context) -> Iterator[Check]:
         context.progress("preprocess: pictures")
         yield from _picture_checks(context, processor)
     context.progress("preprocess: token ids")
+    yield from _text_checks(context, processor)
     yield from _conversation_checks(context, processor, "preprocess")
 
 
@@ -53,6 +56,24 @@ def position_checks(context: Context) -> Iterator[Check]:
     yield from _conversation_checks(
         context, open_processor(context.checkpoint, context.bundle.manifest.vision), "positions"
     )
+
+
+def _text_checks(context: Context, processor: Processor) -> Iterator[Check]:
+    """A wide text with every added token but those that frame a message: nobody can write these."""
+    codec, reference = _codec(context), processor.tokenizer
+    framing = set(msgspec.structs.asdict(context.bundle.manifest.tokens).values())
+    added = [token.content for i, token in sorted(reference.added_tokens_decoder.items()) if i not in framing]
+    for name, text in {"a wide text": PROBE, "added tokens": f"a{'b  '.join(added)} {''.join(added)}"}.items():
+        ids, wanted = codec.encode(text), reference(text, add_special_tokens=False).input_ids
+        yield equal_check("preprocess", f"{name}: token ids", np.asarray(ids, np.int64), np.asarray(wanted, np.int64))
+        texts = (codec.decode(ids), reference.decode(wanted, skip_special_tokens=True))
+        back = [np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int64) for text in texts]
+        yield equal_check("preprocess", f"{name}: read back", *back)
+
+
+def _codec(context: Context) -> TextCodec:
+    manifest = context.bundle.manifest
+    return TextCodec.from_file(context.bundle.path(manifest.tokenizer_file), manifest.tokens)
 
 
 def _conversation_checks(context: Context, processor: Processor, stage: str) -> Iterator[Check]:
@@ -84,8 +105,7 @@ def prompt_checks(context: Context, conversation: Conversation, inputs: Inputs) 
 
 def laid_out(context: Context, conversation: Conversation) -> Prompt:
     """The prompt as a session makes it."""
-    manifest = context.bundle.manifest
-    codec = TextCodec.from_file(context.bundle.path(manifest.tokenizer_file), manifest.tokens)
+    manifest, codec = context.bundle.manifest, _codec(context)
     # through the session's own name, so that what is checked is what replies
     return session_module.build_prompt(conversation.messages(), manifest, codec)  # type: ignore[attr-defined]
 

@@ -583,7 +583,14 @@ def test_tokenizer_without_a_control_token(folder: Path) -> None:
     def rename(document: dict[str, Any]) -> None:
         next(t for t in document["added_tokens"] if t["content"] == "<|AUDIO|>")["content"] = "<|SOUND|>"
 
+    def rename_there(config: dict[str, Any]) -> None:
+        rename({"added_tokens": config["added_tokens_decoder"].values()})
+        config["additional_special_tokens"].remove("<|AUDIO|>")
+        for name in ("audio_token", "extra_special_tokens"):
+            config.pop(name, None)
+
     edit_json(folder / "tokenizer.json", rename)
+    edit_json(folder / "tokenizer_config.json", rename_there)
     with pytest.raises(CheckpointError, match=r"no token '<\|AUDIO\|>'"):
         frontends.special_tokens(Checkpoint.open(folder))
 
@@ -638,7 +645,7 @@ def test_built_tokenizer_equals_the_stored_one(folder: Path, source: str) -> Non
     (folder / "tokenizer.json").unlink()
     if source == "added_tokens.json":
         edit_json(folder / "tokenizer_config.json", lambda c: c.pop("added_tokens_decoder"))
-    built = load_tokenizer(ckpt)
+    built = load_tokenizer(Checkpoint.open(folder))
     assert built.get_vocab() == stored.get_vocab()
     for text in TEXTS:
         ids = stored.encode(text).ids

@@ -329,3 +329,18 @@ def test_unreadable_file(tmp_path: Path, content: str | None) -> None:
     with pytest.raises(BundleError, match=r"cannot read the tokenizer .*tokenizer\.json") as caught:
         TextCodec.from_file(path, special_ids(small()))
     assert caught.value.exit_code == 2
+
+
+def test_a_split_that_searches_without_end(
+    vocabulary: tuple[dict[str, int], list[tuple[str, str]]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library panics, which is no Exception, and says so on stderr."""
+    document = json.loads(tokenizer_from_vocab(*vocabulary, dict(enumerate(CONTROLS.values(), start=REGULAR))))
+    document["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(a+)+$b"}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    codec = TextCodec.from_file(path, special_ids(Tokenizer.from_file(str(path))))
+    assert codec.encode("aab")
+    with pytest.raises(PromptError, match=r"tokenizer fails on this text: .*retry-limit.*\. Shorten it"):
+        codec.encode("a" * 60)
+    assert capfd.readouterr().err == ""

@@ -36,6 +36,7 @@ from omniport.runtime.prompt.positions import Segment
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.speech import token2wav as token2wav_module
 from support import oracle
+from tokenizers.normalizers import Replace
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -363,6 +364,21 @@ def test_wrong_token_ids(context: Context, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(prompt_module.TextCodec, "encode", lambda self, text: encode(self, text.lower()))
     checks = list(preprocess_checks(context))
     assert {check.name for check in checks if check.status == FAIL} >= {"text: token ids", "turns: token ids"}
+
+
+def test_a_tokenizer_that_reads_otherwise(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen in no conversation: capital letters with a dot, and an added token that is left out."""
+    loaded = TextCodec.from_file
+
+    def other(*arguments: Any) -> TextCodec:
+        codec = loaded(*arguments)
+        codec._tokenizer.normalizer = Replace("\u0130", "I")
+        codec._special |= {codec._tokenizer.token_to_id("<|fim_pad|>")}
+        return codec
+
+    monkeypatch.setattr(TextCodec, "from_file", other)
+    wrong = {check.name for check in preprocess_checks(context) if check.status == FAIL}
+    assert wrong == {"a wide text: token ids", "a wide text: read back", "added tokens: read back"}
 
 
 # --- judging -------------------------------------------------------------------------------------------------------
