@@ -78,8 +78,8 @@ class VisionInput:
 def load_image(source: ImageSource) -> Pixels:
     """Read a picture as RGB, uint8 [H, W, 3].
 
-    EXIF orientation is applied. Transparency is composited onto white (as the reference does), 16-bit greys are scaled
-    to 8 bits, the first frame of an animation is taken.
+    EXIF orientation is applied. Transparency is composited onto white (as the reference does), greys of more than 8
+    bits are scaled to 8 bits (the reference clips them), the first frame of an animation is taken.
 
     Args:
         source: a path or ``file://`` URL, the bytes of a file, a PIL image, or an array or tensor [H, W], [H, W, 1],
@@ -181,17 +181,30 @@ def _decode(image: Any, turn: int, label: str) -> Pixels:
     """A PIL image in RGB, turned upright by its EXIF orientation."""
     if turn in _TURNS:  # not ImageOps.exif_transpose: it writes the EXIF anew, which fails for odd entries
         image = image.transpose(require("PIL.Image").Transpose[_TURNS[turn]])
-    if image.mode.startswith("I"):  # 16-bit greys, which convert("RGB") would clip to white
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise MediaError(f"{label} holds {grey.min()}..{grey.max()}; expected 8 or 16 bits a channel: convert it")
-        bands = [np.round(grey[row : row + 256] / 257).astype(np.uint8) for row in range(0, len(grey), 256)]
-        return _rgb(np.concatenate(bands))
-    if image.mode == "F":
-        raise MediaError(f"{label} holds floating-point pixels; expected 8 or 16 bits a channel: convert it")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _rgb(_grey(image, label))
+    if image.mode == "La":  # Pillow goes on from there only
+        image = image.convert("LA")
+    if "A" in image.getbands() or "transparency" in image.info:
         return _on_white(image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))
+
+
+def _grey(image: Any, label: str) -> Pixels:
+    """A picture of whole or floating-point numbers, one a pixel, in 8 bits. ``convert`` clips what is above 255."""
+    grey = np.asarray(image)
+    low, high = grey.min(), grey.max()
+    if image.mode == "F":
+        if not (low >= 0 and (high == 0 or 1 < high <= 255)):  # not <, so that NaN fails
+            raise MediaError(
+                f"{label} holds floating-point numbers in {low:g}..{high:g}; expected 0..255: convert it, numbers in "
+                "0..1 times 255"
+            )
+    elif low < 0 or high > 65535:
+        raise MediaError(f"{label} holds {low}..{high}; expected 8 or 16 bits a channel: convert it")
+    if image.mode in ("I", "F") and high <= 255:
+        return grey.astype(np.uint8)
+    return np.concatenate([np.round(grey[i : i + 256] / 257).astype(np.uint8) for i in range(0, len(grey), 256)])
 
 
 def _on_white(image: Any) -> Pixels:

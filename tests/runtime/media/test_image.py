@@ -275,6 +275,38 @@ def test_sixteen_bit_grey_is_scaled(tmp_path: Path) -> None:
     assert np.unique(expected).size == 256
 
 
+@pytest.mark.parametrize("mode", ["I", "F", "LA", "PA", "RGBa", "RGBX", "LAB", "HSV", "CMYK", "YCbCr", "1", "P"])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_modes_of_pillow_are_read_as_by_the_reference(mode: str, transparent: bool) -> None:
+    source = noise(60, 84, 4)
+    source[..., 3] = source[..., 3] // 2 + 60
+    flat = Image.fromarray(source).convert("P" if mode == "PA" else "RGBA" if mode == "RGBa" else "RGB")
+    image = Image.new(mode, (84, 60), (99, 150, 110)) if mode == "LAB" else flat.convert(mode)
+    if transparent:
+        image.info["transparency"] = {"1": 255, "P": 3}.get(mode)
+    assert_equal_to_reference(image)
+
+
+def test_premultiplied_grey_is_read_as_grey_with_alpha() -> None:
+    image = Image.fromarray(noise(60, 84, 4)).convert("LA").convert("La")
+    np.testing.assert_array_equal(load_image(image), load_image(image.convert("LA")))
+
+
+def test_whole_and_floating_point_numbers_beyond_8_bits() -> None:
+    """The reference clips them to white."""
+    deep = Image.fromarray(np.array([[0, 257, 65535]], np.int32))
+    np.testing.assert_array_equal(load_image(deep)[0, :, 0], [0, 1, 255])
+    for wrong in ([[0, 70000]], [[-1, 5]]):
+        with pytest.raises(MediaError, match="8 or 16 bits"):
+            load_image(Image.fromarray(np.array(wrong, np.int32)))
+    for values, words in (([[0.0, 0.9]], r"0\.\.0\.9.*times 255"), ([[-1.0, 5.0]], "-1"), ([[3.0, 300.0]], "300")):
+        with pytest.raises(MediaError, match=words):
+            load_image(Image.fromarray(np.array(values, np.float32)))
+    with pytest.raises(MediaError, match="nan"):
+        load_image(Image.fromarray(np.array([[np.nan, 5.0]], np.float32)))
+    np.testing.assert_array_equal(load_image(Image.fromarray(np.array([[0, 0]], np.float32))), np.zeros((1, 2, 3)))
+
+
 def test_float_arrays_are_scaled() -> None:
     image = noise(20, 30)
     np.testing.assert_array_equal(load_image(image / 255.0), image)
