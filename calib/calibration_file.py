@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from omniport.runtime.errors import BundleError, UsageError
 from omniport.runtime.system.files import open_regular
 from omniport.runtime.system.foreign import foreign
+from omniport.runtime.system.path_arguments import paths_checked
 from safetensors import safe_open
 from safetensors.numpy import save
 
@@ -135,6 +136,7 @@ class Calibration:
         return bytes(save(tensors, {HEADER_KEY: header}))
 
     @classmethod
+    @paths_checked
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read a file written by `encode`.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 from omniport.runtime.errors import UsageError
 from omniport.runtime.system.files import write_output
+from omniport.runtime.system.path_arguments import paths_checked
 from omniport.runtime.system.progress import Progress
 
 from .calibration.calibrate_parts import Job, Stages
@@ -39,6 +40,7 @@ class CalibrateReport:
     missing: tuple[str, ...]
 
 
+@paths_checked
 def calibrate(
     checkpoint: str | os.PathLike[str],
     data: str | os.PathLike[str],

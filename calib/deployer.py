@@ -27,6 +27,7 @@ from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.bundle.staging import check_space, previous_manifest
 from omniport.runtime.errors import BundleError, CheckpointError, UsageError
 from omniport.runtime.system.files import remove_folder, replace_file
+from omniport.runtime.system.path_arguments import paths_checked
 from omniport.runtime.system.progress import Progress
 
 from .calibration_file import Calibration
@@ -76,6 +77,7 @@ class DeployReport:
         return self.record.validated is None or self.record.validated.ok
 
 
+@paths_checked
 def deploy_plan(model: str | os.PathLike[str], target: str, **asked: Any) -> DeployPlan:
     """What `deploy` would do; nothing is written.
 
@@ -96,6 +98,7 @@ def deploy_plan(model: str | os.PathLike[str], target: str, **asked: Any) -> Dep
     return plan_deployment(find_model(name), Asked(target, **asked))
 
 
+@paths_checked
 def deploy(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from omniport.runtime.bundle.parts import decoders
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckFailed, UsageError
 from omniport.runtime.system.files import scratch_folder
+from omniport.runtime.system.path_arguments import paths_checked
 from omniport.runtime.system.progress import Progress
 
 from .calibration_file import Calibration
@@ -55,6 +56,7 @@ class GoalReport(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+@paths_checked
 def quantize_to_goal(
     bundle: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -32,6 +32,7 @@ from omniport.runtime.bundle.recipes import Weight, find_recipe
 from omniport.runtime.bundle.staging import check_space, previous_manifest, staging, take_over, unlisted
 from omniport.runtime.errors import BundleError, UsageError
 from omniport.runtime.system.foreign import foreign
+from omniport.runtime.system.path_arguments import paths_checked
 from omniport.runtime.system.progress import Progress, StageProgress
 
 from .calibration_file import Calibration
@@ -98,6 +99,7 @@ class QuantizationPlan:
         return _rewritten(self.choices)
 
 
+@paths_checked
 def quantize(
     bundle: str | os.PathLike[str],
     out: str | os.PathLike[str],

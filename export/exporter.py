@@ -20,6 +20,7 @@ from omniport.runtime.bundle.listed_files import file_record
 from omniport.runtime.bundle.manifest import FileRecord, Manifest, Quantization, encode_manifest
 from omniport.runtime.bundle.reader import MANIFEST_FILE
 from omniport.runtime.bundle.staging import check_space, staging, take_over
+from omniport.runtime.system.path_arguments import paths_checked
 from omniport.runtime.system.progress import Progress, StageProgress
 
 from .bundle_parts import write_embeddings
@@ -73,6 +74,7 @@ class ExportReport:
     notes: tuple[str, ...] = ()
 
 
+@paths_checked
 def export_checkpoint(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],

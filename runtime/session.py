@@ -38,6 +38,7 @@ from .prompt.tokenizer import TextCodec
 from .reply_options import ReplyOptions
 from .speech.ode_methods import Solver
 from .speech.windows import Window
+from .system.path_arguments import paths_checked
 from .turn import Turn
 
 _LOG = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class OmniSession:
         self._replies: weakref.WeakSet[WholeReply] = weakref.WeakSet()
 
     @classmethod
+    @paths_checked
     def open(
         cls,
         path: str | os.PathLike[str],

@@ -25,6 +25,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
 from omniport.runtime.session import OmniSession
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.system.path_arguments import paths_checked
 from omniport.runtime.system.progress import Progress
 
 from ..calibration_file import Calibration
@@ -111,6 +112,7 @@ class Comparison(NamedTuple):
     waves: dict[str, Wave]
 
 
+@paths_checked
 def compare(
     base: str | os.PathLike[str],
     bundles: Sequence[str | os.PathLike[str]],

@@ -16,6 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 from omniport.runtime.errors import CheckpointError
 from omniport.runtime.system.files import read_file
+from omniport.runtime.system.path_arguments import paths_checked
 from omniport.runtime.system.progress import Say
 
 from .config import load_config, read_json
@@ -90,6 +91,7 @@ class Checkpoint:
         self.fingerprint = _fingerprint(path / "config.json", self._files)
 
     @classmethod
+    @paths_checked
     def open(cls, spec: str | os.PathLike[str], progress: Say | None = None) -> Checkpoint:
         """Open a folder, a Hugging Face id, or ``modelscope:`` and an id.
 

@@ -17,6 +17,7 @@ from omniport.runtime.errors import UsageError
 from omniport.runtime.generation.decoder import PREFILL_CHUNK
 from omniport.runtime.generation.encoders import AUDIO_CHUNKS
 from omniport.runtime.speech.windows import BEHIND_CODES, SpeechWindows, window_codes
+from omniport.runtime.system.path_arguments import paths_checked
 
 from ..devices.catalog import BUILD_CONSTANT, BUILD_FACTOR
 from ..option_values import TOKEN2WAV_PRECISIONS
@@ -141,6 +142,7 @@ class TargetPlan:
         return min(working, key=load_of).recipe.name if working else ""
 
 
+@paths_checked
 def plan(
     model: str | os.PathLike[str],
     target: str = "all",

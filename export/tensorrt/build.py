@@ -20,6 +20,7 @@ from omniport.runtime.bundle.staging import check_space
 from omniport.runtime.errors import BackendError, BuildError, BundleError, UsageError
 from omniport.runtime.system import host
 from omniport.runtime.system.files import cache_folder
+from omniport.runtime.system.path_arguments import paths_checked
 from omniport.runtime.system.progress import Progress
 
 from ..devices.catalog import THIS, Target
@@ -54,6 +55,7 @@ class BuildReport:
     seconds: float = 0.0
 
 
+@paths_checked
 def build_engines(
     bundle: str | os.PathLike[str],
     target: str,

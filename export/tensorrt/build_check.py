@@ -16,6 +16,7 @@ from omniport.runtime.bundle.manifest import DecoderGeometry
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BuildError
 from omniport.runtime.system.files import scratch_folder
+from omniport.runtime.system.path_arguments import paths_checked
 from omniport.runtime.system.progress import Progress
 
 from ..devices.catalog import BUILD_CONSTANT, BUILD_FACTOR, RTX_CAPABILITIES, Target, nearest_rtx_capability
@@ -80,6 +81,7 @@ class CheckReport:
         return self.fits and self.builds_there and not any(graph.problem for graph in self.graphs)
 
 
+@paths_checked
 def check_engines(
     bundle: str | os.PathLike[str],
     target: str,

@@ -20,6 +20,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, UsageError, UserError
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.system.host import peak_memory
+from omniport.runtime.system.path_arguments import paths_checked
 from omniport.runtime.system.progress import Progress, Say
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -67,6 +68,7 @@ class Validation(NamedTuple):
     artifacts: Artifacts
 
 
+@paths_checked
 def validate(
     bundle: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str],

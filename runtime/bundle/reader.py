@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import BundleError, UnknownVoice, UsageError
 from ..system.foreign import foreign
+from ..system.path_arguments import paths_checked
 from ..system.progress import Progress
 from .bfloat16 import from_bfloat16
 from .consistency import check_manifest
@@ -126,6 +127,7 @@ class Bundle:
         self._tables: dict[str, EmbeddingTable] = {}
 
     @classmethod
+    @paths_checked
     def open(
         cls,
         path: str | os.PathLike[str],
