@@ -120,10 +120,13 @@ class Voice(NamedTuple):
 class Bundle:
     """An opened bundle folder; every file it hands out is listed in bundle.json and lies inside the folder."""
 
-    def __init__(self, root: Path, manifest: Manifest, files: dict[str, Path]) -> None:
+    def __init__(
+        self, root: Path, manifest: Manifest, files: dict[str, Path], stamp: tuple[int, ...] | None = None
+    ) -> None:
         self.root = root
         self.manifest = manifest
         self._files = files
+        self._stamp = stamp or _stamp(root)
         self._tables: dict[str, EmbeddingTable] = {}
 
     @classmethod
@@ -145,7 +148,7 @@ class Bundle:
             BundleError: says which file or field is wrong and what to do.
         """
         root = Path(path)
-        manifest = read_manifest(root)
+        stamp, manifest = _stamp(root), read_manifest(root)
         files = {
             name: resolve_listed(root, name, record.size, MANIFEST_FILE, DOCUMENT.mend)
             for name, record in manifest.files.items()
@@ -162,23 +165,29 @@ class Bundle:
                 done += record.size
                 if progress is not None:
                     progress(name, done, total)
-        return cls(root, manifest, files)
+        return cls(root, manifest, files, stamp)
 
     def path(self, relative: str) -> Path:
         """Absolute path of a listed file.
 
         Raises:
-            BundleError: the bundle does not list it.
+            BundleError: the bundle does not list it, or another export has replaced it since the bundle was opened.
         """
-        try:
-            return self._files[relative]
-        except KeyError:
-            raise BundleError(f"{self.root} does not list a file {relative!r} in bundle.json") from None
+        if relative not in self._files:
+            raise BundleError(f"{self.root} does not list a file {relative!r} in bundle.json")
+        if (now := _stamp(self.root)) != self._stamp:
+            if read_manifest(self.root).files.get(relative) != self.manifest.files[relative]:
+                raise BundleError(
+                    f"{relative} in {self.root} was replaced since the bundle was opened: it would not go with what "
+                    "was read before. Open the bundle again"
+                )
+            self._stamp = now
+        return self._files[relative]
 
     def with_graphs(self, names: Collection[str]) -> Bundle:
         """The same bundle, of these graphs only."""
         held = {name: spec for name, spec in self.manifest.graphs.items() if name in names}
-        return Bundle(self.root, msgspec.structs.replace(self.manifest, graphs=held), self._files)
+        return Bundle(self.root, msgspec.structs.replace(self.manifest, graphs=held), self._files, self._stamp)
 
     def embedding(self, name: str) -> EmbeddingTable:
         """The token-embedding table of a decoder, opened on first use.
@@ -248,6 +257,15 @@ class Bundle:
                     "expected. Export the bundle again"
                 )
         return Voice(spec, speaker, timbre)
+
+
+def _stamp(root: Path) -> tuple[int, ...]:
+    """What changes with bundle.json: most files are opened when they are first used, and an export may come between."""
+    try:
+        found = (root / MANIFEST_FILE).stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -44,19 +44,17 @@ def staging(out: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
-        with uninterrupted():
-            room = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-            lock = folder_lock(room)
+        while room is None or not room.exists():  # another process that writes there may sweep it before it is locked
+            with uninterrupted():
+                room = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+                lock = folder_lock(room)
+                with contextlib.suppress(FileNotFoundError):
+                    (room / "new").mkdir()
         fresh = room / "new"
-        fresh.mkdir()
         yield fresh
         for path in (*fresh.rglob("*"), fresh):
             sync(path)
-        if not target.exists():
-            fresh.rename(target)
-        elif not exchange(fresh, target):
-            target.rename(room / "old")
-            fresh.rename(target)
+        _place(fresh, target, room)
         sync(target.parent)
     except OSError as error:
         raise _explain(error, target) from error
@@ -70,6 +68,21 @@ def staging(out: Path) -> Iterator[Path]:
                 for folder in missing:
                     with contextlib.suppress(OSError):
                         folder.rmdir()
+
+
+def _place(fresh: Path, target: Path, room: Path) -> None:
+    """Let the new folder take the place of the old one, if there is one."""
+    try:
+        if not target.exists():
+            fresh.rename(target)
+            return
+    except OSError:
+        if not target.exists():
+            raise
+    # there it is, if only since a moment: another process wrote it
+    if not exchange(fresh, target):
+        target.rename(room / "old")
+        fresh.rename(target)
 
 
 def take_over(source: Path, target: Path, link: bool = True) -> None:

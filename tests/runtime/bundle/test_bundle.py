@@ -215,6 +215,30 @@ def test_paths_that_leave_the_bundle_are_refused(root: Path, name: str) -> None:
     refused(root, "file .* (is|holds)")
 
 
+def test_replaced_while_it_is_open(root: Path) -> None:
+    """By the same files, which go on being used, and by others, of which each is used or not."""
+    bundle = Bundle.open(root)
+    name, other = sorted(bundle.manifest.files)[:2]
+    manifest = root / "bundle.json"
+    content = manifest.read_bytes()
+    manifest.unlink()
+    manifest.write_bytes(content)
+    assert bundle.path(name) == root.resolve() / name
+
+    def replaced(document: dict[str, Any]) -> None:
+        document["files"][name]["sha256"] = "0" * 64
+
+    edit(root, replaced)
+    with pytest.raises(BundleError, match=rf"{name} in .* was replaced since .*Open the bundle again"):
+        bundle.path(name)
+    with pytest.raises(BundleError, match="was replaced"):
+        bundle.with_graphs(()).path(name)
+    assert bundle.path(other) == root.resolve() / other
+    manifest.unlink()
+    with pytest.raises(BundleError, match=r"bundle\.json"):
+        bundle.path(name)
+
+
 def test_links(root: Path) -> None:
     weights = root / "graphs" / "dit.data"
     outside = root.parent / "outside"

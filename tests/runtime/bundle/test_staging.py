@@ -105,3 +105,30 @@ def test_an_export_under_way_is_not_swept(tmp_path: Path) -> None:
         recover(out)
         assert folder.exists()
     assert (out / "file").read_text() == "new"
+
+
+def test_two_write_the_same_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them ends well, and the later one stays, whichever moment the other one chooses."""
+    out, exists, lock = tmp_path / "bundle", Path.exists, staging_module.folder_lock
+
+    def write(version: str) -> None:
+        with staging(out) as folder:
+            (folder / "file").write_text(version)
+
+    def swept(folder: Path) -> int | None:
+        monkeypatch.setattr(staging_module, "folder_lock", lock)
+        recover(out)
+        return lock(folder)
+
+    monkeypatch.setattr(staging_module, "folder_lock", swept)
+    with staging(out) as folder:
+        (folder / "file").write_text("first")
+        monkeypatch.setattr(Path, "exists", lambda path: _there(path))
+
+        def _there(path: Path) -> bool:
+            monkeypatch.setattr(Path, "exists", exists)
+            write("second")
+            return path != out
+
+    assert (out / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
