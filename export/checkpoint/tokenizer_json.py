@@ -19,8 +19,15 @@ from .config import quiet_transformers
 from .control_tokens import CONTROL_TOKENS
 
 #: what transformers makes a tokenizer from
-_TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-_TEXT_FILES += ("added_tokens.json", "special_tokens_map.json")
+_TEXT_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
