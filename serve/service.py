@@ -85,8 +85,9 @@ class Service:
                 self.session.load()
                 self._first_reply()
             except Exception as error:  # noqa: BLE001  raised again by who started
-                self.failure = error
-                failed()
+                if self.state == "loading":  # else the session was closed meanwhile
+                    self.failure = error
+                    failed()
                 return
             if self.state == "loading":
                 self.state = "ready"

@@ -89,6 +89,19 @@ def test_a_signal_ends_the_server_after_the_reply(root: Path, stopped: list[subp
     assert "Hello" not in err
 
 
+def test_a_signal_while_the_graphs_are_loaded(root: Path, stopped: list[subprocess.Popen[str]]) -> None:
+    process = start(root, "--quiet", slow=SLOW.replace("0.1", "1.0"))
+    stopped.append(process)
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    while httpx.get(f"{url}/health").status_code != 200:
+        time.sleep(0.05)
+    assert httpx.get(f"{url}/ready").status_code == 503
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+
+
 def test_what_is_sent_is_not_held_back() -> None:
     """Nagle's algorithm would add 40 ms to the first sound."""
 
