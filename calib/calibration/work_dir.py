@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import CheckFailed, UsageError
-from omniport.runtime.system.files import remove_folder, replace_file, replacing
+from omniport.runtime.system.files import path_lock, remove_folder, replace_file, replacing
 from omniport.runtime.system.interrupts import uninterrupted
 
 from .observers import Observer
@@ -127,7 +126,7 @@ def _locked(folder: Path, out: Path) -> int:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write beside {out}: {error}. Choose a folder that can be written to") from error
-    lock = folder_lock(folder)
+    lock = path_lock(folder)
     if lock is None:
         raise UsageError(f"another calibration is writing {out} now: wait for it, or name another file")
     return lock

@@ -12,9 +12,8 @@ import msgspec
 from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.listed_files import sha256_of
 from omniport.runtime.bundle.manifest import FileRecord
-from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import ExportError, UsageError
-from omniport.runtime.system.files import remove_folder, scratch_folder, sync
+from omniport.runtime.system.files import path_lock, remove_folder, scratch_folder, sync
 from omniport.runtime.system.host import peak_memory
 from omniport.runtime.system.interrupts import uninterrupted
 from omniport.runtime.system.progress import Progress
@@ -165,7 +164,7 @@ def _locked(folder: Path, out: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ExportError(f"cannot write beside {out}: {error}. Choose a folder that can be written to") from error
-    lock = folder_lock(folder)
+    lock = path_lock(folder)
     if lock is None:
         raise UsageError(f"another omniport deploy is writing {out} now: wait for it, or name another OUT")
     return lock

@@ -22,9 +22,8 @@ from omniport.runtime.bundle.engines import (
     record_path,
 )
 from omniport.runtime.bundle.listed_files import file_record, sha256_of
-from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import BuildError, BundleError
-from omniport.runtime.system.files import PARTIAL, partial_path, put_in_place, read_file, replace_file
+from omniport.runtime.system.files import PARTIAL, partial_path, path_lock, put_in_place, read_file, replace_file
 
 
 class EngineStore:
@@ -50,7 +49,7 @@ class EngineStore:
         try:
             folder.parent.mkdir(exist_ok=True)
             self._refuse_links()
-            lock = folder_lock(folder.parent)
+            lock = path_lock(folder.parent)
             if lock is None and os.name == "posix":
                 raise BuildError(f"another build is writing into {folder.parent}: wait for it to end")
             for left in folder.parent.glob(f"**/.*{PARTIAL}"):

@@ -263,7 +263,7 @@ def _stamp(root: Path) -> tuple[int, ...]:
     """What changes with bundle.json: most files are opened when they are first used, and an export may come between."""
     try:
         found = (root / MANIFEST_FILE).stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a null byte in the name
         return ()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 

@@ -12,17 +12,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import importlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..errors import BundleError, ExportError
-from ..system.files import exchange, remove_folder, sync
+from ..system.files import exchange, path_lock, remove_folder, sync
 from ..system.interrupts import uninterrupted
 from .manifest import Manifest
 from .reader import MANIFEST_FILE, read_manifest
@@ -47,7 +45,7 @@ def staging(out: Path) -> Iterator[Path]:
         while room is None or not room.exists():  # another process that writes there may sweep it before it is locked
             with uninterrupted():
                 room = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-                lock = folder_lock(room)
+                lock = path_lock(room)
                 with contextlib.suppress(FileNotFoundError):
                     (room / "new").mkdir()
         fresh = room / "new"
@@ -142,7 +140,7 @@ def recover(out: Path) -> None:
     target = Path(os.path.realpath(out))
     for name in glob.glob(f".{glob.escape(target.name)}.partial-*", root_dir=target.parent):
         room = target.parent / name
-        lock = folder_lock(room)
+        lock = path_lock(room)
         if lock is not None:
             _remove(room, target)
             os.close(lock)
@@ -155,23 +153,6 @@ def _remove(room: Path, target: Path) -> None:
             old.rename(target)
     if not old.exists() or target.exists():
         remove_folder(room)
-
-
-def folder_lock(folder: Path) -> int | None:
-    """An open descriptor that holds the folder's lock; None if another process holds it or nobody can say."""
-    try:
-        fcntl: Any = importlib.import_module("fcntl")  # not on Windows, where nothing is swept
-    except ImportError:
-        return None
-    descriptor = -1
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        if descriptor >= 0:
-            os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _explain(error: OSError, target: Path) -> ExportError:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
+import importlib
 import os
+import re
 import shutil
 import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from ..errors import UsageError
 from .interrupts import uninterrupted
@@ -27,6 +30,52 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def partial_path(path: Path) -> Path:
     """A new name beside ``path`` for what is to take its place."""
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}{PARTIAL}")
+
+
+def path_lock(path: Path) -> int | None:
+    """An open descriptor that holds the lock of a path; None if another process holds it or nobody can say."""
+    try:
+        fcntl: Any = importlib.import_module("fcntl")  # not on Windows, where nothing is swept
+    except ImportError:
+        return None
+    descriptor = -1
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor >= 0:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A new, empty file beside ``path`` for what is to take its place; it is gone at the end of the block.
+
+    Its lock is held until then: such files that nobody holds were left by processes that were killed, and go.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for name in glob.glob(f".{glob.escape(path.name)}.*{PARTIAL}", root_dir=path.parent):
+        left = path.parent / name
+        if re.fullmatch(r"[0-9a-f]{8}", name.split(".")[-2]) and (lock := path_lock(left)) is not None:
+            with suppress(OSError):
+                left.unlink()
+            os.close(lock)
+    partial, held = partial_path(path), None
+    try:
+        with uninterrupted():
+            partial.touch()
+            held = path_lock(partial)
+        yield partial
+    finally:
+        with uninterrupted():
+            with suppress(OSError):
+                partial.unlink()
+            if held is not None:
+                os.close(held)
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -84,13 +133,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be put in place.
     """
-    partial = partial_path(path)
-    try:
+    with _partial(path) as partial:
         yield partial
         put_in_place(partial, path)
-    finally:
-        with uninterrupted(), suppress(OSError):
-            partial.unlink()
 
 
 def remove_folder(path: Path) -> None:
@@ -150,14 +195,15 @@ def output(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UsageError: the folder is missing, the file cannot be put in place, or nobody reads the pipe.
     """
-    with writing(path):
-        target = Path(os.path.realpath(path))
-        if target.is_symlink():
-            raise OSError(errno.ELOOP, "it is a link to itself", str(path))
-        mode = path.stat().st_mode if path.exists() else None
-        partial = partial_path(target) if mode is None or stat.S_ISREG(mode) else None
-        file = _open_device(path) if partial is None else partial.open("wb")
-    try:
+    with ExitStack() as stack:
+        with writing(path):
+            target = Path(os.path.realpath(path))
+            if target.is_symlink():
+                raise OSError(errno.ELOOP, "it is a link to itself", str(path))
+            mode = path.stat().st_mode if path.exists() else None
+            regular = mode is None or stat.S_ISREG(mode)
+            partial = stack.enter_context(_partial(target)) if regular else None
+            file = stack.enter_context(_closing(_open_device(path) if partial is None else partial.open("wb")))
         yield file
         with writing(path):
             file.close()
@@ -165,13 +211,15 @@ def output(path: Path) -> Iterator[BinaryIO]:
                 if mode is not None:
                     partial.chmod(stat.S_IMODE(mode))
                 put_in_place(partial, target)
+
+
+@contextmanager
+def _closing(file: BinaryIO) -> Iterator[BinaryIO]:
+    try:
+        yield file
     finally:
-        with uninterrupted():
-            with suppress(OSError):
-                file.close()
-            if partial is not None:
-                with suppress(OSError):
-                    partial.unlink()
+        with uninterrupted(), suppress(OSError):
+            file.close()
 
 
 def _open_device(path: Path) -> BinaryIO:

@@ -26,8 +26,8 @@ from omniport.runtime.bundle.engines import ENGINES_FILE, find_engine, list_engi
 from omniport.runtime.bundle.graph_spec import DimRange
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.bundle.staging import folder_lock
 from omniport.runtime.errors import BackendError, BuildError, BundleError, ExportError, UsageError
+from omniport.runtime.system.files import path_lock
 from omniport.runtime.system.host import Gpu
 from support.bundles import edit
 from support.onnx_graphs import (
@@ -272,7 +272,7 @@ def test_a_disk_with_too_little_room(bundle: Path, monkeypatch: pytest.MonkeyPat
 
 def test_two_builds_into_one_bundle_take_turns(bundle: Path) -> None:
     (bundle / "engines").mkdir()
-    lock = folder_lock(bundle / "engines")
+    lock = path_lock(bundle / "engines")
     assert lock is not None
     with pytest.raises(BuildError, match="another build is writing"):
         build(bundle)

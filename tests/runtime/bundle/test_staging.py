@@ -109,18 +109,18 @@ def test_an_export_under_way_is_not_swept(tmp_path: Path) -> None:
 
 def test_two_write_the_same_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them ends well, and the later one stays, whichever moment the other one chooses."""
-    out, exists, lock = tmp_path / "bundle", Path.exists, staging_module.folder_lock
+    out, exists, lock = tmp_path / "bundle", Path.exists, staging_module.path_lock
 
     def write(version: str) -> None:
         with staging(out) as folder:
             (folder / "file").write_text(version)
 
     def swept(folder: Path) -> int | None:
-        monkeypatch.setattr(staging_module, "folder_lock", lock)
+        monkeypatch.setattr(staging_module, "path_lock", lock)
         recover(out)
         return lock(folder)
 
-    monkeypatch.setattr(staging_module, "folder_lock", swept)
+    monkeypatch.setattr(staging_module, "path_lock", swept)
     with staging(out) as folder:
         (folder / "file").write_text("first")
         monkeypatch.setattr(Path, "exists", lambda path: _there(path))

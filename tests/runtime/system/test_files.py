@@ -36,6 +36,23 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("write", [replace_file, write_output])
+def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path: Path, write: Any) -> None:
+    path = tmp_path / "reply.wav"
+    left, mine, others = (
+        tmp_path / f".{name}.partial" for name in ("reply.wav.0123abcd", "reply.wav.draft", "other.wav.0123abcd")
+    )
+    for file in (left, mine, others):
+        file.write_text("half")
+    with replacing(path) as held:
+        held.write_text("slow")
+        write(path, b"whole")
+        assert path.read_bytes() == b"whole"
+        assert {file for file in tmp_path.iterdir() if file != path} == {held, mine, others}
+    assert path.read_text() == "slow"
+    assert {file for file in tmp_path.iterdir() if file != path} == {mine, others}
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     replace_file(path, b"one")
