@@ -175,13 +175,12 @@ class Bundle:
         """
         if relative not in self._files:
             raise BundleError(f"{self.root} does not list a file {relative!r} in bundle.json")
-        if (now := _stamp(self.root)) != self._stamp:
-            if read_manifest(self.root).files.get(relative) != self.manifest.files[relative]:
-                raise BundleError(
-                    f"{relative} in {self.root} was replaced since the bundle was opened: it would not go with what "
-                    "was read before. Open the bundle again"
-                )
-            self._stamp = now
+        replaced = _stamp(self.root) != self._stamp
+        if replaced and read_manifest(self.root).files.get(relative) != self.manifest.files[relative]:
+            raise BundleError(
+                f"{relative} in {self.root} was replaced since the bundle was opened: it would not go with what was "
+                "read before. Open the bundle again"
+            )
         return self._files[relative]
 
     def with_graphs(self, names: Collection[str]) -> Bundle:

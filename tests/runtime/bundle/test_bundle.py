@@ -229,6 +229,7 @@ def test_replaced_while_it_is_open(root: Path) -> None:
         document["files"][name]["sha256"] = "0" * 64
 
     edit(root, replaced)
+    assert bundle.path(other) == root.resolve() / other
     with pytest.raises(BundleError, match=rf"{name} in .* was replaced since .*Open the bundle again"):
         bundle.path(name)
     with pytest.raises(BundleError, match="was replaced"):
