@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from ..common import JsonFlag, QuietFlag, log_console, print_json
+from ..common import JsonFlag, QuietFlag, log_console, print_json, print_line
 from ..options import BundleArgument
 
 NAME = "voices"
@@ -36,6 +34,6 @@ def command(
         )
         return
     for voice in voices:
-        typer.echo(voice.name)
+        print_line(voice.name)
     if not voices:
         log_console(quiet).print("no voices: this bundle writes text and does not speak")

@@ -12,7 +12,8 @@ import pytest
 from omniport.cli import main
 from omniport.cli.common import log_console, print_json, print_line, print_table, print_text, set_up_streams
 from omniport.runtime.errors import BundleError
-from support.bundles import make_bundle
+from support.bundles import edit, make_bundle
+from support.command_line import Omniport
 
 EVIL = "\x1b[2J\x07\x9b\u202e\rgone"
 
@@ -89,3 +90,8 @@ def test_streams_that_were_closed_take_everything(tmp_path: Path, streams: str) 
     ended = _omniport(tmp_path, streams, "voices", "bundle")
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
+
+
+def test_a_voice_of_control_characters(root: Path, omniport: Omniport) -> None:
+    edit(root, lambda document: document["voices"][0].update(name="\x1b]0;x\x07y"))
+    assert "\x1b" not in omniport("voices", root)[1]
