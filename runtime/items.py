@@ -189,13 +189,19 @@ class ConversationItems:
             first = next(iter(self._conversation.entries), None)
             self._opening = first if first is not None and first.role == "system" else None
 
-    def instruct(self, instructions: str | None) -> None:
+    def instruct(self, instructions: str | None, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Have other instructions beside the speech prompt, or none; the rest of the conversation stays.
 
+        Args:
+            tools: that the model may call from now on, in turns that begin now; None: those that it has.
+
         Raises:
-            UsageError: no string.
+            UsageError: no string. PromptError: malformed ``tools``.
         """
-        self._put_opening(self._open(self.system, instructions, self.tools))
+        tools = self.tools if tools is None else tools
+        opening = self._open(self.system, instructions, tools)
+        self.tools = tools
+        self._put_opening(opening)
 
     def begin(self, system: str | None, instructions: str | None, tools: Sequence[Mapping[str, Any]]) -> None:
         """For ``OmniSession.reset``: another conversation."""

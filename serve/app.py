@@ -10,14 +10,16 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.types import Scope
+from starlette.websockets import WebSocket
 
 from .http import chat, model_list, operations, speech_route, transcription
 from .http.access import Access
 from .http.api_errors import ApiError
 from .http.request_scope import RequestScope
 from .http.routing import route
+from .realtime.connection import realtime
 from .service import Service
 
 _EXPOSED = ("x-request-id", "x-omniport-voice", "retry-after", "retry-after-ms", "x-should-retry")
@@ -46,7 +48,7 @@ def make_app(service: Service) -> Starlette:
     return Starlette(routes=list(_routes(service)), middleware=layers, exception_handlers=handlers)
 
 
-def _routes(service: Service) -> Iterable[Route]:
+def _routes(service: Service) -> Iterable[BaseRoute]:
     yield from route(service, "GET", "/health", operations.health, prefixed=False)
     yield from route(service, "GET", "/ready", operations.ready, prefixed=False)
     yield from route(service, "GET", "/version", operations.get_version, prefixed=False)
@@ -60,6 +62,12 @@ def _routes(service: Service) -> Iterable[Route]:
     yield from route(service, "POST", "/audio/translations", transcription.translate)
     yield from route(service, "GET", "/models", model_list.list_models)
     yield from route(service, "GET", "/models/{model:path}", model_list.get_model)
+
+    async def converse(websocket: WebSocket) -> None:
+        await realtime(websocket, service)
+
+    for path in ("/v1/realtime", "/realtime"):
+        yield WebSocketRoute(path, converse)
 
 
 async def _told(request: Request, error: Exception) -> Response:

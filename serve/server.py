@@ -49,7 +49,7 @@ def serve(session: OmniSession, settings: Settings, listening: Callable[[str], N
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                ws="none",
+                ws="websockets-sansio",
                 timeout_graceful_shutdown=round(settings.limits.drain_seconds),
             )
             server = _Server(config, service)

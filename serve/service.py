@@ -41,6 +41,7 @@ class Service:
         state: requests are answered when it is ``ready``.
         model: the name that clients ask for. fingerprint: of the bundle. created: seconds since 1970.
         sessions: those of chats. spoken: what replies with sound have said.
+        realtime: WebSockets that are open.
         waiting, reading: threads that wait for replies, and that read media.
         failure: what ended the warming up.
 
@@ -55,6 +56,7 @@ class Service:
         self.admission = Admission(settings.active, settings.limits.queue)
         self.measurements = Measurements()
         self.spoken = SpokenReplies()
+        self.realtime = 0
         self.sessions = SessionPool(session, max(settings.sessions, settings.active))
         self.waiting = ThreadPoolExecutor(_WAITING, "omniport-serve")
         self.reading = ThreadPoolExecutor(_READING, "omniport-media")

@@ -77,7 +77,7 @@ def command(
     Chat with text and speech, streamed or whole. The URL is printed on stdout as soon as connections are taken; GET
     /ready tells when the graphs are loaded. SIGTERM takes no more requests, and ends when those under way have.
     """
-    require_extra("serve", "starlette", "uvicorn", "prometheus_client", "python_multipart")
+    require_extra("serve", "starlette", "uvicorn", "prometheus_client", "python_multipart", "websockets")
     from omniport.runtime import OmniSession
     from omniport.runtime.errors import UsageError
     from omniport.serve.http.access import read_keys

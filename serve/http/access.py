@@ -15,6 +15,8 @@ from .api_errors import ApiError
 
 #: what a load balancer asks, which has no key
 OPEN = frozenset({"/health", "/ready"})
+#: what a WebSocket's subprotocol that is a key begins with
+_PROTOCOL_KEY = "openai-insecure-api-key."
 
 
 class Access:
@@ -25,22 +27,22 @@ class Access:
         self._keys = [_digest(key) for key in settings.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             try:
-                self._check(scope["path"], Headers(scope=scope))
+                self._check(scope["path"], Headers(scope=scope), scope.get("subprotocols", ()))
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, path: str, headers: Headers) -> None:
+    def _check(self, path: str, headers: Headers, protocols: Sequence[str]) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._keys and not self._settings.no_auth and not is_loopback(_name(host)):
             # a page elsewhere may have let its own name point here
             raise _forbidden("host_not_allowed", f"this server is not called {host!r}: use 127.0.0.1 or localhost")
         if origin is not None and urlsplit(origin).netloc != host and origin not in self._settings.origins:
             raise _forbidden("origin_not_allowed", f"pages of {origin} may not call this server; see --cors-origin")
-        if self._keys and path not in OPEN and not self._known(_given_key(headers)):
+        if self._keys and path not in OPEN and not self._known(_given_key(headers, protocols)):
             raise ApiError(
                 401,
                 "invalid_api_key",
@@ -54,12 +56,13 @@ class Access:
         return bool(sum([hmac.compare_digest(given, known) for known in self._keys]))
 
 
-def _given_key(headers: Headers) -> str:
-    """The first that is there: OpenAI's header, Azure's, another."""
+def _given_key(headers: Headers, protocols: Sequence[str]) -> str:
+    """The first that is there: OpenAI's header, Azure's, another, a browser's, whose WebSockets send no header."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return key.strip()
-    return headers.get("api-key") or headers.get("x-api-key") or ""
+    in_protocol = (name[len(_PROTOCOL_KEY) :] for name in protocols if name.startswith(_PROTOCOL_KEY))
+    return headers.get("api-key") or headers.get("x-api-key") or next(in_protocol, "")
 
 
 def _digest(key: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from omniport.serve.settings import Settings
 from starlette.testclient import TestClient
 
 from .live_turns import Live
+
+#: an environment that was set up before websockets became part of the `serve` extra
+_WEBSOCKETS: Any = "websockets-sansio" if find_spec("websockets") else "none"
 
 
 class Served:
@@ -36,7 +40,7 @@ class Served:
     def start(self) -> Served:
         bound = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(self.app, lifespan="off", log_config=None, ws="none"))
+        self._server = uvicorn.Server(uvicorn.Config(self.app, lifespan="off", log_config=None, ws=_WEBSOCKETS))
         self._thread = threading.Thread(target=self._server.run, args=([bound],), daemon=True)
         self._thread.start()
         return self

@@ -1,0 +1,130 @@
+"""The WebSocket of a session: handshake, limits, and what comes and goes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from ..http.api_errors import ApiError, busy, not_ready
+from ..service import Service
+from .client_events import AudioAppend, Known, NotUnderstood, read_event
+from .outbox import Outbox, Unread
+from .session import RealtimeSession
+
+_LOG = logging.getLogger(__name__)
+#: the one that the server speaks; a key may come as another, and must not come back
+PROTOCOL = "realtime"
+#: seconds of sound, and events, that wait for the session at most
+_SOUND, _EVENTS = 2.0, 64
+#: seconds that they may stay as many
+_PATIENCE = 10.0
+_POLICY, _TOO_BIG, _CLOSED = 1008, 1009, 1000
+
+
+async def realtime(websocket: WebSocket, service: Service) -> None:
+    """Serve one client until it leaves."""
+    refusal = _refusal(service)
+    if refusal is not None:
+        await websocket.send_denial_response(refusal.response())
+        return
+    service.realtime += 1
+    try:
+        offered = websocket.scope.get("subprotocols", [])
+        await websocket.accept(PROTOCOL if PROTOCOL in offered else None)
+        await _Connection(websocket, service).run()
+    finally:
+        service.realtime -= 1
+
+
+def _refusal(service: Service) -> ApiError | None:
+    if service.state != "ready":
+        return not_ready(service.state)
+    return busy(1.0) if service.realtime >= service.settings.sessions else None
+
+
+class _Connection:
+    def __init__(self, websocket: WebSocket, service: Service) -> None:
+        self._websocket = websocket
+        self._outbox = Outbox(websocket.send_text, service.settings.limits.unread_seconds)
+        self._session = RealtimeSession(service, self._outbox, self._response_ended)
+        self._events: asyncio.Queue[Known | NotUnderstood | None] = asyncio.Queue()
+        self._waiting = 0.0  # seconds of sound in it
+        self._taken = asyncio.Event()
+        self._close = (_CLOSED, "")
+
+    async def run(self) -> None:
+        self._session.begin()
+        tasks = [asyncio.ensure_future(work()) for work in (self._read, self._work, self._outbox.run)]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks[:2]:
+                task.cancel()
+            await asyncio.gather(*tasks[:2], return_exceptions=True)
+            await self._session.close()
+            self._outbox.end()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                self._note(result)
+            with suppress(RuntimeError, WebSocketDisconnect):  # it has left already
+                await self._websocket.close(*self._close)
+
+    def _note(self, result: object) -> None:
+        if isinstance(result, Unread):
+            self._close = _POLICY, "nothing was read"
+        elif isinstance(result, Exception) and not isinstance(result, WebSocketDisconnect):
+            _LOG.error("a connection failed", exc_info=result)
+
+    def _response_ended(self) -> None:
+        self._events.put_nowait(None)
+
+    async def _read(self) -> None:
+        """Take what comes; while much of it waits, the WebSocket is not read, and TCP holds the client back."""
+        while True:
+            message = await self._websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            text = message.get("text")
+            if text is None:
+                self._close = _POLICY, "text frames only"
+                return
+            event = self._understood(text)
+            seconds = self._seconds(event)
+            while self._events.qsize() >= _EVENTS or (self._waiting and self._waiting + seconds > _SOUND):
+                self._taken.clear()
+                try:
+                    await asyncio.wait_for(self._taken.wait(), _PATIENCE)
+                except asyncio.TimeoutError:
+                    self._outbox.error(ApiError(400, "input_too_fast", "sound comes faster than it is taken"))
+                    self._close = _TOO_BIG, "input_too_fast"
+                    return
+            self._waiting += seconds
+            self._events.put_nowait(event)
+
+    async def _work(self) -> None:
+        """Do what waits, in order."""
+        while True:
+            event = await self._events.get()
+            if event is None:
+                await self._session.response_ended()
+                continue
+            await self._outbox.room()
+            if isinstance(event, NotUnderstood):
+                self._outbox.error(event.told, event.event_id)
+            else:
+                await self._session.handle(event)
+            self._waiting -= self._seconds(event)
+            self._taken.set()
+
+    def _understood(self, text: str) -> Known | NotUnderstood:
+        try:
+            return read_event(text)
+        except NotUnderstood as error:
+            return error
+
+    def _seconds(self, event: Known | NotUnderstood) -> float:
+        if not isinstance(event, AudioAppend):
+            return 0.0
+        return len(event.audio) * 0.75 / self._session.settings.input_format.bytes_per_second

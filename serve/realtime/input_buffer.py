@@ -1,0 +1,79 @@
+"""Sound that was appended and is not committed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from omniport.runtime import Turn
+from omniport.runtime.errors import MediaError
+
+Floats = NDArray[np.float32]
+
+
+class InputBuffer:
+    """Goes into a turn of the runtime as it comes, while there is no reply; else it waits.
+
+    Belongs to the session's computing thread, but for ``add`` and ``seconds``.
+
+    Args:
+        new_turn: begins a turn. most: seconds of sound.
+    """
+
+    def __init__(self, new_turn: Callable[[], Turn], most: float) -> None:
+        self._new_turn, self._most = new_turn, most
+        self._pieces: list[tuple[Floats, int]] = []
+        self._pushed = 0
+        self._turn: Turn | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of sound."""
+        return sum(len(samples) / rate for samples, rate in self._pieces)
+
+    @property
+    def sound(self) -> tuple[Floats, int]:
+        """All of it, and its rate."""
+        return np.concatenate([samples for samples, _ in self._pieces]), self._pieces[0][1]
+
+    def add(self, samples: Floats, rate: int) -> None:
+        """More sound.
+
+        Raises:
+            MediaError: too much, or of another rate.
+        """
+        if self._pieces and self._pieces[0][1] != rate:
+            raise MediaError(f"sound at {rate} Hz follows sound at {self._pieces[0][1]} Hz; clear the buffer before")
+        if self.seconds + len(samples) / rate > self._most:
+            raise MediaError(f"the buffer would hold more than {self._most:g} s of sound; commit it before")
+        self._pieces.append((samples, rate))
+
+    def advance(self) -> None:
+        """Push what waits. No reply may be under way."""
+        if self._turn is None and self._pieces:
+            self._turn = self._new_turn()
+        while self._turn is not None and self._pushed < len(self._pieces):
+            self._pushed += 1
+            self._turn.push_audio(*self._pieces[self._pushed - 1])
+
+    def suspend(self) -> None:
+        """Leave the conversation to a reply; ``advance`` pushes all of it again afterwards."""
+        turn, self._turn, self._pushed = self._turn, None, 0
+        if turn is not None:
+            turn.cancel()
+
+    def take(self) -> Turn:
+        """The turn with all of the sound; the buffer is empty then."""
+        try:
+            self.advance()
+            assert self._turn is not None
+            turn, self._turn = self._turn, None
+        finally:
+            self.clear()
+        return turn
+
+    def clear(self) -> None:
+        """Forget the sound."""
+        self.suspend()
+        self._pieces = []

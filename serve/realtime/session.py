@@ -1,0 +1,384 @@
+"""One session: what its client sends is done in order, and answered.
+
+The protocol's state belongs to the event loop. What computes runs in the session's own thread; replies are taken from
+the runtime's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from omniport.runtime import AudioChunk, Done, Event, TextDelta, Turn, TurnsDropped
+from omniport.runtime.errors import OmniportError
+
+from ..http.answering import place
+from ..http.api_errors import ApiError, from_runtime
+from ..reply_events import ReplyEvents
+from ..service import Service
+from . import client_events as sent
+from .input_buffer import InputBuffer
+from .item_content import fields_of, read_item
+from .item_list import Item, ItemList, new_id
+from .outbox import Outbox
+from .response import Reason, Response
+from .session_settings import Asked, TurnDetection, cannot_update_voice, initial
+from .voice_activity import LONGEST_TURN, VoiceActivity, can_detect
+
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+#: seconds of a session
+_LIFETIME = 3600
+#: seconds of sound that a client must have sent before it commits
+_LEAST_SOUND = 0.1
+
+
+class RealtimeSession:
+    """A conversation with one client.
+
+    Args:
+        ended: called when a response has ended, to let ``response_ended`` run in order with the client's events.
+    """
+
+    def __init__(self, service: Service, outbox: Outbox, ended: Callable[[], None]) -> None:
+        self.id = new_id("sess")
+        self._service, self._outbox, self._ended = service, outbox, ended
+        self._expires = int(time.time()) + _LIFETIME
+        self._conversation = new_id("conv")
+        self._session = service.session.fork()
+        self._thread = ThreadPoolExecutor(1, "omniport-realtime")
+        self.settings = initial(service, TurnDetection() if can_detect() else None)
+        self._items = ItemList()
+        self._response: Response | None = None
+        self._last: Response | None = None
+        self._heard_sound = False  # the client got some: its voice stays
+        self._wants_reply = False  # after the response under way
+        self._new_buffer()
+        self._activity: VoiceActivity | None = None
+        self._utterance: str | None = None  # id of the item that is being said
+        self._milliseconds = 0.0
+        vocoder = service.session.manifest.vocoder
+        self._rate = 24000 if vocoder is None else vocoder.sample_rate
+        self._handlers: dict[type, Callable[[Any], Any]] = {
+            sent.SessionUpdate: self._update,
+            sent.AudioAppend: self._append,
+            sent.AudioCommit: self._commit_asked,
+            sent.AudioClear: self._clear,
+            sent.ItemCreate: self._create_item,
+            sent.ItemRetrieve: self._retrieve_item,
+            sent.ItemDelete: self._delete_item,
+            sent.ItemTruncate: self._truncate_item,
+            sent.ResponseCreate: self._create_response,
+            sent.ResponseCancel: self._cancel_response,
+        }
+
+    def begin(self) -> None:
+        """Greet the client."""
+        self._outbox.put("session.created", session=self.described())
+
+    def described(self) -> dict[str, Any]:
+        """The session object, whole."""
+        return {
+            "type": "realtime",
+            "object": "realtime.session",
+            "id": self.id,
+            "model": self._service.model,
+            "expires_at": self._expires,
+            **self.settings.described(),
+        }
+
+    async def handle(self, event: sent.Known) -> None:
+        """Do what a client's event asks for."""
+        try:
+            handler = self._handlers.get(type(event))
+            if handler is not None:
+                await handler(event)
+        except ApiError as error:
+            self._outbox.error(error, event.event_id)
+        except OmniportError as error:
+            self._outbox.error(from_runtime(error) or _internal(error), event.event_id)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the session goes on
+            self._outbox.error(_internal(error), event.event_id)
+
+    async def close(self) -> None:
+        """End what is under way, and free the session."""
+        response = self._response
+        if response is not None:
+            await self._stop(response, "client_cancelled")
+        await self._compute(self._session.close)
+        self._thread.shutdown(wait=False)
+
+    async def _compute(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run work in the session's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    # -- settings
+
+    async def _update(self, event: sent.SessionUpdate) -> None:
+        asked = sent.convert(event.session, Asked, "session")
+        before, after = self.settings, self.settings.updated(asked, self._service)
+        if after.voice != before.voice and self._heard_sound:
+            raise cannot_update_voice()
+        if (after.instructions, after.runtime_tools()) != (before.instructions, before.runtime_tools()):
+            await self._instruct(after)
+        if after.turn_detection != before.turn_detection:
+            self._activity = None
+        self.settings = after
+        self._outbox.put("session.updated", session=self.described())
+
+    async def _instruct(self, settings: Any) -> None:
+        await self._compute(self._session.items.instruct, settings.instructions or None, settings.runtime_tools())
+
+    # -- sound
+
+    def _new_turn(self) -> Turn:
+        return self._session.turn(**self.settings.reply_options(self._service))
+
+    def _new_buffer(self) -> None:
+        self._buffer = InputBuffer(self._new_turn, self._service.settings.limits.audio_seconds)
+
+    async def _append(self, event: sent.AudioAppend) -> None:
+        format = self.settings.input_format
+        samples = format.decode(event.audio, "audio")
+        if self.settings.turn_detection is not None:
+            await self._listen(self.settings.turn_detection, samples, format.rate)
+        elif len(samples):
+            self._milliseconds += len(samples) / format.rate * 1000
+            self._buffer.add(samples, format.rate)
+        if self._response is None:
+            await self._compute(self._buffer.advance)
+
+    async def _listen(self, detection: TurnDetection, samples: Any, rate: int) -> None:
+        if self._activity is None:
+            self._activity = await self._compute(VoiceActivity, detection, self._milliseconds)
+        for chunk, edge, end in await self._compute(self._activity.listen, samples, rate):
+            self._milliseconds = end
+            if edge == "start":
+                await self._speech_started(detection, end - len(chunk) / 16)
+            if self._utterance is not None:
+                self._buffer.add(chunk, 16000)
+                if edge == "end" or self._buffer.seconds >= LONGEST_TURN:
+                    await self._speech_stopped(detection)
+
+    async def _speech_started(self, detection: TurnDetection, milliseconds: float) -> None:
+        self._utterance = new_id("item")
+        self._outbox.put(
+            "input_audio_buffer.speech_started",
+            audio_start_ms=max(0, round(milliseconds)),
+            item_id=self._utterance,
+        )
+        if detection.interrupt_response and self._response is not None:
+            await self._stop(self._response, "turn_detected")
+
+    async def _speech_stopped(self, detection: TurnDetection) -> None:
+        assert self._utterance is not None
+        id, self._utterance = self._utterance, None
+        self._outbox.put("input_audio_buffer.speech_stopped", audio_end_ms=round(self._milliseconds), item_id=id)
+        await self._commit(id, answer=detection.create_response)
+
+    async def _commit_asked(self, event: sent.AudioCommit) -> None:
+        if self._buffer.seconds < _LEAST_SOUND:
+            message = f"the buffer holds {self._buffer.seconds * 1000:.0f} ms of sound; at least 100 ms were expected"
+            raise ApiError(400, "input_audio_buffer_commit_empty", message)
+        id, self._utterance = self._utterance or new_id("item"), None
+        if self._activity is not None:
+            await self._compute(self._activity.reset)
+        await self._commit(id, answer=False)
+
+    async def _commit(self, id: str, answer: bool) -> None:
+        """The sound of the buffer becomes an item."""
+        item = Item(id, {"type": "message", "role": "user", "content": [{"type": "input_audio", "transcript": None}]})
+        turn = None
+        if self._response is None:
+            turn = await self._compute(self._buffer.take)
+            item.runtime_id = turn.item_ids[0]
+            if not answer:
+                await self._compute(turn.keep)
+        else:
+            content = [{"type": "audio", "audio": self._buffer.sound}]
+            self._buffer.clear()
+            message = {"role": "user", "content": content}
+            item.runtime_id = (await self._compute(self._session.items.append, message)).id
+            self._wants_reply = self._wants_reply or answer
+        previous = self._items.insert(item, None)
+        self._outbox.put("input_audio_buffer.committed", item_id=id, previous_item_id=previous)
+        self._tell_item(item, previous)
+        if answer and turn is not None:
+            self._start(self._new_response(), turn)
+
+    async def _clear(self, event: sent.AudioClear) -> None:
+        await self._compute(self._buffer.clear)
+        self._utterance = None
+        if self._activity is not None:
+            await self._compute(self._activity.reset)
+        self._outbox.put("input_audio_buffer.cleared")
+
+    # -- items
+
+    def _tell_item(self, item: Item, previous: str | None) -> None:
+        self._outbox.put("conversation.item.added", item=item.described(), previous_item_id=previous)
+        self._outbox.put("conversation.item.done", item=item.described(), previous_item_id=previous)
+
+    async def _create_item(self, event: sent.ItemCreate) -> None:
+        message = await read_item(event.item, self.settings.input_format, self._service)
+        given = event.item.get("id")
+        item = Item(given if isinstance(given, str) and given else new_id("item"), fields_of(event.item))
+        previous = self._items.insert(item, event.previous_item_id)
+        before = self._items.next_runtime_id(item)
+        try:
+            added = await self._compute(lambda: self._session.items.append(message, before=before))
+        except BaseException:
+            self._items.remove(item)
+            raise
+        item.runtime_id = added.id
+        self._tell_item(item, previous)
+
+    async def _retrieve_item(self, event: sent.ItemRetrieve) -> None:
+        item = self._items.find(event.item_id, "item_retrieve_invalid_item_id")
+        self._outbox.put("conversation.item.retrieved", item=item.described())
+
+    async def _delete_item(self, event: sent.ItemDelete) -> None:
+        item = self._items.find(event.item_id, "item_delete_invalid_item_id")
+        if self._items.remove(item) and item.runtime_id is not None:
+            await self._compute(self._session.items.delete, item.runtime_id)
+        self._outbox.put("conversation.item.deleted", item_id=item.id)
+
+    async def _truncate_item(self, event: sent.ItemTruncate) -> None:
+        item = self._items.find(event.item_id, "item_truncate_invalid_item_id")
+        if item.fields.get("role") != "assistant":
+            raise ApiError(400, "invalid_value", f"{item.id} is no message of the assistant", param="item_id")
+        await self._cut(item, max(0.0, event.audio_end_ms / 1000))
+        self._outbox.put(
+            "conversation.item.truncated",
+            item_id=item.id,
+            content_index=event.content_index,
+            audio_end_ms=round(event.audio_end_ms),
+        )
+
+    async def _cut(self, item: Item, heard: float) -> None:
+        """Forget what of a reply was not heard."""
+        response = self._response
+        if response is not None and response.message is item:
+            await self._stop(response, "client_cancelled")
+        if item.runtime_id is None:
+            return
+        if await self._compute(_truncate, self._session, item.runtime_id, heard):
+            text = "".join(
+                part.get("text", "") for part in self._session.items[item.runtime_id].content if part["type"] == "text"
+            )
+            item.fields["content"] = [{"type": "output_audio", "transcript": text}]
+
+    # -- responses
+
+    def _new_response(self, asked: dict[str, Any] | None = None) -> Response:
+        asked = asked or {}
+        settings = self.settings.updated(sent.convert(asked, Asked, "response"), self._service, "response")
+        apart = asked.get("conversation") == "none"
+        return Response(
+            self._outbox,
+            self._items,
+            settings,
+            conversation=None if apart else self._conversation,
+            metadata=asked.get("metadata"),
+            rate=self._rate,
+        )
+
+    async def _create_response(self, event: sent.ResponseCreate) -> None:
+        if self._response is not None:
+            message = f"response {self._response.id} is under way; cancel it, or wait for response.done"
+            raise ApiError(400, "conversation_already_has_active_response", message)
+        response = self._new_response(event.response)
+        await self._compute(self._buffer.suspend)
+        if response.settings != self.settings:
+            await self._instruct(response.settings)
+        self._start(response, None)
+
+    async def _cancel_response(self, event: sent.ResponseCancel) -> None:
+        response = self._response
+        if response is None or event.response_id not in (None, response.id):
+            raise ApiError(400, "response_cancel_not_active", "Cancellation failed: no active response found")
+        await self._stop(response, "client_cancelled")
+
+    def _start(self, response: Response, turn: Turn | None) -> None:
+        self._response = self._last = response
+        response.begin()
+        response.task = asyncio.ensure_future(self._make(response, turn))
+
+    async def _make(self, response: Response, asked: Turn | None) -> None:
+        """Make a response; ``asked``: the turn that asks for it, if it was not kept."""
+        options = response.settings.reply_options(self._service)
+
+        def begin() -> Iterator[Event]:
+            turn = response.turn = asked or self._session.turn(**options)
+            return turn.answer() if asked is None else turn.commit()
+
+        try:
+            async with place(self._service), ReplyEvents(begin, self._service.waiting) as events:
+                async for event in events:
+                    await self._outbox.room(response.stopped)
+                    self._take(response, event)
+        except Exception as error:  # noqa: BLE001 - told in the response
+            response.error = error
+        if response.turn is None and asked is not None:
+            await self._compute(asked.keep)  # it was not answered, but was said
+        self._ended()
+
+    def _take(self, response: Response, event: Event) -> None:
+        if isinstance(event, Done):
+            response.done = event
+        elif isinstance(event, TurnsDropped):
+            self._items.forget(event.items)
+        elif isinstance(event, (TextDelta, AudioChunk)) and not response.stopped():
+            self._heard_sound = self._heard_sound or isinstance(event, AudioChunk)
+            response.take(event)
+
+    async def _stop(self, response: Response, reason: Reason) -> None:
+        """End a response now."""
+        response.reason = reason
+        self._outbox.wake()
+        if response.turn is not None:
+            await self._compute(response.turn.cancel)
+        assert response.task is not None
+        await response.task
+        await self.response_ended()
+
+    async def response_ended(self) -> None:
+        """The response under way has ended, if it has: tell so, and go on."""
+        response = self._response
+        if response is None or response.task is None or not response.task.done():
+            return
+        self._response = None
+        if response.done is not None:
+            self._service.measurements.reply(response.done)
+        await self._settle(response)
+        response.finish()
+        wanted, self._wants_reply = self._wants_reply, False
+        if wanted:
+            self._start(self._new_response(), None)
+        else:
+            await self._compute(self._buffer.advance)
+
+    async def _settle(self, response: Response) -> None:
+        """Which message of the runtime's the reply is; one that stands apart leaves none."""
+        ids = response.turn.item_ids if response.turn is not None else []
+        there = {item.id for item in self._session.items}
+        id = ids[-1] if ids and ids[-1] in there else None
+        response.runtime_id = id
+        if id is not None and response.conversation is None:
+            await self._compute(self._session.items.delete, id)
+        if response.settings != self.settings:
+            await self._instruct(self.settings)
+
+
+def _truncate(session: Any, id: str, heard: float) -> bool:
+    item = session.items[id]
+    return bool(item.role == "assistant" and session.items.truncate(id, heard=heard))
+
+
+def _internal(error: Exception) -> ApiError:
+    _LOG.error("a client's event failed", exc_info=error)
+    return ApiError(500, "internal_error", "internal error; the server's log tells more", kind="server_error")
