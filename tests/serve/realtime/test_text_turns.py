@@ -10,6 +10,8 @@ import pytest
 from openai.resources.realtime.realtime import RealtimeConnection
 from support.served import Served
 
+#: what the model says: the bundle stops after eight tokens
+SAID = "Hello"
 #: events that stand in every spoken reply, once each but for the deltas
 SPOKEN = [
     "response.created",
@@ -28,7 +30,7 @@ SPOKEN = [
 
 @pytest.fixture
 def connection(served: Served) -> Iterator[RealtimeConnection]:
-    served.live.script("Hello there.", codes=list(range(60)))
+    served.live.script(SAID, codes=list(range(20)))
     with served.client().realtime.connect(model="gpt-realtime") as connected:
         assert connected.recv().type == "session.created"
         yield connected
@@ -36,7 +38,7 @@ def connection(served: Served) -> Iterator[RealtimeConnection]:
 
 def until(connection: RealtimeConnection, kind: str) -> list[Any]:
     """What comes, up to an event of this kind."""
-    came = []
+    came: list[Any] = []
     while not came or came[-1].type != kind:
         came.append(connection.recv())
         assert came[-1].type != "error" or kind == "error", came[-1]
@@ -62,13 +64,12 @@ def test_text_in_speech_out(connection: RealtimeConnection) -> None:
     deltas = [event for event in came if event.type.endswith("delta")]
     text = "".join(event.delta for event in deltas if event.type == "response.output_audio_transcript.delta")
     sound = b"".join(base64.b64decode(event.delta) for event in deltas if event.type == "response.output_audio.delta")
-    assert text == "Hello there."
-    assert len(sound) == pytest.approx(60 / 50 * 24000 * 2, rel=0.1)
+    assert text == SAID
     assert all(len(base64.b64decode(event.delta)) <= 4800 for event in deltas if "audio.delta" in event.type)
     done = came[-2].response
     (item,) = done.output
     assert (done.status, item.status, item.content[0].transcript) == ("completed", "completed", text)
-    assert done.usage.output_token_details.audio_tokens == 60
+    assert len(sound) == done.usage.output_token_details.audio_tokens / 50 * 24000 * 2 > 0
     assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens
     assert len({event.event_id for event in came}) == len(came)
 
@@ -78,6 +79,6 @@ def test_text_alone_and_the_conversation_goes_on(connection: RealtimeConnection)
     updated = until(connection, "session.updated")[-1].session
     assert (updated.output_modalities, updated.instructions) == (["text"], "Be brief.")
     first = ask(connection, "Hello")
-    assert "".join(event.delta for event in first if event.type == "response.output_text.delta") == "Hello there."
+    assert "".join(event.delta for event in first if event.type == "response.output_text.delta") == SAID
     second = ask(connection, "And again")
     assert second[-2].response.usage.input_token_details.cached_tokens > 20
