@@ -79,7 +79,12 @@ async def _answer(service: Service, asked: TranscriptionRequest, data: bytes, ta
     async with AsyncExitStack() as held:
         await held.enter_async_context(place(service))
         part = await read(Medium(kind="audio", data=data), "file", service)
-        messages = [{"role": "user", "content": [part, {"type": "text", "text": _instruction(asked, task)}]}]
+        messages = [
+            {
+                "role": "user",
+                "content": [part, {"type": "text", "text": instruction(asked.language, asked.prompt, task)}],
+            }
+        ]
         events = await held.enter_async_context(
             ReplyEvents(lambda: session.reply(messages, speak=False, thinker=sampling), service.waiting)
         )
@@ -94,10 +99,11 @@ async def _answer(service: Service, asked: TranscriptionRequest, data: bytes, ta
         return _written(done, asked, task, len(part["audio"][0]) / RATE)
 
 
-def _instruction(asked: TranscriptionRequest, task: str) -> str:
-    language = f" The language is {asked.language}." if asked.language and task == "transcribe" else ""
-    hint = f" These words may occur in it: {asked.prompt}" if asked.prompt else ""
-    return f"{_TASKS[task]}{language} {_ALONE}{hint}"
+def instruction(language: str | None, prompt: str | None, task: str = "transcribe") -> str:
+    """What the thinker is asked to do with the sound before it."""
+    spoken = f" The language is {language}." if language and task == "transcribe" else ""
+    hint = f" These words may occur in it: {prompt}" if prompt else ""
+    return f"{_TASKS[task]}{spoken} {_ALONE}{hint}"
 
 
 def _written(done: Done, asked: TranscriptionRequest, task: str, seconds: float) -> Response:

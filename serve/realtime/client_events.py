@@ -34,6 +34,20 @@ class AudioClear(ClientEvent, tag="input_audio_buffer.clear"):
     pass
 
 
+class ImageAppend(ClientEvent, tag="input_image_buffer.append"):
+    """A picture beside the sound, as base64 or a ``data:`` URL; ``time_ms`` on the clock of the buffer's sound."""
+
+    image: str
+    time_ms: float | None = None
+
+
+class Playback(ClientEvent, tag="omniport.playback"):
+    """How much of a reply the client has played so far."""
+
+    item_id: str
+    played_ms: float
+
+
 class ItemCreate(ClientEvent, tag="conversation.item.create"):
     item: dict[str, Any]
     previous_item_id: str | None = None
@@ -77,6 +91,8 @@ Known = (
     | ResponseCreate
     | ResponseCancel
     | OutputClear
+    | ImageAppend
+    | Playback
 )
 _decoder: msgspec.json.Decoder[Known] = msgspec.json.Decoder(Known)
 

@@ -10,9 +10,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ..http.api_errors import ApiError, busy, not_ready
 from ..service import Service
-from .client_events import AudioAppend, Known, NotUnderstood, read_event
+from .client_events import AudioAppend, ClientEvent, Known, NotUnderstood, read_event
 from .outbox import Outbox, Unread
-from .session import RealtimeSession
+from .session import RealtimeSession, Work
 
 _LOG = logging.getLogger(__name__)
 #: the one that the server speaks; a key may come as another, and must not come back
@@ -49,8 +49,10 @@ class _Connection:
     def __init__(self, websocket: WebSocket, service: Service) -> None:
         self._websocket = websocket
         self._outbox = Outbox(websocket.send_text, service.settings.limits.unread_seconds)
-        self._session = RealtimeSession(service, self._outbox, self._response_ended)
-        self._events: asyncio.Queue[Known | NotUnderstood | None] = asyncio.Queue()
+        if "realtime=v1" in websocket.headers.get("openai-beta", ""):
+            self._outbox.dialect = "beta"
+        self._session = RealtimeSession(service, self._outbox, self._later)
+        self._events: asyncio.Queue[Known | NotUnderstood | Work] = asyncio.Queue()
         self._waiting = 0.0  # seconds of sound in it
         self._taken = asyncio.Event()
         self._close = (_CLOSED, "")
@@ -77,8 +79,8 @@ class _Connection:
         elif isinstance(result, Exception) and not isinstance(result, WebSocketDisconnect):
             _LOG.error("a connection failed", exc_info=result)
 
-    def _response_ended(self) -> None:
-        self._events.put_nowait(None)
+    def _later(self, work: Work) -> None:
+        self._events.put_nowait(work)
 
     async def _read(self) -> None:
         """Take what comes; while much of it waits, the WebSocket is not read, and TCP holds the client back."""
@@ -107,14 +109,14 @@ class _Connection:
         """Do what waits, in order."""
         while True:
             event = await self._events.get()
-            if event is None:
-                await self._session.response_ended()
-                continue
-            await self._outbox.room()
             if isinstance(event, NotUnderstood):
                 self._outbox.error(event.told, event.event_id)
-            else:
+            elif isinstance(event, ClientEvent):
+                await self._outbox.room()
                 await self._session.handle(event)
+            else:
+                await event()
+                continue
             self._waiting -= self._seconds(event)
             self._taken.set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,9 @@ class InputBuffer:
     def __init__(self, new_turn: Callable[[], Turn], most: float) -> None:
         self._new_turn, self._most = new_turn, most
         self._pieces: list[tuple[Floats, int]] = []
-        self._pushed = 0
+        self._frames: list[tuple[Any, float]] = []
+        self._last_frame = -1.0
+        self._pushed = self._shown = 0
         self._turn: Turn | None = None
 
     @property
@@ -49,6 +52,17 @@ class InputBuffer:
             raise MediaError(f"the buffer would hold more than {self._most:g} s of sound; commit it before")
         self._pieces.append((samples, rate))
 
+    def show(self, picture: Any, seconds: float | None) -> None:
+        """A picture, on the clock of the sound; without a time it is shown now. Before any sound, the last counts."""
+        if not self._pieces:
+            self._frames, seconds = [], 0.0
+        elif seconds is None:
+            seconds = self.seconds
+        elif seconds <= self._last_frame:
+            return
+        self._frames.append((picture, seconds))
+        self._last_frame = seconds
+
     def advance(self) -> None:
         """Push what waits. No reply may be under way."""
         if self._turn is None and self._pieces:
@@ -56,10 +70,14 @@ class InputBuffer:
         while self._turn is not None and self._pushed < len(self._pieces):
             self._pushed += 1
             self._turn.push_audio(*self._pieces[self._pushed - 1])
+        while self._turn is not None and self._shown < len(self._frames):
+            self._shown += 1
+            self._turn.push_frame(*self._frames[self._shown - 1])
 
     def suspend(self) -> None:
         """Leave the conversation to a reply; ``advance`` pushes all of it again afterwards."""
-        turn, self._turn, self._pushed = self._turn, None, 0
+        turn, self._turn = self._turn, None
+        self._pushed = self._shown = 0
         if turn is not None:
             turn.cancel()
 
@@ -76,4 +94,4 @@ class InputBuffer:
     def clear(self) -> None:
         """Forget the sound."""
         self.suspend()
-        self._pieces = []
+        self._pieces, self._frames, self._last_frame = [], [], -1.0

@@ -38,6 +38,18 @@ async def read_item(item: Mapping[str, Any], format: WireFormat, service: Servic
     raise invalid(f"item.type is {kind!r:.100}; {known} was expected", "item.type")
 
 
+async def read_picture(image: str, service: Service) -> Any:
+    """The picture of base64 or a ``data:`` URL, as ``Turn.push_frame`` takes it.
+
+    Raises:
+        ApiError: it cannot be read.
+    """
+    url = image if image.startswith("data:") else f"data:image/jpeg;base64,{image}"
+    read = await read_parts([{"type": "image_url", "image_url": {"url": url}}], "image", service, False)
+    assert isinstance(read, list)
+    return read[0]["image"]
+
+
 def fields_of(item: Mapping[str, Any]) -> dict[str, Any]:
     """What is read back: without sound and pictures, which nobody keeps."""
     kind = item["type"]

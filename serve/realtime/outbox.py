@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from ..http.api_errors import ApiError
-from .dialect import Dialect
+from .dialect import Dialect, translated
 
 #: seconds of sound, and events, that wait to be sent at most
 _SOUND, _EVENTS = 4.0, 256
@@ -22,6 +22,9 @@ class Unread(Exception):
 
 class Outbox:
     """What is sent, in order. Belongs to one event loop.
+
+    Attributes:
+        dialect: that the client speaks.
 
     Args:
         send: sends one message, and returns when there is room for more.
@@ -43,14 +46,12 @@ class Outbox:
         Args:
             seconds: of sound in it. written: called with them once it was sent.
         """
-        event = self.dialect_of({"type": type, "event_id": f"event_{secrets.token_hex(10)}", **fields})
+        event: dict[str, Any] | None = {"type": type, "event_id": f"event_{secrets.token_hex(10)}", **fields}
+        if event is not None and self.dialect == "beta":
+            event = translated(event)
         if event is not None:
             self._sound += seconds
             self._queue.put_nowait((msgspec.json.encode(event).decode(), seconds, written))
-
-    def dialect_of(self, event: dict[str, Any]) -> dict[str, Any] | None:
-        """The event as the client knows it; None if it knows none like it."""
-        return event
 
     def error(self, told: ApiError, event_id: str | None = None) -> None:
         """Tell of an error; ``event_id`` is that of the client's event."""

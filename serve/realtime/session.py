@@ -9,30 +9,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from omniport.runtime import AudioChunk, Done, Event, TextDelta, Turn, TurnsDropped
-from omniport.runtime.errors import OmniportError
+from omniport.runtime import AudioChunk, Done, Event, OmniSession, TextDelta, Turn, TurnsDropped
+from omniport.runtime.errors import OmniportError, UsageError
 
 from ..http.answering import place
 from ..http.api_errors import ApiError, from_runtime
 from ..reply_events import ReplyEvents
 from ..service import Service
 from . import client_events as sent
+from .dialect import as_ga, is_beta
 from .input_buffer import InputBuffer
-from .item_content import fields_of, read_item
+from .item_content import fields_of, read_item, read_picture
 from .item_list import Item, ItemList, new_id
 from .outbox import Outbox
 from .response import Reason, Response
 from .session_settings import Asked, TurnDetection, cannot_update_voice, initial
+from .transcripts import Transcripts
 from .voice_activity import LONGEST_TURN, VoiceActivity, can_detect
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
+Work = Callable[[], Awaitable[None]]
 #: seconds of a session
 _LIFETIME = 3600
+#: seconds after an interruption in which clients tell how much was heard; a reply whose sound was played but for
+#: so many was heard to its end
+_TRUNCATES, _REST = 0.25, 0.05
 #: seconds of sound that a client must have sent before it commits
 _LEAST_SOUND = 0.1
 
@@ -41,12 +48,12 @@ class RealtimeSession:
     """A conversation with one client.
 
     Args:
-        ended: called when a response has ended, to let ``response_ended`` run in order with the client's events.
+        later: lets work be done in order with what the client's events ask for.
     """
 
-    def __init__(self, service: Service, outbox: Outbox, ended: Callable[[], None]) -> None:
+    def __init__(self, service: Service, outbox: Outbox, later: Callable[[Work], None]) -> None:
         self.id = new_id("sess")
-        self._service, self._outbox, self._ended = service, outbox, ended
+        self._service, self._outbox, self._later = service, outbox, later
         self._expires = int(time.time()) + _LIFETIME
         self._conversation = new_id("conv")
         self._session = service.session.fork()
@@ -56,7 +63,9 @@ class RealtimeSession:
         self._response: Response | None = None
         self._last: Response | None = None
         self._heard_sound = False  # the client got some: its voice stays
+        self._unheard: tuple[Item, float] | None = None  # a reply that was cut off, and how much of it was heard
         self._wants_reply = False  # after the response under way
+        self._transcripts = Transcripts(service, self._session, outbox)
         self._new_buffer()
         self._activity: VoiceActivity | None = None
         self._utterance: str | None = None  # id of the item that is being said
@@ -72,6 +81,8 @@ class RealtimeSession:
             sent.ItemRetrieve: self._retrieve_item,
             sent.ItemDelete: self._delete_item,
             sent.ItemTruncate: self._truncate_item,
+            sent.ImageAppend: self._show,
+            sent.Playback: self._played,
             sent.ResponseCreate: self._create_response,
             sent.ResponseCancel: self._cancel_response,
         }
@@ -106,6 +117,7 @@ class RealtimeSession:
 
     async def close(self) -> None:
         """End what is under way, and free the session."""
+        await self._transcripts.pause()
         response = self._response
         if response is not None:
             await self._stop(response, "client_cancelled")
@@ -119,7 +131,9 @@ class RealtimeSession:
     # -- settings
 
     async def _update(self, event: sent.SessionUpdate) -> None:
-        asked = sent.convert(event.session, Asked, "session")
+        if is_beta(event.session):
+            self._outbox.dialect = "beta"
+        asked = sent.convert(as_ga(event.session), Asked, "session")
         before, after = self.settings, self.settings.updated(asked, self._service)
         if after.voice != before.voice and self._heard_sound:
             raise cannot_update_voice()
@@ -171,8 +185,26 @@ class RealtimeSession:
             audio_start_ms=max(0, round(milliseconds)),
             item_id=self._utterance,
         )
-        if detection.interrupt_response and self._response is not None:
-            await self._stop(self._response, "turn_detected")
+        if detection.interrupt_response:
+            await self._interrupt()
+
+    async def _interrupt(self) -> None:
+        """Somebody speaks: what of the last reply was not heard is not said, though the client may know better."""
+        response = self._last
+        if response is None:
+            return
+        heard = response.playback.heard
+        if self._response is response:
+            await self._stop(response, "turn_detected")
+            self._service.measurements.interrupted("turn_detected")
+        if response.message is not None and heard + _REST < response.playback.sent:
+            self._unheard = response.message, heard
+            asyncio.get_running_loop().call_later(_TRUNCATES, self._later, self._forget_unheard)
+
+    async def _forget_unheard(self) -> None:
+        unheard, self._unheard = self._unheard, None
+        if unheard is not None:
+            await self._cut(*unheard)
 
     async def _speech_stopped(self, detection: TurnDetection) -> None:
         assert self._utterance is not None
@@ -192,14 +224,15 @@ class RealtimeSession:
     async def _commit(self, id: str, answer: bool) -> None:
         """The sound of the buffer becomes an item."""
         item = Item(id, {"type": "message", "role": "user", "content": [{"type": "input_audio", "transcript": None}]})
-        turn = None
+        turn, sound = None, self._buffer.sound
+        await self._forget_unheard()
         if self._response is None:
             turn = await self._compute(self._buffer.take)
             item.runtime_id = turn.item_ids[0]
             if not answer:
                 await self._compute(turn.keep)
         else:
-            content = [{"type": "audio", "audio": self._buffer.sound}]
+            content = [{"type": "audio", "audio": sound}]
             self._buffer.clear()
             message = {"role": "user", "content": content}
             item.runtime_id = (await self._compute(self._session.items.append, message)).id
@@ -207,8 +240,12 @@ class RealtimeSession:
         previous = self._items.insert(item, None)
         self._outbox.put("input_audio_buffer.committed", item_id=id, previous_item_id=previous)
         self._tell_item(item, previous)
+        if self.settings.transcription is not None:
+            self._transcripts.add(item, sound, self.settings.transcription)
         if answer and turn is not None:
-            self._start(self._new_response(), turn)
+            await self._start(self._new_response(), turn)
+        elif self._response is None:
+            self._transcripts.resume()
 
     async def _clear(self, event: sent.AudioClear) -> None:
         await self._compute(self._buffer.clear)
@@ -216,6 +253,17 @@ class RealtimeSession:
         if self._activity is not None:
             await self._compute(self._activity.reset)
         self._outbox.put("input_audio_buffer.cleared")
+
+    async def _show(self, event: sent.ImageAppend) -> None:
+        shown = await read_picture(event.image, self._service)
+        self._buffer.show(shown, None if event.time_ms is None else event.time_ms / 1000)
+        if self._response is None:
+            await self._compute(self._buffer.advance)
+
+    async def _played(self, event: sent.Playback) -> None:
+        response = self._last
+        if response is not None and response.message is not None and response.message.id == event.item_id:
+            response.playback.played(max(0.0, event.played_ms / 1000))
 
     # -- items
 
@@ -251,6 +299,8 @@ class RealtimeSession:
         item = self._items.find(event.item_id, "item_truncate_invalid_item_id")
         if item.fields.get("role") != "assistant":
             raise ApiError(400, "invalid_value", f"{item.id} is no message of the assistant", param="item_id")
+        if self._unheard is not None and self._unheard[0] is item:
+            self._unheard = None
         await self._cut(item, max(0.0, event.audio_end_ms / 1000))
         self._outbox.put(
             "conversation.item.truncated",
@@ -275,7 +325,7 @@ class RealtimeSession:
     # -- responses
 
     def _new_response(self, asked: dict[str, Any] | None = None) -> Response:
-        asked = asked or {}
+        asked = as_ga(asked or {})
         settings = self.settings.updated(sent.convert(asked, Asked, "response"), self._service, "response")
         apart = asked.get("conversation") == "none"
         return Response(
@@ -295,7 +345,7 @@ class RealtimeSession:
         await self._compute(self._buffer.suspend)
         if response.settings != self.settings:
             await self._instruct(response.settings)
-        self._start(response, None)
+        await self._start(response, None)
 
     async def _cancel_response(self, event: sent.ResponseCancel) -> None:
         response = self._response
@@ -303,7 +353,8 @@ class RealtimeSession:
             raise ApiError(400, "response_cancel_not_active", "Cancellation failed: no active response found")
         await self._stop(response, "client_cancelled")
 
-    def _start(self, response: Response, turn: Turn | None) -> None:
+    async def _start(self, response: Response, turn: Turn | None) -> None:
+        await self._transcripts.pause()
         self._response = self._last = response
         response.begin()
         response.task = asyncio.ensure_future(self._make(response, turn))
@@ -325,7 +376,7 @@ class RealtimeSession:
             response.error = error
         if response.turn is None and asked is not None:
             await self._compute(asked.keep)  # it was not answered, but was said
-        self._ended()
+        self._later(self._response_ended)
 
     def _take(self, response: Response, event: Event) -> None:
         if isinstance(event, Done):
@@ -344,9 +395,9 @@ class RealtimeSession:
             await self._compute(response.turn.cancel)
         assert response.task is not None
         await response.task
-        await self.response_ended()
+        await self._response_ended()
 
-    async def response_ended(self) -> None:
+    async def _response_ended(self) -> None:
         """The response under way has ended, if it has: tell so, and go on."""
         response = self._response
         if response is None or response.task is None or not response.task.done():
@@ -358,9 +409,10 @@ class RealtimeSession:
         response.finish()
         wanted, self._wants_reply = self._wants_reply, False
         if wanted:
-            self._start(self._new_response(), None)
+            await self._start(self._new_response(), None)
         else:
             await self._compute(self._buffer.advance)
+            self._transcripts.resume()
 
     async def _settle(self, response: Response) -> None:
         """Which message of the runtime's the reply is; one that stands apart leaves none."""
@@ -374,9 +426,11 @@ class RealtimeSession:
             await self._instruct(self.settings)
 
 
-def _truncate(session: Any, id: str, heard: float) -> bool:
-    item = session.items[id]
-    return bool(item.role == "assistant" and session.items.truncate(id, heard=heard))
+def _truncate(session: OmniSession, id: str, heard: float) -> bool:
+    """Whether that made the item shorter; what was not spoken by this model cannot be cut, and stays."""
+    with suppress(UsageError):
+        return session.items.truncate(id, heard=heard)
+    return False
 
 
 def _internal(error: Exception) -> ApiError:

@@ -133,6 +133,9 @@ class SessionSettings(Struct, frozen=True, kw_only=True):
     def _input(self, given: _Input, changes: dict[str, Any], where: str) -> None:
         if given.format is not None:
             changes["input_format"] = given.format.checked(f"{where}.format")
+        if given.transcription is not msgspec.UNSET:
+            named = given.transcription is not None and given.transcription.get("model") is not None
+            changes["transcription"] = given.transcription if named else None
         if given.noise_reduction is not msgspec.UNSET:
             changes["noise_reduction"] = given.noise_reduction
         detection = given.turn_detection

@@ -120,5 +120,5 @@ def _compress(type: str) -> NDArray[np.uint8]:
     order = np.argsort(levels, kind="stable")
     ordered = levels[order]
     samples = np.arange(65536, dtype=np.uint16).view(np.int16).astype(np.int32)
-    nearest = np.searchsorted((ordered[1:] + ordered[:-1]) / 2, samples)
+    nearest = np.searchsorted((ordered[1:] + ordered[:-1]) / 2, samples, side="right")
     return order[nearest].astype(np.uint8)

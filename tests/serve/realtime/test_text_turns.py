@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from openai.resources.realtime.realtime import RealtimeConnection
+from support.realtime import SAID, ask, connected, kinds, until, write
 from support.served import Served
 
-#: what the model says: the bundle stops after eight tokens
-SAID = "Hello"
 #: events that stand in every spoken reply, once each but for the deltas
 SPOKEN = [
     "response.created",
@@ -30,37 +28,14 @@ SPOKEN = [
 
 @pytest.fixture
 def connection(served: Served) -> Iterator[RealtimeConnection]:
-    served.live.script(SAID, codes=list(range(20)))
-    with served.client().realtime.connect(model="gpt-realtime") as connected:
-        assert connected.recv().type == "session.created"
-        yield connected
-
-
-def until(connection: RealtimeConnection, kind: str) -> list[Any]:
-    """What comes, up to an event of this kind."""
-    came: list[Any] = []
-    while not came or came[-1].type != kind:
-        came.append(connection.recv())
-        assert came[-1].type != "error" or kind == "error", came[-1]
-    return came
-
-
-def ask(connection: RealtimeConnection, text: str, **response: Any) -> list[Any]:
-    """The events of a turn."""
-    message = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
-    connection.conversation.item.create(item=message)  # type: ignore[arg-type]
-    assert [event.type for event in until(connection, "conversation.item.done")] == [
-        "conversation.item.added",
-        "conversation.item.done",
-    ]
-    connection.response.create(response=response)  # type: ignore[arg-type]
-    return until(connection, "rate_limits.updated")
+    served.live.script(SAID)
+    with connected(served) as made:
+        yield made
 
 
 def test_text_in_speech_out(connection: RealtimeConnection) -> None:
     came = ask(connection, "Hello")
-    kinds = [event.type for event in came]
-    assert [kind for kind in kinds if not kind.endswith("delta")] == SPOKEN
+    assert kinds(came) == SPOKEN
     deltas = [event for event in came if event.type.endswith("delta")]
     text = "".join(event.delta for event in deltas if event.type == "response.output_audio_transcript.delta")
     sound = b"".join(base64.b64decode(event.delta) for event in deltas if event.type == "response.output_audio.delta")
@@ -82,3 +57,52 @@ def test_text_alone_and_the_conversation_goes_on(connection: RealtimeConnection)
     assert "".join(event.delta for event in first if event.type == "response.output_text.delta") == SAID
     second = ask(connection, "And again")
     assert second[-2].response.usage.input_token_details.cached_tokens > 20
+
+
+def test_items_are_read_back_deleted_and_put_in_between(connection: RealtimeConnection) -> None:
+    first, last = write(connection, "One"), write(connection, "Three")
+    message = {"id": "two", "type": "message", "role": "user", "content": [{"type": "input_text", "text": "Two"}]}
+    connection.conversation.item.create(item=message, previous_item_id=first.id)  # type: ignore[arg-type]
+    added = until(connection, "conversation.item.done")[0]
+    assert (added.item.id, added.previous_item_id) == ("two", first.id)
+    connection.conversation.item.delete(item_id=last.id)
+    assert until(connection, "conversation.item.deleted")[-1].item_id == last.id
+    connection.conversation.item.retrieve(item_id="two")
+    assert until(connection, "conversation.item.retrieved")[-1].item.content[0].text == "Two"
+    connection.send({"type": "conversation.item.retrieve", "item_id": last.id, "event_id": "mine"})  # type: ignore[misc]
+    error = until(connection, "error")[-1].error
+    assert (error.code, error.event_id) == ("item_retrieve_invalid_item_id", "mine")
+    came = ask(connection, "Four")
+    assert came[-2].response.status == "completed"
+
+
+def test_a_response_apart_leaves_nothing(connection: RealtimeConnection) -> None:
+    write(connection, "Hello")
+    connection.response.create(
+        response={"conversation": "none", "metadata": {"topic": "x"}, "output_modalities": ["text"]}
+    )
+    came = until(connection, "rate_limits.updated")
+    assert "conversation.item.added" not in kinds(came)
+    assert (came[0].response.metadata, came[-2].response.conversation_id) == ({"topic": "x"}, None)
+    again = ask(connection, "Again")
+    before = next(event for event in again if event.type == "conversation.item.added")
+    assert before.previous_item_id is not None
+
+
+def test_what_can_be_ignored_is_and_the_rest_is_told(connection: RealtimeConnection) -> None:
+    connection.session.update(session={"type": "realtime", "tracing": "auto", "nonsense": 1})  # type: ignore[typeddict-item]
+    until(connection, "session.updated")
+    for event, code in (
+        ({"type": "response.cancel"}, "response_cancel_not_active"),
+        ({"type": "input_audio_buffer.commit"}, "input_audio_buffer_commit_empty"),
+        ({"type": "nothing.known"}, "invalid_value"),
+        ({"type": "session.update", "session": {"audio": {"output": {"voice": "Nobody"}}}}, "voice_not_found"),
+        ({"type": "session.update", "session": {"tools": [{"type": "mcp"}]}}, "unsupported_parameter"),
+        ({"type": "input_audio_buffer.append", "audio": "%"}, "invalid_value"),
+        ({"type": "conversation.item.create", "item": {"type": "message", "role": "user"}}, "invalid_value"),
+    ):
+        connection.send({**event, "event_id": "e1"})  # type: ignore[arg-type]
+        error = until(connection, "error")[-1].error
+        assert (error.code, error.event_id) == (code, "e1"), error
+    connection.send({"type": "output_audio_buffer.clear"})
+    assert ask(connection, "Hello")[-2].response.status == "completed"

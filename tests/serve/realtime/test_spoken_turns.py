@@ -1,0 +1,140 @@
+"""Turns that are spoken: committed by hand or by silence, cut off, and what was heard of a reply."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from omniport.serve.realtime import voice_activity
+from support.live_turns import Gate, voice
+from support.realtime import SAID, ask, connected, kinds, pcm, until
+from support.served import Served
+
+RATE = 24000
+SILENT = np.zeros(RATE, np.float32)
+BY_HAND = {"audio": {"input": {"turn_detection": None}}}
+
+
+class Loudness:
+    """In the place of Silero VAD, which hears no speech in noise."""
+
+    def __call__(self, samples: NDArray[np.float32]) -> float:
+        return float(np.abs(samples).max() > 0.01)
+
+    def reset(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def scripted(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(voice_activity, "SileroVad", Loudness)
+    served.live.script(SAID)
+
+
+def test_a_turn_by_hand(served: Served) -> None:
+    with connected(served, **BY_HAND) as connection:
+        for piece in np.split(voice(2.5, RATE), 25):
+            connection.input_audio_buffer.append(audio=pcm(piece))
+        connection.input_audio_buffer.commit()
+        connection.response.create()
+        came = until(connection, "rate_limits.updated")
+        assert kinds(came)[:4] == [
+            "input_audio_buffer.committed",
+            "conversation.item.added",
+            "conversation.item.done",
+            "response.created",
+        ]
+        assert came[0].item_id == came[1].item.id
+        assert came[-2].response.usage.input_token_details.audio_tokens == 62
+        connection.input_audio_buffer.append(audio=pcm(voice(1.0, RATE)))
+        connection.input_audio_buffer.clear()
+        until(connection, "input_audio_buffer.cleared")
+        connection.input_audio_buffer.commit()
+        assert until(connection, "error")[-1].error.code == "input_audio_buffer_commit_empty"
+
+
+def test_silence_ends_a_turn(served: Served) -> None:
+    with connected(served) as connection:
+        for samples in (SILENT, voice(1.0, RATE), SILENT):
+            connection.input_audio_buffer.append(audio=pcm(samples))
+        came = until(connection, "rate_limits.updated")
+        assert kinds(came)[:6] == [
+            "input_audio_buffer.speech_started",
+            "input_audio_buffer.speech_stopped",
+            "input_audio_buffer.committed",
+            "conversation.item.added",
+            "conversation.item.done",
+            "response.created",
+        ]
+        assert came[0].audio_start_ms == pytest.approx(700, abs=70)
+        assert came[1].audio_end_ms == pytest.approx(2500, abs=70)
+        assert len({came[i].item_id for i in range(3)} | {came[3].item.id}) == 1
+        assert came[-2].response.status == "completed"
+
+
+def test_speech_cuts_a_reply_off(served: Served) -> None:
+    with connected(served) as connection:
+        gate = Gate(served.live.backend.graphs["thinker"], at=3)
+        served.live.backend.graphs["thinker"] = gate
+        try:
+            connection.input_audio_buffer.append(audio=pcm(np.concatenate([voice(0.5, RATE), SILENT])))
+            until(connection, "response.created")
+            assert gate.reached.wait(20)
+            connection.input_audio_buffer.append(audio=pcm(voice(0.5, RATE)))
+            time.sleep(0.2)
+            gate.go.set()
+            came = until(connection, "response.done")
+        finally:
+            gate.go.set()
+            served.live.backend.graphs["thinker"] = gate.inner
+        response = came[-1].response
+        assert (response.status, response.status_details.reason) == ("cancelled", "turn_detected")
+        connection.input_audio_buffer.append(audio=pcm(SILENT))
+        assert until(connection, "response.done")[-1].response.status == "completed"
+
+
+def test_what_was_said_is_written_down_afterwards(served: Served) -> None:
+    transcribed = {"turn_detection": None, "transcription": {"model": "gpt-4o-mini-transcribe", "language": "en"}}
+    with connected(served, audio={"input": transcribed}) as connection:
+        connection.input_audio_buffer.append(audio=pcm(voice(0.5, RATE)))
+        connection.input_audio_buffer.commit()
+        connection.response.create()
+        assert "input_audio_transcription.completed" not in str(kinds(until(connection, "response.done")))
+        told = until(connection, "conversation.item.input_audio_transcription.completed")[-1]
+        assert (told.transcript, told.usage.type) == (SAID, "tokens")
+        connection.conversation.item.retrieve(item_id=told.item_id)
+        item = until(connection, "conversation.item.retrieved")[-1].item
+        assert item.content[0].transcript == SAID
+
+
+def test_what_was_not_heard_is_cut_and_past_the_end_is_no_error(served: Served) -> None:
+    with connected(served, **BY_HAND) as connection:
+        (item,) = ask(connection, "Hello")[-2].response.output
+        for milliseconds, text in ((900_000, SAID), (0, "")):
+            connection.conversation.item.truncate(item_id=item.id, content_index=0, audio_end_ms=milliseconds)
+            assert until(connection, "conversation.item.truncated")[-1].audio_end_ms == milliseconds
+            connection.conversation.item.retrieve(item_id=item.id)
+            read = until(connection, "conversation.item.retrieved")[-1].item
+            assert (read.content[0].transcript or "") == text
+
+
+def test_speech_that_may_not_interrupt_is_answered_afterwards(served: Served) -> None:
+    detection = {"type": "semantic_vad", "eagerness": "high", "interrupt_response": False}
+    with connected(served, audio={"input": {"turn_detection": detection}}) as connection:
+        gate = Gate(served.live.backend.graphs["thinker"], at=3)
+        served.live.backend.graphs["thinker"] = gate
+        try:
+            connection.conversation.item.create(
+                item={"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]}
+            )
+            connection.response.create()
+            assert gate.reached.wait(20)
+            connection.input_audio_buffer.append(audio=pcm(np.concatenate([voice(0.5, RATE), SILENT])))
+            until(connection, "input_audio_buffer.committed")
+        finally:
+            gate.go.set()
+            served.live.backend.graphs["thinker"] = gate.inner
+        for _ in range(2):
+            assert until(connection, "response.done")[-1].response.status == "completed"
