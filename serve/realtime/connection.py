@@ -12,7 +12,7 @@ from ..http.api_errors import ApiError, busy, not_ready
 from ..service import Service
 from .client_events import AudioAppend, ClientEvent, Known, NotUnderstood, read_event
 from .outbox import Outbox, Unread
-from .session import RealtimeSession, Work
+from .session import LIFETIME, RealtimeSession, Work
 
 _LOG = logging.getLogger(__name__)
 #: the one that the server speaks; a key may come as another, and must not come back
@@ -21,7 +21,7 @@ PROTOCOL = "realtime"
 _SOUND, _EVENTS = 2.0, 64
 #: seconds that they may stay as many
 _PATIENCE = 10.0
-_POLICY, _TOO_BIG, _CLOSED = 1008, 1009, 1000
+_POLICY, _TOO_BIG, _CLOSED, _AWAY = 1008, 1009, 1000, 1001
 
 
 async def realtime(websocket: WebSocket, service: Service) -> None:
@@ -61,7 +61,10 @@ class _Connection:
         self._session.begin()
         tasks = [asyncio.ensure_future(work()) for work in (self._read, self._work, self._outbox.run)]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            ended, _ = await asyncio.wait(tasks, timeout=LIFETIME, return_when=asyncio.FIRST_COMPLETED)
+            if not ended:
+                self._outbox.error(ApiError(400, "session_expired", "the session has lasted an hour; begin another"))
+                self._close = _AWAY, "session_expired"
         finally:
             for task in tasks[:2]:
                 task.cancel()

@@ -10,6 +10,7 @@ import numpy as np
 from ..http.api_errors import invalid
 from ..http.content_parts import read_parts, text_of
 from ..service import Service
+from .item_list import ItemList
 from .wire_sound import WireFormat
 
 #: characters of a URL that is read back with its item; a picture is not
@@ -36,6 +37,32 @@ async def read_item(item: Mapping[str, Any], format: WireFormat, service: Servic
         return {"role": "tool", "content": _string(item, "output")}
     known = "message, function_call or function_call_output"
     raise invalid(f"item.type is {kind!r:.100}; {known} was expected", "item.type")
+
+
+async def read_input(given: object, items: ItemList, format: WireFormat, service: Service) -> list[dict[str, Any]]:
+    """The messages of a response's own ``input``: items, and references to those of the conversation.
+
+    Of what was said and shown in the conversation nobody keeps the sound and the pictures: of those, the transcripts
+    are taken.
+
+    Raises:
+        ApiError: malformed, an item that there is not, or nothing that can be answered.
+    """
+    if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
+        raise invalid("response.input is no list of items", "response.input")
+    messages = []
+    for item in given:
+        if item.get("type") == "item_reference":
+            item = _in_words(items.find(str(item.get("id")), "item_reference_invalid_item_id").fields)
+        messages.append(await read_item(item, format, service))
+    return messages
+
+
+def _in_words(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields["type"] != "message":
+        return dict(fields)
+    texts = [part.get("text") or part.get("transcript") or "" for part in fields["content"]]
+    return {**fields, "content": " ".join(filter(None, texts)) or "..."}
 
 
 async def read_picture(image: str, service: Service) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, TextDelta, ToolCall, Turn
 
 from ..http.api_errors import told_late
@@ -19,6 +22,19 @@ _TEXTS = {"audio": "output_audio_transcript", "text": "output_text"}
 Reason = Literal["turn_detected", "client_cancelled"]
 
 
+@dataclass(frozen=True)
+class Question:
+    """What was said, and is not answered yet.
+
+    Attributes:
+        sound: samples and their rate. turn: of the runtime, with all of it.
+    """
+
+    item: Item
+    sound: tuple[NDArray[np.float32], int]
+    turn: Turn
+
+
 class Response:
     """A response that is made.
 
@@ -29,6 +45,7 @@ class Response:
     Attributes:
         message: the assistant's item; None as long as nothing was said.
         reason: why it is stopped.
+        question: that it answers; None: the conversation as it stands, or these ``messages`` instead.
         turn: of the runtime; None before it has begun. task: what makes it.
         runtime_id: of the message that it is in the runtime's conversation, once it has ended.
         playback: how much of it was heard.
@@ -50,6 +67,8 @@ class Response:
         self.reason: Reason | None = None
         self.turn: Turn | None = None
         self.task: asyncio.Task[None] | None = None
+        self.question: Question | None = None
+        self.messages: list[dict[str, Any]] | None = None
         self.playback = Playback()
         self.done: Done | None = None
         self.error: Exception | None = None

@@ -9,25 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from omniport.runtime import AudioChunk, Done, Event, OmniSession, TextDelta, Turn, TurnsDropped
+from omniport.runtime import OmniSession, Turn
 from omniport.runtime.errors import OmniportError, UsageError
 
-from ..http.answering import place
 from ..http.api_errors import ApiError, from_runtime
-from ..reply_events import ReplyEvents
 from ..service import Service
 from . import client_events as sent
 from .dialect import as_ga, is_beta
 from .input_buffer import InputBuffer
-from .item_content import fields_of, read_item, read_picture
+from .item_content import fields_of, read_input, read_item, read_picture
 from .item_list import Item, ItemList, new_id
 from .outbox import Outbox
-from .response import Reason, Response
+from .reply_maker import ReplyMaker
+from .response import Question, Reason, Response
 from .session_settings import Asked, TurnDetection, cannot_update_voice, initial
 from .transcripts import Transcripts
 from .voice_activity import LONGEST_TURN, VoiceActivity, can_detect
@@ -36,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Work = Callable[[], Awaitable[None]]
 #: seconds of a session
-_LIFETIME = 3600
+LIFETIME = 3600
 #: seconds after an interruption in which clients tell how much was heard; a reply whose sound was played but for
 #: so many was heard to its end
 _TRUNCATES, _REST = 0.25, 0.05
@@ -54,15 +53,15 @@ class RealtimeSession:
     def __init__(self, service: Service, outbox: Outbox, later: Callable[[Work], None]) -> None:
         self.id = new_id("sess")
         self._service, self._outbox, self._later = service, outbox, later
-        self._expires = int(time.time()) + _LIFETIME
+        self._expires = int(time.time()) + LIFETIME
         self._conversation = new_id("conv")
         self._session = service.session.fork()
         self._thread = ThreadPoolExecutor(1, "omniport-realtime")
         self.settings = initial(service, TurnDetection() if can_detect() else None)
         self._items = ItemList()
         self._response: Response | None = None
+        self._maker = ReplyMaker(service, self._session, outbox, self._items, self._compute)
         self._last: Response | None = None
-        self._heard_sound = False  # the client got some: its voice stays
         self._unheard: tuple[Item, float] | None = None  # a reply that was cut off, and how much of it was heard
         self._wants_reply = False  # after the response under way
         self._transcripts = Transcripts(service, self._session, outbox)
@@ -135,7 +134,7 @@ class RealtimeSession:
             self._outbox.dialect = "beta"
         asked = sent.convert(as_ga(event.session), Asked, "session")
         before, after = self.settings, self.settings.updated(asked, self._service)
-        if after.voice != before.voice and self._heard_sound:
+        if after.voice != before.voice and self._maker.spoke:
             raise cannot_update_voice()
         if (after.instructions, after.runtime_tools()) != (before.instructions, before.runtime_tools()):
             await self._instruct(after)
@@ -243,7 +242,9 @@ class RealtimeSession:
         if self.settings.transcription is not None:
             self._transcripts.add(item, sound, self.settings.transcription)
         if answer and turn is not None:
-            await self._start(self._new_response(), turn)
+            response = self._new_response()
+            response.question = Question(item, sound, turn)
+            await self._start(response)
         elif self._response is None:
             self._transcripts.resume()
 
@@ -342,10 +343,16 @@ class RealtimeSession:
             message = f"response {self._response.id} is under way; cancel it, or wait for response.done"
             raise ApiError(400, "conversation_already_has_active_response", message)
         response = self._new_response(event.response)
+        given = (event.response or {}).get("input")
+        if given is not None:
+            own = response.settings.instructions
+            response.messages = [{"role": "developer", "content": own}] if own else []
+            format = self.settings.input_format
+            response.messages += await read_input(given, self._items, format, self._service)
         await self._compute(self._buffer.suspend)
         if response.settings != self.settings:
             await self._instruct(response.settings)
-        await self._start(response, None)
+        await self._start(response)
 
     async def _cancel_response(self, event: sent.ResponseCancel) -> None:
         response = self._response
@@ -353,48 +360,16 @@ class RealtimeSession:
             raise ApiError(400, "response_cancel_not_active", "Cancellation failed: no active response found")
         await self._stop(response, "client_cancelled")
 
-    async def _start(self, response: Response, turn: Turn | None) -> None:
+    async def _start(self, response: Response) -> None:
         await self._transcripts.pause()
         self._response = self._last = response
         response.begin()
-        response.task = asyncio.ensure_future(self._make(response, turn))
-
-    async def _make(self, response: Response, asked: Turn | None) -> None:
-        """Make a response; ``asked``: the turn that asks for it, if it was not kept."""
-        options = response.settings.reply_options(self._service)
-
-        def begin() -> Iterator[Event]:
-            turn = response.turn = asked or self._session.turn(**options)
-            return turn.answer() if asked is None else turn.commit()
-
-        try:
-            async with place(self._service), ReplyEvents(begin, self._service.waiting) as events:
-                async for event in events:
-                    await self._outbox.room(response.stopped)
-                    self._take(response, event)
-        except Exception as error:  # noqa: BLE001 - told in the response
-            response.error = error
-        if response.turn is None and asked is not None:
-            await self._compute(asked.keep)  # it was not answered, but was said
-        self._later(self._response_ended)
-
-    def _take(self, response: Response, event: Event) -> None:
-        if isinstance(event, Done):
-            response.done = event
-        elif isinstance(event, TurnsDropped):
-            self._items.forget(event.items)
-        elif isinstance(event, (TextDelta, AudioChunk)) and not response.stopped():
-            self._heard_sound = self._heard_sound or isinstance(event, AudioChunk)
-            response.take(event)
+        response.task = asyncio.ensure_future(self._maker.make(response))
+        response.task.add_done_callback(lambda _: self._later(self._response_ended))
 
     async def _stop(self, response: Response, reason: Reason) -> None:
         """End a response now."""
-        response.reason = reason
-        self._outbox.wake()
-        if response.turn is not None:
-            await self._compute(response.turn.cancel)
-        assert response.task is not None
-        await response.task
+        await self._maker.stop(response, reason)
         await self._response_ended()
 
     async def _response_ended(self) -> None:
@@ -405,25 +380,19 @@ class RealtimeSession:
         self._response = None
         if response.done is not None:
             self._service.measurements.reply(response.done)
-        await self._settle(response)
+        try:
+            await self._maker.settle(response)
+            if response.settings != self.settings:
+                await self._instruct(self.settings)
+        except Exception as error:  # noqa: BLE001 - told in the response; the session goes on
+            response.error = error
         response.finish()
         wanted, self._wants_reply = self._wants_reply, False
         if wanted:
-            await self._start(self._new_response(), None)
+            await self._start(self._new_response())
         else:
             await self._compute(self._buffer.advance)
             self._transcripts.resume()
-
-    async def _settle(self, response: Response) -> None:
-        """Which message of the runtime's the reply is; one that stands apart leaves none."""
-        ids = response.turn.item_ids if response.turn is not None else []
-        there = {item.id for item in self._session.items}
-        id = ids[-1] if ids and ids[-1] in there else None
-        response.runtime_id = id
-        if id is not None and response.conversation is None:
-            await self._compute(self._session.items.delete, id)
-        if response.settings != self.settings:
-            await self._instruct(self.settings)
 
 
 def _truncate(session: OmniSession, id: str, heard: float) -> bool:

@@ -27,7 +27,6 @@ class TurnDetection(Struct, frozen=True, kw_only=True):
     threshold: Annotated[float, Meta(ge=0, le=1)] = 0.5
     prefix_padding_ms: Milliseconds = 300
     silence_duration_ms: Milliseconds = 500
-    idle_timeout_ms: Annotated[int, Meta(ge=1000, le=600_000)] | None = None
     eagerness: Literal["low", "medium", "high", "auto"] = "auto"
     create_response: bool = True
     interrupt_response: bool = True
@@ -40,11 +39,10 @@ class TurnDetection(Struct, frozen=True, kw_only=True):
     def described(self) -> dict[str, Any]:
         """As OpenAI writes it: each type has fields of its own."""
         hidden = (
-            ("eagerness",)
-            if self.type == "server_vad"
-            else ("threshold", "prefix_padding_ms", "silence_duration_ms", "idle_timeout_ms")
+            ("eagerness",) if self.type == "server_vad" else ("threshold", "prefix_padding_ms", "silence_duration_ms")
         )
-        return {name: value for name, value in msgspec.structs.asdict(self).items() if name not in hidden}
+        shown = {name: value for name, value in msgspec.structs.asdict(self).items() if name not in hidden}
+        return shown | ({"idle_timeout_ms": None} if self.type == "server_vad" else {})  # there is none
 
 
 class _VoiceId(Struct):
@@ -148,7 +146,7 @@ class SessionSettings(Struct, frozen=True, kw_only=True):
         before = self.turn_detection
         same = before is not None and given.get("type", before.type) == before.type
         base = msgspec.structs.asdict(before) if before is not None and same else {}
-        named = {name: value for name, value in given.items() if value is not None or name == "idle_timeout_ms"}
+        named = {name: value for name, value in given.items() if value is not None}
         return convert({**base, **named}, TurnDetection, where)
 
     def described(self) -> dict[str, Any]:

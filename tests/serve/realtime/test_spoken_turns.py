@@ -109,6 +109,28 @@ def test_what_was_said_is_written_down_afterwards(served: Served) -> None:
         assert item.content[0].transcript == SAID
 
 
+def test_who_goes_on_before_the_answer_begins_is_heard_whole(served: Served) -> None:
+    """The first part is being encoded when the second begins."""
+    with connected(served) as connection:
+        gate = Gate(served.live.backend.graphs["audio_encoder"], at=1)
+        served.live.backend.graphs["audio_encoder"] = gate
+        try:
+            connection.input_audio_buffer.append(audio=pcm(np.concatenate([voice(0.5, RATE), SILENT])))
+            until(connection, "response.created")
+            assert gate.reached.wait(20)
+            connection.input_audio_buffer.append(audio=pcm(voice(0.5, RATE)))
+            time.sleep(0.2)
+            gate.go.set()
+            assert until(connection, "response.done")[-1].response.status == "cancelled"
+        finally:
+            gate.go.set()
+            served.live.backend.graphs["audio_encoder"] = gate.inner
+        connection.input_audio_buffer.append(audio=pcm(SILENT))
+        response = until(connection, "response.done")[-1].response
+        assert response.status == "completed"
+        assert response.usage.input_token_details.audio_tokens > 50, "both parts"
+
+
 def test_what_was_not_heard_is_cut_and_past_the_end_is_no_error(served: Served) -> None:
     with connected(served, **BY_HAND) as connection:
         (item,) = ask(connection, "Hello")[-2].response.output

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from openai.resources.realtime.realtime import RealtimeConnection
+from support.live_turns import Gate
 from support.realtime import SAID, ask, connected, kinds, until, write
 from support.served import Served
 
@@ -87,6 +90,57 @@ def test_a_response_apart_leaves_nothing(connection: RealtimeConnection) -> None
     again = ask(connection, "Again")
     before = next(event for event in again if event.type == "conversation.item.added")
     assert before.previous_item_id is not None
+
+
+def test_a_response_to_an_input_of_its_own(connection: RealtimeConnection) -> None:
+    item = write(connection, "Hello")
+    given = [
+        {"type": "item_reference", "id": item.id},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Is that a greeting?"}]},
+    ]
+    asked = {"conversation": "none", "input": given, "output_modalities": ["text"]}
+    connection.response.create(response=asked)  # type: ignore[arg-type]
+    (said,) = until(connection, "response.done")[-1].response.output
+    assert said.content[0].text == SAID
+    connection.response.create(response={"input": given[1:]})  # type: ignore[typeddict-item]
+    (kept,) = until(connection, "response.done")[-1].response.output
+    connection.conversation.item.delete(item_id=kept.id)
+    until(connection, "conversation.item.deleted")
+
+
+def test_cancelled_while_it_waits_for_its_place(served: Served, connection: RealtimeConnection) -> None:
+    gate = Gate(served.live.backend.graphs["thinker"], at=3)
+    served.live.backend.graphs["thinker"] = gate
+    try:
+        write(connection, "Hello")
+        connection.response.create()
+        assert gate.reached.wait(20)
+        connection.response.create()
+        assert until(connection, "error")[-1].error.code == "conversation_already_has_active_response"
+        with connected(served) as other:
+            other.response.create()
+            until(other, "response.created")
+            other.response.cancel()
+            response = until(other, "response.done")[-1].response
+            assert (response.status, response.status_details.reason) == ("cancelled", "client_cancelled")
+    finally:
+        gate.go.set()
+        served.live.backend.graphs["thinker"] = gate.inner
+    assert until(connection, "response.done")[-1].response.status == "completed"
+
+
+def test_clients_that_leave_free_all(served: Served) -> None:
+    before = threading.active_count()
+    for _ in range(5):
+        with connected(served) as connection:
+            write(connection, "Hello")
+            connection.response.create()
+    due = time.monotonic() + 10
+    while (served.service.realtime or threading.active_count() > before + 2) and time.monotonic() < due:
+        time.sleep(0.05)
+    assert served.service.realtime == 0
+    assert served.quiet()
+    assert threading.active_count() <= before + 2, "threads that wait for replies stay, those of sessions do not"
 
 
 def test_what_can_be_ignored_is_and_the_rest_is_told(connection: RealtimeConnection) -> None:
