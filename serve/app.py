@@ -19,6 +19,7 @@ from .http.access import Access
 from .http.api_errors import ApiError
 from .http.request_scope import RequestScope
 from .http.routing import route
+from .realtime.client_secrets import create_secret
 from .realtime.connection import realtime
 from .service import Service
 
@@ -62,6 +63,8 @@ def _routes(service: Service) -> Iterable[BaseRoute]:
     yield from route(service, "POST", "/audio/translations", transcription.translate)
     yield from route(service, "GET", "/models", model_list.list_models)
     yield from route(service, "GET", "/models/{model:path}", model_list.get_model)
+
+    yield from route(service, "POST", "/realtime/client_secrets", create_secret)
 
     async def converse(websocket: WebSocket) -> None:
         await realtime(websocket, service)

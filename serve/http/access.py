@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..settings import Settings, is_loopback
+from ..signed_keys import session_of
 from .api_errors import ApiError
 
 #: what a load balancer asks, which has no key
@@ -29,20 +30,21 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
             try:
-                self._check(scope["path"], Headers(scope=scope), scope.get("subprotocols", ()))
+                self._check(scope)
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, path: str, headers: Headers, protocols: Sequence[str]) -> None:
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._keys and not self._settings.no_auth and not is_loopback(_name(host)):
             # a page elsewhere may have let its own name point here
             raise _forbidden("host_not_allowed", f"this server is not called {host!r}: use 127.0.0.1 or localhost")
         if origin is not None and urlsplit(origin).netloc != host and origin not in self._settings.origins:
             raise _forbidden("origin_not_allowed", f"pages of {origin} may not call this server; see --cors-origin")
-        if self._keys and path not in OPEN and not self._known(_given_key(headers, protocols)):
+        if self._keys and scope["path"] not in OPEN and not self._opens(given_key(scope), scope):
             raise ApiError(
                 401,
                 "invalid_api_key",
@@ -50,18 +52,26 @@ class Access:
                 kind="authentication_error",
             )
 
+    def _opens(self, key: str, scope: Scope) -> bool:
+        """A key that was signed for a browser opens a WebSocket, and nothing else."""
+        signed = scope["type"] == "websocket" and session_of(key, self._settings) is not None
+        return signed or self._known(key)
+
     def _known(self, key: str) -> bool:
         """Every key is compared, each in constant time."""
         given = _digest(key)
         return bool(sum([hmac.compare_digest(given, known) for known in self._keys]))
 
 
-def _given_key(headers: Headers, protocols: Sequence[str]) -> str:
+def given_key(scope: Scope) -> str:
     """The first that is there: OpenAI's header, Azure's, another, a browser's, whose WebSockets send no header."""
+    headers = Headers(scope=scope)
     scheme, _, key = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return key.strip()
-    in_protocol = (name[len(_PROTOCOL_KEY) :] for name in protocols if name.startswith(_PROTOCOL_KEY))
+    in_protocol = (
+        name[len(_PROTOCOL_KEY) :] for name in scope.get("subprotocols", ()) if name.startswith(_PROTOCOL_KEY)
+    )
     return headers.get("api-key") or headers.get("x-api-key") or next(in_protocol, "")
 
 

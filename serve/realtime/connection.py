@@ -8,8 +8,10 @@ from contextlib import suppress
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from ..http.access import given_key
 from ..http.api_errors import ApiError, busy, not_ready
 from ..service import Service
+from ..signed_keys import session_of
 from .client_events import AudioAppend, ClientEvent, Known, NotUnderstood, read_event
 from .outbox import Outbox, Unread
 from .session import LIFETIME, RealtimeSession, Work
@@ -47,7 +49,7 @@ def _refusal(service: Service) -> ApiError | None:
 
 class _Connection:
     def __init__(self, websocket: WebSocket, service: Service) -> None:
-        self._websocket = websocket
+        self._websocket, self._service = websocket, service
         self._outbox = Outbox(websocket.send_text, service.settings.limits.unread_seconds)
         if "realtime=v1" in websocket.headers.get("openai-beta", ""):
             self._outbox.dialect = "beta"
@@ -58,6 +60,9 @@ class _Connection:
         self._close = (_CLOSED, "")
 
     async def run(self) -> None:
+        session = session_of(given_key(self._websocket.scope), self._service.settings)
+        if session is not None:
+            await self._session.configure(session)
         self._session.begin()
         tasks = [asyncio.ensure_future(work()) for work in (self._read, self._work, self._outbox.run)]
         try:

@@ -130,9 +130,18 @@ class RealtimeSession:
     # -- settings
 
     async def _update(self, event: sent.SessionUpdate) -> None:
-        if is_beta(event.session):
+        await self.configure(event.session)
+        self._outbox.put("session.updated", session=self.described())
+
+    async def configure(self, fields: dict[str, Any]) -> None:
+        """Have other settings.
+
+        Raises:
+            ApiError: a value that cannot be; nothing has changed.
+        """
+        if is_beta(fields):
             self._outbox.dialect = "beta"
-        asked = sent.convert(as_ga(event.session), Asked, "session")
+        asked = sent.convert(as_ga(fields), Asked, "session")
         before, after = self.settings, self.settings.updated(asked, self._service)
         if after.voice != before.voice and self._maker.spoke:
             raise cannot_update_voice()
@@ -141,7 +150,6 @@ class RealtimeSession:
         if after.turn_detection != before.turn_detection:
             self._activity = None
         self.settings = after
-        self._outbox.put("session.updated", session=self.described())
 
     async def _instruct(self, settings: Any) -> None:
         await self._compute(self._session.items.instruct, settings.instructions or None, settings.runtime_tools())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from support.served import Served
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -56,6 +58,31 @@ def test_keys_and_pages(make: Callable[..., Served]) -> None:
     with open_socket(served, subprotocols=offered, origin=served.url) as socket:
         assert socket.subprotocol == "realtime"
         assert next_event(socket)["type"] == "session.created"
+
+
+def test_a_key_for_a_browser(make: Callable[..., Served]) -> None:
+    served = make(keys=(KEY,))
+    asked = {"type": "realtime", "instructions": "Be brief.", "output_modalities": ["text"]}
+    secret = served.client(api_key=KEY).realtime.client_secrets.create(
+        session=asked,  # type: ignore[arg-type]
+        expires_after={"anchor": "created_at", "seconds": 60},
+    )
+    assert secret.value.startswith("ek_")
+    assert 0 < secret.expires_at - time.time() <= 60
+    assert secret.session.type == "realtime"
+    offered = ["realtime", f"openai-insecure-api-key.{secret.value}"]
+    with open_socket(served, subprotocols=offered) as socket:
+        session = next_event(socket)["session"]
+        assert (session["instructions"], session["output_modalities"]) == ("Be brief.", ["text"])
+    with pytest.raises(openai.AuthenticationError):
+        served.client(api_key=secret.value).models.list()
+    for wrong in (secret.value[:-4] + "AAAA", secret.value[:20], "ek_", "ek_é"):
+        headers = {"Authorization": b"Bearer " + wrong.encode()}
+        assert refused(served, additional_headers=headers) == (401, "invalid_api_key")
+    other = make(keys=("sk-other",))
+    assert refused(other, subprotocols=offered) == (401, "invalid_api_key")
+    with pytest.raises(openai.BadRequestError):
+        served.client(api_key=KEY).realtime.client_secrets.create(expires_after={"seconds": 1})  # type: ignore[typeddict-item]
 
 
 def test_a_full_or_loading_server_refuses(make: Callable[..., Served]) -> None:
