@@ -41,6 +41,10 @@ class ImageAppend(ClientEvent, tag="input_image_buffer.append"):
     time_ms: float | None = None
 
 
+class SessionFinish(ClientEvent, tag="session.finish"):
+    """DashScope's: told when the last response has ended."""
+
+
 class Playback(ClientEvent, tag="omniport.playback"):
     """How much of a reply the client has played so far."""
 
@@ -93,6 +97,7 @@ Known = (
     | OutputClear
     | ImageAppend
     | Playback
+    | SessionFinish
 )
 _decoder: msgspec.json.Decoder[Known] = msgspec.json.Decoder(Known)
 

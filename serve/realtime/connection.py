@@ -51,9 +51,11 @@ class _Connection:
     def __init__(self, websocket: WebSocket, service: Service) -> None:
         self._websocket, self._service = websocket, service
         self._outbox = Outbox(websocket.send_text, service.settings.limits.unread_seconds)
-        if "realtime=v1" in websocket.headers.get("openai-beta", ""):
+        headers = websocket.headers
+        dashscope = service.settings.dialect == "dashscope" or headers.get("user-agent", "").startswith("dashscope/")
+        if dashscope or "realtime=v1" in headers.get("openai-beta", ""):
             self._outbox.dialect = "beta"
-        self._session = RealtimeSession(service, self._outbox, self._later)
+        self._session = RealtimeSession(service, self._outbox, self._later, dashscope)
         self._events: asyncio.Queue[Known | NotUnderstood | Work] = asyncio.Queue()
         self._waiting = 0.0  # seconds of sound in it
         self._taken = asyncio.Event()

@@ -16,7 +16,14 @@ _NAMES = {
     "conversation.item.added": "conversation.item.created",
 }
 _CONTENT = {"output_text": "text", "output_audio": "audio"}
-_FORMATS = {"pcm16": "audio/pcm", "pcm": "audio/pcm", "g711_ulaw": "audio/pcmu", "g711_alaw": "audio/pcma"}
+_FORMATS = {
+    "pcm16": "audio/pcm",
+    "pcm24": "audio/pcm",
+    "pcm": "audio/pcm",
+    "wav": "audio/pcm",
+    "g711_ulaw": "audio/pcmu",
+    "g711_alaw": "audio/pcma",
+}
 _FORMAT_NAMES = {"audio/pcm": "pcm16", "audio/pcmu": "g711_ulaw", "audio/pcma": "g711_alaw"}
 #: fields of a session or a response by which the earlier form is known
 _OURS = frozenset(
@@ -37,8 +44,12 @@ def is_beta(fields: Mapping[str, Any]) -> bool:
     return "type" not in fields and not _OURS.isdisjoint(fields)
 
 
-def as_ga(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A session or a response of the earlier form, in today's; anything else as it is."""
+def as_ga(fields: Mapping[str, Any], heard_rate: int = 24000) -> dict[str, Any]:
+    """A session or a response of the earlier form, in today's; anything else as it is.
+
+    Args:
+        heard_rate: Hz of sound that comes as ``pcm16``; DashScope's is 16000.
+    """
     if not is_beta(fields):
         return dict(fields)
     known = {name: value for name, value in fields.items() if name not in _OURS}
@@ -48,9 +59,9 @@ def as_ga(fields: Mapping[str, Any]) -> dict[str, Any]:
         known["max_output_tokens"] = fields["max_response_output_tokens"]
     heard = {"turn_detection": "turn_detection", "input_audio_transcription": "transcription"}
     taken = {ours: fields[theirs] for theirs, ours in heard.items() if theirs in fields}
-    taken |= _format(fields.get("input_audio_format"))
+    taken |= _format(fields, "input", heard_rate)
     given = {"voice": fields["voice"]} if "voice" in fields else {}
-    given |= _format(fields.get("output_audio_format"))
+    given |= _format(fields, "output", 24000)
     return {**known, "audio": {"input": taken, "output": given}}
 
 
@@ -69,8 +80,17 @@ def translated(event: Mapping[str, Any]) -> dict[str, Any] | None:
     return made
 
 
-def _format(name: object) -> dict[str, Any]:
-    return {"format": {"type": _FORMATS.get(name, name)}} if isinstance(name, str) else {}
+def _format(fields: Mapping[str, Any], side: str, rate: int) -> dict[str, Any]:
+    """By its name, or as DashScope's newer clients write it, with a ``sample_rate``."""
+    name = fields.get(f"{side}_audio_format")
+    if name is None:
+        audio = fields.get("audio")
+        held = audio.get(side) if isinstance(audio, dict) else None
+        written = held.get("format") if isinstance(held, dict) else None
+        if not isinstance(written, dict):
+            return {}
+        name, rate = written.get("type"), written.get("sample_rate", rate)
+    return {"format": {"type": _FORMATS.get(name, name) if isinstance(name, str) else name, "rate": rate}}
 
 
 def _item(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import msgspec
 from omniport.runtime import OmniSession, Turn
 from omniport.runtime.errors import OmniportError, UsageError
 
@@ -30,6 +31,7 @@ from .response import Question, Reason, Response
 from .session_settings import Asked, TurnDetection, cannot_update_voice, initial
 from .transcripts import Transcripts
 from .voice_activity import LONGEST_TURN, VoiceActivity, can_detect
+from .wire_sound import WireFormat
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,10 +49,13 @@ class RealtimeSession:
     """A conversation with one client.
 
     Args:
+        dashscope: the client is DashScope's: what it calls pcm16 has 16 kHz.
         later: lets work be done in order with what the client's events ask for.
     """
 
-    def __init__(self, service: Service, outbox: Outbox, later: Callable[[Work], None]) -> None:
+    def __init__(
+        self, service: Service, outbox: Outbox, later: Callable[[Work], None], dashscope: bool = False
+    ) -> None:
         self.id = new_id("sess")
         self._service, self._outbox, self._later = service, outbox, later
         self._expires = int(time.time()) + LIFETIME
@@ -58,6 +63,9 @@ class RealtimeSession:
         self._session = service.session.fork()
         self._thread = ThreadPoolExecutor(1, "omniport-realtime")
         self.settings = initial(service, TurnDetection() if can_detect() else None)
+        self._heard_rate = 16000 if dashscope else 24000
+        if dashscope:
+            self.settings = msgspec.structs.replace(self.settings, input_format=WireFormat(rate=self._heard_rate))
         self._items = ItemList()
         self._response: Response | None = None
         self._maker = ReplyMaker(service, self._session, outbox, self._items, self._compute)
@@ -81,6 +89,7 @@ class RealtimeSession:
             sent.ItemDelete: self._delete_item,
             sent.ItemTruncate: self._truncate_item,
             sent.ImageAppend: self._show,
+            sent.SessionFinish: self._finish,
             sent.Playback: self._played,
             sent.ResponseCreate: self._create_response,
             sent.ResponseCancel: self._cancel_response,
@@ -139,9 +148,9 @@ class RealtimeSession:
         Raises:
             ApiError: a value that cannot be; nothing has changed.
         """
-        if is_beta(fields):
+        if is_beta(fields):  # or DashScope's
             self._outbox.dialect = "beta"
-        asked = sent.convert(as_ga(fields), Asked, "session")
+        asked = sent.convert(as_ga(fields, self._heard_rate), Asked, "session")
         before, after = self.settings, self.settings.updated(asked, self._service)
         if after.voice != before.voice and self._maker.spoke:
             raise cannot_update_voice()
@@ -150,6 +159,12 @@ class RealtimeSession:
         if after.turn_detection != before.turn_detection:
             self._activity = None
         self.settings = after
+
+    async def _finish(self, event: sent.SessionFinish) -> None:
+        if self._response is not None and self._response.task is not None:
+            await asyncio.wait({self._response.task})
+            await self._response_ended()
+        self._outbox.put("session.finished")
 
     async def _instruct(self, settings: Any) -> None:
         await self._compute(self._session.items.instruct, settings.instructions or None, settings.runtime_tools())
