@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -65,6 +66,7 @@ class _Connection:
         session = session_of(given_key(self._websocket.scope), self._service.settings)
         if session is not None:
             await self._session.configure(session)
+        begun = time.monotonic()
         self._session.begin()
         tasks = [asyncio.ensure_future(work()) for work in (self._read, self._work, self._outbox.run)]
         try:
@@ -82,6 +84,7 @@ class _Connection:
                 self._note(result)
             with suppress(RuntimeError, WebSocketDisconnect):  # it has left already
                 await self._websocket.close(*self._close)
+            _LOG.info("WebSocket %s %.0f s %s", self._websocket.url.path, time.monotonic() - begun, self._session.id)
 
     def _note(self, result: object) -> None:
         if isinstance(result, Unread):

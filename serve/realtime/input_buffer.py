@@ -20,20 +20,19 @@ class InputBuffer:
 
     Args:
         new_turn: begins a turn. most: seconds of sound.
+
+    Attributes:
+        seconds: of sound.
     """
 
     def __init__(self, new_turn: Callable[[], Turn], most: float) -> None:
         self._new_turn, self._most = new_turn, most
+        self.seconds = 0.0
         self._pieces: list[tuple[Floats, int]] = []
         self._frames: list[tuple[Any, float]] = []
         self._last_frame = -1.0
         self._pushed = self._shown = 0
         self._turn: Turn | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Of sound."""
-        return sum(len(samples) / rate for samples, rate in self._pieces)
 
     @property
     def sound(self) -> tuple[Floats, int]:
@@ -51,6 +50,7 @@ class InputBuffer:
         if self.seconds + len(samples) / rate > self._most:
             raise MediaError(f"the buffer would hold more than {self._most:g} s of sound; commit it before")
         self._pieces.append((samples, rate))
+        self.seconds += len(samples) / rate
 
     def show(self, picture: Any, seconds: float | None) -> None:
         """A picture, on the clock of the sound; without a time it is shown now. Before any sound, the last counts."""
@@ -94,4 +94,4 @@ class InputBuffer:
     def clear(self) -> None:
         """Forget the sound."""
         self.suspend()
-        self._pieces, self._frames, self._last_frame = [], [], -1.0
+        self._pieces, self._frames, self._last_frame, self.seconds = [], [], -1.0, 0.0

@@ -23,8 +23,9 @@ from ..service import Service
 from . import client_events as sent
 from .dialect import as_ga, is_beta
 from .input_buffer import InputBuffer
-from .item_content import fields_of, read_input, read_item, read_picture
+from .item_content import read_input, read_picture
 from .item_list import Item, ItemList, new_id
+from .item_requests import ItemRequests
 from .outbox import Outbox
 from .reply_maker import ReplyMaker
 from .response import Question, Reason, Response
@@ -69,6 +70,7 @@ class RealtimeSession:
         self._items = ItemList()
         self._response: Response | None = None
         self._maker = ReplyMaker(service, self._session, outbox, self._items, self._compute)
+        self._requests = ItemRequests(service, self._session, outbox, self._items, self._compute)
         self._last: Response | None = None
         self._unheard: tuple[Item, float] | None = None  # a reply that was cut off, and how much of it was heard
         self._wants_reply = False  # after the response under way
@@ -85,8 +87,8 @@ class RealtimeSession:
             sent.AudioCommit: self._commit_asked,
             sent.AudioClear: self._clear,
             sent.ItemCreate: self._create_item,
-            sent.ItemRetrieve: self._retrieve_item,
-            sent.ItemDelete: self._delete_item,
+            sent.ItemRetrieve: self._requests.retrieve,
+            sent.ItemDelete: self._requests.delete,
             sent.ItemTruncate: self._truncate_item,
             sent.ImageAppend: self._show,
             sent.SessionFinish: self._finish,
@@ -261,7 +263,7 @@ class RealtimeSession:
             self._wants_reply = self._wants_reply or answer
         previous = self._items.insert(item, None)
         self._outbox.put("input_audio_buffer.committed", item_id=id, previous_item_id=previous)
-        self._tell_item(item, previous)
+        self._requests.tell(item, previous)
         if self.settings.transcription is not None:
             self._transcripts.add(item, sound, self.settings.transcription)
         if answer and turn is not None:
@@ -291,33 +293,8 @@ class RealtimeSession:
 
     # -- items
 
-    def _tell_item(self, item: Item, previous: str | None) -> None:
-        self._outbox.put("conversation.item.added", item=item.described(), previous_item_id=previous)
-        self._outbox.put("conversation.item.done", item=item.described(), previous_item_id=previous)
-
     async def _create_item(self, event: sent.ItemCreate) -> None:
-        message = await read_item(event.item, self.settings.input_format, self._service)
-        given = event.item.get("id")
-        item = Item(given if isinstance(given, str) and given else new_id("item"), fields_of(event.item))
-        previous = self._items.insert(item, event.previous_item_id)
-        before = self._items.next_runtime_id(item)
-        try:
-            added = await self._compute(lambda: self._session.items.append(message, before=before))
-        except BaseException:
-            self._items.remove(item)
-            raise
-        item.runtime_id = added.id
-        self._tell_item(item, previous)
-
-    async def _retrieve_item(self, event: sent.ItemRetrieve) -> None:
-        item = self._items.find(event.item_id, "item_retrieve_invalid_item_id")
-        self._outbox.put("conversation.item.retrieved", item=item.described())
-
-    async def _delete_item(self, event: sent.ItemDelete) -> None:
-        item = self._items.find(event.item_id, "item_delete_invalid_item_id")
-        if self._items.remove(item) and item.runtime_id is not None:
-            await self._compute(self._session.items.delete, item.runtime_id)
-        self._outbox.put("conversation.item.deleted", item_id=item.id)
+        await self._requests.create(event, self.settings.input_format)
 
     async def _truncate_item(self, event: sent.ItemTruncate) -> None:
         item = self._items.find(event.item_id, "item_truncate_invalid_item_id")

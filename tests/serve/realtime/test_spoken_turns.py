@@ -11,6 +11,7 @@ from omniport.serve.realtime import voice_activity
 from support.live_turns import Gate, voice
 from support.realtime import SAID, ask, connected, kinds, pcm, until
 from support.served import Served
+from websockets.exceptions import ConnectionClosed
 
 RATE = 24000
 SILENT = np.zeros(RATE, np.float32)
@@ -93,6 +94,27 @@ def test_speech_cuts_a_reply_off(served: Served) -> None:
         assert (response.status, response.status_details.reason) == ("cancelled", "turn_detected")
         connection.input_audio_buffer.append(audio=pcm(SILENT))
         assert until(connection, "response.done")[-1].response.status == "completed"
+
+
+def test_who_sends_faster_than_it_is_taken_is_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniport.serve.realtime.connection._PATIENCE", 0.3)
+    gate = Gate(served.live.backend.graphs["audio_encoder"], at=1)
+    served.live.backend.graphs["audio_encoder"] = gate
+    try:
+        with connected(served, **BY_HAND) as connection:
+            for _ in range(8):
+                connection.input_audio_buffer.append(audio=pcm(voice(1.0, RATE)))
+            assert gate.reached.wait(20)
+            time.sleep(0.6)
+            gate.go.set()
+            assert until(connection, "error")[-1].error.code == "input_too_fast"
+            with pytest.raises(ConnectionClosed) as closed:
+                connection.recv()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1009
+    finally:
+        gate.go.set()
+        served.live.backend.graphs["audio_encoder"] = gate.inner
 
 
 def test_what_was_said_is_written_down_afterwards(served: Served) -> None:
