@@ -6,7 +6,8 @@ It reads what `generate` gives it. Every token of the prompt is the thinker's hi
 (the hidden state alone where a medium stands). Then come the voice's row, with the codec's pad, and the reply: one
 token a step together with the code before, then the text's end, then its pad, until the codes end. So the text is told
 in the first steps, and has to be found again in them later. Most codes could be guessed from the ones before, which
-teaches nothing about the text: a share of the codes that it is fed is hidden or replaced.
+teaches nothing about the text. So a share of the codes that it is fed is hidden or replaced, and two more things are
+learned of every state, by layers that training alone has: codes that come later, and which token of the text it is at.
 
 The thinker is frozen, but for the four rows of its embedding that only the talker reads: voices, text end, text pad.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,12 @@ from wren.prompts import Laid
 from wren.training import Plan, bf16, train
 from wren.world import Draw, Question, Split
 
-PLAN = Plan(steps=12000, peak=1.5e-3, decay=0.01)
+PLAN = Plan(steps=14000, peak=1.5e-3, decay=0.01)
 TOKENS = 3000  # of a step: prompts and codes
 # Codes fed: a share of the sentences is fed all; in the others up to so many are hidden, and up to so many replaced.
 WHOLE, HIDDEN, REPLACED, RUN = 0.3, 0.9, 0.15, 4
+# Codes that are foretold, counted from the next one: most of a syllable, and a word. Shares of the loss.
+LATER, FORETELLING, READING = (6, 16), 0.25, 0.1
 TEST_EVERY = 500
 
 # The tables in training: codes 1 to CODES, and the rows of control ids. Every other row of the published size is never
@@ -76,6 +79,9 @@ class Speaker(nn.Module):
         self.rows = nn.Parameter(torch.randn(len(sizes.REPLY_VOICES) + 2, config.embedding_size) * 0.7)
         said = [*range(sizes.FIRST_CODE, sizes.FIRST_CODE + sizes.CODES), END, OTHER]
         self.register_buffer("said", torch.tensor(said), persistent=False)
+        width = config.hidden_size
+        self.later = nn.ModuleList(nn.Linear(width, width) for _ in LATER)
+        self.reading = nn.Linear(width, sizes.REGULAR_TOKENS + 1)  # the last is no token: the state is between two
 
     def inputs(self, heard: Heard, voice: str, fed: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [P + 1 + n, H] into the talker's projection and their positions [3, P + 1 + n].
@@ -109,21 +115,47 @@ class Speaker(nn.Module):
         return torch.cat([logits[:, :-1], logits[:, -1:] + math.log(NEVER_SAID)], 1)
 
     def forward(
-        self, heard: Sequence[Heard], voices: Sequence[str], said: Sequence[Tensor], fed: Sequence[Tensor]
+        self,
+        heard: Sequence[Heard],
+        voices: Sequence[str],
+        said: Sequence[Tensor],
+        fed: Sequence[Tensor],
+        texts: Sequence[Tensor] | None = None,
     ) -> Any:
         """Cross entropy, and the share of codes that are the likeliest.
 
         Args:
             said: ids [n] to say, END last. fed: ids [n] to feed, START first.
+            texts: token ids of each reply; with them the loss has what is foretold and read as well.
         """
         with bf16():
             hidden = self.hidden([self.inputs(*one) for one in zip(heard, voices, fed, strict=True)])
             ends = [len(h.prompt) + 1 for h in heard]
-            kept = torch.cat([row[n : n + len(s)] for row, n, s in zip(hidden, ends, said, strict=True)])
-            logits = self.logits(kept).float()
-        target = torch.cat(list(said)) - sizes.FIRST_CODE
-        target = torch.where(target == END - sizes.FIRST_CODE, sizes.CODES, target)
-        return functional.cross_entropy(logits, target), (logits.argmax(1) == target).float().mean()
+            kept = [row[n : n + len(s)] for row, n, s in zip(hidden, ends, said, strict=True)]
+            logits = self.logits(torch.cat(kept)).float()
+        target = _classes(torch.cat(list(said)))
+        loss = functional.cross_entropy(logits, target)
+        if texts is not None:
+            loss = loss + FORETELLING * self._foretold(kept, said) + READING * self._read(kept, texts)
+        return loss, (logits.argmax(1) == target).float().mean()
+
+    def _foretold(self, kept: Sequence[Tensor], said: Sequence[Tensor]) -> Tensor:
+        """Cross entropy of codes that come later."""
+        losses = []
+        for count, layer in zip(LATER, self.later, strict=True):
+            with bf16():
+                logits = self.logits(layer(torch.cat([states[:-count] for states in kept]))).float()
+            losses.append(functional.cross_entropy(logits, _classes(torch.cat([ids[count:] for ids in said]))))
+        return torch.stack(losses).sum()
+
+    def _read(self, kept: Sequence[Tensor], texts: Sequence[Tensor]) -> Tensor:
+        """Connectionist temporal classification of the text."""
+        with bf16():
+            scores = self.reading(nn.utils.rnn.pad_sequence(list(kept)))
+        lengths, counts = (torch.tensor([len(one) for one in some]) for some in (kept, texts))
+        blank = sizes.REGULAR_TOKENS
+        spelled = scores.float().log_softmax(-1)
+        return functional.ctc_loss(spelled, torch.cat(list(texts)), lengths, counts, blank, zero_infinity=True)
 
     def published(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """State of the talker with tables of the published size; and the thinker's rows by their names."""
@@ -139,6 +171,11 @@ class Speaker(nn.Module):
                     table[id_] = state[name][own]
             state[name] = table
         return state, dict(zip((*sizes.REPLY_VOICES, "end", "pad"), self.rows.detach(), strict=True))
+
+
+def _classes(ids: Tensor) -> Tensor:
+    """Of ``Speaker.said``, from codec ids."""
+    return torch.where(ids == END, sizes.CODES, ids - sizes.FIRST_CODE)
 
 
 @torch.no_grad()
@@ -174,9 +211,12 @@ class Sentences:
         self.prompts = self.conversations.prompts
         self.neighbours = codes.neighbours(load_file(work / "codes" / "codebook.safetensors"))
         spoken = {voice: codes.load(work, voice, split) for voice in sizes.REPLY_VOICES}
+        questions = list(world.spoken_replies(split))
+        if split == "train":  # each answer once, and as many again as often as they are given
+            questions += often(len(questions), {question.answer for question in questions})
         found = [
             Sentence(question, voice, torch.tensor(spoken[voice][question.answer]))
-            for question in world.spoken_replies(split)
+            for question in questions
             for voice in sizes.REPLY_VOICES
             if question.answer in spoken[voice]
         ]
@@ -209,6 +249,19 @@ class Sentences:
         return torch.where(torch.from_numpy(hidden), MASK, replaced)
 
 
+def often(count: int, answers: Container[str]) -> list[Question]:
+    """Questions of training as they are asked, whose answers are spoken.
+
+    Most of the different answers repeat words, or list shapes. "Yes, there is." is one of 12,000, and was said wrong.
+    """
+    draw, found = np.random.default_rng(8), list[Question]()
+    while len(found) < count:
+        question = world.draw_question(world.KINDS[len(found) % len(world.KINDS)], draw, "train")
+        if question.answer in answers:
+            found.append(question)
+    return found
+
+
 def loss_of(
     speaker: Speaker, model: Any, data: Sentences, some: Sequence[Sentence], draw: Draw, spoil: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -219,7 +272,9 @@ def loss_of(
     heard = [Heard(h.prompt.float(), h.reply.float(), h.positions) for h in heard]
     said = [torch.cat([s.codes, torch.tensor([END])]) for s in some]
     fed = [torch.cat([torch.tensor([START]), data.fed(s.codes, draw) if spoil else s.codes]) for s in some]
-    loss, right = speaker(heard, [s.voice for s in some], said, fed)
+    encode = data.prompts.codec.encode
+    texts = [torch.tensor(encode(s.question.answer)) for s in some] if spoil else None
+    loss, right = speaker(heard, [s.voice for s in some], said, fed, texts)
     return loss, right
 
 
