@@ -5,7 +5,7 @@
 A thinker that saw one clip a step knew colours, shapes and words of clips, and guessed every direction: 65% of the
 questions on clips were answered right. To see a direction it has to compare where a shape is in two frames, which
 answers alone do not teach. So the encoder, alone at first, names the direction where it sees the shape, and the whole
-thinker goes on from there at a low learning rate.
+thinker goes on from there, with more pictures than before.
 
 WORK/thinker.safetensors becomes WORK/thinker.first.safetensors, and what was learned takes its place.
 """
@@ -25,11 +25,11 @@ from wren.training import Plan, train
 from wren.vision import Encoder
 
 ALONE = Plan(steps=700, peak=1e-3, decay=0.02, average=0.98)
-TOGETHER = Plan(steps=900, peak=4e-4, decay=0.02, average=0.99)
+TOGETHER = Plan(steps=3500, peak=8e-4, decay=0.02, average=0.995)
 PICTURES, CLIPS = 12, 5  # of a step of the encoder alone
-ROWS = {"typed": 2, "spoken": 4, "picture": 5, "clip": 3}
-SHARES: dict[str, float] = dict.fromkeys(ROWS, 1)
-TEST_EVERY, TESTED = 150, 60
+ROWS = {"typed": 2, "spoken": 5, "picture": 10, "clip": 2}
+SHARES = {"typed": 1.0, "spoken": 1.0, "picture": 2.0, "clip": 1.0}
+TEST_EVERY, TESTED = 250, 60
 
 
 def main() -> None:
