@@ -174,3 +174,14 @@ def test_frames_of_bytes_end_it(make: Callable[..., Served]) -> None:
         assert caught.value.rcvd is not None
         assert caught.value.rcvd.code == 1008
     assert served.service.realtime == 0
+
+
+def test_a_stopping_server_ends_the_connection(make: Callable[..., Served]) -> None:
+    served = make()
+    with open_socket(served) as socket:
+        next_event(socket)
+        served.close()
+        with pytest.raises(ConnectionClosed) as caught:
+            next_event(socket)
+    assert caught.value.rcvd is not None
+    assert caught.value.rcvd.code in (1001, 1012), "clients connect again"
