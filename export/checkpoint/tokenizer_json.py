@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from omniport.runtime.bundle.staging import write_error
 from omniport.runtime.errors import CheckpointError
 from omniport.runtime.prompt.tokenizer import SPLIT
 from omniport.runtime.system.files import read_text, scratch_folder
@@ -80,13 +81,18 @@ def _of_transformers(ckpt: Checkpoint) -> Tokenizer:
 
     problem = f"transformers cannot load the tokenizer of {ckpt.name}"
     remedy = "Copy the tokenizer files of the base model."
-    with quiet_transformers(), scratch_folder() as folder, foreign(CheckpointError, problem, remedy):
+    with quiet_transformers(), scratch_folder() as folder:
         for name in _TEXT_FILES:  # transformers takes no byte order mark
             if (ckpt.path / name).exists():
-                (folder / name).write_bytes(_read(ckpt.path / name))
-        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # a copy: what is reset here, transformers sets by itself
-        return Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+                data = _read(ckpt.path / name)
+                try:
+                    (folder / name).write_bytes(data)
+                except OSError as error:
+                    raise write_error(error, folder / name) from error
+        with foreign(CheckpointError, problem, remedy):
+            loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            # a copy: what is reset here, transformers sets by itself
+            return Tokenizer.from_str(loaded.backend_tokenizer.to_str())
 
 
 def _reset(tokenizer: Tokenizer) -> bool:

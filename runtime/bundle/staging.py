@@ -55,7 +55,7 @@ def staging(out: Path) -> Iterator[Path]:
         _place(fresh, target, room)
         sync(target.parent)
     except OSError as error:
-        raise _explain(error, target) from error
+        raise write_error(error, target) from error
     finally:
         with uninterrupted():
             if room is not None:
@@ -155,7 +155,8 @@ def _remove(room: Path, target: Path) -> None:
         remove_folder(room)
 
 
-def _explain(error: OSError, target: Path) -> ExportError:
+def write_error(error: OSError, target: Path) -> ExportError:
+    """What to tell of a file or folder that could not be written."""
     if error.errno in _DISK_ERRORS:
         return ExportError(
             f"the disk is full: {error.strerror} while writing {target}. Nothing was left behind. Free some space or "

@@ -106,7 +106,7 @@ class Caches:
             self.held, self._logits_at = tokens, len(tokens)
             self.prefilled += len(embeds)
             if self._speaks:
-                embeds[tokens.keys[start:] != 0] = 0
+                embeds[tokens.media_mask[start:]] = 0
                 self._conditioning = np.concatenate([self._conditioning, hidden + embeds])
 
     def catch_up(self) -> None:

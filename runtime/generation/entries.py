@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ class Entry:
     role: str
     segments: list[Segment] = field(default_factory=list)
     waiting: list[MediaSpan] = field(default_factory=list)
+    _: KW_ONLY
     begins: bool = False
     open: bool = False
     pace: float | None = None
@@ -64,6 +65,11 @@ class Tokens:
     positions: Positions
     keys: NDArray[np.int64]
     cursor: int = 0
+
+    @property
+    def media_mask(self) -> NDArray[np.bool_]:
+        """bool [S]: where media are. The talker is conditioned on the hidden state alone there."""
+        return self.keys != 0
 
     @staticmethod
     def of(segments: Sequence[Segment]) -> Tokens:

@@ -185,7 +185,7 @@ def _decode(image: Any, turn: int, label: str) -> Pixels:
         return _rgb(_grey(image, label))
     if image.mode == "La":  # Pillow goes on from there only
         image = image.convert("LA")
-    if "A" in image.getbands() or "transparency" in image.info:
+    if "A" in image.getbands() or ("transparency" in image.info and image.mode != "RGBa"):
         return _on_white(image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))
 

@@ -51,13 +51,6 @@ class Segment:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def media_mask(self) -> NDArray[np.bool_]:
-        """bool [n]: where media embeddings go. The talker is conditioned on the hidden state alone there."""
-        mask = np.zeros(len(self.ids), np.bool_)
-        mask[self.indices] = True
-        return mask
-
     def place(self, media: Sequence[tuple[NDArray[np.int64], int]]) -> Segment:
         """The same tokens, some of which belong to media: the indices [n] and the key of each."""
         if not media:

@@ -14,8 +14,8 @@ from ..http.api_errors import ApiError, busy, not_ready
 from ..service import Service
 from ..signed_keys import session_of
 from .client_events import AudioAppend, ClientEvent, Known, NotUnderstood, read_event
+from .live_session import LIFETIME, RealtimeSession, Work
 from .outbox import Outbox, Unread
-from .session import LIFETIME, RealtimeSession, Work
 
 _LOG = logging.getLogger(__name__)
 #: the one that the server speaks; a key may come as another, and must not come back

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, TextDelta, ToolCall, Turn
 
 from ..http.api_errors import told_late
+from .heard_sound import Playback
 from .item_list import Item, ItemList, new_id
 from .outbox import Outbox
-from .playback import Playback
+from .response_usage import response_usage
 from .session_settings import SessionSettings
-from .usage import response_usage
 from .wire_sound import OutgoingSound
 
 _TEXTS = {"audio": "output_audio_transcript", "text": "output_text"}

@@ -610,7 +610,7 @@ def test_wheel_adds_the_optimum_sub_command(tmp_path: Path) -> None:
 
     # a copy: building writes build/ and egg-info, which belong in no working tree
     source = tmp_path / "source"
-    names = ("export", "runtime", "calib", "cli", "pyproject.toml", "README.md", "LICENSE")
+    names = ("export", "runtime", "calib", "cli", "serve", "pyproject.toml", "README.md", "LICENSE")
     for name in names:
         if (REPOSITORY / name).is_dir():
             shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -90,7 +90,8 @@ class KernelFile:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with replacing(self.path) as partial:
-                partial.touch(0o600, exist_ok=False)  # whatever the umask: a file that others may write is not read
+                partial.touch()
+                partial.chmod(0o600)  # whatever the umask: a file that others may write is not read
                 with open(partial, "wb") as file:
                     file.write(msgspec.json.encode(self._header(kernels)) + b"\n")
                     file.write(kernels)

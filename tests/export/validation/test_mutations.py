@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from omniport.export.validation.types import FAIL, ValidationReport
 from omniport.export.validation.validate import group_names, validate
 from omniport.runtime.bundle.manifest import SolverSpec
+from omniport.runtime.generation.entries import Tokens
 from omniport.runtime.media import image as vision
-from omniport.runtime.prompt.positions import Segment
 from omniport.runtime.speech import ode as solver
 from omniport.runtime.speech.token2wav import MelPiece, Token2Wav
 from onnx import TensorProto, helper, numpy_helper
@@ -133,7 +133,7 @@ def rk4_weight() -> Iterator[None]:
 @contextmanager
 def no_zeroing() -> Iterator[None]:
     """The talker is conditioned on placeholder embeddings where media are."""
-    with mock.patch.object(Segment, "media_mask", property(lambda self: np.zeros(len(self), np.bool_))):
+    with mock.patch.object(Tokens, "media_mask", property(lambda self: np.zeros(len(self), np.bool_))):
         yield
 
 

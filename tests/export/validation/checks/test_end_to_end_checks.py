@@ -30,9 +30,9 @@ from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.bundle.manifest import SolverSpec
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, UsageError
+from omniport.runtime.generation.entries import Tokens
 from omniport.runtime.prompt import builder as prompt_module
 from omniport.runtime.prompt.builder import Prompt, build_prompt
-from omniport.runtime.prompt.positions import Segment
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.speech import token2wav as token2wav_module
 from support import oracle
@@ -283,7 +283,7 @@ def test_wrong_positions(
 
 
 def test_media_not_zeroed(check_all: Callable[[], list[Check]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Segment, "media_mask", property(lambda self: np.zeros(len(self), np.bool_)))
+    monkeypatch.setattr(Tokens, "media_mask", property(lambda self: np.zeros(len(self), np.bool_)))
     checks = check_all()
     assert failed(checks) == {"conditioning"}, messages(checks)
     (check,) = (check for check in checks if check.stage == "conditioning" and check.status == FAIL)
