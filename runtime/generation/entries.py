@@ -69,7 +69,8 @@ class Tokens:
     @property
     def media_mask(self) -> NDArray[np.bool_]:
         """bool [S]: where media are. The talker is conditioned on the hidden state alone there."""
-        return self.keys != 0
+        mask: NDArray[np.bool_] = self.keys != 0
+        return mask
 
     @staticmethod
     def of(segments: Sequence[Segment]) -> Tokens:
