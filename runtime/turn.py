@@ -311,6 +311,7 @@ class Turn:
             self._require_open()
             if self._clip is not None and self._clip is not clip:
                 tokens += self._clip.waiting()
+            self._task.backend.share.ask()
             other = self._anything and results != self._results
             self._conversation.require_room(self._layout.pending + tokens + other * _TAGS)
             try:

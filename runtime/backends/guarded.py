@@ -1,4 +1,4 @@
-"""The backend of one reply: its runs can be cancelled, share the cores' slots, and are timed.
+"""The backend of one reply: its runs can be cancelled, share the cores' slots with those of others, and are timed.
 
 So every stage stops within one operator of a graph where the backend can stop a run, and within one run elsewhere, and
 no stage has to think of it.
@@ -6,16 +6,35 @@ no stage has to think of it.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from weakref import WeakKeyDictionary
 
 from ..bundle.parts import PARTS
 from ..concurrency.cancel import CancelToken
-from ..concurrency.schedule import RunSlots, distance
+from ..concurrency.schedule import RunSlots, Share, distance
 from ..concurrency.timing import StageTimer
 from ..errors import BackendError
 from .base import Array, Backend, BackendWrapper, Graph, GraphWrapper, KvCache, Outputs, RunHandle
+
+_SLOTS: WeakKeyDictionary[Backend, RunSlots] = WeakKeyDictionary()
+_SLOTS_LOCK = threading.Lock()
+
+
+def slots_of(backend: Backend) -> RunSlots | None:
+    """The slots that all share who run graphs of this backend, however it is wrapped; None if it needs none."""
+    room = backend.at_once()
+    if room is None:
+        return None
+    while isinstance(backend, BackendWrapper):
+        backend = backend.inner
+    with _SLOTS_LOCK:
+        slots = _SLOTS.get(backend)
+        if slots is None or slots.count != room:
+            slots = _SLOTS[backend] = RunSlots(room)
+        return slots
 
 
 class GuardedBackend(BackendWrapper):
@@ -27,21 +46,21 @@ class GuardedBackend(BackendWrapper):
 
     Attributes:
         seconds: time inside graph runs, by graph.
+        share: when they are needed.
     """
 
     def __init__(self, inner: Backend, token: CancelToken, timer: StageTimer) -> None:
         super().__init__(inner)
         self.seconds: dict[str, float] = {}
         self._token = token
-        room = inner.at_once()
-        self._slots = None if room is None else RunSlots(room, token, timer)
+        self.share = Share(token, timer, slots_of(inner))
         self._graphs: dict[str, _GuardedGraph] = {}
 
     def graph(self, name: str) -> Graph:
         self._token.check()
         if name not in self._graphs:
-            slots = self._slots if self.shares_cores(name) else None
-            self._graphs[name] = _GuardedGraph(name, self.inner.graph(name), self._token, slots, self.seconds)
+            share = self.share if self.shares_cores(name) else None
+            self._graphs[name] = _GuardedGraph(name, self.inner.graph(name), self._token, share, self.seconds)
         return self._graphs[name]
 
     def delays_sound(self, graph: str) -> bool:
@@ -57,16 +76,16 @@ class _GuardedGraph(GraphWrapper):
     """Run by one thread at a time, so its count needs no lock."""
 
     def __init__(
-        self, name: str, inner: Graph, token: CancelToken, slots: RunSlots | None, seconds: dict[str, float]
+        self, name: str, inner: Graph, token: CancelToken, share: Share | None, seconds: dict[str, float]
     ) -> None:
         super().__init__(inner)
-        self._name, self._token, self._slots, self._seconds = name, token, slots, seconds
+        self._name, self._token, self._share, self._seconds = name, token, share, seconds
         self._running: RunHandle | None = None
         token.subscribe(self._stop)
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
         self._token.check()
-        with self._slot():
+        with nullcontext() if self._share is None else self._share.slot(self._name):
             start = time.perf_counter()
             self._running = handle = handle or self.handle()
             try:
@@ -83,6 +102,3 @@ class _GuardedGraph(GraphWrapper):
         running = self._running
         if running is not None:
             running.stop()
-
-    def _slot(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._slots is None else self._slots.take(self._name)

@@ -1,14 +1,15 @@
-"""Scheduling of graph runs on shared CPU cores.
+"""Scheduling of graph runs on shared CPU cores, over all replies at once.
 
 Two graphs that run at once on the same cores are slower than one after the other: the threads of each wait for one
-another while the other graph has the core. So each run takes one of a few slots (``RunSlots``). And until the first
-sound is out, thinker and talker make no more than its window takes (``Pace``): what they do ahead of it delays it.
+another while the other graph has the core. So each run takes one of a few slots (``RunSlots``), which all replies and
+live turns over one backend share. Each has a ``Share``, which knows when what it computes is needed.
 
-Neither changes a result: each worker has its own random stream, and what it computes does not depend on when.
+None of it changes a result: each worker has its own random stream, and what it computes does not depend on when.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,16 @@ from ..bundle.parts import PARTS
 from .cancel import CancelToken
 from .timing import StageTimer
 
+#: seconds after a question, or a piece of one, until which its first sound should be out
+FIRST_SOUND = 0.5
+#: seconds that a token of a reply without speech is read for: faster than people read
+READING = 0.1
+#: a free slot is kept for the next run of what has just run and is due sooner: for this part of its run, at most so
+#: many seconds. A worker between two runs does not wait for a slot yet.
+_KEPT, _KEPT_MOST = 0.5, 0.003
+#: of shares and runs: of two that are equal the older goes first
+_NUMBERS = itertools.count()
+
 
 def distance(graph: str) -> int:
     """Parts of a reply between this one and the sound; more than all of them for another graph."""
@@ -25,88 +36,135 @@ def distance(graph: str) -> int:
     return nearest.index(graph) if graph in PARTS else len(nearest)
 
 
-class RunSlots:
-    """A few graph runs at a time. Of those that wait, the nearest to the sound is next.
+class Share:
+    """The graph runs of one reply and its turn, or of other work: when what they compute is needed.
 
-    None waits for long: a slot is free when its run ends, and a worker that has just run is not among those that wait.
+    Args:
+        token: when it is set, what waits for a slot stops with Cancelled.
+        timer: told how long each slot was waited for, so that it does not count as work.
+        slots: None where runs need none.
+
+    Attributes:
+        due: by the slots' clock: until something was made to hear or to read, ``FIRST_SOUND`` after the question came;
+            from then on, when a listener who began with the first sound will have heard all of it.
+        owed: seconds of a slot that it has to get before others, see ``RunSlots``; below 0 if it had too much.
+    """
+
+    def __init__(self, token: CancelToken, timer: StageTimer, slots: RunSlots | None = None) -> None:
+        self.token, self.timer, self.number, self._slots = token, timer, next(_NUMBERS), slots
+        self._clock = time.perf_counter if slots is None else slots.clock
+        if slots is not None:
+            token.subscribe(slots.wake)
+        self.ask()
+
+    def ask(self) -> None:
+        """A question, or a piece of one, has come now."""
+        self._begun, self.owed, self.due = False, 0.0, self._clock() + FIRST_SOUND
+
+    def give(self, seconds: float) -> None:
+        """So much more was made to hear, or to read."""
+        now = self._clock()
+        self.due = (max(self.due, now) if self._begun else now) + seconds
+        self._begun, self.owed = True, 0.0
+
+    @contextmanager
+    def slot(self, graph: str) -> Iterator[None]:
+        """Hold a slot for one run of that graph, where runs need one."""
+        if self._slots is None:
+            yield
+            return
+        with self._slots.take(graph, self):
+            yield
+
+
+class _Run:
+    """One run that waits for a slot, or has it.
+
+    Attributes:
+        owed: it has its slot because its share was owed time.
+    """
+
+    def __init__(self, share: Share, distance: int) -> None:
+        self.share, self.distance, self.number, self.owed = share, distance, next(_NUMBERS), False
+
+
+class RunSlots:
+    """A few graph runs at a time.
+
+    Next is the share that is due first, and in it the run that is nearest to the sound. But a share that is late is
+    never starved: of the time that n others run while it is late and waits, it is owed 1 / (2 (n + 1)), and whom time
+    is owed goes before everybody else. So half of the time goes by need, and half is equal for all who are late.
 
     Args:
         count: runs at a time.
-        token: when it is set, whoever waits stops with Cancelled.
-        timer: told how long each slot was waited for, so that it does not count as work.
+        clock: seconds.
     """
 
-    def __init__(self, count: int, token: CancelToken, timer: StageTimer) -> None:
-        self._count, self._token, self._timer = count, token, timer
+    def __init__(self, count: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.count, self.clock = count, clock
         self._changed = threading.Condition()
-        self._waiting: list[int] = []
+        self._waiting: list[_Run] = []
         self._running = 0
-        token.subscribe(self._wake)
+        self._last: Share | None = None  # of the run that has ended last
+        self._kept_until = 0.0
 
     @contextmanager
-    def take(self, graph: str) -> Iterator[None]:
+    def take(self, graph: str, share: Share) -> Iterator[None]:
         """Hold a slot for one run of that graph."""
-        self._enter(distance(graph))
+        run = _Run(share, distance(graph))
+        self._enter(run)
+        began = self.clock()
         try:
             yield
         finally:
             with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
+                self._leave(run, self.clock() - began)
 
-    def _enter(self, rank: int) -> None:
-        with self._changed:
-            start = time.perf_counter()
-            self._waiting.append(rank)
-            try:
-                self._changed.wait_for(lambda: self._token.cancelled or self._is_next(rank))
-            finally:
-                self._waiting.remove(rank)
-            self._timer.leave_out(time.perf_counter() - start)
-            self._token.check()
-            self._running += 1
-            self._changed.notify_all()  # there may be a slot for the next as well
-
-    def _is_next(self, rank: int) -> bool:
-        return self._running < self._count and rank == min(self._waiting)
-
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let all who wait look again."""
         with self._changed:
             self._changed.notify_all()
 
+    def _enter(self, run: _Run) -> None:
+        share = run.share
+        with self._changed:
+            start = time.perf_counter()
+            self._waiting.append(run)
+            try:
+                while not share.token.cancelled and (pause := self._pause(run)) != 0:
+                    self._changed.wait(pause)
+                run.owed = self._owed(share, self.clock()) > 0
+            finally:
+                self._waiting.remove(run)
+                self._changed.notify_all()  # there may be a slot for the next
+            share.timer.leave_out(time.perf_counter() - start)
+            share.token.check()
+            self._running += 1
 
-class Pace:
-    """Holds thinker and talker back, each once it has made what the first sound takes, until that is out.
+    def _leave(self, run: _Run, seconds: float) -> None:
+        """A run that took so long has ended."""
+        now, share = self.clock(), run.share
+        self._running -= 1
+        self._last, self._kept_until = share, now + min(_KEPT_MOST, _KEPT * seconds)
+        share.owed -= seconds if run.owed else 0.0
+        late = {other.share for other in self._waiting if other.share.due <= now} - {share}
+        for other in late:
+            other.owed += seconds / (2 * (len(late) + 1))
+        self._changed.notify_all()
 
-    On a machine that makes codes so fast that the second window would be there in time, nobody is held: the break could
-    be heard then, and there is little to win.
-
-    Args:
-        codes: that the first window takes, and rows, since each code takes one.
-        rate: codes a second that leave no gap after it.
-        clock: seconds.
-        token: when it is set, whoever is held stops with Cancelled.
-    """
-
-    def __init__(self, codes: int, rate: float, clock: Callable[[], float], token: CancelToken) -> None:
-        self._codes, self._rate, self._clock, self._token = codes, rate, clock, token
-        self._began = clock()
-        self._open = threading.Event()
-        token.subscribe(self._open.set)
-
-    def begin(self) -> None:
-        """The first row is begun now."""
-        self._began = self._clock()
-
-    def hold(self, made: int) -> float:
-        """A worker has handed on its ``made``-th row or code: wait if it was the last one needed; gives the seconds."""
-        if made != self._codes or made >= self._rate * (self._clock() - self._began):
+    def _pause(self, run: _Run) -> float | None:
+        """Seconds after which it may take a slot if nothing has changed; 0: now; None: not before a run has ended."""
+        if self._running >= self.count:
+            return None
+        now, last = self.clock(), self._last
+        if run is not min(self._waiting, key=lambda each: (*self._order(each.share, now), each.distance, each.number)):
+            return _KEPT_MOST  # the first one is about to take the slot, or time has changed the order
+        if last is None or last is run.share or self._order(run.share, now) < self._order(last, now):
             return 0.0
-        start = time.perf_counter()
-        self._open.wait()
-        self._token.check()
-        return time.perf_counter() - start
+        return max(0.0, self._kept_until - now)
 
-    def release(self) -> None:
-        """The first sound is out, or there will be none."""
-        self._open.set()
+    def _owed(self, share: Share, now: float) -> float:
+        return max(0.0, share.owed) if share.due <= now else 0.0
+
+    def _order(self, share: Share, now: float) -> tuple[float, float, int]:
+        return (-self._owed(share, now), share.due, share.number)

@@ -104,6 +104,7 @@ class Reply:
     def _prefill(self) -> TurnsDropped | None:
         task, conversation, stats = self._task, self._conversation, self._stats
         task.token.check()
+        task.backend.share.ask()
         caches = conversation.caches
         before = caches.prefilled
         self._prepare()

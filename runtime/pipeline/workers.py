@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from ..bundle.parts import decoders
 from ..concurrency.cancel import Cancelled
 from ..concurrency.channel import Channel
-from ..concurrency.schedule import Pace
+from ..concurrency.pace import Pace
+from ..concurrency.schedule import READING
 from ..events import AudioChunk, TextEvent, WorkerTime
 from ..generation.conversation import Conversation
 from ..generation.reply_text import ReplyText
@@ -65,6 +66,7 @@ class Workers:
         self.run = run
         self._speech, self._conversation = task.speech, conversation
         self._token, self._timer, self._clock = task.token, task.timer, clock
+        self._share = task.backend.share
         speech, token, threads = task.speech, task.token, task.threads
         # The talker is a window ahead of token2wav, no more: what it does sooner delays the sound that is due.
         codes = 1 if speech is None else speech.token2wav.longest
@@ -168,6 +170,8 @@ class Workers:
             events = self.text.take(step, self._clock())
             if self.text.cut is not None:
                 self.run.end_with(self.text.cut, self.text.token_ids[self.text.cut :])
+            if self._speech is None:
+                self._share.give(READING)
             before = self._conditioned
             waited += self._condition()
             for event in events:
@@ -228,6 +232,7 @@ class Workers:
         try:
             for index, piece in enumerate(self._mels):
                 samples = speech.token2wav.vocode(piece)
+                self._share.give(len(samples) / speech.sample_rate)
                 waited += self._events.send(AudioChunk(samples, speech.sample_rate, index, self._clock()))
                 self._release()
         finally:

@@ -38,7 +38,7 @@ from omniport.runtime.backends.guarded import GuardedBackend
 from omniport.runtime.bench.workloads import _OneGraphBackend
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.concurrency.cancel import CancelToken
-from omniport.runtime.concurrency.schedule import Pace
+from omniport.runtime.concurrency.pace import Pace
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import BackendError
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav

@@ -16,7 +16,8 @@ from omniport.runtime import Done, SamplingConfig
 from omniport.runtime.backends.guarded import GuardedBackend
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.concurrency.cancel import Cancelled, CancelToken
-from omniport.runtime.concurrency.schedule import Pace, RunSlots
+from omniport.runtime.concurrency.pace import Pace
+from omniport.runtime.concurrency.schedule import RunSlots, Share, _Run
 from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 from support.fake_backend import FakeBackend
@@ -45,6 +46,11 @@ def waiting(slots: RunSlots) -> int:
     return len(slots._waiting)
 
 
+def share(slots: RunSlots) -> Share:
+    """One that nobody cancels."""
+    return Share(CancelToken(), StageTimer(), slots)
+
+
 def until(reached: Callable[[], bool]) -> None:
     """Wait for other threads to get somewhere; a test that waits in vain fails."""
     end = time.perf_counter() + 20
@@ -57,15 +63,16 @@ def until(reached: Callable[[], bool]) -> None:
 
 
 def test_the_nearest_to_the_sound_goes_first() -> None:
-    slots = RunSlots(1, CancelToken(), StageTimer())
+    slots = RunSlots(1)
+    reply = share(slots)
     order: list[str] = []
 
     def run(name: str) -> None:
-        with slots.take(name):
+        with reply.slot(name):
             order.append(name)
 
     runs = []
-    with slots.take("vision_encoder"):
+    with reply.slot("vision_encoder"):
         for name in ("audio_encoder", *SPEECH):
             runs.append(start(run, name))
             until(lambda: waiting(slots) == len(runs))
@@ -76,12 +83,13 @@ def test_the_nearest_to_the_sound_goes_first() -> None:
 
 
 def test_as_many_at_once_as_there_is_room_for() -> None:
-    slots = RunSlots(2, CancelToken(), StageTimer())
+    slots = RunSlots(2)
+    reply = share(slots)
     inside: list[str] = []
     go = threading.Event()
 
     def run(name: str) -> None:
-        with slots.take(name):
+        with reply.slot(name):
             inside.append(name)
             assert go.wait(20)
 
@@ -97,36 +105,38 @@ def test_as_many_at_once_as_there_is_room_for() -> None:
 
 
 def test_who_takes_a_slot_leaves_room_to_the_next() -> None:
-    slots = RunSlots(2, CancelToken(), StageTimer())
+    slots = RunSlots(2)
+    reply = share(slots)
     entered, go = threading.Event(), threading.Event()
 
     def run() -> None:
-        with slots.take("thinker"):
+        with reply.slot("thinker"):
             entered.set()
             assert go.wait(20)
 
-    slots._waiting.append(0)  # one that is nearer, and has not woken yet
+    nearer = _Run(reply, 0)
+    slots._waiting.append(nearer)  # it has not woken yet
     begun = start(run)
-    until(lambda: slots._waiting == [0, 3])
-    with slots._changed:
-        slots._waiting.remove(0)
-    with slots.take("dit"):
+    until(lambda: waiting(slots) == 2)
+    assert not entered.is_set()
+    slots._waiting.remove(nearer)
+    with reply.slot("dit"):
         assert entered.wait(5)
     go.set()
     begun.result(20)
 
 
 def test_cancelling_wakes_who_waits_and_a_failed_run_frees_its_slot() -> None:
-    token = CancelToken()
-    slots = RunSlots(1, token, StageTimer())
-    with pytest.raises(ZeroDivisionError), slots.take("dit"):
+    slots, token = RunSlots(1), CancelToken()
+    reply = Share(token, StageTimer(), slots)
+    with pytest.raises(ZeroDivisionError), reply.slot("dit"):
         raise ZeroDivisionError
 
     def run() -> None:
-        with slots.take("dit"):
+        with reply.slot("dit"):
             pass
 
-    with slots.take("talker"):
+    with reply.slot("talker"):
         begun = start(run)
         until(lambda: waiting(slots) == 1)
         token.cancel()
@@ -143,14 +153,15 @@ def test_waiting_for_a_slot_is_no_work() -> None:
     assert -51 < timer.busy["dit"] < -49
     assert -51 < timer.busy["inner"] < -49
     assert timer.left_out == 50.0
-    slots = RunSlots(1, CancelToken(), timer)
+    slots = RunSlots(1)
+    reply = Share(CancelToken(), timer, slots)
 
     def run() -> float:
-        with slots.take("dit"):
+        with reply.slot("dit"):
             pass
         return timer.left_out
 
-    with slots.take("talker"):
+    with reply.slot("talker"):
         waited = start(run)
         until(lambda: waiting(slots) == 1)
         began = time.perf_counter()
