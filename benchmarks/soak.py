@@ -163,7 +163,7 @@ def _oracle(
         session.backend,
         ReplyOptions(**options, threads=False),
         session.max_context,
-        session._owner,
+        session._shared,
     )
     fresh = Conversation(session.bundle, session._new_cache, session.max_context)
     fresh.use(task.backend, task.timer)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import (
         BackendError,
         BundleError,
+        Busy,
         CheckFailed,
         CheckpointError,
         ExportError,
@@ -50,6 +51,7 @@ __all__ = [
     "AudioChunk",
     "BackendError",
     "BundleError",
+    "Busy",
     "CheckFailed",
     "CheckpointError",
     "ConversationItem",
@@ -88,6 +90,7 @@ _MODULES = {
     ".errors": (
         "BackendError",
         "BundleError",
+        "Busy",
         "CheckFailed",
         "CheckpointError",
         "ExportError",

@@ -15,6 +15,7 @@
     │   ├── ExportError           an export that cannot go on (disk full, missing extra, bad options)
     │   ├── BuildError            an engine that cannot be built from a graph, or would not be what the graph says
     │   └── BackendError          a backend that is not installed or cannot run this bundle
+    ├── Busy                      as many replies are made, and wait, as may; later it may go
     └── CheckFailed               a check ran and did not hold: exit code 1
 
 Every message says what happened, what was got, what was expected, and what to do next.
@@ -77,6 +78,21 @@ class BuildError(UserError):
 
 class BackendError(UserError):
     """A backend that is not installed or cannot run this bundle."""
+
+
+class Busy(OmniportError):
+    """As many replies are made at once, and as many wait, as the session was opened for.
+
+    Attributes:
+        seconds: after which a reply that is asked for may find a place, as far as the last ones tell.
+    """
+
+    def __init__(self, replies: int, waiting: int, seconds: float) -> None:
+        super().__init__(
+            f"{replies} replies at once and {waiting} that wait are as many as this session was opened for "
+            f"(max_replies, max_waiting); try again in {seconds:.1f} s"
+        )
+        self.seconds = seconds
 
 
 class CheckFailed(OmniportError):

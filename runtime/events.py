@@ -142,6 +142,8 @@ class Stats:
         usage: the same by modality.
         tokens_per_second, codes_per_second: their number over the time from the question's end to the last of them.
         time_to_first_token, time_to_first_audio, total_time: seconds.
+        queued: of these, seconds that the reply waited for its place, see ``OmniSession.open``: no work, and left out
+            of the rates.
         real_time_factor: ``total_time`` per second of speech: below 1 speech is made faster than it is heard.
         underruns, underrun_seconds: how often and for how long a loudspeaker would have run dry, had it played from the
             first chunk on.
@@ -166,6 +168,7 @@ class Stats:
     time_to_first_token: float | None = None
     time_to_first_audio: float | None = None
     total_time: float = 0.0
+    queued: float = 0.0
     real_time_factor: float | None = None
     underruns: int = 0
     underrun_seconds: float = 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -20,28 +19,26 @@ from .backends.checked import CheckedBackend
 from .backends.guarded import GuardedBackend
 from .bundle.geometry import check_shapes
 from .bundle.manifest import Manifest, SamplingConfig
-from .bundle.parts import encoder_of
 from .bundle.reader import Bundle
-from .concurrency.cancel import Cancelled, CancelToken
-from .concurrency.owner import Owner
+from .concurrency.cancel import CancelToken
+from .concurrency.places import Places
+from .concurrency.shared import Shared
 from .concurrency.timing import StageTimer
 from .errors import UsageError
 from .events import Event
 from .generation.conversation import Conversation
-from .generation.encoders import Encoders
-from .generation.thinker import require_room
 from .items import ConversationItems
+from .outside_turns import OutsideTurns
 from .pipeline.task import ReplyTask, make_task
-from .pipeline.whole_reply import CachePool, WholeReply
-from .prompt.builder import build_prompt
+from .pipeline.whole_reply import CachePool, WholeReply, read_prompt
+from .prompt.speech_prompt import SpeechPrompt
 from .prompt.tokenizer import TextCodec
 from .reply_options import ReplyOptions
+from .session_options import check_run_limit, context_size
 from .speech.ode_methods import Solver
 from .speech.windows import Window
 from .system.path_arguments import paths_checked
 from .turn import Turn
-
-_LOG = logging.getLogger(__name__)
 
 
 class OmniSession:
@@ -62,24 +59,25 @@ class OmniSession:
         max_context: int | None = None,
         run_limit: float | None = None,
         codec: TextCodec | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        _check_limit(run_limit)
+        check_run_limit(run_limit)
         check_shapes(bundle.manifest, bundle.root)
         self._run_limit = run_limit
         self.bundle = bundle
         exported = bundle.manifest.kv.max_context
-        self.max_context = _context(max_context, min(exported, backend.max_context() or exported))
+        self.max_context = context_size(max_context, min(exported, backend.max_context() or exported))
         self.text_codec = codec or TextCodec.from_file(
             bundle.path(bundle.manifest.tokenizer_file), bundle.manifest.tokens
         )
         self._backend: Backend | None = backend
-        self._shared, self._owner = _Shared(), Owner()
+        self._shared = shared or Shared(Places())
         self._lock = threading.RLock()  # a signal handler may close the session in the thread that holds it
         self._pool = CachePool(self._new_cache, self.max_context)
         self._conversation = Conversation(bundle, self._new_cache, self.max_context)
-        self._items = ConversationItems(bundle, self.text_codec, self._conversation, self._computing)
-        self._under_way: set[CancelToken] = set()  # of what is computed outside turns
-        self._warned = False
+        self._outside = OutsideTurns(self._conversation, self._guarded, self._alone)
+        self._items = ConversationItems(bundle, self.text_codec, self._conversation, self._outside.computing)
+        self._speech_prompt = SpeechPrompt(bundle.manifest.chat.system_prompt)
         self._turn: Turn | None = None
         self._replies: weakref.WeakSet[WholeReply] = weakref.WeakSet()
 
@@ -94,6 +92,8 @@ class OmniSession:
         threads: int | None = None,
         max_context: int | None = None,
         run_limit: float | None = None,
+        max_replies: int | None = None,
+        max_waiting: int = 4,
     ) -> OmniSession:
         """Open a bundle.
 
@@ -107,16 +107,20 @@ class OmniSession:
             run_limit: seconds that one run of a graph may take, for servers that run what others send: a reply with a
                 longer run ends with BackendError. None: any time. ONNX Runtime stops such a run at its next operator;
                 an engine's run ends by itself, and the reply after it.
+            max_replies: replies of this session and its forks that are made at once; None: any number. One more waits
+                in its first ``next`` until another ends, fails or is abandoned.
+            max_waiting: replies that wait like that; one more is refused with Busy.
 
         Raises:
-            UsageError: ``max_context`` or ``run_limit`` is out of range.
+            UsageError: ``max_context``, ``run_limit``, ``max_replies`` or ``max_waiting`` is out of range.
             BundleError: the bundle cannot be used. BackendError: the backend cannot run it here.
         """
         bundle = Bundle.open(path, verify=verify)
-        _context(max_context, bundle.manifest.kv.max_context)
-        _check_limit(run_limit)
+        context_size(max_context, bundle.manifest.kv.max_context)
+        check_run_limit(run_limit)
+        shared = Shared(Places(max_replies, max_waiting))
         opened = open_backend(backend, bundle, threads=threads)
-        return cls(bundle, opened, max_context=max_context, run_limit=run_limit)
+        return cls(bundle, opened, max_context=max_context, run_limit=run_limit, shared=shared)
 
     @property
     def manifest(self) -> Manifest:
@@ -130,7 +134,7 @@ class OmniSession:
         Raises:
             UsageError: the session is closed, or was used in the process that this one is a fork of.
         """
-        self._owner.check()
+        self._shared.owner.check()
         if self._backend is None:
             raise UsageError("the session is closed; open another one with OmniSession.open(...)")
         return self._backend
@@ -146,10 +150,9 @@ class OmniSession:
 
         Closing twice does nothing, and so does closing in a fork of the process that used it.
         """
-        if self._owner.elsewhere:
+        if self._shared.owner.elsewhere:
             return
-        for token in tuple(self._under_way):  # first: who computes holds the lock until it sees this
-            token.cancel()
+        self._outside.cancel()  # first: who computes holds the lock until it sees this
         with self._lock:
             if self._backend is None:
                 return
@@ -165,13 +168,13 @@ class OmniSession:
 
     def load(self) -> None:
         """Load every graph now. Otherwise each is loaded when it is first used, which the first reply waits for."""
-        self._owner.claim()
+        self._shared.owner.claim()
         for name in self.manifest.graphs:
             self.backend.graph(name)
 
     def fork(self) -> OmniSession:
         """Another session, with another conversation, over the same graphs and tokenizer, in memory once."""
-        self._owner.check()
+        self._shared.owner.check()
         with self._lock:
             other = OmniSession(
                 self.bundle,
@@ -179,8 +182,9 @@ class OmniSession:
                 max_context=self.max_context,
                 run_limit=self._run_limit,
                 codec=self.text_codec,
+                shared=self._shared,
             )
-            other._shared, other._owner = self._shared.join(), self._owner
+            self._shared.join()
             return other
 
     @property
@@ -190,7 +194,7 @@ class OmniSession:
         Raises:
             UsageError: the session was used in the process that this one is a fork of.
         """
-        self._owner.check()
+        self._shared.owner.check()
         return self._items
 
     def reset(
@@ -212,7 +216,7 @@ class OmniSession:
             UsageError: a turn is open, or ``system`` or ``instructions`` is no string. PromptError: malformed
             ``tools``.
         """
-        self._owner.check()
+        self._shared.owner.check()
         with self._lock:
             self._require_no_turn()
             self._items.begin(system, instructions, tools)
@@ -262,13 +266,13 @@ class OmniSession:
             say=say,
             tools=self._items.tools,
         )
-        self._owner.claim()
+        self._shared.owner.claim()
         with self._lock:
             self._require_no_turn()
             task = self._task(options)
             self._conversation.use(task.backend, task.timer)
             if speak and self._items.system is not None:
-                self._compare_prompt(self._items.system)
+                self._speech_prompt.compare(self._items.system)
             self._turn = Turn(task, self._conversation)
             return self._turn
 
@@ -356,7 +360,7 @@ class OmniSession:
             dropped stops the work.
 
         Raises:
-            UsageError, UnknownVoice, PromptError, MediaError: at once, before any computing.
+            UsageError, UnknownVoice, PromptError, MediaError, Busy: at once, before any computing.
         """
         started = time.perf_counter()
         options = ReplyOptions(
@@ -374,21 +378,20 @@ class OmniSession:
             say=say,
             tools=tools,
         )
-        self._owner.claim()
+        self._shared.owner.claim()
         task = self._task(options)
-        with task.timer("preprocess"):
-            prompt = build_prompt(
-                messages, self.manifest, self.text_codec, self.max_context, tools=tools, asked=say is None
-            )
-        if speak and messages and messages[0]["role"] == "system":
-            self._compare_prompt(messages[0]["content"])
-        require_room(len(prompt.token_ids), self.max_context, reply=task.least)
-        for span in prompt.media:
-            self.bundle.require_graph(encoder_of(span.kind).name, f"the {span.kind}")
-        reply = WholeReply(task, prompt, self._pool, started)
-        with self._lock:
-            _ = self.backend  # it may have been closed meanwhile
-            self._replies.add(reply)
+        task.place.enter()
+        try:
+            prompt = read_prompt(task, messages, tools, self.max_context)
+            if speak and messages and messages[0]["role"] == "system":
+                self._speech_prompt.compare(messages[0]["content"])
+            reply = WholeReply(task, prompt, self._pool, started)
+            with self._lock:
+                _ = self.backend  # it may have been closed meanwhile
+                self._replies.add(reply)
+        except BaseException:
+            task.place.leave()
+            raise
         return reply.events()
 
     def _task(self, options: ReplyOptions) -> ReplyTask:
@@ -398,41 +401,18 @@ class OmniSession:
             self.backend,
             options,
             self.max_context,
-            self._owner,
+            self._shared,
             run_limit=self._run_limit,
         )
 
+    def _guarded(self, token: CancelToken, timer: StageTimer) -> GuardedBackend:
+        self._shared.owner.claim()
+        return GuardedBackend(CheckedBackend(self.backend, self.manifest.graphs, self._run_limit), token, timer)
+
     @contextmanager
-    def _computing(self, alone: bool) -> Iterator[Encoders | None]:
-        """Around work on the conversation outside turns.
-
-        Args:
-            alone: it needs the KV caches.
-
-        Yields:
-            What encodes media; None if ``alone``, and a turn is open that has the caches.
-
-        Raises:
-            UsageError: the session is closed, or was closed meanwhile.
-        """
-        self._owner.claim()
-        token, timer = CancelToken(), StageTimer()
-        self._under_way.add(token)
-        try:
-            backend = GuardedBackend(CheckedBackend(self.backend, self.manifest.graphs, self._run_limit), token, timer)
-            if not alone:
-                yield Encoders(backend, timer)
-                return
-            with self._lock:
-                if self._turn is not None and not self._turn.ended:
-                    yield None
-                    return
-                self._conversation.use(backend, timer)
-                yield Encoders(backend, timer)
-        except Cancelled:
-            raise UsageError("the session was closed; open another one with OmniSession.open(...)") from None
-        finally:
-            self._under_way.discard(token)
+    def _alone(self) -> Iterator[bool]:
+        with self._lock:
+            yield self._turn is None or self._turn.ended
 
     def _require_no_turn(self) -> None:
         if self._turn is not None and not self._turn.ended:
@@ -440,53 +420,3 @@ class OmniSession:
 
     def _new_cache(self, name: str) -> KvCache:
         return self.backend.graph(name).new_cache(self.max_context)
-
-    def _compare_prompt(self, system: str | Sequence[Mapping[str, Any]]) -> None:
-        """Warn, once, of a spoken reply under another system message than the talker was trained with."""
-        text = system if isinstance(system, str) else "".join(str(part.get("text")) for part in system)
-        if not self._warned and self.manifest.chat.system_prompt not in text:
-            self._warned = True
-            _LOG.warning(
-                "speech may be poor: the talker was trained with the bundle's own system message, and this "
-                "conversation has another. Leave it out, or begin it with chat.system_prompt of bundle.json"
-            )
-
-
-def _check_limit(run_limit: float | None) -> None:
-    if run_limit is not None and not 0 < run_limit <= threading.TIMEOUT_MAX:  # NaN is neither
-        raise UsageError(f"run_limit is {run_limit!r}; seconds of more than 0 were expected, or None")
-
-
-def _context(asked: int | None, exported: int) -> int:
-    """Capacity of the KV caches.
-
-    Raises:
-        UsageError: more than the bundle was exported or its engines were built for, or no number of tokens.
-    """
-    if asked is None:
-        return exported
-    if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= exported:
-        raise UsageError(
-            f"max_context is {asked!r}; 1 to {exported} tokens were expected, what the bundle was exported for or its "
-            "engines were built for. Export or build with a larger --max-context for more"
-        )
-    return asked
-
-
-class _Shared:
-    """Counts the sessions over one backend."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 1
-
-    def join(self) -> _Shared:
-        with self._lock:
-            self._count += 1
-        return self
-
-    def leave(self) -> bool:
-        """True for the last one."""
-        with self._lock:
-            self._count -= 1
-            return not self._count

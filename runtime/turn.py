@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from .bundle.parts import encoder_of
@@ -19,17 +18,15 @@ from .concurrency.cancel import Cancelled
 from .errors import MediaError, PromptError, TurnEnded, UsageError
 from .events import Done, Event, Stats
 from .generation.conversation import Conversation
-from .generation.encoders import Encoders
 from .media.audio import check_level, pcm
 from .media.image import ImageSource, load_image
 from .pipeline.reply import Reply
 from .pipeline.task import ReplyTask
 from .prompt import chat_template
-from .prompt.builder import Media
 from .prompt.live_clip import LiveClip
 from .prompt.messages import Part, check_content
-from .prompt.positions import Layout, fresh_key
-from .prompt.room import Room
+from .prompt.positions import Layout
+from .turn_media import TurnMedia
 
 _ENDED = "this turn was cancelled or ended by an error; session.turn() begins another"
 #: tokens around a message, or around what a tool call gave, at most
@@ -51,16 +48,13 @@ class Turn:
         self._lock = threading.RLock()
         self._state: Literal["open", "kept", "committed", "ended"] = "open"
         self._reply: Reply | None = None
-        self._encoders = Encoders(task.backend, task.timer)
-        self._clip: LiveClip | None = None
-        self._seconds = 0.0
         self._anything = False
         self._results = False  # what was pushed last is what a tool call gave
         self._entries = [conversation.begin_turn()]
         self._stats = Stats(backend=task.backend.name)
         self._prefilled = conversation.caches.prefilled
         self._layout = Layout(task.bundle.manifest, task.codec)
-        self._media = Media(self._layout)
+        self._media = TurnMedia(task, self._layout, conversation)
         chat_template.begin_message(self._layout, "user")
 
     @property
@@ -91,10 +85,10 @@ class Turn:
         if len(values):
             with self._lock:
                 self._require_open()
-                clip = self._clip_for("audio")
+                clip = self._media.clip_for("audio")
                 clip.require_sound(len(values), rate)
                 with self._push(clip.waiting(len(values), rate), clip):
-                    self._sound(values, rate)
+                    self._media.sound(values, rate)
 
     def push_frame(self, image: ImageSource, time_s: float) -> None:
         """Take the next frame of a video.
@@ -116,10 +110,10 @@ class Turn:
         pixels = load_image(image)
         with self._lock:
             self._require_open()
-            clip, time_s = self._clip_for("video"), float(time_s)
+            clip, time_s = self._media.clip_for("video"), float(time_s)
             clip.require_picture(pixels, time_s)
             with self._push(clip.waiting(frame=(pixels, time_s)), clip):
-                self._picture(pixels, time_s)
+                self._media.picture(pixels, time_s)
 
     def push_image(self, image: ImageSource) -> None:
         """Take a still picture. It closes the clip before it.
@@ -128,9 +122,9 @@ class Turn:
             MediaError, TurnEnded, PromptTooLong.
         """
         self._require("image")
-        lay, tokens = self._read([Part("image", image, "the picture")])
+        lay, tokens = self._media.read([Part("image", image, "the picture")])
         with self._push(tokens):
-            self._whole(lay)
+            self._media.whole(lay)
 
     def push_text(self, text: str) -> None:
         """Take text. It closes the clip before it, and follows on text before it without a space.
@@ -143,7 +137,7 @@ class Turn:
         ids = self._task.codec.encode(text)
         if text:
             with self._push(len(ids)):
-                self._close_clip()
+                self._media.close_clip()
                 self._layout.text(text)
 
     def push_tool_result(self, content: str) -> None:
@@ -158,7 +152,7 @@ class Turn:
         with self._lock:
             follows = self._anything and self._results
             with self._push(tokens + _TAGS, results=True):
-                self._close_clip()
+                self._media.close_clip()
                 chat_template.tool_result(self._layout, content, follows)
 
     def push(self, content: str | Sequence[Mapping[str, Any]]) -> None:
@@ -174,18 +168,10 @@ class Turn:
         for part in parts:
             if part.kind != "text":
                 self._require(part.kind)
-        lay, tokens = self._read(parts)
+        lay, tokens = self._media.read(parts)
         if tokens:
             with self._push(tokens):
-                self._whole(lay)
-
-    def _read(self, parts: Sequence[Part]) -> tuple[list[Callable[[], None]], int]:
-        """Decode parts that must fit together beside the turn so far: what appends each, and their tokens at most."""
-        conversation = self._conversation
-        room = Room(conversation.capacity, conversation.committed + self._layout.pending)
-        made = self._media.read(parts, self._task.codec, room)
-        ends = sum(4 if part.use_audio else 2 for part in parts if part.kind != "text")  # where each begins and ends
-        return [decode() for decode in made], room.tokens + ends
+                self._media.whole(lay)
 
     def commit(self) -> Iterator[Event]:
         """The turn is complete: answer it, or say what was given to say, for which nothing need have been pushed.
@@ -197,8 +183,8 @@ class Turn:
             then one Done. An iterator that is closed or dropped cancels the reply.
 
         Raises:
-            PromptError: nothing was pushed. MediaError: the last sound is too short. Both leave the turn open.
-            TurnEnded. PromptTooLong.
+            PromptError: nothing was pushed. MediaError: the last sound is too short. Busy: no place among the replies
+            that are made at once. All three leave the turn open. TurnEnded. PromptTooLong.
         """
         started = time.perf_counter()
         self._task.owner.check()
@@ -207,6 +193,7 @@ class Turn:
             if self._task.given and not self._anything:
                 return self._answer(self._task, started)
             self._require_content("reply to")
+            self._task.place.enter()
             try:
                 self._end_message()
                 self._conversation.end_turn()
@@ -228,7 +215,8 @@ class Turn:
             As ``commit``.
 
         Raises:
-            UsageError: something was pushed; ``commit`` answers that. TurnEnded. PromptTooLong.
+            UsageError: something was pushed; ``commit`` answers that. Busy leaves the turn open, too. TurnEnded.
+            PromptTooLong.
         """
         started = time.perf_counter()
         self._task.owner.check()
@@ -309,8 +297,8 @@ class Turn:
         self._task.owner.check()
         with self._lock:
             self._require_open()
-            if self._clip is not None and self._clip is not clip:
-                tokens += self._clip.waiting()
+            if self._media.clip is not None and self._media.clip is not clip:
+                tokens += self._media.clip.waiting()
             self._task.backend.share.ask()
             other = self._anything and results != self._results
             self._conversation.require_room(self._layout.pending + tokens + other * _TAGS)
@@ -346,58 +334,15 @@ class Turn:
         """Discard the turn."""
         if self._state == "open":
             self._state = "ended"
+            self._task.place.leave()
             self._conversation.undo_turn()
-
-    def _sound(self, samples: NDArray[np.float32], rate: float) -> None:
-        clip = self._clip_for("audio")
-        clip.require_sound(len(samples), rate)
-        self._open(clip)
-        clip.push_sound(samples, rate)
-        self._seconds += len(samples) / rate
-
-    def _picture(self, pixels: NDArray[np.uint8], seconds: float) -> None:
-        clip = self._clip_for("video")
-        clip.require_picture(pixels, seconds)
-        self._open(clip)
-        clip.push_picture(pixels, seconds)
-
-    def _whole(self, lay: Sequence[Callable[[], None]]) -> None:
-        """Append what was read."""
-        self._close_clip()
-        for append in lay:
-            append()
-        for span in self._media.spans:
-            self._layout.fill(span.indices, self._encoders.embed(span), span.key)
-        self._media.spans.clear()
-
-    def _clip_for(self, medium: Literal["audio", "video"]) -> LiveClip:
-        """The clip that takes what comes next: the open one, or another, which is not open yet."""
-        if self._clip is not None and self._clip.takes(medium):
-            return self._clip
-        return LiveClip(self._layout, self._encoders, self._seconds, self._task.exact)
-
-    def _open(self, clip: LiveClip) -> None:
-        if clip is not self._clip:
-            self._close_clip()
-            self._clip = clip
-
-    def _close_clip(self) -> None:
-        clip = self._clip
-        if clip is None:
-            return
-        clip.require_tokens()
-        self._clip = None
-        changed = clip.close()
-        if changed is not None:
-            self._conversation.add(self._layout.segment())
-            self._conversation.replace_embeds(*changed, fresh_key())
 
     def _advance(self) -> None:
         """Prefill what new media have completed, and, once a clip has begun, what came before this turn."""
         conversation = self._conversation
         if self._layout.filled:
             conversation.add(self._layout.segment())
-        elif self._clip is None or not conversation.behind:
+        elif self._media.clip is None or not conversation.behind:
             return
         conversation.prefill(self._task.reserve)
         if self._task.speech is not None:
@@ -407,12 +352,12 @@ class Turn:
         self._require_open()
         if not self._anything:
             raise PromptError(f"nothing was pushed in this turn, so there is nothing to {purpose}; push something")
-        if self._clip is not None:
-            self._clip.require_tokens()
+        if self._media.clip is not None:
+            self._media.clip.require_tokens()
 
     def _end_message(self) -> None:
         """Lay out the rest of the message that is open."""
-        self._close_clip()
+        self._media.close_clip()
         chat_template.end_message(self._layout)
         self._layout.flush()
         self._conversation.add(self._layout.segment())
@@ -420,6 +365,7 @@ class Turn:
     def _answer(self, task: ReplyTask, started: float) -> Iterator[Event]:
         """Begin the reply."""
         conversation = self._conversation
+        task.place.enter()
         if not self._anything:  # nobody has asked: the reply stands alone
             conversation.undo_turn()
             self._entries.clear()

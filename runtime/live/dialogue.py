@@ -149,7 +149,8 @@ class Dialogue:
         """The open turn is complete: answer it. Without one, nothing happens.
 
         Raises:
-            PromptError, MediaError, PromptTooLong: nothing that could be answered; the turn is discarded.
+            PromptError, MediaError, PromptTooLong: nothing that could be answered. Busy: too many replies. The turn
+            is discarded.
         """
         with self._lock:
             self.ready()

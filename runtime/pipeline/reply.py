@@ -61,6 +61,7 @@ class Reply:
 
     def _run(self) -> Iterator[Event]:
         try:
+            self._stats.queued = self._task.place.wait()
             with self._setup:
                 dropped = self._prefill()
             if dropped is not None:
@@ -166,6 +167,7 @@ class Reply:
                     self._entry.pace, self._entry.said = self._pace, self._ids
                 self._conversation.answer(said.ids, conditioning, closing)
             self._release()
+            self._task.place.leave()
             self.ended = True
             return self._done
 
@@ -226,10 +228,10 @@ class Reply:
         stats.audio_seconds = sum(duration for _, duration in self._chunks)
         stats.underruns, stats.underrun_seconds = underruns(self._chunks)
         thought, voiced = workers.ended.get("thinker"), workers.ended.get("talker")
-        stats.tokens_per_second = len(workers.text.token_ids) / thought if thought else None
-        stats.codes_per_second = len(workers.codec_ids) / voiced if voiced else None
+        stats.tokens_per_second = len(workers.text.token_ids) / (thought - stats.queued) if thought else None
+        stats.codes_per_second = len(workers.codec_ids) / (voiced - stats.queued) if voiced else None
         if stats.audio_seconds:
-            stats.real_time_factor = stats.total_time / stats.audio_seconds
+            stats.real_time_factor = (stats.total_time - stats.queued) / stats.audio_seconds
         reason = "cancelled" if cancelled else workers.run.finish_reason
         if said.calls and reason == "stop":
             reason = "tool_calls"

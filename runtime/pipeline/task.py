@@ -12,6 +12,8 @@ from ..bundle.parts import decoders, speech_parts
 from ..bundle.reader import Bundle
 from ..concurrency.cancel import CancelToken
 from ..concurrency.owner import Owner
+from ..concurrency.places import Place
+from ..concurrency.shared import Shared
 from ..concurrency.timing import StageTimer
 from ..errors import UsageError
 from ..generation.sampling import Sampler, validate_sampling
@@ -46,7 +48,7 @@ class ReplyTask:
         reserve: tokens of the KV cache that shall be free for the reply; None: what the prompt leaves is enough.
         least: tokens without which there is no reply.
         threads: workers at once, each in its thread; False: one after the other in the caller's.
-        owner: the process that works on it.
+        owner: the process that works on it. place: among the replies that are made at once.
         exact: of a live turn, see `OmniSession.turn`.
     """
 
@@ -66,6 +68,7 @@ class ReplyTask:
     threads: bool
     exact: bool
     owner: Owner
+    place: Place
 
 
 def make_task(
@@ -74,7 +77,7 @@ def make_task(
     backend: Backend,
     options: ReplyOptions,
     capacity: int,
-    owner: Owner,
+    shared: Shared,
     *,
     run_limit: float | None = None,
 ) -> ReplyTask:
@@ -113,7 +116,8 @@ def make_task(
         least=least,
         threads=options.threads,
         exact=options.exact,
-        owner=owner,
+        owner=shared.owner,
+        place=Place(shared.places, token),
     )
 
 

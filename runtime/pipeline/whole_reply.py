@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ..backends.base import KvCache
+from ..bundle.parts import encoder_of
 from ..events import Stats
 from ..generation.conversation import Conversation
 from ..generation.encoders import Encoders
-from ..prompt.builder import Prompt
+from ..generation.thinker import require_room
+from ..prompt.builder import Prompt, build_prompt
 from ..prompt.positions import fresh_key
 from .reply import Reply
 from .task import ReplyTask
+
+
+def read_prompt(
+    task: ReplyTask, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], capacity: int
+) -> Prompt:
+    """The prompt of messages, all media read.
+
+    Args:
+        capacity: tokens of the KV caches, which have to hold it and a reply.
+
+    Raises:
+        PromptError, MediaError, PromptTooLong. UsageError: the bundle lacks an encoder.
+    """
+    bundle = task.bundle
+    with task.timer("preprocess"):
+        prompt = build_prompt(messages, bundle.manifest, task.codec, capacity, tools=tools, asked=not task.given)
+    require_room(len(prompt.token_ids), capacity, reply=task.least)
+    for span in prompt.media:
+        bundle.require_graph(encoder_of(span.kind).name, f"the {span.kind}")
+    return prompt
 
 
 class CachePool:

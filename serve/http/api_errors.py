@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from omniport.runtime.errors import (
+    Busy,
     MediaError,
     OmniportError,
     PromptError,
@@ -110,6 +111,8 @@ def from_runtime(error: OmniportError, param: str | None = None) -> ApiError | N
     Args:
         param: path of the field, if the caller knows it better than the message.
     """
+    if isinstance(error, Busy):
+        return busy(error.seconds)
     for kind, code in _CODES:
         if isinstance(error, kind):
             if param is None and (found := _PATH.match(str(error))):

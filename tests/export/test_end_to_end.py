@@ -23,9 +23,9 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
-from omniport.runtime import session as session_module
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.generation.decoder import Decoder
+from omniport.runtime.pipeline import whole_reply
 from omniport.runtime.prompt.builder import Prompt
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 from omniport.runtime.speech.windows import Window
@@ -198,7 +198,7 @@ def speak(session: OmniSession, messages: list[dict[str, Any]], window: Window =
     """Run ``session.reply`` greedily, recording what its graphs and its prompt builder were given."""
     thinker, talker, mel = DecoderTrace(), DecoderTrace(), []
     prompts: list[Prompt] = []
-    run, build = OrtGraph.run, session_module.build_prompt
+    run, build = OrtGraph.run, whole_reply.build_prompt
 
     def recorded(graph: OrtGraph, feeds: Any, kv: Any = None, handle: Any = None) -> Any:
         outputs = run(graph, feeds, kv, handle)
@@ -222,7 +222,7 @@ def speak(session: OmniSession, messages: list[dict[str, Any]], window: Window =
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OrtGraph, "run", recorded)
-        patch.setattr(session_module, "build_prompt", built)
+        patch.setattr(whole_reply, "build_prompt", built)
         events = list(session.reply(messages, window=window, **(settings | options)))
     done = events[-1]
     assert isinstance(done, Done)
@@ -414,7 +414,7 @@ def test_other_voice(reference: Reference, session: OmniSession, pair: Callable[
 
 def spoiled(session: OmniSession, both: Pair, spoil: Callable[[Prompt], Prompt], patch: pytest.MonkeyPatch) -> Spoken:
     """omniport's reply to the same prompt after ``spoil``."""
-    patch.setattr(session_module, "build_prompt", lambda *_, **__: spoil(both.got.prompt))
+    patch.setattr(whole_reply, "build_prompt", lambda *_, **__: spoil(both.got.prompt))
     return speak(session, [{"role": "user", "content": "not read"}])
 
 

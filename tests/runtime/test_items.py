@@ -506,7 +506,7 @@ def test_closing_ends_what_is_appended(root: Path, close: bool) -> None:
     live.backend.graphs["thinker"] = gate
     adding = start(lambda: live.session.items.append(user("hello" * 300)))
     assert gate.reached.wait(20)
-    (token,) = live.session._under_way
+    (token,) = live.session._outside._under_way
     closer = start(live.session.close if close else token.check)
     while close and not token.cancelled:
         time.sleep(0.001)

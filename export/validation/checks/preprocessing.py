@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from omniport.runtime import session as session_module
 from omniport.runtime.bundle.parts import encoder_of
 from omniport.runtime.errors import OmniportError, PromptTooLong
 from omniport.runtime.media.audio import load_audio
 from omniport.runtime.media.image import VisionInput, image_input, load_image, video_input
 from omniport.runtime.media.log_mel import audio_tokens, chunk_mel, log_mel
+from omniport.runtime.pipeline import whole_reply
 from omniport.runtime.prompt.builder import Prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
 from omniport.runtime.system.files import scratch_folder
@@ -106,8 +106,8 @@ def prompt_checks(context: Context, conversation: Conversation, inputs: Inputs) 
 def laid_out(context: Context, conversation: Conversation) -> Prompt:
     """The prompt as a session makes it."""
     manifest, codec = context.bundle.manifest, _codec(context)
-    # through the session's own name, so that what is checked is what replies
-    return session_module.build_prompt(conversation.messages(), manifest, codec)  # type: ignore[attr-defined]
+    # through a reply's own name, so that what is checked is what replies
+    return whole_reply.build_prompt(conversation.messages(), manifest, codec)  # type: ignore[attr-defined]
 
 
 def _mel_checks(context: Context, processor: Processor) -> Iterator[Check]:

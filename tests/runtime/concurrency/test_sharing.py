@@ -282,6 +282,15 @@ def test_replies_at_once_are_those_of_each_alone(root: Path, room: int, most: in
     assert watch.most == most
 
 
+def test_three_forks_at_once_are_each_alone(tiny_bundle: Path) -> None:
+    """Real graphs on the CPU: what is said, and its sound, bit for bit."""
+    with OmniSession.open(tiny_bundle, "ort-cpu") as session:
+        alone = [talk(fork, seed) for seed in (0, 10, 20) for fork in [session.fork()]]
+        together = [start(talk, session.fork(), seed) for seed in (0, 10, 20)]
+        assert [talked.result(300) for talked in together] == alone
+        assert len({tuple(codes) for said in alone for _, codes, _ in said}) == 6
+
+
 def test_a_speaking_user_is_heard_while_another_hears_a_reply(root: Path) -> None:
     """A piece of sound is encoded and prefilled at once, beside a reply that has sound ahead, on one core."""
     live, watch = Live(root, 1), Watch()

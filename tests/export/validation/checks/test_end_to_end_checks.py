@@ -23,7 +23,6 @@ from omniport.export.validation.reference import Reference
 from omniport.export.validation.reference_inputs import Processor
 from omniport.export.validation.reference_reply import ReplyLimits, StagedReply, staged_replies
 from omniport.export.validation.types import FAIL, NOT_RUN, PASS, Check
-from omniport.runtime import session as session_module
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Backend
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
@@ -31,6 +30,7 @@ from omniport.runtime.bundle.manifest import SolverSpec
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, UsageError
 from omniport.runtime.generation.entries import Tokens
+from omniport.runtime.pipeline import whole_reply
 from omniport.runtime.prompt import builder as prompt_module
 from omniport.runtime.prompt.builder import Prompt, build_prompt
 from omniport.runtime.prompt.tokenizer import TextCodec
@@ -275,7 +275,7 @@ def test_wrong_positions(
     monkeypatch: pytest.MonkeyPatch,
     fault: Callable[..., Prompt],
 ) -> None:
-    monkeypatch.setattr(session_module, "build_prompt", fault)
+    monkeypatch.setattr(whole_reply, "build_prompt", fault)
     checks = check_all()
     assert failed(checks) == {"positions"}, messages(checks)
     wrong = {check.name for check in position_checks(context) if check.status == FAIL}
