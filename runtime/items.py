@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -14,13 +15,14 @@ from .errors import UsageError
 from .generation.conversation import Conversation
 from .generation.encoders import Encoders
 from .generation.entries import Entry, Tokens
+from .prompt import chat_template
 from .prompt.builder import LaidMessage, read_messages, require_fit
 from .prompt.contents import content_of
 from .prompt.messages import Message, Part, check_message, check_messages, open_conversation
 from .prompt.positions import Layout
 from .prompt.room import Room
 from .prompt.tokenizer import TextCodec
-from .prompt.tools import RoleParts, check_tools, lay_out
+from .prompt.tools import RoleParts, check_tools, joined_results, lay_out, result_text
 
 _WHERE = "the system message"
 
@@ -64,6 +66,7 @@ class ConversationItems:
         self._bundle, self._codec, self._conversation, self._computing = bundle, codec, conversation, computing
         self._opening: Entry | None = None
         self._called = False  # a message holds a tool call
+        conversation.entries.lay_results = partial(joined_results, manifest=bundle.manifest, codec=codec)
         self.begin(None, None, ())
 
     def __iter__(self) -> Iterator[ConversationItem]:
@@ -85,6 +88,8 @@ class ConversationItems:
     def append(self, message: Mapping[str, Any], *, before: str | None = None) -> ConversationItem:
         """Add a message without answering it. It is prefilled at once, or with the next piece of an open turn.
 
+        Results of tools that follow one another are items of their own, and one message to the model.
+
         Args:
             message: as in ``OmniSession.reply``; of a user, an assistant, a tool, ``system`` or ``developer``, which
                 are the same here.
@@ -100,10 +105,11 @@ class ConversationItems:
         self._called = self._called or bool(checked.calls)
         turns = entries.turns()
         beside = sum(map(len, turns[0])) + (sum(map(len, turns[-1])) if checked.role != "user" and turns[1:] else 0)
-        (laid,) = self._read(lay_out([checked], tooled=bool(self.tools) or self._called), beside)
+        tooled = bool(self.tools) or self._called
+        (laid,) = self._read(lay_out([checked], tooled=tooled), beside)
         with self._computing(False) as encoders:
             assert encoders is not None
-            entry = self._conversation.add_message(laid, encoders, place)
+            entry = self._conversation.add_message(laid, encoders, place, result_text(checked) if tooled else None)
         with self._computing(True) as encoders:
             if encoders is not None:
                 self._prefill(entry)
@@ -269,6 +275,9 @@ class ConversationItems:
 
     def _described(self, entry: Entry, start: int, held: int) -> ConversationItem:
         ids = Tokens.of(entry.segments).ids
-        content = content_of(ids, entry.role, self._bundle.manifest, self._codec)
+        if entry.result is None:
+            content = content_of(ids, entry.role, self._bundle.manifest, self._codec)
+        else:
+            content = [{"type": "text", "text": entry.result.join(chat_template.TOOL_RESPONSE)}]
         cached = max(0, min(len(ids), held - start))
         return ConversationItem(entry.id, entry.role, content, start, len(ids), cached)

@@ -54,13 +54,14 @@ class Places:
             start = self._clock()
             self._waiting.append(place)
             try:
+                free = self._is_next(place)
                 self._changed.wait_for(lambda: token.cancelled or self._is_next(place))
                 token.check()
                 self._running[place] = self._clock()
             finally:
                 self._waiting.remove(place)
                 self._changed.notify_all()  # there may be a place for the next
-            return self._clock() - start
+            return 0.0 if free else self._clock() - start
 
     def leave(self, place: Place) -> None:
         """See ``Place.leave``."""

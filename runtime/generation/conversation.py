@@ -6,7 +6,6 @@ Messages may be changed at any time, also while a reply is made: a prefill takes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from ..prompt.builder import LaidMessage
 from ..prompt.positions import Segment
 from .caches import Caches
 from .encoders import Encoders
-from .entries import Entries, Entry, Tokens
+from .entries import Entries, Entry, Tokens, text_segment
 from .thinker import require_room
 
 Floats = NDArray[np.float32]
@@ -142,14 +141,21 @@ class Conversation:
         self.caches.keep_reply(said, conditioning)
         if self._turn and self._turn[-1].role == "assistant":
             entry = self._turn[-1]
-            self.entries.put(entry, [*entry.segments, _line(said), _line(closing)], open=False)
+            self.entries.put(entry, [*entry.segments, text_segment(said), text_segment(closing)], open=False)
         self._turn = []
 
     # -- other messages
 
-    def add_message(self, laid: LaidMessage, encoders: Encoders, before: Entry | None = None) -> Entry:
-        """Add a complete message, whose media are encoded now."""
+    def add_message(
+        self, laid: LaidMessage, encoders: Encoders, before: Entry | None = None, result: str | None = None
+    ) -> Entry:
+        """Add a complete message, whose media are encoded now.
+
+        Args:
+            result: what a tool call gave, if it holds that alone.
+        """
         entry = self._entry(laid)
+        entry.result = result
         self._encode(entry, encoders)
         self.entries.insert(entry, before)
         return entry
@@ -176,7 +182,7 @@ class Conversation:
             ids = entry.said(texts)
             if len(ids) >= len(said):
                 return False
-            self.entries.put(entry, [header, _line(np.asarray(ids, np.int64)), closing], open=False)
+            self.entries.put(entry, [header, text_segment(np.asarray(ids, np.int64)), closing], open=False)
             return True
 
     def shorten_spoken(self, entry: Entry, codes: int) -> bool:
@@ -269,8 +275,3 @@ class Conversation:
 def codes_to_tokens(codes: int, pace: float) -> int:
     """Text tokens that so many codec tokens have said, at ``pace`` for each."""
     return int(codes / pace + 1e-6)
-
-
-def _line(ids: NDArray[np.int64]) -> Segment:
-    """Text tokens."""
-    return Segment(ids, cast("NDArray[np.int64]", np.tile(np.arange(len(ids)), (3, 1))), len(ids))

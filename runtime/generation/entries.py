@@ -27,6 +27,8 @@ class Entry:
         begins: a turn begins with it.
         open: it is being said: a turn that is not complete, or a reply under way.
         pace: codec tokens that a token of this reply took; None if it was not spoken.
+        result: what a tool call gave. Such entries that follow one another are laid out as one message of the user.
+        beside: ids of those that this one was laid out with; empty if with none.
         said: of the model's reply, gives its tokens if so many of them, the first ones, count as said.
     """
 
@@ -39,6 +41,8 @@ class Entry:
     open: bool = False
     pace: float | None = None
     said: Callable[[int], list[int]] | None = None
+    result: str | None = None
+    beside: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -123,9 +127,11 @@ class Entries:
 
     Attributes:
         version: another number after every change.
+        lay_results: gives the ids of each of results that follow one another.
     """
 
     def __init__(self) -> None:
+        self.lay_results: Callable[[list[str]], list[NDArray[np.int64]]] | None = None
         self.lock = threading.RLock()
         self.version = 0
         self._numbers = itertools.count(1)
@@ -147,7 +153,7 @@ class Entries:
                 while at and self._all[at - 1].open and self._all[at - 1].role == "user":
                     at -= 1
             self._all.insert(at, entry)
-            self.version += 1
+            self._changed()
 
     def put(self, entry: Entry, segments: Sequence[Segment], *, open: bool) -> None:
         """Give one of them other tokens."""
@@ -174,13 +180,13 @@ class Entries:
         """Take some away."""
         with self.lock:
             self._all = [entry for entry in self._all if entry not in gone]
-            self.version += 1
+            self._changed()
 
     def replace(self, entries: Sequence[Entry]) -> None:
         """Have these instead."""
         with self.lock:
             self._all = list(entries)
-            self.version += 1
+            self._changed()
 
     def segments(self) -> list[Segment]:
         """All tokens."""
@@ -200,3 +206,21 @@ class Entries:
                 turns.append([])
             turns[-1].append(entry)
         return turns
+
+    def _changed(self) -> None:
+        """Others follow one another: lay out results anew that are no longer beside the same ones."""
+        self.version += 1
+        for are_results, run in itertools.groupby(self._all, lambda entry: entry.result is not None):
+            listed = list(run)
+            ids = tuple(entry.id for entry in listed) if len(listed) > 1 else ()
+            if not are_results or all(entry.beside == ids for entry in listed):
+                continue
+            assert self.lay_results is not None
+            pieces = self.lay_results([entry.result or "" for entry in listed])
+            for entry, piece in zip(listed, pieces, strict=True):
+                entry.segments, entry.beside, entry.begins = [text_segment(piece)], ids, entry is listed[0]
+
+
+def text_segment(ids: NDArray[np.int64]) -> Segment:
+    """Text tokens [n]."""
+    return Segment(ids, np.tile(np.arange(len(ids)), (3, 1)), len(ids))

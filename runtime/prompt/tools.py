@@ -7,10 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
+from ..bundle.manifest import Manifest
 from ..errors import PromptError
 from . import chat_template
 from .messages import Message, Part
+from .positions import Layout
+from .tokenizer import TextCodec
 
 _TOOL_HELP = '{"type": "function", "function": {"name": NAME, "description": TEXT, "parameters": JSON_SCHEMA}}'
 _CALL_HELP = '{"type": "function", "function": {"name": NAME, "arguments": {...}}}'
@@ -64,6 +69,29 @@ def lay_out(messages: Sequence[Message], tools: Sequence[str] = (), tooled: bool
     if tools:
         laid[0][1].append(_text(chat_template.tool_signatures(tools), messages[0]))
     return laid
+
+
+def result_text(message: Message) -> str | None:
+    """What a tool call gave, as text; None if the message is something else, or holds a medium."""
+    if message.role != "tool" or any(part.kind != "text" for part in message.parts):
+        return None
+    return "".join(part.value for part in message.parts)
+
+
+def joined_results(results: Sequence[str], manifest: Manifest, codec: TextCodec) -> list[NDArray[np.int64]]:
+    """Ids of the one message that holds results which follow one another: for each result the piece that it ends."""
+
+    def ids(count: int) -> NDArray[np.int64]:
+        layout = Layout(manifest, codec)
+        chat_template.begin_message(layout, "user")
+        for k, result in enumerate(results[:count]):
+            chat_template.tool_result(layout, result, follows=k > 0)
+        if count == len(results):
+            chat_template.end_message(layout)
+        layout.flush()
+        return layout.segment().ids
+
+    return np.split(ids(len(results)), [len(ids(count)) for count in range(1, len(results))])
 
 
 def _text(text: str, message: Message) -> Part:

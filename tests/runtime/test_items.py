@@ -517,3 +517,69 @@ def test_closing_ends_what_is_appended(root: Path, close: bool) -> None:
             adding.result(20)
     else:
         assert adding.result(20).cached
+
+
+# --- results of tools ---------------------------------------------------------------------------------------------
+
+CALLS: list[dict[str, Any]] = [
+    user("weather?"),
+    {"role": "assistant", "tool_calls": [{"function": {"name": f"f{k}", "arguments": {}}} for k in range(3)]},
+]
+
+
+def result(text: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": text}
+
+
+def test_results_that_follow_one_another_are_one_message(live: Live, root: Path) -> None:
+    for message in (*CALLS, result("sunny"), result("12"), result("windy")):
+        live.session.items.append(message)
+    listed = [f"<tool_response>\n{text}\n</tool_response>" for text in ("sunny", "12", "windy")]
+    assert texts(live)[-3:] == [("user", text) for text in listed]
+    items = list(live.session.items)
+    assert [item.start for item in items[1:]] == list(np.cumsum([item.tokens for item in items])[:-1])
+    answers_as(live, root, [*CALLS, result("sunny"), result("12"), result("windy")])
+
+
+@pytest.mark.parametrize("gone", [[0], [1], [2], [0, 1], [0, 2], [1, 2]])
+def test_a_result_among_others_is_deleted(live: Live, root: Path, gone: list[int]) -> None:
+    results = [result(text) for text in ("sunny", "12", "windy")]
+    added = [live.session.items.append(message).id for message in (*CALLS, *results)][2:]
+    for k in gone:
+        live.session.items.delete(added[k])
+    assert ids(live)[-(3 - len(gone)) :] == [added[k] for k in range(3) if k not in gone]
+    answers_as(live, root, [*CALLS, *(results[k] for k in range(3) if k not in gone)])
+
+
+def test_a_result_is_put_before_another_and_something_between(live: Live, root: Path) -> None:
+    for message in CALLS:
+        live.session.items.append(message)
+    last = live.session.items.append(result("windy")).id
+    first = live.session.items.append(result("sunny"), before=last).id
+    both = [*CALLS, result("sunny"), result("windy")]
+    answers_as(live, root, both)
+    live.session.items.rewind(last)
+    middle = live.session.items.append(user("wait"), before=last).id
+    answers_as(live, root, [*CALLS, result("sunny"), user("wait"), result("windy")])
+    live.session.items.rewind(last)
+    live.session.items.delete(middle)
+    answers_as(live, root, both)
+    live.session.items.rewind(first)
+    answers_as(live, root, [*CALLS, result("sunny")])
+
+
+def test_results_are_dropped_together(root: Path) -> None:
+    live = Live(root)
+    for message in (*CALLS, result("sunny"), result("windy"), user("next")):
+        live.session.items.append(message)
+    turns = live.conversation.entries.turns()
+    assert [[entry.result for entry in turn] for turn in turns[-2:]] == [["sunny", "windy"], [None]]
+
+
+def test_a_result_with_a_picture_is_a_message_of_its_own(live: Live, root: Path) -> None:
+    shown = result([{"type": "text", "text": "see"}, {"type": "image", "image": PICTURE}])
+    for message in (*CALLS, result("sunny"), shown, result("windy")):
+        live.session.items.append(message)
+    roles = [entry.result for entry in live.conversation.entries]
+    assert roles[-3:] == ["sunny", None, "windy"]
+    assert all(not entry.beside for entry in live.conversation.entries)
