@@ -80,30 +80,28 @@ async def _answer(service: Service, asked: SpeechRequest) -> Response:
         )
 
 
-async def _sound(events: ReplyEvents, made: Encoder, service: Service) -> AsyncIterator[bytes]:
+async def _encoded(events: ReplyEvents, made: Encoder, service: Service) -> AsyncIterator[tuple[bytes, Done | None]]:
+    """Pieces of the encoded sound; the last one, which may be empty, with the reply's end."""
     async for event in events:
-        data = b""
         if isinstance(event, AudioChunk):
-            data = made.add(event.samples)
+            yield made.add(event.samples), None
         elif isinstance(event, Done):
             service.measurements.reply(event)
-            data = made.finish()
+            yield made.finish(), event
+
+
+async def _sound(events: ReplyEvents, made: Encoder, service: Service) -> AsyncIterator[bytes]:
+    async for data, _ in _encoded(events, made, service):
         if data:
             yield data
 
 
 async def _lines(events: ReplyEvents, made: Encoder, service: Service) -> AsyncIterator[bytes]:
     try:
-        async for event in events:
-            data = b""
-            if isinstance(event, AudioChunk):
-                data = made.add(event.samples)
-            elif isinstance(event, Done):
-                service.measurements.reply(event)
-                data = made.finish()
+        async for data, done in _encoded(events, made, service):
             if data:
                 yield event_line({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
-            if isinstance(event, Done):
-                yield event_line({"type": "speech.audio.done", "usage": token_usage(event.stats)})
+            if done is not None:
+                yield event_line({"type": "speech.audio.done", "usage": token_usage(done.stats)})
     except Exception as error:  # noqa: BLE001  the status was sent long ago
         yield event_line(told_late(error).body())

@@ -7,10 +7,11 @@ import logging
 import time
 from contextlib import suppress
 
+from omniport.runtime.errors import OmniportError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ..http.access import given_key
-from ..http.api_errors import ApiError, busy, not_ready
+from ..http.api_errors import ApiError, busy, from_runtime, not_ready
 from ..service import Service
 from ..signed_keys import session_of
 from .client_events import AudioAppend, ClientEvent, Known, NotUnderstood, read_event
@@ -57,27 +58,27 @@ class _Connection:
         if dashscope or "realtime=v1" in headers.get("openai-beta", ""):
             self._outbox.dialect = "beta"
         self._session = RealtimeSession(service, self._outbox, self._later, dashscope)
-        self._events: asyncio.Queue[Known | NotUnderstood | Work] = asyncio.Queue()
+        # with the seconds of sound that each was counted as: the format may change before it is taken
+        self._events: asyncio.Queue[tuple[Known | NotUnderstood | Work, float]] = asyncio.Queue()
         self._waiting = 0.0  # seconds of sound in it
         self._taken = asyncio.Event()
         self._close = (_CLOSED, "")
 
     async def run(self) -> None:
-        session = session_of(given_key(self._websocket.scope), self._service.settings)
-        if session is not None:
-            await self._session.configure(session)
         begun = time.monotonic()
-        self._session.begin()
-        tasks = [asyncio.ensure_future(work()) for work in (self._read, self._work, self._outbox.run)]
+        tasks = [asyncio.ensure_future(self._outbox.run())]
         try:
+            if not await self._begin():
+                return
+            tasks = [*(asyncio.ensure_future(work()) for work in (self._read, self._work)), *tasks]
             ended, _ = await asyncio.wait(tasks, timeout=LIFETIME, return_when=asyncio.FIRST_COMPLETED)
             if not ended:
                 self._outbox.error(ApiError(400, "session_expired", "the session has lasted an hour; begin another"))
                 self._close = _AWAY, "session_expired"
         finally:
-            for task in tasks[:2]:
+            for task in tasks[:-1]:
                 task.cancel()
-            await asyncio.gather(*tasks[:2], return_exceptions=True)
+            await asyncio.gather(*tasks[:-1], return_exceptions=True)
             await self._session.close()
             self._outbox.end()
             for result in await asyncio.gather(*tasks, return_exceptions=True):
@@ -86,6 +87,22 @@ class _Connection:
                 await self._websocket.close(*self._close)
             _LOG.info("WebSocket %s %.0f s %s", self._websocket.url.path, time.monotonic() - begun, self._session.id)
 
+    async def _begin(self) -> bool:
+        """Have the session that the key was signed for, and greet the client; False where it cannot be any more."""
+        signed = session_of(given_key(self._websocket.scope), self._service.settings)
+        try:
+            if signed is not None:
+                await self._session.configure(signed)
+        except (ApiError, OmniportError) as error:
+            told = error if isinstance(error, ApiError) else from_runtime(error)
+            if told is None:
+                raise
+            self._outbox.error(told)
+            self._close = _POLICY, told.code
+            return False
+        self._session.begin()
+        return True
+
     def _note(self, result: object) -> None:
         if isinstance(result, Unread):
             self._close = _POLICY, "nothing was read"
@@ -93,7 +110,7 @@ class _Connection:
             _LOG.error("a connection failed", exc_info=result)
 
     def _later(self, work: Work) -> None:
-        self._events.put_nowait(work)
+        self._events.put_nowait((work, 0.0))
 
     async def _read(self) -> None:
         """Take what comes; while much of it waits, the WebSocket is not read, and TCP holds the client back."""
@@ -116,12 +133,12 @@ class _Connection:
                     self._close = _TOO_BIG, "input_too_fast"
                     return
             self._waiting += seconds
-            self._events.put_nowait(event)
+            self._events.put_nowait((event, seconds))
 
     async def _work(self) -> None:
         """Do what waits, in order."""
         while True:
-            event = await self._events.get()
+            event, seconds = await self._events.get()
             if isinstance(event, NotUnderstood):
                 self._outbox.error(event.told, event.event_id)
             elif isinstance(event, ClientEvent):
@@ -130,7 +147,7 @@ class _Connection:
             else:
                 await event()
                 continue
-            self._waiting -= self._seconds(event)
+            self._waiting -= seconds
             self._taken.set()
 
     def _understood(self, text: str) -> Known | NotUnderstood:

@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+from omniport.serve.signed_keys import sign
 from support.served import Served
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
@@ -83,6 +84,28 @@ def test_a_key_for_a_browser(make: Callable[..., Served]) -> None:
     assert refused(other, subprotocols=offered) == (401, "invalid_api_key")
     with pytest.raises(openai.BadRequestError):
         served.client(api_key=KEY).realtime.client_secrets.create(expires_after={"seconds": 1})  # type: ignore[typeddict-item]
+
+
+def test_a_key_whose_session_cannot_be_any_more(make: Callable[..., Served]) -> None:
+    """As after a restart with a bundle that lacks the voice: told, and no session stays behind."""
+    served = make(keys=(KEY,), sessions=1)
+    session = {"audio": {"output": {"voice": "gone"}}}
+    key = sign(session, int(time.time()) + 60, served.service.settings)
+    for _ in range(2):  # the first one's place is free again
+        with open_socket(served, additional_headers={"Authorization": f"Bearer {key}"}) as socket:
+            assert next_event(socket)["error"]["code"] == "voice_not_found"
+            with pytest.raises(ConnectionClosed) as caught:
+                socket.recv(timeout=20)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1008
+        wait_until(lambda: not served.service.realtime)
+
+
+def wait_until(so: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_full_or_loading_server_refuses(make: Callable[..., Served]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 
 import numpy as np
@@ -182,3 +183,31 @@ def test_speech_that_may_not_interrupt_is_answered_afterwards(served: Served) ->
             served.live.backend.graphs["thinker"] = gate.inner
         for _ in range(2):
             assert until(connection, "response.done")[-1].response.status == "completed"
+
+
+def test_sound_that_waits_is_counted_as_it_was_sent(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format changes while sound waits behind the change: nothing of it stays counted."""
+    monkeypatch.setattr("omniport.serve.realtime.connection._PATIENCE", 0.3)
+    telephone = {"audio": {"input": {"format": {"type": "audio/pcmu"}, "turn_detection": None}}}
+    studio = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": RATE}}}}
+    gate = Gate(served.live.backend.graphs["audio_encoder"], at=1)
+    served.live.backend.graphs["audio_encoder"] = gate
+    try:
+        with connected(served, **telephone) as connection:
+            second = base64.b64encode(bytes(8000)).decode()
+            for _ in range(3):
+                connection.input_audio_buffer.append(audio=second)
+            assert gate.reached.wait(20)
+            connection.input_audio_buffer.clear()
+            connection.session.update(session={"type": "realtime", **studio})  # type: ignore[typeddict-item]
+            connection.input_audio_buffer.append(audio=pcm(voice(0.3, RATE)))  # 1.8 s, were it telephone's
+            time.sleep(0.2)
+            gate.go.set()
+            until(connection, "session.updated")
+            for _ in range(2):
+                connection.input_audio_buffer.append(audio=pcm(voice(1.0, RATE)))
+            connection.input_audio_buffer.clear()
+            until(connection, "input_audio_buffer.cleared")
+    finally:
+        gate.go.set()
+        served.live.backend.graphs["audio_encoder"] = gate.inner
