@@ -72,10 +72,11 @@ def command(
     backend: BackendOption = "auto",
     quiet: QuietFlag = False,
 ) -> None:
-    """Serve a bundle to OpenAI's clients over HTTP.
+    """Serve a bundle to OpenAI's clients, over HTTP and by the Realtime protocol.
 
-    Chat with text and speech, streamed or whole. The URL is printed on stdout as soon as connections are taken; GET
-    /ready tells when the graphs are loaded. SIGTERM takes no more requests, and ends when those under way have.
+    Chat with text and speech, streamed or whole; spoken conversations over a WebSocket. The URL is printed on stdout as
+    soon as connections are taken; GET /ready tells when the graphs are loaded. SIGTERM takes no more requests, and ends
+    when those under way have.
     """
     require_extra("serve", "starlette", "uvicorn", "prometheus_client", "python_multipart", "websockets")
     from omniport.runtime import OmniSession
