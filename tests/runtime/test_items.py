@@ -421,6 +421,20 @@ def test_a_whole_conversation_is_prefilled_from_where_it_differs(live: Live, roo
     assert len(encoder.calls) == 2, "another picture of the same size is another one"
 
 
+def test_the_same_frames_at_another_rate_are_at_other_times(live: Live, root: Path) -> None:
+    frames = [PICTURE, PICTURE[::-1], PICTURE, PICTURE[::-1]]
+
+    def shown(fps: float) -> list[dict[str, Any]]:
+        return [user([{"type": "video", "video": frames, "fps": fps}, {"type": "text", "text": "Well?"}])]
+
+    slow, fast = live.prompt(shown(0.5)), live.prompt(shown(2.0))
+    np.testing.assert_array_equal(slow.token_ids, fast.token_ids)
+    assert (slow.position_ids != fast.position_ids).any()
+    for fps in (0.5, 2.0):
+        live.session.items.replace(shown(fps))
+        answers_as(live, root, shown(fps))
+
+
 def test_replies_that_come_back_as_text(live: Live, root: Path) -> None:
     said(live, "hello", "Grüße")
     live.session.items.replace([user("hello"), assistant("Grüße"), user("well?")])

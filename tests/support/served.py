@@ -62,7 +62,7 @@ class Served:
 
     def client(self, **options: Any) -> openai.OpenAI:
         """OpenAI's client, unmodified, which does not try again."""
-        options = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options}
+        options = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 30, **options}
         self._clients.append(openai.OpenAI(**options))
         return self._clients[-1]
 

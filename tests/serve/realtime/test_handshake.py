@@ -101,6 +101,18 @@ def test_a_key_whose_session_cannot_be_any_more(make: Callable[..., Served]) -> 
         wait_until(lambda: not served.service.realtime)
 
 
+def test_a_key_that_holds_no_more(make: Callable[..., Served]) -> None:
+    served = make(keys=(KEY,))
+    for seconds, holds in ((60, True), (-1, False)):
+        key = sign({}, int(time.time()) + seconds, served.service.settings)
+        headers = {"Authorization": f"Bearer {key}"}
+        if holds:
+            with open_socket(served, additional_headers=headers) as socket:
+                assert next_event(socket)["type"] == "session.created"
+        else:
+            assert refused(served, additional_headers=headers) == (401, "invalid_api_key")
+
+
 def wait_until(so: Callable[[], bool]) -> None:
     until = time.monotonic() + 20
     while not so():

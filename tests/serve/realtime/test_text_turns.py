@@ -6,6 +6,7 @@ import base64
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from openai.resources.realtime.realtime import RealtimeConnection
@@ -160,3 +161,18 @@ def test_what_can_be_ignored_is_and_the_rest_is_told(connection: RealtimeConnect
         assert (error.code, error.event_id) == (code, "e1"), error
     connection.send({"type": "output_audio_buffer.clear"})
     assert ask(connection, "Hello")[-2].response.status == "completed"
+
+
+def test_the_voice_stays_once_it_was_heard(served: Served) -> None:
+    def voice(name: str) -> dict[str, Any]:
+        return {"type": "realtime", "audio": {"output": {"voice": name}}}
+
+    with connected(served) as connection:
+        for name in ("Ethan", "Chelsie"):
+            connection.session.update(session=voice(name))  # type: ignore[arg-type]
+            assert until(connection, "session.updated")[-1].session.audio.output.voice == name
+        ask(connection, "Hello?")
+        connection.session.update(session=voice("Ethan"))  # type: ignore[arg-type]
+        assert until(connection, "error")[-1].error.code == "cannot_update_voice"
+        connection.session.update(session={**voice("Chelsie"), "instructions": "Be brief."})  # type: ignore[arg-type]
+        assert until(connection, "session.updated")[-1].session.audio.output.voice == "Chelsie"
