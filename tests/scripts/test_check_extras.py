@@ -21,3 +21,10 @@ def test_a_package_of_the_cpu_beside_the_gpu_s_is_a_failure() -> None:
     assert judge(["torch", "onnxruntime"], wanted, unwanted) == "brings onnxruntime"
     assert judge(["onnxruntime-gpu"], *GROUPS[("ort-gpu",)]) == "does not bring nvidia-cudnn"
     assert judge(["onnxruntime-gpu", "nvidia-cudnn-cu13"], *GROUPS[("ort-gpu",)]) == ""
+
+
+def test_a_package_that_every_install_brings_is_no_extra_s_fault() -> None:
+    names = ["starlette", "typer", "pydantic"]
+    assert judge(names, *GROUPS[("serve",)]) == "brings pydantic"
+    assert judge(names, *GROUPS[("serve",)], base=["typer", "pydantic"]) == ""
+    assert judge(names, *GROUPS[("serve",)], base=["typer"]) == "brings pydantic"
