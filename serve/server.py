@@ -15,15 +15,21 @@ from omniport.runtime.errors import UsageError
 from .app import make_app
 from .service import Service
 from .settings import Settings
+from .systemd import Supervisor
 
 
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._supervisor = service, Supervisor()
+
+    async def on_tick(self, counter: int) -> bool:
+        self._supervisor.turn(self._service.state)
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.drain()
+        self._supervisor.stopping()
         if sig == signal.SIGTERM and not self.should_exit:
             self.should_exit = True  # uvicorn would raise it again at the end: stopping as asked is no failure
         else:

@@ -3,69 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
-import pytest
 from omniport.serve.server import listen
-from support.paths import REPOSITORY
+from support.served_process import SLOW, listening, start
 
-#: the command over fake graphs
-CODE = """
-import sys, time
-from omniport.runtime.backends import registry
-from support import toy_backend
-registry.BACKENDS["ort-cpu"] = "support.toy_backend"
-SLOW
-from omniport.cli.main import run
-run(["serve", *sys.argv[1:], "--backend", "ort-cpu", "--port", "0"])
-"""
-SLOW = """
-from support.fake_backend import FakeDecoder
-compute = FakeDecoder.compute
-FakeDecoder.compute = lambda *arguments: (time.sleep(0.1), compute(*arguments))[1]
-"""
 BROKEN = """
 from support.fake_backend import FakeDecoder
 from omniport.runtime.errors import BackendError
 def compute(*_): raise BackendError("the engine is for another device")
 FakeDecoder.compute = compute
 """
-
-
-def start(root: Path, *arguments: str, slow: str = "", **environment: str) -> subprocess.Popen[str]:
-    code = CODE.replace("SLOW", slow)
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), *sys.path]), **environment}
-    command = [sys.executable, "-c", code, str(root), *arguments]
-    return subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def listening(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    url = process.stdout.readline().strip()
-    assert url.startswith("http://127.0.0.1:"), process.communicate()
-    due = time.monotonic() + 60
-    while httpx.get(f"{url}/ready").status_code != 200:
-        assert time.monotonic() < due
-        time.sleep(0.05)
-    return url
-
-
-@pytest.fixture
-def stopped() -> Iterator[list[subprocess.Popen[str]]]:
-    processes: list[subprocess.Popen[str]] = []
-    yield processes
-    for process in processes:
-        process.kill()
-        process.communicate()
 
 
 def test_a_signal_ends_the_server_after_the_reply(root: Path, stopped: list[subprocess.Popen[str]]) -> None:
