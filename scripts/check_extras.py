@@ -11,6 +11,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
@@ -64,19 +65,24 @@ def judge(names: Sequence[str], wanted: str, unwanted: str, base: Container[str]
 def main() -> int:
     """Print a line for each Python, machine and group of extras; 1 if something does not resolve that should."""
     failed = 0
-    for machine in MACHINES:
-        base = {python: resolve((), python, machine)[0] for python in PYTHONS}
-        for extras, (wanted, unwanted) in GROUPS.items():
-            if (extras[0], machine) in ABSENT:
-                continue
-            for python in PYTHONS:
-                names, problem = resolve(extras, python, machine)
-                if problem and any(text in problem for text in UNREACHABLE):
-                    print(f"not checked: the package index cannot be reached: {problem}")
-                    return 0
-                problem = problem or judge(names, wanted, unwanted, base[python])
-                failed += bool(problem)
-                print(f"{python} {machine}: {', '.join(extras)}: {problem or 'resolves'}", flush=True)
+    asked = [
+        (extras, python, machine)
+        for machine in MACHINES
+        for extras in GROUPS
+        for python in PYTHONS
+        if (extras[0], machine) not in ABSENT
+    ]
+    installs = [((), python, machine) for machine in MACHINES for python in PYTHONS]
+    with ThreadPoolExecutor(8) as pool:  # most of the time is the index's
+        base = dict(zip(installs, pool.map(lambda one: resolve(*one)[0], installs), strict=True))
+        found = pool.map(lambda one: resolve(*one), asked)
+        for (extras, python, machine), (names, problem) in zip(asked, found, strict=True):
+            if problem and any(text in problem for text in UNREACHABLE):
+                print(f"not checked: the package index cannot be reached: {problem}")
+                return 0
+            problem = problem or judge(names, *GROUPS[extras], base[(), python, machine])
+            failed += bool(problem)
+            print(f"{python} {machine}: {', '.join(extras)}: {problem or 'resolves'}", flush=True)
     for (extra, machine), reason in ABSENT.items():
         stale = not resolve([extra], PYTHONS[-1], machine)[1]
         failed += stale
