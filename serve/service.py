@@ -15,6 +15,7 @@ from omniport.runtime.errors import UsageError
 
 from .admission import Admission
 from .measurements import Measurements
+from .media.decoders import Decoders
 from .session_pool import SessionPool
 from .settings import Settings
 from .spoken_replies import SpokenReplies
@@ -42,7 +43,7 @@ class Service:
         model: the name that clients ask for. fingerprint: of the bundle. created: seconds since 1970.
         sessions: those of chats. spoken: what replies with sound have said.
         realtime: WebSockets that are open.
-        waiting, reading: threads that wait for replies, and that read media.
+        waiting, reading: threads that wait for replies, and that read media. decoders: what reads files.
         failure: what ended the warming up.
 
     Raises:
@@ -60,6 +61,7 @@ class Service:
         self.sessions = SessionPool(session, max(settings.sessions, settings.active))
         self.waiting = ThreadPoolExecutor(_WAITING, "omniport-serve")
         self.reading = ThreadPoolExecutor(_READING, "omniport-media")
+        self.decoders = Decoders(settings.limits)
         description = session.bundle.root / MANIFEST_FILE
         self.model = settings.model or session.manifest.source.name.rpartition("/")[2]
         self.created = int(description.stat().st_mtime)
@@ -84,6 +86,7 @@ class Service:
 
         def warm_up() -> None:
             try:
+                self.decoders.warm()
                 self.session.load()
                 self._first_reply()
             except Exception as error:  # noqa: BLE001  raised again by who started
@@ -106,6 +109,7 @@ class Service:
         self.drain()
         self.sessions.close()
         self.session.close()
+        self.decoders.close()
         self.waiting.shutdown(wait=False, cancel_futures=True)
         self.reading.shutdown(wait=False, cancel_futures=True)
 

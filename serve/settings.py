@@ -19,8 +19,9 @@ class Limits:
     Attributes:
         body, part: bytes of a request, and of one medium in it.
         image_pixels: of a picture. audio_seconds, video_seconds: of a clip.
-        decode_seconds: for reading one medium. upload_seconds: for a request to arrive.
-        unread_seconds: for a client to take what was sent of a stream.
+        decode_seconds, decode_memory: for reading one medium, and bytes that it takes meanwhile.
+        decoded: bytes that the media of one request may have once they are read.
+        upload_seconds: for a request to arrive. unread_seconds: for a client to take what was sent of a stream.
         queue: replies that wait for their turn. requests: requests that are open at once.
         drain_seconds: for replies under way to end when the server stops.
     """
@@ -31,6 +32,8 @@ class Limits:
     audio_seconds: float = 300.0
     video_seconds: float = 384.0
     decode_seconds: float = 20.0
+    decode_memory: int = 1 << 30
+    decoded: int = 512 << 20
     upload_seconds: float = 60.0
     unread_seconds: float = 30.0
     queue: int = 4

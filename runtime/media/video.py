@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from .image import load_image, picture_size, resize
 from .limits import Sampling, VisionLimits, sample_frames
 from .source import as_array, check_source, describe, is_array, parsing, require, stream
 
-VideoSource = Any  # Source | a list of pictures | frames as one array or tensor
+VideoSource = Any  # Source | a list of pictures | frames as one array or tensor | Video
 
 #: largest frame, 8K: decoders hold several
 MAX_FRAME_PIXELS = 7680 * 4320
@@ -35,6 +35,7 @@ MAX_SOUND = 3600.0
 MIN_SOUND = 0.04
 
 
+@runtime_checkable
 class Video(Protocol):
     """An open video, nothing of which is in memory yet.
 
@@ -47,6 +48,10 @@ class Video(Protocol):
     height: int
     width: int
     listed: bool
+
+    @property
+    def rate(self) -> float | None:
+        """Frames a second; None of a list."""
 
     def sample(self, frontend: VisionFrontend, limits: VisionLimits, most: int | None = None) -> Sampling:
         """Which frames are shown, at most ``most`` if given."""
@@ -97,14 +102,16 @@ def open_video(source: VideoSource) -> Video:
 
     Args:
         source: a path or ``file://`` URL, or the bytes of a file, of any container and codec that FFmpeg reads; a list
-            of pictures as ``load_image`` takes them; or an array or tensor [F, H, W, 3] or [F, 3, H, W], uint8 or float
-            in 0..1.
+            of pictures as ``load_image`` takes them; an array or tensor [F, H, W, 3] or [F, 3, H, W], uint8 or float
+            in 0..1; or a video that is open already.
 
     Raises:
         MediaError: missing, empty or unreadable; no video stream, no frame in it, or one beyond ``MAX_FRAME_PIXELS``.
     """
     if isinstance(source, (list, tuple)) or is_array(source):
         return _Frames(source)
+    if isinstance(source, Video):
+        return source
     checked = check_source(source, "video")
     return _File(checked, f"video {describe(checked)}")
 
@@ -113,6 +120,7 @@ class _Frames:
     """Frames that are given one by one, or as one array."""
 
     listed = True
+    rate = None
 
     def __init__(self, source: Any) -> None:
         if is_array(source):
@@ -163,12 +171,12 @@ class _File:
         with self._open() as container:
             stream = _video_stream(container, label)
             self._check_size(stream.codec_context.width, stream.codec_context.height)
-            self._rate = float(stream.average_rate or stream.guessed_rate or 25)
+            self.rate = float(stream.average_rate or stream.guessed_rate or 25)
             starts = self._packets(container, stream)
         self.frames = len(starts)
         span = starts[-1] - starts[0]
-        if span > 0 and abs((len(starts) - 1) / span / self._rate - 1) > _RATE_ERROR:
-            self._rate = (len(starts) - 1) / span
+        if span > 0 and abs((len(starts) - 1) / span / self.rate - 1) > _RATE_ERROR:
+            self.rate = (len(starts) - 1) / span
         self._start = starts[0]
         with self._open() as container:
             frame = next(self._decoded(container), None)
@@ -180,7 +188,7 @@ class _File:
             self.height, self.width = upright.shape[:2]
 
     def sample(self, frontend: VisionFrontend, limits: VisionLimits, most: int | None = None) -> Sampling:
-        return sample_frames(self.frames, self._rate, frontend, limits, most)
+        return sample_frames(self.frames, self.rate, frontend, limits, most)
 
     def read(self, indices: NDArray[np.int64], size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
         shape = (len(indices), *(size or (self.height, self.width)), 3)
@@ -246,7 +254,7 @@ class _File:
             if packet.size == 0 or packet.is_discard:  # the flush at the end, and what an edit list hides
                 continue
             # raw streams have no times: frames follow each other at the nominal rate
-            starts.append(len(starts) / self._rate if packet.pts is None else float(packet.pts * video.time_base))
+            starts.append(len(starts) / self.rate if packet.pts is None else float(packet.pts * video.time_base))
             if len(starts) > MAX_FRAMES:
                 raise MediaError(f"{self._label} has more than {MAX_FRAMES} frames; cut it into shorter clips")
         if not starts:

@@ -8,6 +8,7 @@ from typing import Any
 from ..service import Service
 from .api_errors import ApiError, invalid
 from .content_parts import read_parts, text_of
+from .media_reader import MediaReader
 
 Message = dict[str, Any]
 
@@ -18,18 +19,19 @@ async def read_messages(messages: Sequence[Message], service: Service, hear_vide
     Raises:
         ApiError: malformed, unreadable or beyond a limit.
     """
-    read = [await _read(message, f"messages[{i}]", service, hear_videos) for i, message in enumerate(messages)]
+    reader = MediaReader(service)
+    read = [await _read(message, f"messages[{i}]", service, reader, hear_videos) for i, message in enumerate(messages)]
     if not any(message["role"] in ("user", "tool") for message in read):
         raise invalid("no message is a user's, so there is nothing to reply to", "messages")
     return read
 
 
-async def _read(message: Message, where: str, service: Service, hear_videos: bool) -> Message:
+async def _read(message: Message, where: str, service: Service, reader: MediaReader, hear_videos: bool) -> Message:
     role, content = message.get("role"), message.get("content")
     if role in ("system", "developer"):  # beside the prompt that speech needs, which it does not replace
         return {"role": "developer", "content": text_of(content, f"{where}.content")}
     if role == "user":
-        return {"role": role, "content": await read_parts(content, f"{where}.content", service, hear_videos)}
+        return {"role": role, "content": await read_parts(content, f"{where}.content", reader, hear_videos)}
     if role == "assistant":
         return _assistant(message, where, service)
     if role == "tool":

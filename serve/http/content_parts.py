@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from omniport.runtime.errors import MediaError
-
-from ..media.medium import Kind, Medium, raw_rate, read_medium
-from ..media.url_fetch import fetch
-from ..service import Service
-from .api_errors import ApiError, from_runtime, invalid
+from ..media.medium import Kind, Medium, raw_rate
+from .api_errors import invalid
+from .media_reader import MediaReader
 
 Part = dict[str, Any]
-T = TypeVar("T")
 _TEXTS = ("text", "input_text", "output_text", "refusal")
 #: type -> (key that holds it, what it is)
 _URLS: Mapping[str, tuple[str, Kind]] = {
@@ -50,7 +45,7 @@ def _text(part: object, where: str) -> str:
     return text
 
 
-async def read_parts(content: object, where: str, service: Service, hear_videos: bool) -> str | list[Part]:
+async def read_parts(content: object, where: str, reader: MediaReader, hear_videos: bool) -> str | list[Part]:
     """Content of a user's message, its media read.
 
     Raises:
@@ -60,88 +55,62 @@ async def read_parts(content: object, where: str, service: Service, hear_videos:
         return content
     if not isinstance(content, list):
         raise invalid(f"{where} is neither text nor a list of parts", where)
-    return [await _read(part, f"{where}[{i}]", service, hear_videos) for i, part in enumerate(content)]
+    return [await _read(part, f"{where}[{i}]", reader, hear_videos) for i, part in enumerate(content)]
 
 
-async def _read(part: object, where: str, service: Service, hear_videos: bool) -> Part:
+async def _read(part: object, where: str, reader: MediaReader, hear_videos: bool) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict):
         raise invalid(f"{where} is no object", where)
     if kind in _TEXTS:
         return {"type": "text", "text": _text(part, where)}
     if kind == "video":
-        return await _frames(part, where, service)
+        return await _frames(part, where, reader)
     if kind == "file":
         held = _object(part, "file", where)
-        return await _file(held, f"{where}.file", service, hear_videos)
+        return await _file(held, f"{where}.file", reader, hear_videos)
     if kind == "input_audio":
         held, where = _object(part, "input_audio", where), f"{where}.input_audio"
-        data = await _bytes(_string(held, "data", where), where, service, bare=True)
+        data = await _bytes(_string(held, "data", where), where, reader, bare=True)
         rate = raw_rate(held.get("format"), _whole(held, "sample_rate", where))
-        return await read(Medium(kind="audio", data=data, raw_rate=rate), where, service)
+        return await reader.read(Medium(kind="audio", data=data, raw_rate=rate), where)
     if isinstance(kind, str) and kind in _URLS:
         key, medium = _URLS[kind]
         held = {"url": part[key]} if isinstance(part.get(key), str) else _object(part, key, where)
         where = f"{where}.{key}"
-        data = await _bytes(_string(held, "url", where), where, service)
+        data = await _bytes(_string(held, "url", where), where, reader)
         detail = held.get("detail") or "auto"
         if detail not in ("auto", "low", "high", "original"):
             raise invalid(f"{where}.detail is {detail!r:.100}; auto, low, high or original was expected", where)
-        return await read(Medium(kind=medium, data=data, detail=detail, use_audio=hear_videos), where, service)
+        return await reader.read(Medium(kind=medium, data=data, detail=detail, use_audio=hear_videos), where)
     known = ", ".join((*_TEXTS[:1], "input_audio", *_URLS, "video", "file"))
     raise invalid(f"{where}.type is {kind!r:.100}; one of {known} was expected", f"{where}.type")
 
 
-async def read(medium: Medium, where: str, service: Service) -> Part:
-    """Read a medium, in a thread, within the time that there is for it.
-
-    Raises:
-        ApiError: unreadable or beyond a limit.
-    """
-    limits = service.settings.limits
-    if len(medium.data) > limits.part:
-        most = limits.part >> 20
-        raise ApiError(413, "request_too_large", f"{where} has more than {most} MiB: shorten it", param=where)
-    return await _in_thread(service, where, read_medium, medium, limits)
-
-
-async def _in_thread(service: Service, where: str, read: Callable[..., T], *arguments: Any) -> T:
-    seconds = service.settings.limits.decode_seconds
-    reading = asyncio.get_running_loop().run_in_executor(service.reading, read, *arguments)
-    try:
-        return await asyncio.wait_for(reading, seconds)
-    except asyncio.TimeoutError:  # another class than Python's own before 3.11
-        raise invalid(f"{where} took more than {seconds:g} s to read", where) from None
-    except MediaError as error:
-        told = from_runtime(error, where)
-        assert told is not None
-        raise told from error
-
-
-async def _frames(part: Mapping[str, Any], where: str, service: Service) -> Part:
+async def _frames(part: Mapping[str, Any], where: str, reader: MediaReader) -> Part:
     """DashScope's video: a list of pictures."""
     urls, made = part.get("video"), []
     if isinstance(urls, str):
-        data = await _bytes(urls, where, service)
-        return await read(Medium(kind="video", data=data), where, service)
+        data = await _bytes(urls, where, reader)
+        return await reader.read(Medium(kind="video", data=data), where)
     if not isinstance(urls, list):
         raise invalid(f"{where}.video is no list of pictures", f"{where}.video")
     for i, url in enumerate(urls):
         place = f"{where}.video[{i}]"
         if not isinstance(url, str):
             raise invalid(f"{place} is no URL", place)
-        data = await _bytes(url, place, service)
-        made.append((await read(Medium(kind="image", data=data), place, service))["image"])
+        data = await _bytes(url, place, reader)
+        made.append((await reader.read(Medium(kind="image", data=data), place))["image"])
     fps = part.get("fps")
     return {"type": "video", "video": made, **({} if fps is None else {"fps": fps})}
 
 
-async def _file(held: Mapping[str, Any], where: str, service: Service, hear_videos: bool) -> Part:
+async def _file(held: Mapping[str, Any], where: str, reader: MediaReader, hear_videos: bool) -> Part:
     if held.get("file_id") is not None:
         raise invalid(f"{where}.file_id: this server stores no files; send file_data", f"{where}.file_id")
     url = _string(held, "file_data", where)
     kind = url.partition(";")[0].removeprefix("data:").partition("/")[0].lower()
-    data = await _bytes(url, where, service)
+    data = await _bytes(url, where, reader)
     if kind == "text":
         try:
             return {"type": "text", "text": data.decode()}
@@ -149,11 +118,11 @@ async def _file(held: Mapping[str, Any], where: str, service: Service, hear_vide
             raise invalid(f"{where} is no text in UTF-8", where) from error
     for known in ("audio", "image", "video"):
         if kind == known:
-            return await read(Medium(kind=known, data=data, use_audio=hear_videos), where, service)
+            return await reader.read(Medium(kind=known, data=data, use_audio=hear_videos), where)
     raise invalid(f"{where} is {kind!r:.100}; data:audio/..., image, video or text was expected", where)
 
 
-async def _bytes(text: str, where: str, service: Service, bare: bool = False) -> bytes:
+async def _bytes(text: str, where: str, reader: MediaReader, bare: bool = False) -> bytes:
     """What a URL holds; ``bare``: base64 without one is taken, too."""
     head, comma, data = text[:200].partition(",")
     if head.lower().startswith("data:") and comma:
@@ -163,7 +132,7 @@ async def _bytes(text: str, where: str, service: Service, bare: bool = False) ->
     elif bare and not text[:8].lower().startswith(("http://", "https://")):
         data = text
     else:
-        return await _in_thread(service, where, fetch, text, service.settings.url_hosts, service.settings.limits.part)
+        return await reader.fetch(text, where)
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -18,7 +18,7 @@ from ..service import Service
 from .answering import Stream, event_line, kept_alive, place, while_connected
 from .api_errors import invalid, told_late, unsupported
 from .chat_request import Temperature
-from .content_parts import read
+from .media_reader import MediaReader
 from .routing import json_response, require_model, require_ready
 from .usage import token_usage
 
@@ -78,7 +78,7 @@ async def _answer(service: Service, asked: TranscriptionRequest, data: bytes, ta
     sampling = msgspec.structs.replace(session.manifest.thinker_sampling, temperature=asked.temperature)
     async with AsyncExitStack() as held:
         await held.enter_async_context(place(service))
-        part = await read(Medium(kind="audio", data=data), "file", service)
+        part = await MediaReader(service).read(Medium(kind="audio", data=data), "file")
         messages = [
             {
                 "role": "user",

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..http.api_errors import invalid
 from ..http.content_parts import read_parts, text_of
+from ..http.media_reader import MediaReader
 from ..service import Service
 from .item_list import ItemList
 from .wire_sound import WireFormat
@@ -72,7 +73,7 @@ async def read_picture(image: str, service: Service) -> Any:
         ApiError: it cannot be read.
     """
     url = image if image.startswith("data:") else f"data:image/jpeg;base64,{image}"
-    read = await read_parts([{"type": "image_url", "image_url": {"url": url}}], "image", service, False)
+    read = await read_parts([{"type": "image_url", "image_url": {"url": url}}], "image", MediaReader(service), False)
     assert isinstance(read, list)
     return read[0]["image"]
 
@@ -96,7 +97,8 @@ async def _message(item: Mapping[str, Any], format: WireFormat, service: Service
             raise invalid("item.content is empty, or no list of parts", "item.content")
         if isinstance(content, str):
             return {"role": role, "content": content}
-        parts = [await _part(part, f"item.content[{i}]", format, service) for i, part in enumerate(content)]
+        reader = MediaReader(service)
+        parts = [await _part(part, f"item.content[{i}]", format, service, reader) for i, part in enumerate(content)]
         return {"role": role, "content": parts}
     if role == "assistant" and isinstance(content, list):
         content = [_written(part) for part in content]
@@ -105,7 +107,7 @@ async def _message(item: Mapping[str, Any], format: WireFormat, service: Service
     raise invalid(f"item.role is {role!r:.100}; user, assistant or system was expected", "item.role")
 
 
-async def _part(part: object, where: str, format: WireFormat, service: Service) -> dict[str, Any]:
+async def _part(part: object, where: str, format: WireFormat, service: Service, reader: MediaReader) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(part, dict) and kind == "input_audio":
         audio = part.get("audio")
@@ -118,7 +120,7 @@ async def _part(part: object, where: str, format: WireFormat, service: Service) 
     if isinstance(part, dict) and kind == "input_image":
         url = {"url": part.get("image_url"), "detail": part.get("detail")}
         part = {"type": "image_url", "image_url": url}
-    read = await read_parts([part], where, service, False)
+    read = await read_parts([part], where, reader, False)
     assert isinstance(read, list)
     return read[0]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ import numpy as np
 import pytest
 import soundfile
 from omniport.runtime.errors import MediaError
-from omniport.serve.http import content_parts
 from omniport.serve.media import url_fetch
 from omniport.serve.media.url_fetch import fetch
 from omniport.serve.settings import Limits
@@ -97,14 +98,21 @@ def test_a_video_that_is_too_long(make: Callable[..., Served]) -> None:
     assert error(make(video_seconds=1.0), asked(part)) == (400, "invalid_value", "messages[0].content[0].video_url")
 
 
-def test_a_medium_that_takes_too_long(make: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content_parts, "read_medium", lambda *_: time.sleep(1.0))
-    served = make(decode_seconds=0.1)
-    started = time.perf_counter()
-    told = error(served, asked({"type": "image_url", "image_url": url(b"x")}))
-    assert told == (400, "invalid_value", "messages[0].content[0].image_url")
-    assert time.perf_counter() - started < 0.9
-    assert served.quiet(), "its place is free"
+def test_media_that_are_too_many_together(make: Callable[..., Served]) -> None:
+    """A few bytes of a picture of one colour become many pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (200, 100)).save(file, "PNG")
+    part = {"type": "image_url", "image_url": url(file.getvalue())}
+    served = make(decoded=150_000)
+    for parts in ([part] * 2, [{"type": "video", "video": [part["image_url"]["url"]] * 2}]):  # type: ignore[index]
+        body = {"messages": [{"role": "user", "content": parts}]}
+        assert served.http().post(CHAT, json=body).status_code == 200
+    for parts, where in (
+        ([part] * 3, "[2].image_url"),
+        ([{"type": "video", "video": [part["image_url"]["url"]] * 3}], "[0].video[2]"),
+    ):  # type: ignore[index]
+        body = {"messages": [{"role": "user", "content": parts}]}
+        assert error(served, body) == (413, "request_too_large", f"messages[0].content{where}")
 
 
 def test_a_request_that_does_not_arrive(make: Callable[..., Served]) -> None:
@@ -160,21 +168,36 @@ def test_replies_are_counted(make: Callable[..., Served]) -> None:
         "https://named.example@127.0.0.1/a.wav",
         "ftp://named.example/a.wav",
         "/etc/passwd",
+        "https://named.example:x/a.wav",
+        "https://[named.example/a.wav",
     ],
 )
 def test_other_urls_are_not_fetched(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(url_fetch.socket, "getaddrinfo", lambda *_, **__: pytest.fail("it was looked up"))
     with pytest.raises(MediaError, match="not fetched"):
-        fetch(url, ("named.example",), 1000)
+        fetch(url, ("named.example",), Limits())
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.8", "169.254.169.254", "::1", "fd00::1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "10.0.0.8",
+        "169.254.169.254",
+        "::1",
+        "fd00::1",
+        "::ffff:10.0.0.8",
+        "64:ff9b::a00:8",
+        "2002:a00:8::1",
+        "224.0.1.1",
+    ],
+)
 def test_private_addresses_are_not_asked(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(0, 0, 0, "", ("8.8.8.8", 443)), (0, 0, 0, "", (address, 443))]
     monkeypatch.setattr(url_fetch.socket, "getaddrinfo", lambda *_, **__: found)
     monkeypatch.setattr(url_fetch.socket, "create_connection", lambda *_: pytest.fail("it was asked"))
     with pytest.raises(MediaError, match="public"):
-        fetch("https://named.example/a.wav", ("named.example",), 1000)
+        fetch("https://named.example/a.wav", ("named.example",), Limits())
 
 
 class Answer:
@@ -192,7 +215,35 @@ class Answer:
     def read(self, limit: int) -> bytes:
         return self.data[:limit]
 
+    stopped = False
+
+    def stop(self) -> None: ...
+
     def close(self) -> None: ...
+
+
+def test_a_host_that_sends_a_byte_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of it is in time."""
+    ours, theirs = socket.socketpair()
+
+    class Connection(url_fetch._Connection):
+        def connect(self) -> None:
+            self.sock = ours  # type: ignore[assignment]
+
+    def drip() -> None:
+        with suppress(OSError):
+            theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            while theirs.send(b"x"):
+                time.sleep(0.05)
+
+    monkeypatch.setattr(url_fetch, "_public_address", lambda _: "8.8.8.8")
+    monkeypatch.setattr(url_fetch, "_Connection", Connection)
+    thread = threading.Thread(target=drip)
+    thread.start()
+    with pytest.raises(MediaError, match=r"more than 0\.5 s"):
+        fetch("https://named.example/a.wav", ("named.example",), Limits(decode_seconds=0.5))
+    thread.join(5)
+    theirs.close()
 
 
 @pytest.mark.parametrize(("status", "data", "problem"), [(302, b"", "status 302"), (200, b"x" * 11, "more than")])
@@ -202,12 +253,12 @@ def test_redirects_and_what_is_too_large(
     monkeypatch.setattr(url_fetch, "_public_address", lambda _: "8.8.8.8")
     monkeypatch.setattr(url_fetch, "_Connection", lambda *_: Answer(status, data))
     with pytest.raises(MediaError, match=problem):
-        fetch("https://named.example/a.wav", ("named.example",), 10)
+        fetch("https://named.example/a.wav", ("named.example",), Limits(part=10))
 
 
 def test_a_named_host_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = Answer(200, b"sound")
     monkeypatch.setattr(url_fetch, "_public_address", lambda _: "8.8.8.8")
     monkeypatch.setattr(url_fetch, "_Connection", lambda host, address: answer)
-    assert fetch("https://Named.example/a.wav?b=c", ("named.example",), 10) == b"sound"
+    assert fetch("https://Named.example/a.wav?b=c", ("named.example",), Limits()) == b"sound"
     assert answer.asked == "GET /a.wav?b=c"
