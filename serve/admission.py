@@ -1,4 +1,9 @@
-"""Who may reply now: some at once, some waiting in order of arrival, the others refused."""
+"""Who may reply now: some at once, some waiting in order of arrival, the others refused.
+
+One ``Admission`` stands before all replies of a server, whatever protocol asks for them, so the session is opened
+without ``max_replies``. The runtime's own places would come too late here: a chat's media are read, and its
+conversation takes a session with KV caches, before its turn asks for one. And who waits for one waits in a thread.
+"""
 
 from __future__ import annotations
 

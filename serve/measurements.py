@@ -9,6 +9,8 @@ from prometheus_client.process_collector import ProcessCollector
 
 _FIRST_AUDIO = (0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8)
 _RATES = (0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8)
+_PARTS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1)
+_LAGS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 #: of a new reply in the averages that predict the next
 _WEIGHT = 0.2
 
@@ -31,8 +33,9 @@ class Measurements:
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"omniport_{name}", help, buckets=buckets, registry=registry)
 
-        self.sessions = Gauge("omniport_sessions", "Sessions by state", ["state"], registry=registry)
+        self.sessions = Gauge("omniport_sessions", "Realtime sessions by state", ["state"], registry=registry)
         self.replies_active = Gauge("omniport_replies_active", "Replies that are made now", registry=registry)
+        self.replies_waiting = Gauge("omniport_replies_waiting", "Replies that wait for their place", registry=registry)
         self._requests = counter("requests", "Requests that have ended", "route", "status")
         self._queue = histogram("queue_seconds", "Seconds that a reply waited for its place", _FIRST_AUDIO)
         self._first_audio = histogram("first_audio_seconds", "Seconds to the first sound of a reply", _FIRST_AUDIO)
@@ -40,6 +43,10 @@ class Measurements:
         self._rate = histogram("real_time_factor", "Seconds of work for a second of speech", _RATES)
         self._underrun = counter("underrun_seconds", "Seconds that a loudspeaker would have run dry")
         self._interruptions = counter("interruptions", "Replies that were cut off", "reason")
+        self._heard = histogram("heard_ratio", "Part of a reply's speech that was heard, of Realtime replies", _PARTS)
+        self._lag = histogram("input_lag_seconds", "Seconds that sound waited before it was looked at", _LAGS)
+        self._endpoint = histogram("vad_endpoint_seconds", "Seconds from a turn's last word to its end", _FIRST_AUDIO)
+        self._dropped = counter("turns_dropped", "Turns that conversations had no room for any more")
         self._prefilled = counter("prefill_tokens", "Prompt tokens that were run", "when")
         self._reused = counter("reused_tokens", "Prompt tokens that were in the KV cache")
         self._text = counter("text_tokens", "Text tokens of replies")
@@ -59,6 +66,22 @@ class Measurements:
     def interrupted(self, reason: str) -> None:
         """A reply was cut off."""
         self._interruptions.labels(reason).inc()
+
+    def heard(self, part: float) -> None:
+        """A reply has been played, or will not be."""
+        self._heard.observe(part)
+
+    def lagged(self, seconds: float) -> None:
+        """A piece of sound was looked at."""
+        self._lag.observe(seconds)
+
+    def speech_ended(self, seconds: float) -> None:
+        """A turn ended by silence."""
+        self._endpoint.observe(seconds)
+
+    def dropped(self, turns: int) -> None:
+        """A conversation has forgotten its oldest turns."""
+        self._dropped.inc(turns)
 
     def reply(self, done: Done) -> None:
         """A reply has ended."""

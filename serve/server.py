@@ -2,30 +2,63 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from omniport.runtime import OmniSession
 from omniport.runtime.errors import UsageError
+from starlette.applications import Starlette
 
 from .app import make_app
 from .service import Service
 from .settings import Settings
 from .systemd import Supervisor
 
+#: seconds between pings of a WebSocket, and until one that does not answer is lost
+_PING = 20.0
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
+
+class Server(uvicorn.Server):
+    """Listens for a service. Stopping, it ends WebSockets when their replies have ended, so that clients go elsewhere.
+
+    Args:
+        app: of the service.
+    """
+
+    def __init__(self, service: Service, app: Starlette) -> None:
         self._service, self._supervisor = service, Supervisor()
+        self._drain_seconds = service.settings.limits.drain_seconds
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="websockets-sansio",
+                ws_ping_interval=_PING,
+                ws_ping_timeout=_PING,
+                timeout_graceful_shutdown=round(self._drain_seconds),
+            )
+        )
 
     async def on_tick(self, counter: int) -> bool:
         self._supervisor.turn(self._service.state)
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.drain()
+        due = time.monotonic() + self._drain_seconds
+        while self._service.realtime.open and not self.force_exit and time.monotonic() < due:
+            self._supervisor.turn(self._service.state)
+            await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.drain()
@@ -49,16 +82,7 @@ def serve(session: OmniSession, settings: Settings, listening: Callable[[str], N
     service = Service(session, settings)
     try:
         with listen(settings.host, settings.port) as bound:
-            config = uvicorn.Config(
-                make_app(service),
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                ws="websockets-sansio",
-                timeout_graceful_shutdown=round(settings.limits.drain_seconds),
-            )
-            server = _Server(config, service)
+            server = Server(service, make_app(service))
             service.start(failed=lambda: setattr(server, "should_exit", True))
             listening(_url(settings, bound))
             server.run([bound])

@@ -16,6 +16,7 @@ from omniport.runtime.errors import UsageError
 from .admission import Admission
 from .measurements import Measurements
 from .media.decoders import Decoders
+from .open_sessions import OpenSessions
 from .session_pool import SessionPool
 from .settings import Settings
 from .spoken_replies import SpokenReplies
@@ -42,7 +43,7 @@ class Service:
         state: requests are answered when it is ``ready``.
         model: the name that clients ask for. fingerprint: of the bundle. created: seconds since 1970.
         sessions: those of chats. spoken: what replies with sound have said.
-        realtime: WebSockets that are open.
+        realtime: sessions of WebSockets.
         waiting, reading: threads that wait for replies, and that read media. decoders: what reads files.
         failure: what ended the warming up.
 
@@ -57,7 +58,7 @@ class Service:
         self.admission = Admission(settings.active, settings.limits.queue)
         self.measurements = Measurements()
         self.spoken = SpokenReplies()
-        self.realtime = 0
+        self.realtime = OpenSessions(settings.sessions, settings.resume_seconds)
         self.sessions = SessionPool(session, max(settings.sessions, settings.active))
         self.waiting = ThreadPoolExecutor(_WAITING, "omniport-serve")
         self.reading = ThreadPoolExecutor(_READING, "omniport-media")
@@ -108,6 +109,7 @@ class Service:
         """End what is under way."""
         self.drain()
         self.sessions.close()
+        self.realtime.close()
         self.session.close()
         self.decoders.close()
         self.waiting.shutdown(wait=False, cancel_futures=True)

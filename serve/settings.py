@@ -9,7 +9,8 @@ from typing import Literal
 
 from omniport.runtime.errors import UsageError
 
-Dialect = Literal["openai", "dashscope"]
+Dialect = Literal["openai", "beta", "dashscope"]
+Transcribe = Literal["after", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,11 @@ class Settings:
         model: name that clients ask for; None is the bundle's own. any_model: answer whatever name they ask for.
         voices: further names of voices -> voices of the bundle.
         active: replies at once. sessions: conversations whose KV caches are kept.
+        resume_seconds: that a Realtime session whose client was lost is kept for when it comes back; 0: it is not.
         url_hosts: from which media are fetched by https; none else.
-        dialect: of streams of wav sound: DashScope's have no header.
+        dialect: DashScope's streams of wav sound have no header. It and ``beta`` speak the earlier form of the Realtime
+            protocol from the beginning, without being asked.
+        transcribe: what was said to Realtime sessions that ask for it, after the reply; or not at all.
 
     Raises:
         UsageError: no key, and an address that others reach.
@@ -70,8 +74,10 @@ class Settings:
     voices: Mapping[str, str] = field(default_factory=dict)
     active: int = 1
     sessions: int = 4
+    resume_seconds: float = 30.0
     url_hosts: tuple[str, ...] = ()
     dialect: Dialect = "openai"
+    transcribe: Transcribe = "after"
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

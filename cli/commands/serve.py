@@ -60,6 +60,12 @@ def command(
     ] = 4,
     active: Annotated[int, typer.Option(min=1, help="Replies at once.")] = 1,
     queue: Annotated[int, typer.Option(min=0, help="Replies that wait for their turn; more are refused.")] = 4,
+    resume_s: Annotated[
+        float,
+        typer.Option(
+            min=0, max=3600, metavar="SECONDS", help="A Realtime session whose client was lost is kept so long; 0: not."
+        ),
+    ] = 30.0,
     max_context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a conversation with its reply; without it the bundle's own.")
     ] = None,
@@ -67,8 +73,17 @@ def command(
         float | None, typer.Option(min=0.001, metavar="SECONDS", help="For one run of a graph at most.")
     ] = None,
     dialect: Annotated[
-        str, one_of(("openai", "dashscope"), help="dashscope: streams of wav have no header.")
+        str,
+        one_of(
+            ("openai", "beta", "dashscope"),
+            help="beta: the Realtime protocol's earlier form from the beginning; dashscope: so, too, and streams of "
+            "wav have no header.",
+        ),
     ] = "openai",
+    transcribe: Annotated[
+        str,
+        one_of(("after", "off"), help="Whether what is said to Realtime sessions is written down if they ask for it."),
+    ] = "after",
     backend: BackendOption = "auto",
     quiet: QuietFlag = False,
 ) -> None:
@@ -95,7 +110,7 @@ def command(
             raise UsageError(f"cannot read the keys of {api_key_file}: {error}; name a text file") from error
         if not keys:
             raise UsageError(f"{api_key_file} holds no key: write one a line")
-    chosen: dict[str, Any] = {"dialect": dialect}
+    chosen: dict[str, Any] = {"dialect": dialect, "transcribe": transcribe}
     settings = Settings(
         host=host,
         port=port,
@@ -108,6 +123,7 @@ def command(
         url_hosts=tuple(host.lower() for host in allow_url or ()),
         sessions=sessions,
         active=active,
+        resume_seconds=resume_s,
         limits=Limits(queue=queue),
         **chosen,
     )

@@ -31,9 +31,9 @@ async def metrics(request: Request, service: Service) -> Response:
     """For Prometheus."""
     admission, measured = service.admission, service.measurements
     measured.replies_active.set(admission.active)
-    measured.sessions.labels("active").set(admission.active)
-    measured.sessions.labels("waiting").set(admission.waiting)
-    measured.sessions.labels("free").set(admission.places - admission.active)
+    measured.replies_waiting.set(admission.waiting)
+    for state, count in _sessions(service).items():
+        measured.sessions.labels(state).set(count)
     return Response(measured.page(), media_type="text/plain; version=0.0.4")
 
 
@@ -49,11 +49,19 @@ async def capacity(request: Request, service: Service) -> Response:
             "waiting": admission.waiting,
             "free": free,
             "state": service.state,
+            "realtime": {"sessions": service.realtime.most, **_sessions(service)},
             "predicted_first_audio_s": first,
             "predicted_rtf": measured.rate,
             "power_mode": None,
         }
     )
+
+
+def _sessions(service: Service) -> dict[str, int]:
+    """Realtime sessions by state. Those that are kept for a client that was lost give way to a new one."""
+    realtime = service.realtime
+    free = realtime.free if service.state == "ready" else 0
+    return {"open": realtime.open, "kept": realtime.kept, "free": free}
 
 
 async def drain(request: Request, service: Service) -> Response:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from typing import Any
 
 from omniport.runtime.errors import OmniportError
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -14,149 +15,191 @@ from ..http.access import given_key
 from ..http.api_errors import ApiError, busy, from_runtime, not_ready
 from ..service import Service
 from ..signed_keys import session_of
-from .client_events import AudioAppend, ClientEvent, Known, NotUnderstood, read_event
-from .live_session import LIFETIME, RealtimeSession, Work
-from .outbox import Outbox, Unread
+from .client_events import AudioAppend, Known, NotUnderstood, read_event
+from .held_session import HeldSession
+from .inbox import TooFast
+from .outbox import Unread
 
 _LOG = logging.getLogger(__name__)
 #: the one that the server speaks; a key may come as another, and must not come back
 PROTOCOL = "realtime"
-#: seconds of sound, and events, that wait for the session at most
-_SOUND, _EVENTS = 2.0, 64
-#: seconds that they may stay as many
-_PATIENCE = 10.0
-_POLICY, _TOO_BIG, _CLOSED, _AWAY = 1008, 1009, 1000, 1001
+_CLOSED, _AWAY, _POLICY, _TOO_BIG, _TRY_LATER = 1000, 1001, 1008, 1009, 1013
+#: seconds between looks at whether the server stops, and for a close frame to leave
+_GLANCE, _FAREWELL = 0.25, 5.0
 
 
 async def realtime(websocket: WebSocket, service: Service) -> None:
     """Serve one client until it leaves."""
-    refusal = _refusal(service)
-    if refusal is not None:
-        await websocket.send_denial_response(refusal.response())
-        return
-    service.realtime += 1
-    try:
-        offered = websocket.scope.get("subprotocols", [])
-        await websocket.accept(PROTOCOL if PROTOCOL in offered else None)
-        await _Connection(websocket, service).run()
-    finally:
-        service.realtime -= 1
-
-
-def _refusal(service: Service) -> ApiError | None:
+    token = websocket.query_params.get("resume")
     if service.state != "ready":
-        return not_ready(service.state)
-    return busy(1.0) if service.realtime >= service.settings.sessions else None
+        return await _refuse(websocket, not_ready(service.state))
+    held: HeldSession | None = None
+    if token is not None:
+        taken = service.realtime.take(token)
+        if isinstance(taken, HeldSession):
+            held = taken
+        else:
+            message = "there is no such session, or it was kept for as long as it may; begin another"
+            return await _refuse(websocket, ApiError(404, "session_not_found", message, param="resume"))
+    elif not await service.realtime.make_room():
+        return await _refuse(websocket, busy(1.0))
+    try:
+        await websocket.accept(PROTOCOL if PROTOCOL in websocket.scope.get("subprotocols", []) else None)
+        await _serve(websocket, service, held)
+    finally:
+        service.realtime.leave()
+
+
+async def _refuse(websocket: WebSocket, told: ApiError) -> None:
+    """By an HTTP status; where the server has no way to send one, by a close code."""
+    if "websocket.http.response" in websocket.scope.get("extensions", {}):
+        await websocket.send_denial_response(told.response())
+        return
+    await websocket.accept()
+    await websocket.close(_TRY_LATER if told.retry_after is not None else _POLICY, told.code)
+
+
+async def _serve(websocket: WebSocket, service: Service, held: HeldSession | None) -> None:
+    begun = time.monotonic()
+    connection = _Connection(websocket, service)
+    try:
+        if held is None:
+            held = await connection.begin()
+        else:
+            await held.resume(websocket.query_params.get("after"))
+        if held is None or held.ended:
+            return
+        await connection.run(held)
+    except OmniportError as error:
+        _LOG.error("a session cannot begin", exc_info=error)
+        connection.closing = _TRY_LATER, "no session can begin now"
+    finally:
+        with suppress(RuntimeError, WebSocketDisconnect, asyncio.TimeoutError):  # it has left already
+            await asyncio.wait_for(websocket.close(*connection.closing), _FAREWELL)
+        name = "" if held is None else held.session.id
+        _LOG.info("WebSocket %s %.0f s %s", websocket.url.path, time.monotonic() - begun, name)
 
 
 class _Connection:
+    """One WebSocket.
+
+    Attributes:
+        closing: code and reason.
+    """
+
     def __init__(self, websocket: WebSocket, service: Service) -> None:
         self._websocket, self._service = websocket, service
-        self._outbox = Outbox(websocket.send_text, service.settings.limits.unread_seconds)
-        headers = websocket.headers
-        dashscope = service.settings.dialect == "dashscope" or headers.get("user-agent", "").startswith("dashscope/")
-        if dashscope or "realtime=v1" in headers.get("openai-beta", ""):
-            self._outbox.dialect = "beta"
-        self._session = RealtimeSession(service, self._outbox, self._later, dashscope)
-        # with the seconds of sound that each was counted as: the format may change before it is taken
-        self._events: asyncio.Queue[tuple[Known | NotUnderstood | Work, float]] = asyncio.Queue()
-        self._waiting = 0.0  # seconds of sound in it
-        self._taken = asyncio.Event()
-        self._close = (_CLOSED, "")
+        self.closing = (_CLOSED, "")
+        self._lost = False  # the client may come back
 
-    async def run(self) -> None:
-        begun = time.monotonic()
-        tasks = [asyncio.ensure_future(self._outbox.run())]
-        try:
-            if not await self._begin():
-                return
-            tasks = [*(asyncio.ensure_future(work()) for work in (self._read, self._work)), *tasks]
-            ended, _ = await asyncio.wait(tasks, timeout=LIFETIME, return_when=asyncio.FIRST_COMPLETED)
-            if not ended:
-                self._outbox.error(ApiError(400, "session_expired", "the session has lasted an hour; begin another"))
-                self._close = _AWAY, "session_expired"
-        finally:
-            for task in tasks[:-1]:
-                task.cancel()
-            await asyncio.gather(*tasks[:-1], return_exceptions=True)
-            await self._session.close()
-            self._outbox.end()
-            for result in await asyncio.gather(*tasks, return_exceptions=True):
-                self._note(result)
-            with suppress(RuntimeError, WebSocketDisconnect):  # it has left already
-                await self._websocket.close(*self._close)
-            _LOG.info("WebSocket %s %.0f s %s", self._websocket.url.path, time.monotonic() - begun, self._session.id)
-
-    async def _begin(self) -> bool:
-        """Have the session that the key was signed for, and greet the client; False where it cannot be any more."""
+    async def begin(self) -> HeldSession | None:
+        """A new session, as the key was signed for; None where that cannot be any more, which is told."""
+        held = HeldSession(self._service, self._dialect())
         signed = session_of(given_key(self._websocket.scope), self._service.settings)
         try:
             if signed is not None:
-                await self._session.configure(signed)
+                await held.session.configure(signed)
         except (ApiError, OmniportError) as error:
+            await held.end()
             told = error if isinstance(error, ApiError) else from_runtime(error)
             if told is None:
                 raise
-            self._outbox.error(told)
-            self._close = _POLICY, told.code
-            return False
-        self._session.begin()
-        return True
+            held.outbox.error(told)
+            held.outbox.end()
+            await held.outbox.run(self._websocket.send_text)
+            self.closing = _POLICY, told.code
+            return None
+        self._service.realtime.add(held)
+        held.begin()
+        return held
 
-    def _note(self, result: object) -> None:
-        if isinstance(result, Unread):
-            self._close = _POLICY, "nothing was read"
-        elif isinstance(result, Exception) and not isinstance(result, WebSocketDisconnect):
-            _LOG.error("a connection failed", exc_info=result)
+    async def run(self, held: HeldSession) -> None:
+        """Until the client leaves or is lost, the server stops, or the session's time is over."""
+        reading, writing = asyncio.ensure_future(self._read(held)), asyncio.ensure_future(self._write(held))
+        replaced = asyncio.ensure_future(held.replaced.wait())
+        try:
+            await self._wait(held, reading, writing, replaced)
+        finally:
+            await _cancel(reading, replaced)
+            if self._lost:
+                await _cancel(writing)
+            if self._lost and held.worth_keeping and self._service.state == "ready":
+                held.lose()
+                if not held.replaced.is_set():
+                    self._service.realtime.keep(held)
+            else:
+                await self._service.realtime.remove(held)
+                held.outbox.end()
+                await asyncio.gather(writing, return_exceptions=True)
+            held.unconnected.set()
 
-    def _later(self, work: Work) -> None:
-        self._events.put_nowait((work, 0.0))
+    async def _wait(self, held: HeldSession, *tasks: asyncio.Future[Any]) -> None:
+        stopping: float | None = None
+        while not (await asyncio.wait(tasks, timeout=_GLANCE, return_when=asyncio.FIRST_COMPLETED))[0]:
+            if held.seconds_left <= 0:
+                held.outbox.error(ApiError(400, "session_expired", "the session has lasted an hour; begin another"))
+                self.closing = _AWAY, "session_expired"
+                return
+            if self._service.state == "draining":
+                stopping = stopping or time.monotonic()
+                patience = self._service.settings.limits.drain_seconds
+                if not held.session.replying or time.monotonic() - stopping > patience:
+                    self.closing = _AWAY, "the server stops"
+                    return
+        if held.replaced.is_set():
+            self.closing, self._lost = (_POLICY, "resumed by another connection"), True
 
-    async def _read(self) -> None:
+    async def _write(self, held: HeldSession) -> None:
+        try:
+            await held.outbox.run(self._websocket.send_text)
+        except Unread:
+            self.closing = _POLICY, "nothing was read"
+        except (WebSocketDisconnect, RuntimeError):
+            self._lost = True
+
+    async def _read(self, held: HeldSession) -> None:
         """Take what comes; while much of it waits, the WebSocket is not read, and TCP holds the client back."""
         while True:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
+                self._lost = message.get("code") != _CLOSED
                 return
             text = message.get("text")
             if text is None:
-                self._close = _POLICY, "text frames only"
+                self.closing = _POLICY, "text frames only"
                 return
-            event = self._understood(text)
-            seconds = self._seconds(event)
-            while self._events.qsize() >= _EVENTS or (self._waiting and self._waiting + seconds > _SOUND):
-                self._taken.clear()
-                try:
-                    await asyncio.wait_for(self._taken.wait(), _PATIENCE)
-                except asyncio.TimeoutError:
-                    self._outbox.error(ApiError(400, "input_too_fast", "sound comes faster than it is taken"))
-                    self._close = _TOO_BIG, "input_too_fast"
-                    return
-            self._waiting += seconds
-            self._events.put_nowait((event, seconds))
+            event = _understood(text)
+            try:
+                await held.inbox.put(event, _seconds(event, held))
+            except TooFast:
+                held.outbox.error(ApiError(400, "input_too_fast", "sound comes faster than it is taken"))
+                self.closing = _TOO_BIG, "input_too_fast"
+                return
 
-    async def _work(self) -> None:
-        """Do what waits, in order."""
-        while True:
-            event, seconds = await self._events.get()
-            if isinstance(event, NotUnderstood):
-                self._outbox.error(event.told, event.event_id)
-            elif isinstance(event, ClientEvent):
-                await self._outbox.room()
-                await self._session.handle(event)
-            else:
-                await event()
-                continue
-            self._waiting -= seconds
-            self._taken.set()
+    def _dialect(self) -> str:
+        dialect, headers = self._service.settings.dialect, self._websocket.headers
+        if dialect == "dashscope" or headers.get("user-agent", "").startswith("dashscope/"):
+            return "dashscope"
+        return "beta" if dialect == "beta" or "realtime=v1" in headers.get("openai-beta", "") else "ga"
 
-    def _understood(self, text: str) -> Known | NotUnderstood:
-        try:
-            return read_event(text)
-        except NotUnderstood as error:
-            return error
 
-    def _seconds(self, event: Known | NotUnderstood) -> float:
-        if not isinstance(event, AudioAppend):
-            return 0.0
-        return len(event.audio) * 0.75 / self._session.settings.input_format.bytes_per_second
+def _understood(text: str) -> Known | NotUnderstood:
+    try:
+        return read_event(text)
+    except NotUnderstood as error:
+        return error
+
+
+def _seconds(event: Known | NotUnderstood, held: HeldSession) -> float:
+    """Of sound in an event."""
+    if not isinstance(event, AudioAppend):
+        return 0.0
+    return len(event.audio) * 0.75 / held.session.settings.input_format.bytes_per_second
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, Exception):
+            _LOG.error("a connection failed", exc_info=result)

@@ -130,6 +130,7 @@ def _session(session: Mapping[str, Any]) -> dict[str, Any]:
         "tool_choice": session["tool_choice"],
         "temperature": session["temperature"],
         "max_response_output_tokens": session["max_output_tokens"],
+        "omniport": session["omniport"],
     }
 
 

@@ -32,3 +32,8 @@ class Playback:
         if self._told is not None:
             return min(self._told, self.sent)
         return max(0.0, self.sent - max(0.0, self._end - time.monotonic()))
+
+    @property
+    def over(self) -> bool:
+        """Whether all that was sent must have been played by now."""
+        return time.monotonic() >= self._end

@@ -100,8 +100,9 @@ class ItemList:
         self._items.remove(item)
         return all(other.runtime_id != item.runtime_id for other in self._items)
 
-    def forget(self, runtime_ids: list[str]) -> None:
-        """The runtime has dropped these messages."""
-        for item in self._items:
-            if item.runtime_id in runtime_ids:
-                item.runtime_id = None
+    def forget(self, runtime_ids: list[str]) -> list[str]:
+        """The runtime has dropped these messages; ids of their items."""
+        forgotten = [item for item in self._items if item.runtime_id in runtime_ids]
+        for item in forgotten:
+            item.runtime_id = None
+        return [item.id for item in forgotten]

@@ -9,55 +9,55 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
-from omniport.runtime import OmniSession, Turn
-from omniport.runtime.errors import OmniportError, UsageError
+from omniport.runtime import Turn
+from omniport.runtime.errors import OmniportError
 
 from ..http.api_errors import ApiError, from_runtime
 from ..service import Service
 from . import client_events as sent
 from .dialect import as_ga, is_beta
+from .inbox import Work
 from .input_buffer import InputBuffer
-from .item_content import read_input, read_picture
+from .interruption import Interruption
+from .item_content import read_input
 from .item_list import Item, ItemList, new_id
 from .item_requests import ItemRequests
 from .outbox import Outbox
 from .reply_maker import ReplyMaker
 from .response import Question, Reason, Response
 from .session_settings import Asked, TurnDetection, cannot_update_voice, initial
+from .spoken_input import SpokenInput
 from .transcripts import Transcripts
-from .voice_activity import LONGEST_TURN, VoiceActivity, can_detect
+from .voice_activity import can_detect
 from .wire_sound import WireFormat
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-Work = Callable[[], Awaitable[None]]
 #: seconds of a session
 LIFETIME = 3600
-#: seconds after an interruption in which clients tell how much was heard; a reply whose sound was played but for
-#: so many was heard to its end
-_TRUNCATES, _REST = 0.25, 0.05
-#: seconds of sound that a client must have sent before it commits
-_LEAST_SOUND = 0.1
 
 
 class RealtimeSession:
     """A conversation with one client.
 
     Args:
-        dashscope: the client is DashScope's: what it calls pcm16 has 16 kHz.
         later: lets work be done in order with what the client's events ask for.
+        dashscope: the client is DashScope's: what it calls pcm16 has 16 kHz.
+
+    Attributes:
+        resumable: told to the client, if the session may be taken up.
     """
 
     def __init__(
         self, service: Service, outbox: Outbox, later: Callable[[Work], None], dashscope: bool = False
     ) -> None:
         self.id = new_id("sess")
+        self.resumable: dict[str, Any] = {}
         self._service, self._outbox, self._later = service, outbox, later
         self._expires = int(time.time()) + LIFETIME
         self._conversation = new_id("conv")
@@ -72,34 +72,39 @@ class RealtimeSession:
         self._maker = ReplyMaker(service, self._session, outbox, self._items, self._compute)
         self._requests = ItemRequests(service, self._session, outbox, self._items, self._compute)
         self._last: Response | None = None
-        self._unheard: tuple[Item, float] | None = None  # a reply that was cut off, and how much of it was heard
         self._wants_reply = False  # after the response under way
         self._transcripts = Transcripts(service, self._session, outbox)
-        self._new_buffer()
-        self._activity: VoiceActivity | None = None
-        self._utterance: str | None = None  # id of the item that is being said
-        self._milliseconds = 0.0
+        self._buffer = InputBuffer(self._new_turn, service.settings.limits.audio_seconds)
+        self._input = SpokenInput(service, outbox, self._buffer, self._compute, self)
+        self._interruption = Interruption(self._session, outbox, self._compute, later)
         vocoder = service.session.manifest.vocoder
         self._rate = 24000 if vocoder is None else vocoder.sample_rate
         self._handlers: dict[type, Callable[[Any], Any]] = {
             sent.SessionUpdate: self._update,
-            sent.AudioAppend: self._append,
-            sent.AudioCommit: self._commit_asked,
-            sent.AudioClear: self._clear,
+            sent.AudioAppend: self._input.append,
+            sent.AudioCommit: self._input.commit,
+            sent.AudioClear: self._input.clear,
             sent.ItemCreate: self._create_item,
             sent.ItemRetrieve: self._requests.retrieve,
             sent.ItemDelete: self._requests.delete,
             sent.ItemTruncate: self._truncate_item,
-            sent.ImageAppend: self._show,
+            sent.ImageAppend: self._input.show,
             sent.SessionFinish: self._finish,
             sent.Playback: self._played,
             sent.ResponseCreate: self._create_response,
             sent.ResponseCancel: self._cancel_response,
         }
 
-    def begin(self) -> None:
+    @property
+    def has_items(self) -> bool:
+        """Something was said."""
+        return self._items.last_id is not None
+
+    def begin(self, resumed: bool = False) -> None:
         """Greet the client."""
-        self._outbox.put("session.created", session=self.described())
+        session = self.described()
+        session["omniport"] |= {**self.resumable, "resumed": resumed} if self.resumable else {}
+        self._outbox.put("session.created", session=session)
 
     def described(self) -> dict[str, Any]:
         """The session object, whole."""
@@ -110,10 +115,14 @@ class RealtimeSession:
             "model": self._service.model,
             "expires_at": self._expires,
             **self.settings.described(),
+            "omniport": {"events": self.settings.extras},
         }
 
-    async def handle(self, event: sent.Known) -> None:
-        """Do what a client's event asks for."""
+    async def handle(self, event: sent.Known, waited: float = 0.0) -> None:
+        """Do what a client's event asks for, which has waited so many seconds."""
+        if isinstance(event, sent.AudioAppend):
+            self._input.lag = waited
+            self._service.measurements.lagged(waited)
         try:
             handler = self._handlers.get(type(event))
             if handler is not None:
@@ -131,8 +140,29 @@ class RealtimeSession:
         response = self._response
         if response is not None:
             await self._stop(response, "client_cancelled")
+            self._service.measurements.interrupted("client_left")
+        self._measure_last()
         await self._compute(self._session.close)
         self._thread.shutdown(wait=False)
+
+    def abandon(self) -> None:
+        """Free the session when there is no event loop any more."""
+        self._session.close()
+        self._thread.shutdown(wait=False)
+
+    async def client_lost(self) -> None:
+        """Nobody listens: the reply under way stops, and what was not heard of the last one is not said."""
+        response = self._last
+        if response is None:
+            return
+        heard = response.playback.heard
+        if self._response is response:
+            await self._stop(response, "client_cancelled")
+            self._service.measurements.interrupted("client_lost")
+        item = response.message
+        if item is not None and self._interruption.estimate(response, heard):
+            await self._interruption.apply()
+            self._tell_truncated(item, 0, heard * 1000)
 
     async def _compute(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run work in the session's thread."""
@@ -159,8 +189,8 @@ class RealtimeSession:
         if (after.instructions, after.runtime_tools()) != (before.instructions, before.runtime_tools()):
             await self._instruct(after)
         if after.turn_detection != before.turn_detection:
-            self._activity = None
-        self.settings = after
+            self._input.detect_anew()
+        self.settings, self._outbox.extras = after, after.extras
 
     async def _finish(self, event: sent.SessionFinish) -> None:
         if self._response is not None and self._response.task is not None:
@@ -171,85 +201,38 @@ class RealtimeSession:
     async def _instruct(self, settings: Any) -> None:
         await self._compute(self._session.items.instruct, settings.instructions or None, settings.runtime_tools())
 
-    # -- sound
+    # -- what the user says
 
     def _new_turn(self) -> Turn:
         return self._session.turn(**self.settings.reply_options(self._service))
 
-    def _new_buffer(self) -> None:
-        self._buffer = InputBuffer(self._new_turn, self._service.settings.limits.audio_seconds)
+    @property
+    def replying(self) -> bool:
+        """A response is made."""
+        return self._response is not None
 
-    async def _append(self, event: sent.AudioAppend) -> None:
-        format = self.settings.input_format
-        samples = format.decode(event.audio, "audio")
-        if self.settings.turn_detection is not None:
-            await self._listen(self.settings.turn_detection, samples, format.rate)
-        elif len(samples):
-            self._milliseconds += len(samples) / format.rate * 1000
-            self._buffer.add(samples, format.rate)
-        if self._response is None:
-            await self._compute(self._buffer.advance)
+    @property
+    def awaits_speech(self) -> bool:
+        """A response was played to its end."""
+        return self._response is None and self._last is not None and self._last.playback.over
 
-    async def _listen(self, detection: TurnDetection, samples: Any, rate: int) -> None:
-        if self._activity is None:
-            self._activity = await self._compute(VoiceActivity, detection, self._milliseconds)
-        for chunk, edge, end in await self._compute(self._activity.listen, samples, rate):
-            self._milliseconds = end
-            if edge == "start":
-                await self._speech_started(detection, end - len(chunk) / 16)
-            if self._utterance is not None:
-                self._buffer.add(chunk, 16000)
-                if edge == "end" or self._buffer.seconds >= LONGEST_TURN:
-                    await self._speech_stopped(detection)
-
-    async def _speech_started(self, detection: TurnDetection, milliseconds: float) -> None:
-        self._utterance = new_id("item")
-        self._outbox.put(
-            "input_audio_buffer.speech_started",
-            audio_start_ms=max(0, round(milliseconds)),
-            item_id=self._utterance,
-        )
-        if detection.interrupt_response:
-            await self._interrupt()
-
-    async def _interrupt(self) -> None:
+    async def speech_started(self) -> None:
         """Somebody speaks: what of the last reply was not heard is not said, though the client may know better."""
-        response = self._last
-        if response is None:
+        detection, response = self.settings.turn_detection, self._last
+        if detection is None or not detection.interrupt_response or response is None:
             return
         heard = response.playback.heard
-        if self._response is response:
+        stopped = self._response is response
+        if stopped:
             await self._stop(response, "turn_detected")
+        if self._interruption.estimate(response, heard) or stopped:
             self._service.measurements.interrupted("turn_detected")
-        if response.message is not None and heard + _REST < response.playback.sent:
-            self._unheard = response.message, heard
-            asyncio.get_running_loop().call_later(_TRUNCATES, self._later, self._forget_unheard)
 
-    async def _forget_unheard(self) -> None:
-        unheard, self._unheard = self._unheard, None
-        if unheard is not None:
-            await self._cut(*unheard)
-
-    async def _speech_stopped(self, detection: TurnDetection) -> None:
-        assert self._utterance is not None
-        id, self._utterance = self._utterance, None
-        self._outbox.put("input_audio_buffer.speech_stopped", audio_end_ms=round(self._milliseconds), item_id=id)
-        await self._commit(id, answer=detection.create_response)
-
-    async def _commit_asked(self, event: sent.AudioCommit) -> None:
-        if self._buffer.seconds < _LEAST_SOUND:
-            message = f"the buffer holds {self._buffer.seconds * 1000:.0f} ms of sound; at least 100 ms were expected"
-            raise ApiError(400, "input_audio_buffer_commit_empty", message)
-        id, self._utterance = self._utterance or new_id("item"), None
-        if self._activity is not None:
-            await self._compute(self._activity.reset)
-        await self._commit(id, answer=False)
-
-    async def _commit(self, id: str, answer: bool) -> None:
+    async def complete(self, id: str, *, answer: bool) -> None:
         """The sound of the buffer becomes an item."""
         item = Item(id, {"type": "message", "role": "user", "content": [{"type": "input_audio", "transcript": None}]})
         turn, sound = None, self._buffer.sound
-        await self._forget_unheard()
+        await self._interruption.apply()
         if self._response is None:
             turn = await self._compute(self._buffer.take)
             item.runtime_id = turn.item_ids[0]
@@ -273,19 +256,6 @@ class RealtimeSession:
         elif self._response is None:
             self._transcripts.resume()
 
-    async def _clear(self, event: sent.AudioClear) -> None:
-        await self._compute(self._buffer.clear)
-        self._utterance = None
-        if self._activity is not None:
-            await self._compute(self._activity.reset)
-        self._outbox.put("input_audio_buffer.cleared")
-
-    async def _show(self, event: sent.ImageAppend) -> None:
-        shown = await read_picture(event.image, self._service)
-        self._buffer.show(shown, None if event.time_ms is None else event.time_ms / 1000)
-        if self._response is None:
-            await self._compute(self._buffer.advance)
-
     async def _played(self, event: sent.Playback) -> None:
         response = self._last
         if response is not None and response.message is not None and response.message.id == event.item_id:
@@ -300,28 +270,19 @@ class RealtimeSession:
         item = self._items.find(event.item_id, "item_truncate_invalid_item_id")
         if item.fields.get("role") != "assistant":
             raise ApiError(400, "invalid_value", f"{item.id} is no message of the assistant", param="item_id")
-        if self._unheard is not None and self._unheard[0] is item:
-            self._unheard = None
-        await self._cut(item, max(0.0, event.audio_end_ms / 1000))
-        self._outbox.put(
-            "conversation.item.truncated",
-            item_id=item.id,
-            content_index=event.content_index,
-            audio_end_ms=round(event.audio_end_ms),
-        )
-
-    async def _cut(self, item: Item, heard: float) -> None:
-        """Forget what of a reply was not heard."""
-        response = self._response
+        heard = max(0.0, event.audio_end_ms / 1000)
+        response = self._last
         if response is not None and response.message is item:
-            await self._stop(response, "client_cancelled")
-        if item.runtime_id is None:
-            return
-        if await self._compute(_truncate, self._session, item.runtime_id, heard):
-            text = "".join(
-                part.get("text", "") for part in self._session.items[item.runtime_id].content if part["type"] == "text"
-            )
-            item.fields["content"] = [{"type": "output_audio", "transcript": text}]
+            response.playback.played(heard)
+            if self._response is response:
+                await self._stop(response, "client_cancelled")
+                self._service.measurements.interrupted("client_cancelled")
+        await self._interruption.truncate(item, heard)
+        self._tell_truncated(item, event.content_index, event.audio_end_ms)
+
+    def _tell_truncated(self, item: Item, index: int, milliseconds: float) -> None:
+        where: dict[str, Any] = {"item_id": item.id, "content_index": index}
+        self._outbox.put("conversation.item.truncated", **where, audio_end_ms=round(milliseconds))
 
     # -- responses
 
@@ -359,13 +320,21 @@ class RealtimeSession:
         if response is None or event.response_id not in (None, response.id):
             raise ApiError(400, "response_cancel_not_active", "Cancellation failed: no active response found")
         await self._stop(response, "client_cancelled")
+        self._service.measurements.interrupted("client_cancelled")
 
     async def _start(self, response: Response) -> None:
         await self._transcripts.pause()
+        self._measure_last()
         self._response = self._last = response
         response.begin()
         response.task = asyncio.ensure_future(self._maker.make(response))
         response.task.add_done_callback(lambda _: self._later(self._response_ended))
+
+    def _measure_last(self) -> None:
+        """Nobody tells any more how much of the last reply was heard."""
+        if self._last is not None and self._last.playback.sent:
+            playback, self._last = self._last.playback, None
+            self._service.measurements.heard(playback.heard / playback.sent)
 
     async def _stop(self, response: Response, reason: Reason) -> None:
         """End a response now."""
@@ -393,13 +362,6 @@ class RealtimeSession:
         else:
             await self._compute(self._buffer.advance)
             self._transcripts.resume()
-
-
-def _truncate(session: OmniSession, id: str, heard: float) -> bool:
-    """Whether that made the item shorter; what was not spoken by this model cannot be cut, and stays."""
-    with suppress(UsageError):
-        return session.items.truncate(id, heard=heard)
-    return False
 
 
 def _internal(error: Exception) -> ApiError:

@@ -1,10 +1,12 @@
-"""Events on their way to the client, and what holds them back."""
+"""Events on their way to the client: what holds them back, and which a client that comes back has missed."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -14,29 +16,45 @@ from .dialect import Dialect, translated
 
 #: seconds of sound, and events, that wait to be sent at most
 _SOUND, _EVENTS = 4.0, 256
+#: characters of sent events that are kept for a client that comes back
+_REMEMBERED = 1 << 20
 
 
 class Unread(Exception):
     """The client takes nothing any more."""
 
 
+@dataclass(frozen=True)
+class SentEvent:
+    """As it goes to the client. ``delta``: a piece of what a later event has whole."""
+
+    id: str
+    text: str
+    seconds: float
+    written: Callable[[float], None] | None
+    delta: bool
+
+
 class Outbox:
     """What is sent, in order. Belongs to one event loop.
 
     Attributes:
-        dialect: that the client speaks.
+        dialect: that the client speaks. extras: it wants events that are not OpenAI's.
 
     Args:
-        send: sends one message, and returns when there is room for more.
         unread_seconds: for the client to take a message.
     """
 
-    def __init__(self, send: Callable[[str], Awaitable[None]], unread_seconds: float) -> None:
+    def __init__(self, unread_seconds: float) -> None:
         self.dialect: Dialect = "ga"
-        self._send, self._unread_seconds = send, unread_seconds
-        self._queue: asyncio.Queue[tuple[str, float, Callable[[float], None] | None] | None] = asyncio.Queue()
+        self.extras = False
+        self._unread_seconds = unread_seconds
+        self._waiting: deque[SentEvent] = deque()
+        self._sent: deque[SentEvent] = deque()
+        self._remembered = 0  # characters
         self._sound = 0.0
-        self._taken = asyncio.Event()
+        self._taken, self._came = asyncio.Event(), asyncio.Event()
+        self._ending = self._detached = False
 
     def put(
         self, type: str, seconds: float = 0.0, written: Callable[[float], None] | None = None, **fields: Any
@@ -46,12 +64,20 @@ class Outbox:
         Args:
             seconds: of sound in it. written: called with them once it was sent.
         """
-        event: dict[str, Any] | None = {"type": type, "event_id": f"event_{secrets.token_hex(10)}", **fields}
+        id = f"event_{secrets.token_hex(10)}"
+        event: dict[str, Any] | None = {"type": type, "event_id": id, **fields}
         if event is not None and self.dialect == "beta":
             event = translated(event)
         if event is not None:
+            text = msgspec.json.encode(event).decode()
             self._sound += seconds
-            self._queue.put_nowait((msgspec.json.encode(event).decode(), seconds, written))
+            self._waiting.append(SentEvent(id, text, seconds, written, type.endswith(".delta")))
+            self._came.set()
+
+    def extra(self, type: str, **fields: Any) -> None:
+        """Send an event that is not OpenAI's, if the client has asked for such."""
+        if self.extras:
+            self.put(type, **fields)
 
     def error(self, told: ApiError, event_id: str | None = None) -> None:
         """Tell of an error; ``event_id`` is that of the client's event."""
@@ -59,8 +85,8 @@ class Outbox:
         self.put("error", error={**body, "event_id": event_id})
 
     async def room(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Wait until the client has taken most of what was sent, or until ``stopped``, after a ``wake``."""
-        while (self._sound >= _SOUND or self._queue.qsize() >= _EVENTS) and not stopped():
+        """Wait until the client has taken most of what was sent, or is lost, or until ``stopped``, after a ``wake``."""
+        while not self._detached and (self._sound >= _SOUND or len(self._waiting) >= _EVENTS) and not stopped():
             self._taken.clear()
             await self._taken.wait()
 
@@ -70,21 +96,66 @@ class Outbox:
 
     def end(self) -> None:
         """``run`` returns when all is sent."""
-        self._queue.put_nowait(None)
+        self._ending = True
+        self._came.set()
 
-    async def run(self) -> None:
+    async def run(self, send: Callable[[str], Awaitable[None]]) -> None:
         """Send.
+
+        Args:
+            send: one message; returns when there is room for more.
 
         Raises:
             Unread: the client takes nothing.
         """
-        while (waiting := await self._queue.get()) is not None:
-            text, seconds, written = waiting
+        while self._waiting or not self._ending:
+            if not self._waiting:
+                self._came.clear()
+                await self._came.wait()
+                continue
+            event = self._waiting[0]
             try:
-                await asyncio.wait_for(self._send(text), self._unread_seconds)
+                await asyncio.wait_for(send(event.text), self._unread_seconds)
             except asyncio.TimeoutError:
                 raise Unread from None
-            if written is not None:
-                written(seconds)
-            self._sound -= seconds
+            self._waiting.popleft()
+            self._remember(event)
+            if event.written is not None:
+                event.written(event.seconds)
+            self._sound -= event.seconds
             self._taken.set()
+
+    def detach(self) -> None:
+        """The client is lost, and ``run`` has ended: nobody waits for it any more."""
+        self._detached = True
+        self.wake()
+
+    def attach(self, after: str | None) -> list[SentEvent]:
+        """The client is back: what it has missed, which is taken out, to be sent ``again``.
+
+        Of a reply's text and sound the pieces are left out: the reply was stopped, and its end has all of the text.
+
+        Args:
+            after: id of the last event that it knows; if nobody knows that, all count that were not sent.
+        """
+        ids = [event.id for event in self._sent]
+        known = ids.index(after) + 1 if after in ids else len(ids)
+        missed = [*self._sent][known:] + [event for event in self._waiting if not event.delta]
+        self._waiting.clear()
+        self._sent = deque([*self._sent][:known])
+        self._remembered = sum(len(event.text) for event in self._sent)
+        self._sound, self._detached = 0.0, False
+        return missed
+
+    def again(self, missed: list[SentEvent]) -> None:
+        """Send what was missed."""
+        self._waiting.extend(missed)
+        self._came.set()
+
+    def _remember(self, event: SentEvent) -> None:
+        if event.delta:
+            return
+        self._sent.append(event)
+        self._remembered += len(event.text)
+        while self._remembered > _REMEMBERED:
+            self._remembered -= len(self._sent.popleft().text)

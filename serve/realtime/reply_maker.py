@@ -97,7 +97,9 @@ class ReplyMaker:
         if isinstance(event, Done):
             response.done = event
         elif isinstance(event, TurnsDropped):
-            self._items.forget(event.items)
+            forgotten = self._items.forget(event.items)
+            self._service.measurements.dropped(event.turns)
+            self._outbox.extra("omniport.turns_dropped", turns=event.turns, item_ids=forgotten)
         elif isinstance(event, (TextDelta, AudioChunk)) and not response.stopped():
             self.spoke = self.spoke or isinstance(event, AudioChunk)
             response.take(event)

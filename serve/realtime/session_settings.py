@@ -18,6 +18,8 @@ Modality = Literal["text", "audio"]
 #: silence that ends a turn, ms, for each eagerness: there is no model that hears whether a sentence is complete
 _EAGERNESS = {"high": 300.0, "medium": 600.0, "auto": 600.0, "low": 1200.0}
 Milliseconds = Annotated[float, Meta(ge=0, le=10_000)]
+IdleMilliseconds = Annotated[float, Meta(ge=1_000, le=30_000)]
+_SERVER_VAD = ("threshold", "prefix_padding_ms", "silence_duration_ms", "idle_timeout_ms")
 
 
 class TurnDetection(Struct, frozen=True, kw_only=True):
@@ -27,6 +29,7 @@ class TurnDetection(Struct, frozen=True, kw_only=True):
     threshold: Annotated[float, Meta(ge=0, le=1)] = 0.5
     prefix_padding_ms: Milliseconds = 300
     silence_duration_ms: Milliseconds = 500
+    idle_timeout_ms: IdleMilliseconds | None = None
     eagerness: Literal["low", "medium", "high", "auto"] = "auto"
     create_response: bool = True
     interrupt_response: bool = True
@@ -38,11 +41,8 @@ class TurnDetection(Struct, frozen=True, kw_only=True):
 
     def described(self) -> dict[str, Any]:
         """As OpenAI writes it: each type has fields of its own."""
-        hidden = (
-            ("eagerness",) if self.type == "server_vad" else ("threshold", "prefix_padding_ms", "silence_duration_ms")
-        )
-        shown = {name: value for name, value in msgspec.structs.asdict(self).items() if name not in hidden}
-        return shown | ({"idle_timeout_ms": None} if self.type == "server_vad" else {})  # there is none
+        hidden = ("eagerness",) if self.type == "server_vad" else _SERVER_VAD
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if name not in hidden}
 
 
 class _VoiceId(Struct):
@@ -66,6 +66,10 @@ class _Audio(Struct, kw_only=True):
     output: _Output | None = None
 
 
+class _Extensions(Struct, kw_only=True):
+    events: bool | None = None
+
+
 class Asked(Struct, kw_only=True):
     """What a client asks for, of a session or of one response. What it leaves out, or sets to null, stays."""
 
@@ -76,10 +80,11 @@ class Asked(Struct, kw_only=True):
     max_output_tokens: Annotated[int, Meta(ge=1)] | Literal["inf"] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     audio: _Audio | None = None
+    omniport: _Extensions | None = None
 
 
 class SessionSettings(Struct, frozen=True, kw_only=True):
-    """All settings. ``voice`` is a name of the bundle's, None without speech."""
+    """All settings. ``voice`` is a name of the bundle's, None without speech; ``extras``: events beyond OpenAI's."""
 
     speak: bool
     voice: str | None
@@ -93,6 +98,7 @@ class SessionSettings(Struct, frozen=True, kw_only=True):
     transcription: dict[str, Any] | None = None
     noise_reduction: dict[str, Any] | None = None
     turn_detection: TurnDetection | None = None
+    extras: bool = False
 
     @property
     def modalities(self) -> list[Modality]:
@@ -116,9 +122,11 @@ class SessionSettings(Struct, frozen=True, kw_only=True):
                 raise unsupported(f"{where}.output_modalities", "this model has no speech; ask for text")
         if asked.tools is not None:
             changes["tools"] = tuple(_tool(tool, f"{where}.tools[{i}]") for i, tool in enumerate(asked.tools))
+        if asked.omniport is not None and asked.omniport.events is not None:
+            changes["extras"] = asked.omniport.events
         audio = asked.audio or _Audio()
         self._output(audio.output or _Output(), changes, service, f"{where}.audio.output")
-        self._input(audio.input or _Input(), changes, f"{where}.audio.input")
+        self._input(audio.input or _Input(), changes, service, f"{where}.audio.input")
         return msgspec.structs.replace(self, **changes)
 
     def _output(self, output: _Output, changes: dict[str, Any], service: Service, where: str) -> None:
@@ -128,12 +136,12 @@ class SessionSettings(Struct, frozen=True, kw_only=True):
             name = output.voice.id if isinstance(output.voice, _VoiceId) else output.voice
             changes["voice"] = service.session.bundle.find_voice(service.voice(name)).name
 
-    def _input(self, given: _Input, changes: dict[str, Any], where: str) -> None:
+    def _input(self, given: _Input, changes: dict[str, Any], service: Service, where: str) -> None:
         if given.format is not None:
             changes["input_format"] = given.format.checked(f"{where}.format")
         if given.transcription is not msgspec.UNSET:
             named = given.transcription is not None and given.transcription.get("model") is not None
-            changes["transcription"] = given.transcription if named else None
+            changes["transcription"] = given.transcription if named and service.settings.transcribe == "after" else None
         if given.noise_reduction is not msgspec.UNSET:
             changes["noise_reduction"] = given.noise_reduction
         detection = given.turn_detection
@@ -146,7 +154,7 @@ class SessionSettings(Struct, frozen=True, kw_only=True):
         before = self.turn_detection
         same = before is not None and given.get("type", before.type) == before.type
         base = msgspec.structs.asdict(before) if before is not None and same else {}
-        named = {name: value for name, value in given.items() if value is not None}
+        named = {name: value for name, value in given.items() if value is not None or name == "idle_timeout_ms"}
         return convert({**base, **named}, TurnDetection, where)
 
     def described(self) -> dict[str, Any]:

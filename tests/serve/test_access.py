@@ -139,7 +139,7 @@ def test_operations(make: Callable[..., Served]) -> None:
     assert http.get("/v1/omniport/capacity").json()["free"] == 0
     metrics = http.get("/metrics").text
     assert 'omniport_requests_total{route="/ready",status="503"} 2.0' in metrics
-    assert 'omniport_sessions{state="free"} 1.0' in metrics
+    assert 'omniport_sessions{state="free"} 0.0' in metrics
 
 
 def test_a_failure_tells_nothing_and_the_next_is_served(

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import openai
-import uvicorn
 from omniport.serve.app import make_app
-from omniport.serve.server import listen
+from omniport.serve.server import Server, listen
 from omniport.serve.service import Service
 from omniport.serve.settings import Settings
 from starlette.testclient import TestClient
 
 from .live_turns import Live
-
-#: an environment that was set up before websockets became part of the `serve` extra
-_WEBSOCKETS: Any = "websockets-sansio" if find_spec("websockets") else "none"
 
 
 class Served:
@@ -40,7 +35,7 @@ class Served:
     def start(self) -> Served:
         bound = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(self.app, lifespan="off", log_config=None, ws=_WEBSOCKETS))
+        self._server = Server(self.service, self.app)
         self._thread = threading.Thread(target=self._server.run, args=([bound],), daemon=True)
         self._thread.start()
         return self

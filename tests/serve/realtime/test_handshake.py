@@ -98,7 +98,7 @@ def test_a_key_whose_session_cannot_be_any_more(make: Callable[..., Served]) -> 
                 socket.recv(timeout=20)
         assert caught.value.rcvd is not None
         assert caught.value.rcvd.code == 1008
-        wait_until(lambda: not served.service.realtime)
+        wait_until(lambda: not served.service.realtime.open)
 
 
 def test_a_key_that_holds_no_more(make: Callable[..., Served]) -> None:
@@ -208,7 +208,7 @@ def test_frames_of_bytes_end_it(make: Callable[..., Served]) -> None:
             next_event(socket)
         assert caught.value.rcvd is not None
         assert caught.value.rcvd.code == 1008
-    assert served.service.realtime == 0
+    assert served.service.realtime.open == 0
 
 
 def test_a_stopping_server_ends_the_connection(make: Callable[..., Served]) -> None:
@@ -219,4 +219,15 @@ def test_a_stopping_server_ends_the_connection(make: Callable[..., Served]) -> N
         with pytest.raises(ConnectionClosed) as caught:
             next_event(socket)
     assert caught.value.rcvd is not None
-    assert caught.value.rcvd.code in (1001, 1012), "clients connect again"
+    assert caught.value.rcvd.code == 1001, "clients connect again"
+
+
+def test_the_operator_s_choices(make: Callable[..., Served]) -> None:
+    """The earlier form without being asked, and no transcripts; what is not OpenAI's comes only to who wants it."""
+    with open_socket(make(dialect="beta", transcribe="off")) as socket:
+        assert next_event(socket)["session"]["modalities"] == ["text", "audio"]
+        asked = {"input_audio_transcription": {"model": "whisper-1"}, "omniport": {"events": True}}
+        socket.send(json.dumps({"type": "session.update", "session": asked}))
+        session = next_event(socket)["session"]
+        assert session["input_audio_transcription"] is None
+        assert session["omniport"]["events"] is True

@@ -98,7 +98,7 @@ def test_speech_cuts_a_reply_off(served: Served) -> None:
 
 
 def test_who_sends_faster_than_it_is_taken_is_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.serve.realtime.connection._PATIENCE", 0.3)
+    monkeypatch.setattr("omniport.serve.realtime.inbox._PATIENCE", 0.3)
     gate = Gate(served.live.backend.graphs["audio_encoder"], at=1)
     served.live.backend.graphs["audio_encoder"] = gate
     try:
@@ -187,7 +187,7 @@ def test_speech_that_may_not_interrupt_is_answered_afterwards(served: Served) ->
 
 def test_sound_that_waits_is_counted_as_it_was_sent(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """The format changes while sound waits behind the change: nothing of it stays counted."""
-    monkeypatch.setattr("omniport.serve.realtime.connection._PATIENCE", 0.3)
+    monkeypatch.setattr("omniport.serve.realtime.inbox._PATIENCE", 0.3)
     telephone = {"audio": {"input": {"format": {"type": "audio/pcmu"}, "turn_detection": None}}}
     studio = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": RATE}}}}
     gate = Gate(served.live.backend.graphs["audio_encoder"], at=1)
@@ -211,3 +211,46 @@ def test_sound_that_waits_is_counted_as_it_was_sent(served: Served, monkeypatch:
     finally:
         gate.go.set()
         served.live.backend.graphs["audio_encoder"] = gate.inner
+
+
+def test_who_says_nothing_for_a_while_is_spoken_to(served: Served) -> None:
+    detection = {"type": "server_vad", "idle_timeout_ms": 5000}
+    with connected(served, audio={"input": {"turn_detection": detection}}) as connection:
+        for _ in range(6):
+            connection.input_audio_buffer.append(audio=pcm(SILENT))  # nothing was said before it: nobody is waited for
+        ask(connection, "Hello")
+        time.sleep(0.5)  # it has been played
+        for _ in range(6):
+            connection.input_audio_buffer.append(audio=pcm(SILENT))
+        came = until(connection, "rate_limits.updated")
+        assert kinds(came)[:5] == [
+            "input_audio_buffer.timeout_triggered",
+            "input_audio_buffer.committed",
+            "conversation.item.added",
+            "conversation.item.done",
+            "response.created",
+        ]
+        triggered = came[0]
+        assert triggered.audio_start_ms == pytest.approx(6000, abs=70)
+        assert triggered.audio_end_ms - triggered.audio_start_ms == pytest.approx(5000, abs=70)
+        assert triggered.item_id == came[1].item_id == came[2].item.id
+        assert came[-2].response.status == "completed"
+        off = {"turn_detection": {"type": "server_vad", "idle_timeout_ms": None}}
+        connection.session.update(session={"type": "realtime", "audio": {"input": off}})  # type: ignore[typeddict-item]
+        detected = until(connection, "session.updated")[-1].session.audio.input.turn_detection
+        assert detected.idle_timeout_ms is None
+
+
+def test_what_was_cut_off_is_told_to_who_asked(served: Served) -> None:
+    with connected(served, **BY_HAND, omniport={"events": True}) as connection:
+        (item,) = ask(connection, "Hello")[-2].response.output
+        connection.send({"type": "omniport.playback", "item_id": item.id, "played_ms": 0})  # type: ignore[misc, arg-type]
+        on = {"audio": {"input": {"turn_detection": {"type": "server_vad"}}}}
+        connection.session.update(session={"type": "realtime", **on})  # type: ignore[typeddict-item]
+        connection.input_audio_buffer.append(audio=pcm(voice(0.5, RATE)))
+        cut = until(connection, "omniport.reply_cut")[-1].to_dict()
+        assert (cut["item_id"], cut["heard_ms"], cut["transcript"]) == (item.id, 0, "")
+    metrics = served.http().get("/metrics").text
+    assert 'omniport_interruptions_total{reason="turn_detected"}' in metrics
+    for name in ("heard_ratio_count", "input_lag_seconds_count", "vad_endpoint_seconds_count"):
+        assert float(metrics.split(f"omniport_{name} ")[1].split()[0]) > 0, name

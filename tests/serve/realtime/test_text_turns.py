@@ -137,9 +137,9 @@ def test_clients_that_leave_free_all(served: Served) -> None:
             write(connection, "Hello")
             connection.response.create()
     due = time.monotonic() + 10
-    while (served.service.realtime or threading.active_count() > before + 2) and time.monotonic() < due:
+    while (served.service.realtime.open or threading.active_count() > before + 2) and time.monotonic() < due:
         time.sleep(0.05)
-    assert served.service.realtime == 0
+    assert served.service.realtime.open == 0
     assert served.quiet()
     assert threading.active_count() <= before + 2, "threads that wait for replies stay, those of sessions do not"
 

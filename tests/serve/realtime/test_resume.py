@@ -1,0 +1,249 @@
+"""A client that was lost comes back to its session: what is kept, for how long, and what it gets again."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omniport.runtime.errors import BackendError
+from support.live_turns import Gate
+from support.realtime import SAID
+from support.served import Served
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+BY_HAND = {"type": "realtime", "output_modalities": ["audio"], "audio": {"input": {"turn_detection": None}}}
+
+
+@pytest.fixture
+def make(root: Path) -> Iterator[Callable[..., Served]]:
+    made: list[Served] = []
+
+    def build(**settings: Any) -> Served:
+        made.append(Served(root, **settings).start())
+        made[-1].live.script(SAID)
+        return made[-1]
+
+    yield build
+    for served in made:
+        served.close()
+
+
+class Socket:
+    """A client that speaks JSON, and can be lost."""
+
+    def __init__(self, served: Served, query: str = "", **options: Any) -> None:
+        self.inner: ClientConnection = connect(f"ws{served.url[4:]}/v1/realtime?{query}", **options)
+
+    def send(self, type: str, **fields: Any) -> None:
+        self.inner.send(json.dumps({"type": type, **fields}))
+
+    def until(self, kind: str) -> list[dict[str, Any]]:
+        came: list[dict[str, Any]] = []
+        while not came or came[-1]["type"] != kind:
+            came.append(json.loads(self.inner.recv(timeout=20)))
+        return came
+
+    def created(self) -> dict[str, Any]:
+        session: dict[str, Any] = self.until("session.created")[0]["session"]
+        return session
+
+    def lose(self) -> None:
+        """No close frame."""
+        self.inner.socket.shutdown(socket.SHUT_RDWR)
+
+    def closed(self) -> int:
+        with suppress(ConnectionClosed):
+            for _ in self.inner:
+                pass
+        assert self.inner.protocol.close_rcvd is not None
+        return self.inner.protocol.close_rcvd.code
+
+    def write(self, text: str) -> None:
+        content = [{"type": "input_text", "text": text}]
+        self.send("conversation.item.create", item={"type": "message", "role": "user", "content": content})
+        self.until("conversation.item.done")
+
+
+def wait_until(so: Callable[[], bool]) -> None:
+    due = time.monotonic() + 20
+    while not so():
+        assert time.monotonic() < due
+        time.sleep(0.01)
+
+
+def counts(served: Served) -> tuple[int, int, int]:
+    told = served.http().get("/v1/omniport/capacity").json()["realtime"]
+    return told["open"], told["kept"], told["free"]
+
+
+def test_the_conversation_goes_on(make: Callable[..., Served]) -> None:
+    served = make(sessions=2)
+    first = Socket(served)
+    session = first.created()
+    assert (session["omniport"]["resumed"], session["omniport"]["resume_seconds"]) == (False, 30)
+    first.send("session.update", session={**BY_HAND, "instructions": "Be brief."})
+    first.write("Hello")
+    first.send("response.create")
+    first.until("rate_limits.updated")
+    assert counts(served) == (1, 0, 1)
+    first.lose()
+    wait_until(lambda: counts(served) == (0, 1, 2))
+    second = Socket(served, f"resume={session['omniport']['resume_token']}")
+    again = second.created()
+    assert (again["id"], again["instructions"], again["omniport"]["resumed"]) == (session["id"], "Be brief.", True)
+    assert counts(served) == (1, 0, 1)
+    second.write("And now?")
+    second.send("response.create")
+    done = second.until("response.done")[-1]["response"]
+    assert done["usage"]["input_token_details"]["cached_tokens"] > 20
+    metrics = served.http().get("/metrics").text
+    assert 'omniport_sessions{state="open"} 1.0' in metrics
+
+
+def test_what_was_being_said_is_stopped_and_what_was_missed_is_told(make: Callable[..., Served]) -> None:
+    served = make()
+    first = Socket(served)
+    token = first.created()["omniport"]["resume_token"]
+    first.send("session.update", session=BY_HAND)
+    first.write("Hello")
+    gate = Gate(served.live.backend.graphs["thinker"], at=4)
+    served.live.backend.graphs["thinker"] = gate
+    try:
+        first.send("response.create")
+        known = first.until("response.created")[-1]
+        assert gate.reached.wait(20)
+        first.lose()
+        wait_until(lambda: served.service.realtime.kept == 1)
+    finally:
+        gate.go.set()
+        served.live.backend.graphs["thinker"] = gate.inner
+    assert served.quiet(), "its place is free"
+    second = Socket(served, f"resume={token}&after={known['event_id']}")
+    came = second.until("rate_limits.updated")
+    assert came[0]["type"] == "session.created"
+    assert came[-2]["response"]["id"] == known["response"]["id"]
+    assert came[-2]["response"]["status"] == "cancelled"
+    assert not any(event["type"].endswith(".delta") for event in came)
+    second.send("response.create")
+    assert second.until("response.done")[-1]["response"]["status"] == "completed"
+    assert 'interruptions_total{reason="client_lost"} 1.0' in served.http().get("/metrics").text
+
+
+def test_events_after_one_that_is_known_come_again(make: Callable[..., Served]) -> None:
+    served = make()
+    first = Socket(served)
+    token = first.created()["omniport"]["resume_token"]
+    first.write("One")
+    first.send("conversation.item.create", item={"type": "message", "role": "user", "content": "Two"})
+    known = first.until("conversation.item.done")[0]
+    second = Socket(served, f"resume={token}&after={known['event_id']}")  # the first one has not gone
+    assert first.closed() == 1008
+    came = second.until("conversation.item.done")
+    assert [event["type"] for event in came] == ["session.created", "conversation.item.done"]
+    third = Socket(served, f"resume={token}&after=nothing")
+    second.closed()
+    third.created()
+    third.send("session.update", session=BY_HAND)
+    assert third.until("session.updated")[0]["type"] == "session.updated", "all was delivered"
+
+
+def refused(served: Served, query: str) -> tuple[int, str]:
+    with pytest.raises(InvalidStatus) as caught:
+        Socket(served, query)
+    return caught.value.response.status_code, json.loads(caught.value.response.body)["error"]["code"]
+
+
+@pytest.mark.parametrize("way", ["left", "said nothing", "expired", "off"])
+def test_what_is_not_kept(make: Callable[..., Served], way: str) -> None:
+    served = make(resume_seconds={"off": 0, "expired": 0.3}.get(way, 30))
+    first = Socket(served)
+    token = first.created()["omniport"].get("resume_token", "none")
+    if way != "said nothing":
+        first.write("Hello")
+    if way == "left":
+        first.inner.close()
+    else:
+        first.lose()
+    wait_until(lambda: served.service.realtime.open == 0 and served.service.realtime.kept == 0)
+    assert refused(served, f"resume={token}") == (404, "session_not_found")
+    assert served.service.realtime.open == 0
+
+
+def test_a_kept_session_gives_way_to_a_new_client(make: Callable[..., Served]) -> None:
+    served = make(sessions=1)
+    first = Socket(served)
+    token = first.created()["omniport"]["resume_token"]
+    first.write("Hello")
+    first.lose()
+    wait_until(lambda: counts(served) == (0, 1, 1))
+    second = Socket(served)
+    second.created()
+    assert counts(served) == (1, 0, 0)
+    assert refused(served, f"resume={token}") == (404, "session_not_found")
+    assert refused(served, "") == (429, "session_limit_reached")
+
+
+def test_a_draining_server_ends_sessions_when_they_have_nothing_to_say(make: Callable[..., Served]) -> None:
+    served = make()
+    idle, busy = Socket(served), Socket(served)
+    for client in (idle, busy):
+        client.created()
+    busy.send("session.update", session=BY_HAND)
+    busy.write("Hello")
+    gate = Gate(served.live.backend.graphs["thinker"], at=3)
+    served.live.backend.graphs["thinker"] = gate
+    try:
+        busy.send("response.create")
+        assert gate.reached.wait(20)
+        served.http().post("/v1/omniport/drain")
+        assert idle.closed() == 1001
+        assert refused(served, "") == (503, "not_ready")
+        wait_until(lambda: served.service.realtime.open == 1)
+    finally:
+        gate.go.set()
+        served.live.backend.graphs["thinker"] = gate.inner
+    assert busy.until("response.done")[-1]["response"]["status"] == "completed"
+    assert busy.closed() == 1001
+    wait_until(lambda: served.service.realtime.open == 0)
+    assert served.service.realtime.kept == 0
+
+
+def test_a_frame_that_is_too_large_and_a_session_that_cannot_begin(
+    make: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = make()
+    large = Socket(served)
+    large.created()
+    with suppress(ConnectionClosed):  # it may be closed while it is sent
+        large.inner.send("x" * (17 << 20))
+    assert large.closed() == 1009
+
+    def fail() -> None:
+        raise BackendError("no memory")
+
+    monkeypatch.setattr(served.service.session, "fork", fail)
+    assert Socket(served).closed() == 1013
+    wait_until(lambda: served.service.realtime.open == 0)
+
+
+def test_a_client_that_does_not_answer_is_lost(make: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniport.serve.server._PING", 0.2)
+    served = make()
+    alive = Socket(served, ping_interval=None)
+    alive.created()
+    dead = Socket(served, ping_interval=None)
+    dead.created()
+    dead.write("Hello")
+    monkeypatch.setattr(dead.inner.protocol, "send_pong", lambda data: None, raising=False)
+    monkeypatch.setattr(dead.inner.protocol, "receive_data", lambda data: None)
+    wait_until(lambda: served.service.realtime.kept == 1)
+    time.sleep(0.5)
+    alive.send("session.update", session=BY_HAND)
+    alive.until("session.updated")
