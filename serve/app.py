@@ -19,6 +19,7 @@ from .http.access import Access
 from .http.api_errors import ApiError
 from .http.request_scope import RequestScope
 from .http.routing import route
+from .page.assets import page_routes
 from .realtime.client_secrets import create_secret
 from .realtime.connection import realtime
 from .service import Service
@@ -50,6 +51,7 @@ def make_app(service: Service) -> Starlette:
 
 
 def _routes(service: Service) -> Iterable[BaseRoute]:
+    yield from page_routes(service)
     yield from route(service, "GET", "/health", operations.health, prefixed=False)
     yield from route(service, "GET", "/ready", operations.ready, prefixed=False)
     yield from route(service, "GET", "/version", operations.get_version, prefixed=False)

@@ -16,6 +16,8 @@ from .api_errors import ApiError
 
 #: what a load balancer asks, which has no key
 OPEN = frozenset({"/health", "/ready"})
+#: the web page's files, which are no secret: the page asks for the key
+_PAGE, _PAGE_FILES = "/", "/page/"
 #: what a WebSocket's subprotocol that is a key begins with
 _PROTOCOL_KEY = "openai-insecure-api-key."
 
@@ -44,7 +46,7 @@ class Access:
             raise _forbidden("host_not_allowed", f"this server is not called {host!r}: use 127.0.0.1 or localhost")
         if origin is not None and urlsplit(origin).netloc != host and origin not in self._settings.origins:
             raise _forbidden("origin_not_allowed", f"pages of {origin} may not call this server; see --cors-origin")
-        if self._keys and scope["path"] not in OPEN and not self._opens(given_key(scope), scope):
+        if self._keys and _needs_key(scope["path"]) and not self._opens(given_key(scope), scope):
             raise ApiError(
                 401,
                 "invalid_api_key",
@@ -61,6 +63,10 @@ class Access:
         """Every key is compared, each in constant time."""
         given = _digest(key)
         return bool(sum([hmac.compare_digest(given, known) for known in self._keys]))
+
+
+def _needs_key(path: str) -> bool:
+    return path not in OPEN and path != _PAGE and not path.startswith(_PAGE_FILES)
 
 
 def given_key(scope: Scope) -> str:
