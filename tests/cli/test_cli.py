@@ -628,6 +628,9 @@ def test_wheel_adds_the_optimum_sub_command(tmp_path: Path) -> None:
     templates = [path.relative_to(REPOSITORY) for path in REPOSITORY.glob("*/*/templates/*")]
     assert len(templates) == 6
     assert {f"omniport/{path.as_posix()}" for path in templates} <= set(listed)
+    page = [path.relative_to(REPOSITORY) for path in REPOSITORY.glob("serve/page/static/*")]
+    assert page
+    assert {f"omniport/{path.as_posix()}" for path in page} <= set(listed)
     assert not [name for name in listed if name.startswith("optimum/") and name.endswith("__init__.py")]
     assert {name.split("/")[0] for name in listed if ".dist-info" not in name} == {"omniport", "optimum"}
 
