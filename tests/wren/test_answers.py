@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace as changed
 from numpy.typing import NDArray
-from omniport.export.evaluation.hearing import Ear, Score
+from omniport.export.evaluation.hearing import Ear, Score, words
 from omniport.export.evaluation.questions import Answer, Question, QuestionSet, answers, read_questions
 from omniport.runtime.backends.base import (
     Array,
@@ -33,7 +34,7 @@ from omniport.runtime.backends.base import (
     RunHandle,
 )
 from omniport.runtime.backends.registry import open_backend
-from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.bundle.manifest import Manifest, SamplingConfig
 from omniport.runtime.bundle.reader import Bundle, read_manifest
 from omniport.runtime.events import AudioChunk, Done
 from omniport.runtime.session import OmniSession
@@ -77,14 +78,20 @@ def ear(asked: QuestionSet) -> Ear:
 
 @pytest.fixture(scope="module")
 def given(bundle: Path, asked: QuestionSet) -> list[Answer]:
-    """Answers to the first questions of each kind that the model answers right; no more than one of ten is wrong."""
-    chosen: list[Answer] = []
+    """Spoken answers to the first questions of each kind that the model answers right; it may miss one of five."""
+    chosen: list[Question] = []
     with OmniSession.open(bundle) as session:
+        greedy = changed(session.manifest.thinker_sampling, temperature=0.0, max_new_tokens=64)
         for kind, count in ASKED.items():
             questions = [q for q in asked.questions if q.kind == kind][: count + 1 + count // 4]
-            right = [answer for answer in answers(session, questions) if answer.right]
-            chosen += right[:count]
-    return chosen
+            right = (q for q in questions if text_of(session, q, greedy) == words(q.answer))
+            chosen += islice(right, count)
+        return list(answers(session, chosen))
+
+
+def text_of(session: OmniSession, question: Question, sampling: SamplingConfig) -> list[str]:
+    events = session.reply(question.messages, thinker=sampling)
+    return words(next(event.text for event in events if isinstance(event, Done)))
 
 
 def pitch(sound: NDArray[np.float32], rate: int = 24000) -> float:
@@ -258,6 +265,7 @@ def euler_weights() -> Iterator[None]:
         yield
 
 
+SOUND = Fault("no fault")
 FAULTS = (
     Fault("solver with wrong weights", patch=euler_weights),
     Fault("guidance of 0", edit=lambda bundle: edit_graph(bundle, "dit", no_guidance)),
@@ -270,7 +278,7 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+@pytest.mark.parametrize("fault", [SOUND, *FAULTS], ids=lambda fault: fault.name)
 def test_a_planted_fault_is_heard(fault: Fault, bundle: Path, given: list[Answer], ear: Ear, tmp_path: Path) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy, copy_function=os.link)
@@ -279,12 +287,12 @@ def test_a_planted_fault_is_heard(fault: Fault, bundle: Path, given: list[Answer
         (copy / file).unlink()
         (copy / file).write_bytes(content)
     fault.edit(copy)
-    questions: list[Question] = [answer.question for answer in given[:8]]
+    questions = [answer.question for answer in given[::4]]
     opened = Bundle.open(copy)
     backend = open_backend("ort-cpu", opened)
     if fault.feeds is not None:
         backend = _Fed(backend, *fault.feeds)
     with fault.patch(), OmniSession(opened, backend) as session:
-        said = list(answers(session, questions))
+        said = list(answers(session, questions, options={"solver": "midpoint"}))  # half the work
     found = complaints(said, ear)
-    assert found != []
+    assert (found == []) == (fault is SOUND), found
