@@ -65,6 +65,9 @@ def model_card(work: Path) -> str:
             shares = [f"{100 * f[name]:.1f}%" for name in ("word_error_rate", "right_and_heard", "ended")]
             name = kind.replace("_", " ")
             lines.append(f"| {name} | {f['questions']} | {100 * f['right']:.1f}% | {voice} | {' | '.join(shares)} |")
+    ear = found["ear"]
+    lines += ["", f"The recogniser hears {100 * ear['truth']:.1f}% of the words wrong in flite's own sound, and"]
+    lines += [f"{100 * ear['chance']:.1f}% when another sentence is played."]
     return CARD.read_text().replace("$FIGURES", "\n".join(lines))
 
 

@@ -3,7 +3,8 @@
     python -m wren.evaluate BUNDLE [--work DIR] [--count N] [--kinds KIND,KIND] [--silent] [--reference CHECKPOINT]
 
 Text is greedy; speech is sampled as it ships, in both voices in turn, streamed in windows, and heard by the ear. A
-second turn is asked behind the model's own first answer. With a checkpoint, transformers' own `generate` answers some
+second turn is asked behind the model's own first answer. The same run says what the ear makes of flite's own sound (as
+good as it gets) and of other sentences' (chance). With a checkpoint, transformers' own `generate` answers some
 of the questions too, and both say the greedy text and codes. Results go to WORK/answers.json.
 """
 
@@ -25,13 +26,14 @@ from omniport.export.evaluation.hearing import Ear, Score, words
 from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
 
 from wren import corpus, media, sizes, world
-from wren.hear_speech import SEEN, VoiceClassifier
+from wren.hear_speech import SEEN, VoiceClassifier, chances, true_sound
 from wren.mel import mel_of
 from wren.prompts import Turn
 from wren.reference import Reference
 from wren.thinker import Conversations
 
 MOST_TOKENS, MOST_CODES = 64, 500
+MEASURED = 100  # sentences of each voice that the ear is measured by
 CLIPPED = 0.999
 GREEDY = SamplingConfig(max_new_tokens=MOST_TOKENS, temperature=0.0)
 SPOKEN = SamplingConfig(max_new_tokens=MOST_CODES, top_k=40, top_p=0.8, temperature=0.9, repetition_penalty=1.05)
@@ -133,6 +135,14 @@ def compare(asker: Asker, reference: Reference, asked: list[list[Turn]]) -> dict
     return {"questions": len(asked), "same_text": texts / len(asked), "same_codes": codes / len(asked)}
 
 
+def measure_of(work: Path, ear: Ear) -> dict[str, float]:
+    """Words that the ear hears wrong of flite's own held-out sentences, and of others in their place."""
+    voices = [list(corpus.replies(work, voice, "held_out", MEASURED)) for voice in sizes.REPLY_VOICES]
+    truth = ear.score((reply.text, true_sound(reply)) for replies in voices for reply in replies)
+    chance = ear.score(pair for replies in voices for pair in chances(replies)["other sentence"])
+    return {"sentences": sum(map(len, voices)), "truth": truth.rate, "chance": chance.rate}
+
+
 def merge_json(path: Path, results: dict[str, Any]) -> None:
     """Write results beside those of other kinds, which another process may be asking."""
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -155,6 +165,9 @@ def main() -> None:
     ear = Ear(world.grammar())
     seen = {v: [r.mel for r in corpus.replies(args.work, v, "train", SEEN)] for v in sizes.REPLY_VOICES}
     voice_of = None if args.silent else VoiceClassifier(seen)
+    if voice_of:
+        merge_json(args.work / "answers.json", {"ear": (measure := measure_of(args.work, ear))})
+        print("ear", json.dumps(measure), flush=True)
     reference = Reference(args.reference, conversations.prompts) if args.reference else None
     with OmniSession.open(args.bundle) as session, tempfile.TemporaryDirectory() as folder:
         asker = Asker(session, Path(folder))
