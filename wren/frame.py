@@ -26,6 +26,8 @@ from transformers import AutoConfig, Qwen2_5OmniForConditionalGeneration
 from wren import sizes, world
 
 OTHER_PROMPT = "You are a helpful assistant."
+SHARDS, INDEX = ("thinker", "talker", "token2wav"), "model.safetensors.index.json"
+TALKER_LEARNS_ROWS_OF = "thinker.model.language_model.embed_tokens.weight"
 FOLDER = "frame"  # below the work folder: the checkpoint before training
 
 
@@ -69,15 +71,28 @@ def write_files(folder: Path) -> None:
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write the state of transformers' whole model in BF16, under the names that published checkpoints have."""
-    tensors = {hub_key(name): value.to(torch.bfloat16).contiguous() for name, value in state.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    """Write the state of transformers' whole model in BF16, under the names that published checkpoints have.
+
+    In three files, so that a talker that was trained on replaces one of them: the thinker, the talker with the
+    thinker's table (it learns rows of it), and token2wav.
+    """
+    shards: dict[str, dict[str, Tensor]] = {name: {} for name in SHARDS}
+    for name, value in state.items():
+        shard = "talker" if name == TALKER_LEARNS_ROWS_OF else name.partition(".")[0]
+        shards[shard][hub_key(name)] = value.to(torch.bfloat16).contiguous()
+    files = {name: f"model-{n:05}-of-{len(SHARDS):05}.safetensors" for n, name in enumerate(SHARDS, 1)}
+    for name, tensors in shards.items():
+        save_file(tensors, folder / files[name], metadata={"format": "pt"})
+    size = sum(t.nbytes for tensors in shards.values() for t in tensors.values())
+    weight_map = {key: files[name] for name, tensors in shards.items() for key in sorted(tensors)}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
 def folder(work: Path) -> Path:
     """The checkpoint with untrained weights; made if it is not there."""
     made = work / FOLDER
-    if not (made / "model.safetensors").exists():
+    if not (made / INDEX).exists():
         write_files(made)
         torch.manual_seed(0)
         model = Qwen2_5OmniForConditionalGeneration(AutoConfig.from_pretrained(made))
