@@ -34,7 +34,6 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "permissions-policy": "microphone=(self), camera=(self)",
-    "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-cache",
 }
 

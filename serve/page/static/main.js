@@ -24,7 +24,7 @@ const page = {
     box.dataset.kind = kind;
     box.querySelector("p").textContent = told.message ?? told;
     box.hidden = false;
-    if (told.status === 401) openSettings();
+    if (told.status === 401) openSettings(getKey() ? told.message : "");
   },
 };
 
@@ -42,8 +42,9 @@ function showScreen() {
   screens.status.watch(name === "status");
 }
 
-function openSettings() {
+function openSettings(told = "") {
   if ($("settings").open) return;
+  $("key-told").textContent = told;
   $("key").value = getKey();
   $("settings").showModal();
 }
@@ -71,7 +72,7 @@ function describe(name, { voices, modalities, input }) {
   $("camera-row").hidden = !input.includes("image");
 }
 
-$("settings-open").onclick = openSettings;
+$("settings-open").onclick = () => openSettings();
 $("settings").onclose = () => {
   if ($("key-row").hidden || $("key").value === getKey()) return;
   setKey($("key").value.trim());

@@ -45,7 +45,7 @@ export class Plot {
     this.drawing.setAttribute("aria-label", `${this.title}: ${this.value.textContent}; ${this.scale.textContent}`);
     const x = (time) => (WIDTH * (1 - (now - time) / SPAN)).toFixed(1);
     const y = (value) => (HEIGHT - 3 - (value / most) * (HEIGHT - 8)).toFixed(1);
-    const path = known.map(({ time, value }, i) => `${i ? "L" : "M"}${x(time)} ${y(value)}`).join("");
+    const path = known.map(({ time, value }, i) => `${i ? "L" : "M"}${x(time)} ${y(value)}h0.1`).join("");
     this.drawing.replaceChildren(
       svg("line", { class: "axis", x1: 0, x2: WIDTH, y1: HEIGHT - 2, y2: HEIGHT - 2 }),
       svg("path", { class: "area", d: last ? `${path}V${HEIGHT - 2}H${x(known[0].time)}Z` : "" }),

@@ -49,7 +49,7 @@ export class Status {
     this.tiles(capacity, metrics);
     this.stages(metrics);
     const now = performance.now() / 1000;
-    const since = (name) => mean(metrics, this.before, name);
+    const since = (name) => mean(metrics, this.before ?? metrics, name);
     this.plots.first.add(now, since("first_audio_seconds"));
     this.plots.rate.add(now, since("real_time_factor"));
     this.plots.active.add(now, capacity.active + capacity.waiting);

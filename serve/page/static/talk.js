@@ -33,7 +33,7 @@ export class Talk {
     this.running = this.connecting = true;
     this.page.notice(null);
     this.show("Connecting…");
-    $("talk-start").textContent = "Stop";
+    this.setStart("Stop");
     try {
       this.player = await openPlayer().catch(() => null); // without a secure page the microphone says why
       this.microphone = await Microphone.open((samples, level) => this.hear(samples, level));
@@ -66,7 +66,7 @@ export class Talk {
     this.player?.stop();
     this.server = this.microphone = this.player = this.open = null;
     this.levels.clear();
-    $("talk-start").textContent = "Start";
+    this.setStart("Start");
     this.setButton(false);
     $("push").disabled = true;
     this.show("Press Start, and speak.");
@@ -164,6 +164,11 @@ export class Talk {
     this.server.send("input_audio_buffer.commit");
     this.server.send("response.create");
     this.show("Thinking…");
+  }
+
+  setStart(text) {
+    $("talk-start").textContent = text;
+    $("talk-start").classList.toggle("primary", text === "Start");
   }
 
   setButton(pressed) {

@@ -65,6 +65,7 @@ export class Transcript {
   constructor(list) {
     this.list = list;
     new MutationObserver(() => this.follow()).observe(list, { childList: true, subtree: true, characterData: true });
+    new ResizeObserver(() => this.follow()).observe(list);
     list.addEventListener("scroll", () => (this.away = list.scrollHeight - list.scrollTop - list.clientHeight > 60));
   }
 
