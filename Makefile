@@ -2,6 +2,7 @@
 # make demo: install, then export a random-weight model and let it answer a spoken question
 # make wren: train Wren from nothing (hours; it goes on where it stopped), export it and ask it questions
 # make docs: write the pages that come from the code
+# make serve-check: the web page of `omniport serve` in Chromium, which has to be installed
 # make gpu-check: install what the GPU found here can use, run the tests that need one, then measure it
 #     (docs/results/gpu-NAME.json)
 # make fuzz: mutated files, messages, arguments and turns for an hour (docs/results/fuzz.md)
@@ -16,7 +17,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint types types-windows demo wren docs fuzz extras install-check tensorrt-contract build-matrix bench-check gpu-check clean
+.PHONY: test lint types types-windows demo wren docs fuzz extras install-check tensorrt-contract build-matrix bench-check gpu-check serve-check clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -114,6 +115,10 @@ gpu-check: $(INSTALLED)
 	$(PYTHON) -m scripts.install_backends --gpu-check
 	$(PYTHON) -m pytest -q -m gpu tests/benchmarks/test_gpu.py
 	$(PYTHON) -m benchmarks.gpu_check
+
+serve-check: $(INSTALLED)
+	$(PYTHON) -m pip install --quiet playwright
+	$(PYTHON) -m pytest -q -m browser tests/serve/page
 
 clean:
 	rm -rf $(VENV) demo build .mypy_cache .pytest_cache .ruff_cache
