@@ -26,6 +26,7 @@ MACHINES = {
 GROUPS: dict[tuple[str, ...], tuple[str, str]] = {
     ("media", "live", "export", "calib"): ("torch", "onnxruntime"),
     ("serve",): ("starlette", "pydantic"),
+    ("wyoming",): ("wyoming", "pydantic"),
     ("ort",): ("onnxruntime", "onnxruntime-gpu"),
     ("ort-gpu",): ("nvidia-cudnn", ""),
 }

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from omniport.runtime import OmniSession
@@ -20,6 +21,9 @@ from .service import Service
 from .settings import Settings
 from .systemd import Supervisor
 
+if TYPE_CHECKING:
+    from .wyoming.listener import WyomingListener
+
 #: seconds between pings of a WebSocket, and until one that does not answer is lost
 _PING = 20.0
 
@@ -29,10 +33,14 @@ class Server(uvicorn.Server):
 
     Args:
         app: of the service.
+
+    Attributes:
+        wyoming: listens beside it, if it shall.
     """
 
     def __init__(self, service: Service, app: Starlette) -> None:
         self._service, self._supervisor = service, Supervisor()
+        self.wyoming = _listen_to_wyoming(service)
         self._drain_seconds = service.settings.limits.drain_seconds
         super().__init__(
             uvicorn.Config(
@@ -52,13 +60,25 @@ class Server(uvicorn.Server):
         self._supervisor.turn(self._service.state)
         return await super().on_tick(counter)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.wyoming is not None:
+            await self.wyoming.start()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.drain()
         due = time.monotonic() + self._drain_seconds
-        while self._service.realtime.open and not self.force_exit and time.monotonic() < due:
+        while self._busy and not self.force_exit and time.monotonic() < due:
             self._supervisor.turn(self._service.state)
             await asyncio.sleep(0.05)
+        if self.wyoming is not None:
+            await self.wyoming.stop()
         await super().shutdown(sockets)
+
+    @property
+    def _busy(self) -> bool:
+        """Clients that stay connected wait for something."""
+        return bool(self._service.realtime.open) or (self.wyoming is not None and self.wyoming.busy)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.drain()
@@ -92,8 +112,8 @@ def serve(session: OmniSession, settings: Settings, listening: Callable[[str], N
         raise service.failure
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections.
+def listen(host: str, port: int, options: str = "--host or --port") -> socket.socket:
+    """A socket that takes connections; ``options`` are those that choose another address.
 
     It is of the protocol TCP by name: for others asyncio leaves Nagle's algorithm on, which holds a stream's next piece
     back until the client has acknowledged the last, by 40 ms.
@@ -116,7 +136,15 @@ def listen(host: str, port: int) -> socket.socket:
             raise
         return bound
     except (OSError, OverflowError, UnicodeError) as error:
-        raise UsageError(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from error
+        raise UsageError(f"cannot listen on {host} port {port}: {error}; choose another {options}") from error
+
+
+def _listen_to_wyoming(service: Service) -> WyomingListener | None:
+    if service.settings.wyoming is None:
+        return None
+    from .wyoming.listener import WyomingListener  # wants a package of its own
+
+    return WyomingListener(service, listen(*service.settings.wyoming, options="--wyoming"))
 
 
 def _url(settings: Settings, bound: socket.socket) -> str:

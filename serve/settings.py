@@ -58,6 +58,7 @@ class Settings:
         url_hosts: from which media are fetched by https; none else.
         dialect: DashScope's streams of wav sound have no header. It and ``beta`` speak the earlier form of the Realtime
             protocol from the beginning, without being asked.
+        wyoming: host and port for Wyoming's clients, who have no keys.
         transcribe: what was said to Realtime sessions that ask for it, after the reply; or not at all.
 
     Raises:
@@ -78,6 +79,7 @@ class Settings:
     url_hosts: tuple[str, ...] = ()
     dialect: Dialect = "openai"
     transcribe: Transcribe = "after"
+    wyoming: tuple[str, int] | None = None
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
@@ -85,6 +87,11 @@ class Settings:
             raise UsageError(
                 f"{self.host} can be reached from other machines, and no key is set: give --api-key-file FILE or set "
                 "OMNIPORT_API_KEY, listen on 127.0.0.1, or add --no-auth to let everybody in"
+            )
+        if self.wyoming is not None and not (self.no_auth or is_loopback(self.wyoming[0])):
+            raise UsageError(
+                f"{self.wyoming[0]} can be reached from other machines, and Wyoming has no keys: give --wyoming PORT "
+                "for 127.0.0.1, or add --no-auth to let everybody in"
             )
         if any(not key.isascii() or not key.isprintable() or " " in key for key in self.keys):
             raise UsageError("a key holds characters that no header can: use letters, digits, '-' and '_'")

@@ -26,6 +26,16 @@ def _pairs(given: list[str] | None) -> dict[str, str]:
     return {name: voice for name, _, voice in pairs}
 
 
+def _address(given: str | None) -> tuple[str, int] | None:
+    """``[HOST:]PORT``."""
+    if given is None:
+        return None
+    host, _, port = given.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        raise typer.BadParameter(f"{given!r} is not [HOST:]PORT.", param_hint="--wyoming")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
 def command(
     bundle: BundleArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own want a key.")] = (
@@ -72,6 +82,14 @@ def command(
     run_limit: Annotated[
         float | None, typer.Option(min=0.001, metavar="SECONDS", help="For one run of a graph at most.")
     ] = None,
+    wyoming: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:]PORT",
+            help="Also listen for Home Assistant's Wyoming protocol, as a rule on port 10300. It has no keys: another "
+            "address than this machine's own wants --no-auth.",
+        ),
+    ] = None,
     dialect: Annotated[
         str,
         one_of(
@@ -94,6 +112,8 @@ def command(
     when those under way have.
     """
     require_extra("serve", "starlette", "uvicorn", "prometheus_client", "python_multipart", "websockets")
+    if wyoming is not None:
+        require_extra("wyoming", "wyoming")
     from omniport.runtime import OmniSession
     from omniport.runtime.errors import UsageError
     from omniport.serve.http.access import read_keys
@@ -123,6 +143,7 @@ def command(
         url_hosts=tuple(host.lower() for host in allow_url or ()),
         sessions=sessions,
         active=active,
+        wyoming=_address(wyoming),
         resume_seconds=resume_s,
         limits=Limits(queue=queue),
         **chosen,

@@ -21,6 +21,7 @@ class Served:
     """A service over a bundle made by hand; with ``start`` it listens on loopback.
 
     Attributes:
+        url, wyoming: where it listens.
         live: the session and its fake graphs, whose replies can be scripted.
     """
 
@@ -30,12 +31,15 @@ class Served:
         self.service.state = "ready"
         self.app = make_app(self.service)
         self.url = ""
+        self.wyoming = ("", 0)
         self._clients: list[openai.OpenAI] = []
 
     def start(self) -> Served:
         bound = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         self._server = Server(self.service, self.app)
+        if self._server.wyoming is not None:
+            self.wyoming = self._server.wyoming.address
         self._thread = threading.Thread(target=self._server.run, args=([bound],), daemon=True)
         self._thread.start()
         return self

@@ -1,0 +1,234 @@
+"""One client: its events are taken as they come, what they ask for is done one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from wyoming.asr import Transcribe
+from wyoming.error import Error
+from wyoming.event import Event, Eventable, async_write_event
+from wyoming.info import Describe
+from wyoming.ping import Ping, Pong
+from wyoming.tts import SynthesizeStopped
+
+from ..http.api_errors import ApiError, invalid, not_ready, told_late
+from ..service import Service
+from .described import described
+from .event_reader import NoEvent, read_event
+from .recording import Recording
+from .replies import Replies
+from .sentences import Sentences
+
+_LOG = logging.getLogger(__name__)
+#: texts that wait to be spoken, and requests that wait, at most
+_TEXTS, _REQUESTS = 256, 4
+
+
+class Client:
+    """A connection.
+
+    Attributes:
+        busy: something is done that it has asked for.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, service: Service, replies: Replies
+    ) -> None:
+        self._reader, self._writer = reader, writer
+        self._service, self._replies = service, replies
+        self._recording: Recording | None = None
+        self._asked = Transcribe()
+        self._sentences = Sentences()
+        self._texts: asyncio.Queue[str | None] | None = None  # of a text that comes in pieces
+        self._requests: list[asyncio.Task[None]] = []
+        self._writing = asyncio.Lock()
+        self._handlers: dict[str, Callable[[Event], Awaitable[None]]] = {
+            Describe().event().type: self._describe,
+            "ping": self._ping,
+            "transcribe": self._transcribe,
+            "audio-start": self._start_recording,
+            "audio-chunk": self._record,
+            "audio-stop": self._stop_recording,
+            "transcript": self._handle,
+            "synthesize": self._synthesize,
+            "synthesize-start": self._start_text,
+            "synthesize-chunk": self._add_text,
+            "synthesize-stop": self._stop_text,
+        }
+
+    @property
+    def busy(self) -> bool:
+        return any(not request.done() for request in self._requests)
+
+    async def run(self) -> None:
+        """Until the client leaves: then nothing is made for it any more."""
+        try:
+            while (event := await read_event(self._reader, self._service.settings.limits.upload_seconds)) is not None:
+                handler = self._handlers.get(event.type)
+                if handler is not None:  # others are none of ours
+                    await self._guarded(handler(event))
+        except NoEvent as error:
+            await self._tell(invalid(str(error)))
+        except (ConnectionError, asyncio.TimeoutError):
+            pass
+        finally:
+            if self.busy:
+                self._service.measurements.interrupted("client_left")
+            for request in self._requests:
+                request.cancel()
+            await asyncio.gather(*self._requests, return_exceptions=True)
+            self._writer.close()
+
+    async def send(self, told: Eventable) -> None:
+        """Send an event, once there is room.
+
+        Raises:
+            TimeoutError: the client takes nothing. ConnectionError: it has left.
+        """
+        async with self._writing:
+            await asyncio.wait_for(
+                async_write_event(told.event(), self._writer), self._service.settings.limits.unread_seconds
+            )
+
+    async def _guarded(self, work: Awaitable[None]) -> None:
+        """An error is told, and the client goes on."""
+        try:
+            await work
+        except (ConnectionError, asyncio.TimeoutError):
+            self._writer.close()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+            await self._tell(error if isinstance(error, ApiError) else told_late(error))
+
+    async def _tell(self, error: ApiError) -> None:
+        try:
+            await self.send(Error(str(error), error.code))
+        except (ConnectionError, asyncio.TimeoutError):
+            self._writer.close()
+
+    def _begin(self, route: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do this when what was asked for before is done."""
+        self._requests = [request for request in self._requests if not request.done()]
+        before = self._requests[-1:]
+        if len(self._requests) >= _REQUESTS:
+            work.close()
+            raise ApiError(429, "session_limit_reached", "as many requests of this connection wait as may")
+        if self._service.state != "ready":
+            work.close()
+            raise not_ready(self._service.state)
+
+        async def run() -> None:
+            status = 499
+            try:
+                if before:
+                    await asyncio.wait(before)
+                await work
+                status = 200
+            except Exception as error:
+                status = error.status if isinstance(error, ApiError) else 500
+                raise
+            finally:
+                work.close()
+                self._service.measurements.request(f"wyoming/{route}", status)
+                _LOG.info("Wyoming %s %d", route, status)
+
+        self._requests.append(asyncio.ensure_future(self._guarded(run())))
+
+    async def _describe(self, event: Event) -> None:
+        await self.send(described(self._service))
+
+    async def _ping(self, event: Event) -> None:
+        await self.send(Pong(Ping.from_event(event).text))
+
+    # -- hearing
+
+    async def _transcribe(self, event: Event) -> None:
+        self._asked = Transcribe.from_event(event)
+
+    async def _start_recording(self, event: Event) -> None:
+        self._recording = Recording(self._service.settings.limits.audio_seconds)
+
+    async def _record(self, event: Event) -> None:
+        if self._recording is not None:
+            try:
+                self._recording.add(event.data, event.payload or b"")
+            except ApiError:
+                self._recording = None  # told once, and what follows of it is ignored
+                raise
+
+    async def _stop_recording(self, event: Event) -> None:
+        recording, self._recording = self._recording, None
+        asked, self._asked = self._asked, Transcribe()
+        if recording is not None:
+            language = asked.language if isinstance(asked.language, str) else None
+            work = self._replies.transcribe(recording.take(), language, _hint(asked), self.send)
+            self._begin("asr", work)
+
+    # -- answering
+
+    async def _handle(self, event: Event) -> None:
+        text, context = event.data.get("text"), event.data.get("context")
+        if not isinstance(text, str) or not text.strip():
+            raise invalid("there is no text to answer", "text")
+        self._begin("handle", self._replies.handle(text, context if isinstance(context, dict) else None, self.send))
+
+    # -- speaking
+
+    async def _synthesize(self, event: Event) -> None:
+        if self._texts is not None:
+            return  # the whole of a text that came in pieces, for servers that do not take those
+        sentences = Sentences()
+        parts = sentences.add(event.data.get("text")) + sentences.finish()
+
+        async def texts() -> AsyncIterator[str]:
+            for part in parts:
+                yield part
+
+        self._begin("tts", self._speak(texts(), _voice(event)))
+
+    async def _start_text(self, event: Event) -> None:
+        if self._texts is not None:
+            self._texts.put_nowait(None)
+        queue: asyncio.Queue[str | None] = asyncio.Queue(_TEXTS)
+        self._texts = queue
+        self._sentences = Sentences()
+
+        async def texts() -> AsyncIterator[str]:
+            while (text := await queue.get()) is not None:
+                yield text
+
+        async def speak() -> None:
+            await self._speak(texts(), _voice(event))
+            await self.send(SynthesizeStopped())
+
+        self._begin("tts", speak())
+
+    async def _add_text(self, event: Event) -> None:
+        if self._texts is not None:
+            for text in self._sentences.add(event.data.get("text")):
+                await self._texts.put(text)
+
+    async def _stop_text(self, event: Event) -> None:
+        queue, self._texts = self._texts, None
+        if queue is not None:
+            for text in [*self._sentences.finish(), None]:
+                await queue.put(text)
+
+    async def _speak(self, texts: AsyncIterator[str], voice: str | None) -> None:
+        async with aclosing(texts):  # type: ignore[type-var]
+            await self._replies.speak(texts, voice, self.send)
+
+
+def _voice(event: Event) -> str | None:
+    voice = event.data.get("voice")
+    name = voice.get("name") if isinstance(voice, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _hint(asked: Transcribe) -> str | None:
+    """Words that may occur."""
+    given = [*(asked.transcript_names or []), *(asked.transcript_terms or [])]
+    return ", ".join(word for word in given[:100] if isinstance(word, str)) or None

@@ -1,0 +1,70 @@
+"""Listens for Wyoming clients beside HTTP, in the same event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+
+from wyoming.error import Error
+
+from ..service import Service
+from .client import Client
+from .event_reader import HEADER
+from .replies import Replies
+
+_LOG = logging.getLogger(__name__)
+#: connections at once: a recording takes up to 20 MB
+_MOST = 32
+
+
+class WyomingListener:
+    """Takes connections from ``start`` to ``stop``."""
+
+    def __init__(self, service: Service, bound: socket.socket) -> None:
+        self._service, self._bound = service, bound
+        self._replies = Replies(service)
+        self._clients: dict[Client, asyncio.Task[None]] = {}
+        self._server: asyncio.Server | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        host, port = self._bound.getsockname()[:2]
+        return host, port
+
+    @property
+    def busy(self) -> bool:
+        """A client waits for something."""
+        return any(client.busy for client in self._clients)
+
+    async def start(self) -> None:
+        """Take connections."""
+        _LOG.info("Wyoming on %s port %d", *self.address)
+        self._server = await asyncio.start_server(self._connected, sock=self._bound, limit=HEADER)
+
+    async def stop(self) -> None:
+        """Take none, and end those that there are."""
+        if self._server is not None:
+            self._server.close()
+        tasks = [*self._clients.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        client = Client(reader, writer, self._service, self._replies)
+        task = asyncio.current_task()
+        if len(self._clients) >= _MOST or task is None:
+            await client.send(Error("as many clients are connected as may", "session_limit_reached"))
+            writer.close()
+            return
+        self._clients[client] = task
+        try:
+            await client.run()
+        except asyncio.CancelledError:
+            pass  # the server stops
+        except Exception:  # noqa: BLE001 - the next client is served
+            _LOG.exception("a Wyoming client failed")
+        finally:
+            del self._clients[client]
