@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from omniport.serve.realtime import voice_activity
 from support.live_turns import Gate, voice
+from support.loudness import Loudness
 from support.realtime import SAID, ask, connected, kinds, pcm, until
 from support.served import Served
 from websockets.exceptions import ConnectionClosed
@@ -17,16 +17,6 @@ from websockets.exceptions import ConnectionClosed
 RATE = 24000
 SILENT = np.zeros(RATE, np.float32)
 BY_HAND = {"audio": {"input": {"turn_detection": None}}}
-
-
-class Loudness:
-    """In the place of Silero VAD, which hears no speech in noise."""
-
-    def __call__(self, samples: NDArray[np.float32]) -> float:
-        return float(np.abs(samples).max() > 0.01)
-
-    def reset(self) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)
