@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import itertools
 import os
 import shutil
@@ -30,6 +31,13 @@ os.environ["OMNIPORT_CACHE"] = str(_SHARED)
 if (_kept := os.environ.get("OMNIPORT_TEST_GRAPHS")) and not _WORKER:
     Path(_kept).mkdir(parents=True, exist_ok=True)
     (_SHARED / "graphs").symlink_to(_kept)
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of tests and their imports stay to the end. Left out of collections, these take no time, and there are
+    # many: one for every part that is exported or validated, and one for every planted failure of a driver's call.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
