@@ -26,6 +26,8 @@ from wyoming.ping import Ping
 from wyoming.tts import Synthesize, SynthesizeChunk, SynthesizeStart, SynthesizeStop, SynthesizeVoice
 
 SAID = "Hello"
+#: a second of speech: what the fake says of itself may be none
+CODES = [3, 5, 7, 11, 13] * 10
 Talk = Callable[[AsyncTcpClient], Awaitable[Any]]
 
 
@@ -35,7 +37,7 @@ def make(root: Path) -> Iterator[Callable[..., Served]]:
 
     def build(**settings: Any) -> Served:
         made.append(Served(root, wyoming=("127.0.0.1", 0), **settings).start())
-        made[-1].live.script(SAID)
+        made[-1].live.script(SAID, CODES)
         return made[-1]
 
     yield build

@@ -15,6 +15,8 @@ from .served import Served
 
 #: what the model says: the bundle stops after eight tokens
 SAID = "Hello"
+#: a second of speech: what the fake says of itself may be none
+CODES = [3, 5, 7, 11, 13] * 10
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.live_turns import Gate, voice
 from support.loudness import Loudness
-from support.realtime import SAID
+from support.realtime import CODES, SAID
 from support.served import Served
 
 realtime = pytest.importorskip("agents.realtime", reason="openai-agents is not installed: pip install openai-agents")
@@ -19,7 +19,7 @@ RATE = 24000
 @pytest.fixture(autouse=True)
 def scripted(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omniport.serve.realtime.voice_activity.SileroVad", Loudness)
-    served.live.script(SAID)
+    served.live.script(SAID, CODES)
 
 
 class Talk:

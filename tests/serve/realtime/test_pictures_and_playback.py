@@ -11,7 +11,7 @@ import pytest
 from openai.resources.realtime.realtime import RealtimeConnection
 from PIL import Image
 from support.live_turns import Gate, voice
-from support.realtime import SAID, ask, connected, kinds, pcm, until
+from support.realtime import CODES, SAID, ask, connected, kinds, pcm, until
 from support.served import Served
 
 RATE = 24000
@@ -20,7 +20,7 @@ BY_HAND = {"audio": {"input": {"turn_detection": None}}}
 
 @pytest.fixture(autouse=True)
 def scripted(served: Served) -> None:
-    served.live.script(SAID)
+    served.live.script(SAID, CODES)
 
 
 def picture(shade: int = 100, size: tuple[int, int] = (84, 56)) -> str:

@@ -10,7 +10,7 @@ import pytest
 from omniport.serve.realtime import voice_activity
 from support.live_turns import Gate, voice
 from support.loudness import Loudness
-from support.realtime import SAID, ask, connected, kinds, pcm, until
+from support.realtime import CODES, SAID, ask, connected, kinds, pcm, until
 from support.served import Served
 from websockets.exceptions import ConnectionClosed
 
@@ -232,6 +232,7 @@ def test_who_says_nothing_for_a_while_is_spoken_to(served: Served) -> None:
 
 
 def test_what_was_cut_off_is_told_to_who_asked(served: Served) -> None:
+    served.live.script(SAID, CODES)
     with connected(served, **BY_HAND, omniport={"events": True}) as connection:
         (item,) = ask(connection, "Hello")[-2].response.output
         connection.send({"type": "omniport.playback", "item_id": item.id, "played_ms": 0})  # type: ignore[misc, arg-type]
