@@ -1,0 +1,64 @@
+"""Hold conversations with the Realtime clients of others, unmodified, which the `test` extra leaves out.
+
+    python -m scripts.check_clients
+
+They are installed beside what is installed here, not into it: into a folder of their own, together with what they want.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PYTHON_CLIENTS = ("openai-agents>=0.24", "livekit-plugins-openai>=1.8", "pipecat-ai>=1.14")
+NODE_CLIENTS = ("@openai/agents-realtime@0.20", "ws")
+TESTS = ("test_openai_agents.py", "test_livekit.py", "test_pipecat.py", "test_agents_realtime_js.py")
+
+
+def install(folder: Path) -> Path:
+    """A Python that has these clients, and all that this one has."""
+    python = folder / "python" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        venv.create(folder / "python", with_pip=True)
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(subprocess.check_output([python, "-c", where], text=True).strip())
+    ours = [path for path in site.getsitepackages() if Path(path).is_dir()]
+    lines = [f"import site; site.addsitedir({path!r})" for path in ours]  # so that editable installs are found, too
+    (packages / "beside.pth").write_text("\n".join(lines) + "\n")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *PYTHON_CLIENTS], check=True)
+    return python
+
+
+def install_for_node(folder: Path) -> Path | None:
+    """The folder of Node's clients; None without npm."""
+    npm = shutil.which("npm")
+    if npm is None:
+        print("no npm here: @openai/agents-realtime is not tried")
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "package.json").write_text("{}\n")
+    options = ["--no-audit", "--no-fund", "--loglevel", "error"]
+    subprocess.run([npm, "install", *options, *NODE_CLIENTS], cwd=folder, check=True)
+    return folder / "node_modules"
+
+
+def main() -> int:
+    """Install, and run the tests."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / "build" / "clients", help="where to install")
+    folder = parser.parse_args().folder
+    python, modules = install(folder), install_for_node(folder / "node")
+    environment = os.environ | ({} if modules is None else {"NODE_PATH": str(modules)})
+    tests = [str(REPOSITORY / "tests" / "serve" / "realtime" / name) for name in TESTS]
+    return subprocess.run([python, "-m", "pytest", "-q", "-rs", *tests], cwd=REPOSITORY, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
