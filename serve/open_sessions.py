@@ -78,8 +78,10 @@ class OpenSessions:
         self.open -= 1
 
     def keep(self, held: Held) -> None:
-        """Its client was lost."""
+        """It has no client. Keeping it twice does nothing."""
         key = _digest(held.token)
+        if key in self._kept:
+            return
         forget: Callable[[], object] = lambda: asyncio.ensure_future(self._forget(key))  # noqa: E731
         self._kept[key] = asyncio.get_running_loop().call_later(self.seconds, forget)
 

@@ -48,6 +48,8 @@ async def realtime(websocket: WebSocket, service: Service) -> None:
         await _serve(websocket, service, held)
     finally:
         service.realtime.leave()
+        if held is not None and held.unconnected.is_set() and not held.ended:
+            service.realtime.keep(held)  # the client has left before it took the session up
 
 
 async def _refuse(websocket: WebSocket, told: ApiError) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from functools import partial
 
 from wyoming.asr import Transcribe
 from wyoming.error import Error
@@ -24,8 +24,10 @@ from .replies import Replies
 from .sentences import Sentences
 
 _LOG = logging.getLogger(__name__)
-#: texts that wait to be spoken, and requests that wait, at most
-_TEXTS, _REQUESTS = 256, 4
+#: requests that wait at most
+_REQUESTS = 4
+#: what the log and the measurements call a request whose client has left
+_CLIENT_LEFT = 499
 
 
 class Client:
@@ -70,7 +72,7 @@ class Client:
             while (event := await read_event(self._reader, self._service.settings.limits.upload_seconds)) is not None:
                 handler = self._handlers.get(event.type)
                 if handler is not None:  # others are none of ours
-                    await self._guarded(handler(event))
+                    await self._guarded(partial(handler, event))
         except NoEvent as error:
             await self._tell(invalid(str(error)))
         except (ConnectionError, asyncio.TimeoutError):
@@ -94,14 +96,18 @@ class Client:
                 async_write_event(told.event(), self._writer), self._service.settings.limits.unread_seconds
             )
 
-    async def _guarded(self, work: Awaitable[None]) -> None:
-        """An error is told, and the client goes on."""
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> int:
+        """An error is told, and the client goes on; an HTTP status."""
         try:
-            await work
+            await work()
         except (ConnectionError, asyncio.TimeoutError):
             self._writer.close()
+            return _CLIENT_LEFT
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told
-            await self._tell(error if isinstance(error, ApiError) else told_late(error))
+            told = error if isinstance(error, ApiError) else told_late(error)
+            await self._tell(told)
+            return told.status
+        return 200
 
     async def _tell(self, error: ApiError) -> None:
         try:
@@ -109,33 +115,24 @@ class Client:
         except (ConnectionError, asyncio.TimeoutError):
             self._writer.close()
 
-    def _begin(self, route: str, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, route: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do this when what was asked for before is done."""
         self._requests = [request for request in self._requests if not request.done()]
-        before = self._requests[-1:]
         if len(self._requests) >= _REQUESTS:
-            work.close()
             raise ApiError(429, "session_limit_reached", "as many requests of this connection wait as may")
         if self._service.state != "ready":
-            work.close()
             raise not_ready(self._service.state)
+        self._requests.append(asyncio.ensure_future(self._request(route, work, self._requests[-1:])))
 
-        async def run() -> None:
-            status = 499
-            try:
-                if before:
-                    await asyncio.wait(before)
-                await work
-                status = 200
-            except Exception as error:
-                status = error.status if isinstance(error, ApiError) else 500
-                raise
-            finally:
-                work.close()
-                self._service.measurements.request(f"wyoming/{route}", status)
-                _LOG.info("Wyoming %s %d", route, status)
-
-        self._requests.append(asyncio.ensure_future(self._guarded(run())))
+    async def _request(self, route: str, work: Callable[[], Awaitable[None]], before: list[asyncio.Task[None]]) -> None:
+        status = _CLIENT_LEFT
+        try:
+            if before:
+                await asyncio.wait(before)
+            status = await self._guarded(work)
+        finally:
+            self._service.measurements.request(f"wyoming/{route}", status)
+            _LOG.info("Wyoming %s %d", route, status)
 
     async def _describe(self, event: Event) -> None:
         await self.send(described(self._service))
@@ -164,8 +161,8 @@ class Client:
         asked, self._asked = self._asked, Transcribe()
         if recording is not None:
             language = asked.language if isinstance(asked.language, str) else None
-            work = self._replies.transcribe(recording.take(), language, _hint(asked), self.send)
-            self._begin("asr", work)
+            sound = recording.take()
+            self._begin("asr", lambda: self._replies.transcribe(sound, language, _hint(asked), self.send))
 
     # -- answering
 
@@ -173,7 +170,8 @@ class Client:
         text, context = event.data.get("text"), event.data.get("context")
         if not isinstance(text, str) or not text.strip():
             raise invalid("there is no text to answer", "text")
-        self._begin("handle", self._replies.handle(text, context if isinstance(context, dict) else None, self.send))
+        known = context if isinstance(context, dict) else None
+        self._begin("handle", lambda: self._replies.handle(text, known, self.send))
 
     # -- speaking
 
@@ -187,14 +185,11 @@ class Client:
             for part in parts:
                 yield part
 
-        self._begin("tts", self._speak(texts(), _voice(event)))
+        self._begin("tts", lambda: self._speak(texts(), _voice(event)))
 
     async def _start_text(self, event: Event) -> None:
-        if self._texts is not None:
-            self._texts.put_nowait(None)
-        queue: asyncio.Queue[str | None] = asyncio.Queue(_TEXTS)
-        self._texts = queue
-        self._sentences = Sentences()
+        await self._stop_text(event)
+        queue: asyncio.Queue[str | None] = asyncio.Queue()  # bounded by the length of the text
 
         async def texts() -> AsyncIterator[str]:
             while (text := await queue.get()) is not None:
@@ -204,18 +199,19 @@ class Client:
             await self._speak(texts(), _voice(event))
             await self.send(SynthesizeStopped())
 
-        self._begin("tts", speak())
+        self._begin("tts", speak)
+        self._texts, self._sentences = queue, Sentences()
 
     async def _add_text(self, event: Event) -> None:
         if self._texts is not None:
             for text in self._sentences.add(event.data.get("text")):
-                await self._texts.put(text)
+                self._texts.put_nowait(text)
 
     async def _stop_text(self, event: Event) -> None:
         queue, self._texts = self._texts, None
         if queue is not None:
             for text in [*self._sentences.finish(), None]:
-                await queue.put(text)
+                queue.put_nowait(text)
 
     async def _speak(self, texts: AsyncIterator[str], voice: str | None) -> None:
         async with aclosing(texts):  # type: ignore[type-var]

@@ -53,6 +53,7 @@ class WyomingListener:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # finds those that vanish
         client = Client(reader, writer, self._service, self._replies)
         task = asyncio.current_task()
         if len(self._clients) >= _MOST or task is None:

@@ -19,7 +19,7 @@ from support.served import Served
 from wyoming.asr import Transcribe, Transcript
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.client import AsyncTcpClient
-from wyoming.event import Event, Eventable
+from wyoming.event import Event, Eventable, write_event
 from wyoming.handle import Handled
 from wyoming.info import Describe, Info
 from wyoming.ping import Ping
@@ -236,6 +236,28 @@ def test_a_client_that_leaves_cancels(served: Served) -> None:
         served.live.backend.graphs["thinker"] = gate.inner
     assert served.quiet(), "its place is free"
     assert 'omniport_requests_total{route="wyoming/handle",status="499"} 1.0' in served.http().get("/metrics").text
+
+
+def test_clients_that_leave_at_once_free_all(served: Served) -> None:
+    for event in (Transcript("Hello"), SynthesizeStart(), Synthesize("Hello there.")):
+        for _ in range(5):
+            with socket.create_connection(served.wyoming, timeout=20) as client:
+                file = client.makefile("wb")
+                write_event(event.event(), file)
+                file.close()
+    assert served.quiet()
+    assert served.http().get("/v1/omniport/capacity").json()["active"] == 0
+
+
+def test_a_text_whose_voice_is_unknown_holds_nobody_up(served: Served) -> None:
+    async def work(client: AsyncTcpClient) -> list[str]:
+        chunks = [SynthesizeChunk("One. ") for _ in range(600)]
+        start = SynthesizeStart(voice=SynthesizeVoice("Nobody"))
+        codes = [(await ask(client, "error", start, *chunks, SynthesizeStop()))[-1].data["code"]]
+        came = await ask(client, "pong", Ping())
+        return [*codes, came[-1].type]
+
+    assert talk(served, work) == ["voice_not_found", "pong"]
 
 
 def test_replies_wait_for_their_place_and_too_many_are_refused(make: Callable[..., Served]) -> None:

@@ -154,6 +154,27 @@ def test_events_after_one_that_is_known_come_again(make: Callable[..., Served]) 
     assert third.until("session.updated")[0]["type"] == "session.updated", "all was delivered"
 
 
+def test_who_leaves_before_it_is_back_may_come_again(
+    make: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = make()
+    first = Socket(served)
+    token = first.created()["omniport"]["resume_token"]
+    first.write("Hello")
+    first.lose()
+    wait_until(lambda: counts(served) == (0, 1, 4))
+
+    async def fail(*_: Any) -> None:
+        raise RuntimeError("it has left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("starlette.websockets.WebSocket.accept", fail)
+        with pytest.raises(InvalidStatus):
+            Socket(served, f"resume={token}")
+    wait_until(lambda: counts(served) == (0, 1, 4))
+    assert Socket(served, f"resume={token}").created()["omniport"]["resumed"] is True
+
+
 def refused(served: Served, query: str) -> tuple[int, str]:
     with pytest.raises(InvalidStatus) as caught:
         Socket(served, query)
