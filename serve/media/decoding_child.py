@@ -64,7 +64,8 @@ def _confine(memory: int) -> None:
         return
     import resource
 
-    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_DATA: memory}
+    # What mpg123 says of a damaged file goes to a small temporary one, see ``dropped_from_stderr``.
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 1 << 20, resource.RLIMIT_DATA: memory}
     # Of the address space threads and files take much that is never memory.
     limits[resource.RLIMIT_AS] = memory + (4 << 30)
     for name, most in limits.items():

@@ -159,15 +159,17 @@ def test_a_decoder_ends_with_its_server(noise: Any) -> None:
         time.sleep(0.05)
 
 
-def wav(samples: Any, rate: int = 16000, subtype: str = "PCM_16") -> bytes:
+def wav(samples: Any, rate: int = 16000, subtype: str | None = "PCM_16", format: str = "WAV") -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype=subtype)
+    soundfile.write(file, samples, rate, format=format, subtype=subtype)
     return file.getvalue()
 
 
 def test_the_same_comes_out_as_without(decoders: Decoders, noise: Any) -> None:
     sound = np.random.default_rng(1).uniform(-1, 1, (9000, 2)).astype(np.float32)
-    for data in (wav(sound, 22050), wav(sound, 22050, "PCM_24"), wav(sound[:, 0], 48000, "FLOAT")):
+    files = [wav(sound, 22050), wav(sound, 22050, "PCM_24"), wav(sound[:, 0], 48000, "FLOAT")]
+    files += [wav(sound, 24000, None, format) for format in ("MP3", "FLAC", "OGG")]
+    for data in files:
         read = read_medium(Medium(kind="audio", data=data), Limits(), decoders)["audio"]
         assert read[1] == 16000
         np.testing.assert_array_equal(read[0], load_audio(data))
