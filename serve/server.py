@@ -17,8 +17,10 @@ from omniport.runtime.errors import UsageError
 from starlette.applications import Starlette
 
 from .app import make_app
+from .log_lines import log_failure
 from .service import Service
 from .settings import Settings
+from .slow_clients import protocols
 from .systemd import Supervisor
 
 if TYPE_CHECKING:
@@ -49,12 +51,16 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                ws="websockets-sansio",
+                **protocols(service.settings.limits),
                 ws_ping_interval=_PING,
                 ws_ping_timeout=_PING,
                 timeout_graceful_shutdown=round(self._drain_seconds),
             )
         )
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(log_failure)
+        await super().serve(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         self._supervisor.turn(self._service.state)

@@ -22,8 +22,9 @@ class Limits:
         image_pixels: of a picture. audio_seconds, video_seconds: of a clip.
         decode_seconds, decode_memory: for reading one medium, and bytes that it takes meanwhile.
         decoded: bytes that the media of one request may have once they are read.
-        upload_seconds: for a request to arrive. unread_seconds: for a client to take what was sent of a stream.
-        queue: replies that wait for their turn. requests: requests that are open at once.
+        head_seconds, upload_seconds: for a request's head to arrive, and for all of it.
+        unread_seconds: for a client to take what was sent of a stream.
+        queue: replies that wait for their turn. requests, connections: that are open at once.
         drain_seconds: for replies under way to end when the server stops.
     """
 
@@ -36,9 +37,11 @@ class Limits:
     decode_memory: int = 1 << 30
     decoded: int = 512 << 20
     upload_seconds: float = 60.0
+    head_seconds: float = 10.0
     unread_seconds: float = 30.0
     queue: int = 4
     requests: int = 64
+    connections: int = 512
     drain_seconds: float = 30.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,6 +102,10 @@ def command(
         one_of(("after", "off"), help="Whether what is said to Realtime sessions is written down if they ask for it."),
     ] = "after",
     backend: BackendOption = "auto",
+    log_content: Annotated[
+        bool,
+        typer.Option("--log-content", help="Log errors whole; their messages may hold what people said."),
+    ] = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Serve a bundle to OpenAI's clients, over HTTP and by the Realtime protocol.
@@ -117,11 +120,11 @@ def command(
     from omniport.runtime import OmniSession
     from omniport.runtime.errors import UsageError
     from omniport.serve.http.access import read_keys
+    from omniport.serve.log_lines import set_up
     from omniport.serve.server import serve
     from omniport.serve.settings import Limits, Settings
 
-    if not quiet:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    set_up(quiet=quiet, content=log_content)
     keys = [*read_keys(os.environ.get(_KEYS, ""))]
     if api_key_file is not None:
         try:

@@ -44,7 +44,7 @@ class Access:
         if not self._keys and not self._settings.no_auth and not is_loopback(_name(host)):
             # a page elsewhere may have let its own name point here
             raise _forbidden("host_not_allowed", f"this server is not called {host!r}: use 127.0.0.1 or localhost")
-        if origin is not None and urlsplit(origin).netloc != host and origin not in self._settings.origins:
+        if origin is not None and _place(origin) != host and origin not in self._settings.origins:
             raise _forbidden("origin_not_allowed", f"pages of {origin} may not call this server; see --cors-origin")
         if self._keys and _needs_key(scope["path"]) and not self._opens(given_key(scope), scope):
             raise ApiError(
@@ -86,8 +86,19 @@ def _digest(key: str) -> bytes:
 
 
 def _name(host: str) -> str:
-    """Of a Host header, without the port."""
-    return urlsplit(f"//{host}").hostname or ""
+    """Of a Host header, without the port; empty if it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _place(origin: str) -> str | None:
+    """Host and port of an origin; None if it has none."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 def _forbidden(code: str, message: str) -> ApiError:

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -57,7 +58,8 @@ class RequestScope:
             self._counted(scope, request.status)
             taken = time.perf_counter() - started
             level = logging.DEBUG if scope["path"] in OPEN else logging.INFO  # probes come every few seconds
-            _LOG.log(level, "%s %s %d %.3f s %s", scope["method"], scope["path"], request.status, taken, request.id)
+            what = scope["method"], quote(scope["path"]), request.status, taken, request.id
+            _LOG.log(level, "%s %s %d %.3f s %s", *what)
 
 
 class _Request:

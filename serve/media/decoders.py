@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
@@ -30,6 +31,7 @@ from .decoding_messages import (
     send,
 )
 
+_LOG = logging.getLogger(__name__)
 COMMAND = (sys.executable, "-m", "omniport.serve.media.decoding_child")
 #: children at most
 WORKERS = 2
@@ -76,6 +78,7 @@ class Decoders:
             answer = worker.ask(asked, data, seconds)
             kept = worker
         except _Ended as error:
+            _LOG.warning("a decoder was ended: %s", error)
             raise MediaError(f"it cannot be read: {error}") from error
         finally:
             if kept is None and worker is not None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
+from ..http.answering import check_values
 from ..http.api_errors import ApiError, invalid
 
 T = TypeVar("T")
@@ -121,7 +122,10 @@ def read_event(text: str) -> Known:
         NotUnderstood: it is none.
     """
     try:
+        check_values(text)
         return _decoder.decode(text)
+    except ApiError as error:
+        raise NotUnderstood(error, None) from error
     except msgspec.ValidationError as error:
         raise NotUnderstood(_told(error), _event_id(text)) from error
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:

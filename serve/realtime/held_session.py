@@ -86,8 +86,8 @@ class HeldSession:
         self.session.abandon()
 
     async def _handle(self, event: Known | NotUnderstood, waited: float) -> None:
+        await self.outbox.room()
         if isinstance(event, NotUnderstood):
             self.outbox.error(event.told, event.event_id)
-            return
-        await self.outbox.room()
-        await self.session.handle(event, waited)
+        else:
+            await self.session.handle(event, waited)

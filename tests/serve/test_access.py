@@ -170,3 +170,8 @@ def test_the_names_of_voices_that_openai_has(make: Callable[..., Served]) -> Non
 def test_a_name_for_no_voice_is_refused(make: Callable[..., Served]) -> None:
     with pytest.raises(UsageError, match="Ethan, Chelsie"):
         make(voices={"ash": "Nobody"})
+
+
+@pytest.mark.parametrize("headers", [{"origin": "http://["}, {"origin": "null"}, {"host": "["}, {"host": "[::1"}])
+def test_names_that_are_none(make: Callable[..., Served], headers: dict[str, str]) -> None:
+    assert make().http().get("/v1/models", headers=headers).status_code == 403
