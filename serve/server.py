@@ -22,6 +22,7 @@ from .service import Service
 from .settings import Settings
 from .slow_clients import protocols
 from .systemd import Supervisor
+from .tls import fingerprint
 
 if TYPE_CHECKING:
     from .wyoming.listener import WyomingListener
@@ -51,6 +52,8 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                ssl_certfile=service.settings.certificate,
+                ssl_keyfile=service.settings.certificate_key,
                 **protocols(service.settings.limits),
                 ws_ping_interval=_PING,
                 ws_ping_timeout=_PING,
@@ -99,7 +102,8 @@ def serve(session: OmniSession, settings: Settings, listening: Callable[[str], N
     """Serve until a signal comes; the session is closed then.
 
     Args:
-        listening: called with the URL once connections are taken, while the graphs are loaded.
+        listening: called with the URL once connections are taken, while the graphs are loaded; then with a line about
+            the certificate, if there is one.
 
     Raises:
         UsageError: the address cannot be listened on, or the settings do not go with the bundle.
@@ -111,6 +115,8 @@ def serve(session: OmniSession, settings: Settings, listening: Callable[[str], N
             server = Server(service, make_app(service))
             service.start(failed=lambda: setattr(server, "should_exit", True))
             listening(_url(settings, bound))
+            if settings.certificate is not None:
+                listening(f"certificate: SHA-256 {fingerprint(settings.certificate)}")
             server.run([bound])
     finally:
         service.close()
@@ -155,4 +161,5 @@ def _listen_to_wyoming(service: Service) -> WyomingListener | None:
 
 def _url(settings: Settings, bound: socket.socket) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"http://{host}:{bound.getsockname()[1]}"
+    scheme = "http" if settings.certificate is None else "https"
+    return f"{scheme}://{host}:{bound.getsockname()[1]}"

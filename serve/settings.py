@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from omniport.runtime.errors import UsageError
@@ -59,6 +60,7 @@ class Settings:
         active: replies at once. sessions: conversations whose KV caches are kept.
         resume_seconds: that a Realtime session whose client was lost is kept for when it comes back; 0: it is not.
         url_hosts: from which media are fetched by https; none else.
+        certificate, certificate_key: files in PEM form; with them the server speaks https.
         dialect: DashScope's streams of wav sound have no header. It and ``beta`` speak the earlier form of the Realtime
             protocol from the beginning, without being asked.
         wyoming: host and port for Wyoming's clients, who have no keys.
@@ -83,6 +85,8 @@ class Settings:
     dialect: Dialect = "openai"
     transcribe: Transcribe = "after"
     wyoming: tuple[str, int] | None = None
+    certificate: Path | None = None
+    certificate_key: Path | None = None
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

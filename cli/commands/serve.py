@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..common import QuietFlag, print_line, require_extra
+from ..common import JsonFlag, QuietFlag, print_json, print_line, require_extra
 from ..options import BackendOption, BundleArgument, one_of
+
+if TYPE_CHECKING:
+    from omniport.serve.settings import Settings
 
 NAME = "serve"
 EXAMPLE = "omniport serve bundle --port 8000"
@@ -102,6 +106,27 @@ def command(
         one_of(("after", "off"), help="Whether what is said to Realtime sessions is written down if they ask for it."),
     ] = "after",
     backend: BackendOption = "auto",
+    tls_self_signed: Annotated[
+        bool,
+        typer.Option("--tls-self-signed", help="Speak https with a certificate that is made here once, and kept."),
+    ] = False,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Speak https with this certificate, in PEM form.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key, without a pass phrase.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where a certificate that is made here is kept.")
+    ] = None,
+    decode_s: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="For a client's picture, sound or video to be decoded.")
+    ] = 20.0,
+    decode_mib: Annotated[
+        int, typer.Option(min=256, metavar="MIB", help="Memory that decoding one of them may take.")
+    ] = 1024,
+    check: Annotated[
+        bool, typer.Option("--check", help="Serve nothing: tell whether all is there for it; exits with 1 if not.")
+    ] = False,
+    json: JsonFlag = False,
     log_content: Annotated[
         bool,
         typer.Option("--log-content", help="Log errors whole; their messages may hold what people said."),
@@ -119,37 +144,103 @@ def command(
         require_extra("wyoming", "wyoming")
     from omniport.runtime import OmniSession
     from omniport.runtime.errors import UsageError
-    from omniport.serve.http.access import read_keys
     from omniport.serve.log_lines import set_up
     from omniport.serve.server import serve
     from omniport.serve.settings import Limits, Settings
 
+    if json and not check:
+        raise UsageError("--json goes with --check")
     set_up(quiet=quiet, content=log_content)
-    keys = [*read_keys(os.environ.get(_KEYS, ""))]
-    if api_key_file is not None:
-        try:
-            keys += read_keys(api_key_file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeError) as error:
-            raise UsageError(f"cannot read the keys of {api_key_file}: {error}; name a text file") from error
-        if not keys:
-            raise UsageError(f"{api_key_file} holds no key: write one a line")
     chosen: dict[str, Any] = {"dialect": dialect, "transcribe": transcribe}
-    settings = Settings(
-        host=host,
-        port=port,
-        keys=tuple(keys),
-        no_auth=no_auth,
-        origins=tuple(cors_origin or ()),
-        model=model_name,
-        any_model=any_model,
-        voices=_pairs(voice),
-        url_hosts=tuple(host.lower() for host in allow_url or ()),
-        sessions=sessions,
-        active=active,
-        wyoming=_address(wyoming),
-        resume_seconds=resume_s,
-        limits=Limits(queue=queue),
-        **chosen,
-    )
+
+    def settings() -> Settings:
+        certificate, key = _certificate(tls_self_signed, tls_cert, tls_key, state, host)
+        return Settings(
+            host=host,
+            port=port,
+            keys=_read_keys(api_key_file),
+            no_auth=no_auth,
+            origins=tuple(cors_origin or ()),
+            model=model_name,
+            any_model=any_model,
+            voices=_pairs(voice),
+            url_hosts=tuple(host.lower() for host in allow_url or ()),
+            sessions=sessions,
+            active=active,
+            wyoming=_address(wyoming),
+            resume_seconds=resume_s,
+            certificate=certificate,
+            certificate_key=key,
+            limits=Limits(queue=queue, decode_seconds=decode_s, decode_memory=decode_mib << 20),
+            **chosen,
+        )
+
+    if check:
+        _check(bundle, settings, max_context, api_key_file, json)
+        return
+    served = settings()
     with OmniSession.open(bundle, backend=backend, max_context=max_context, run_limit=run_limit) as session:
-        serve(session, settings, print_line)
+        serve(session, served, print_line)
+
+
+def _read_keys(file: Path | None) -> tuple[str, ...]:
+    """Those of the environment and of a file."""
+    from omniport.runtime.errors import UsageError
+    from omniport.serve.http.access import read_keys
+
+    keys = [*read_keys(os.environ.get(_KEYS, ""))]
+    if file is not None:
+        try:
+            more = read_keys(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeError) as error:
+            raise UsageError(f"cannot read the keys of {file}: {error}; name a text file") from error
+        if not more:
+            raise UsageError(f"{file} holds no key: write one a line")
+        keys += more
+    return tuple(keys)
+
+
+def _certificate(
+    self_signed: bool, certificate: Path | None, key: Path | None, state: Path | None, host: str
+) -> tuple[Path | None, Path | None]:
+    """A certificate and its key; None without https."""
+    from omniport.runtime.errors import UsageError
+    from omniport.serve import tls
+
+    if self_signed and (certificate is not None or key is not None):
+        raise UsageError("--tls-self-signed makes a certificate and its key: leave --tls-cert and --tls-key away")
+    if self_signed:
+        return tls.self_signed(state or tls.state_folder(), host)
+    if (certificate is None) != (key is None):
+        raise UsageError("--tls-cert and --tls-key go together: name both")
+    if certificate is not None and key is not None:
+        tls.check_pair(certificate, key)
+    return certificate, key
+
+
+def _check(
+    bundle: Path,
+    settings: Callable[[], Settings],
+    max_context: int | None,
+    key_file: Path | None,
+    json: bool,
+) -> None:
+    """Tell what was found; exits with 1 if something has to be done."""
+    from omniport.runtime.errors import UsageError
+    from omniport.serve.preflight import Finding, examine
+
+    findings = []
+    try:
+        findings += examine(bundle, settings(), max_context, key_file)
+    except UsageError as error:
+        findings.append(Finding(name="options", ok=False, detail=str(error), remedy="correct what was asked for"))
+    good = all(finding.ok for finding in findings)
+    if json:
+        print_json({"ok": good, "findings": findings})
+    else:
+        for found in findings:
+            print_line(f"{'ok' if found.ok else 'problem':8}{found.name}: {found.detail}")
+            if found.remedy:
+                print_line(f"{'':8}to do: {found.remedy}")
+    if not good:
+        raise typer.Exit(1)
