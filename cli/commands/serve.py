@@ -229,7 +229,7 @@ def _check(
     from omniport.runtime.errors import UsageError
     from omniport.serve.preflight import Finding, examine
 
-    findings = []
+    findings: list[Finding] = []
     try:
         findings += examine(bundle, settings(), max_context, key_file)
     except UsageError as error:
