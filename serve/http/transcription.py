@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from typing import Any, Literal
 
 import msgspec
-from omniport.runtime import Done, TextDelta
+from omniport.runtime import Done, OmniSession, SamplingConfig, TextDelta
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -75,7 +75,7 @@ async def _respond(request: Request, service: Service, task: str) -> Response:
 
 async def _answer(service: Service, asked: TranscriptionRequest, data: bytes, task: str) -> Response:
     session = service.session
-    sampling = msgspec.structs.replace(session.manifest.thinker_sampling, temperature=asked.temperature)
+    sampling = sampling_of(session, asked.temperature)
     async with AsyncExitStack() as held:
         await held.enter_async_context(place(service))
         part = await MediaReader(service).read(Medium(kind="audio", data=data), "file")
@@ -104,6 +104,11 @@ def instruction(language: str | None, prompt: str | None, task: str = "transcrib
     spoken = f" The language is {language}." if language and task == "transcribe" else ""
     hint = f" These words may occur in it: {prompt}" if prompt else ""
     return f"{_TASKS[task]}{spoken} {_ALONE}{hint}"
+
+
+def sampling_of(session: OmniSession, temperature: float = 0.0) -> SamplingConfig:
+    """The thinker's: as a rule it writes what is likeliest."""
+    return msgspec.structs.replace(session.manifest.thinker_sampling, temperature=temperature)
 
 
 def _written(done: Done, asked: TranscriptionRequest, task: str, seconds: float) -> Response:

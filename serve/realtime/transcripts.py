@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from omniport.runtime import Done, OmniSession
 
 from ..http.answering import place
-from ..http.transcription import instruction
+from ..http.transcription import instruction, sampling_of
 from ..http.usage import token_usage
 from ..reply_events import ReplyEvents
 from ..service import Service
@@ -67,7 +67,8 @@ class Transcripts:
         done = None
 
         def begin() -> Any:
-            return self._session.reply([{"role": "user", "content": content}], speak=False)
+            messages = [{"role": "user", "content": content}]
+            return self._session.reply(messages, speak=False, thinker=sampling_of(self._session))
 
         async with place(self._service), ReplyEvents(begin, self._service.waiting) as events:
             async for event in events:

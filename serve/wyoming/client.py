@@ -83,7 +83,6 @@ class Client:
             for request in self._requests:
                 request.cancel()
             await asyncio.gather(*self._requests, return_exceptions=True)
-            self._writer.close()
 
     async def send(self, told: Eventable) -> None:
         """Send an event, once there is room.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from contextlib import suppress
 
 from wyoming.error import Error
 
@@ -16,6 +17,8 @@ from .replies import Replies
 _LOG = logging.getLogger(__name__)
 #: connections at once: a recording takes up to 20 MB
 _MOST = 32
+#: seconds for what was sent to leave
+_FAREWELL = 5.0
 
 
 class WyomingListener:
@@ -57,8 +60,9 @@ class WyomingListener:
         client = Client(reader, writer, self._service, self._replies)
         task = asyncio.current_task()
         if len(self._clients) >= _MOST or task is None:
-            await client.send(Error("as many clients are connected as may", "session_limit_reached"))
-            writer.close()
+            with suppress(OSError, asyncio.TimeoutError):
+                await client.send(Error("as many clients are connected as may", "session_limit_reached"))
+            await _close(writer)
             return
         self._clients[client] = task
         try:
@@ -68,4 +72,14 @@ class WyomingListener:
         except Exception:  # noqa: BLE001 - the next client is served
             _LOG.exception("a Wyoming client failed")
         finally:
+            await _close(writer)
             del self._clients[client]
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    """With what was sent last, if the client takes it."""
+    writer.close()
+    try:
+        await asyncio.wait_for(writer.wait_closed(), _FAREWELL)
+    except (OSError, asyncio.TimeoutError, asyncio.CancelledError):
+        writer.transport.abort()

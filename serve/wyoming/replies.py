@@ -17,7 +17,7 @@ from wyoming.event import Eventable
 from wyoming.handle import Handled, HandledChunk, HandledStart, HandledStop
 
 from ..http.answering import place
-from ..http.transcription import instruction
+from ..http.transcription import instruction, sampling_of
 from ..reply_events import ReplyEvents
 from ..service import Service
 from .history import Histories
@@ -44,7 +44,7 @@ class Replies:
         content = [{"type": "audio", "audio": sound}, {"type": "text", "text": instruction(language, hint)}]
         session = self._service.session
         begin: Callable[[], Iterator[Event]] = lambda: session.reply(  # noqa: E731
-            [{"role": "user", "content": content}], speak=False
+            [{"role": "user", "content": content}], speak=False, thinker=sampling_of(session)
         )
         text = ""
         async for event in self._events(begin):

@@ -118,6 +118,23 @@ def test_speech_to_text(served: Served, rate: int, channels: int, width: int) ->
     assert (told.text, told.language) == (SAID, "en")
 
 
+def test_the_likeliest_is_written_down(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = []
+    reply = served.service.session.reply
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        sampled.append(options["thinker"].temperature)
+        return reply(*arguments, **options)
+
+    monkeypatch.setattr(served.service.session, "reply", watched)
+
+    async def work(client: AsyncTcpClient) -> None:
+        await ask(client, "transcript", *recorded(0.5))
+
+    talk(served, work)
+    assert sampled == [0.0]
+
+
 def test_a_question_is_answered_and_the_conversation_goes_on(served: Served) -> None:
     context = {"conversation_id": "c1"}
 
@@ -258,6 +275,20 @@ def test_a_text_whose_voice_is_unknown_holds_nobody_up(served: Served) -> None:
         return [*codes, came[-1].type]
 
     assert talk(served, work) == ["voice_not_found", "pong"]
+
+
+def test_more_clients_than_may_be_are_told(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniport.serve.wyoming.listener._MOST", 1)
+
+    async def work(client: AsyncTcpClient) -> tuple[str, str]:
+        (first,) = await ask(client, "pong", Ping())
+        async with AsyncTcpClient(*served.wyoming, read_timeout=20) as other:
+            told = await other.read_event()
+            assert told is not None
+            assert await other.read_event() is None
+        return first.type, told.data["code"]
+
+    assert talk(served, work) == ("pong", "session_limit_reached")
 
 
 def test_replies_wait_for_their_place_and_too_many_are_refused(make: Callable[..., Served]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import time
+from typing import Any
 
 import numpy as np
 import pytest
+from omniport.runtime import OmniSession
 from omniport.serve.realtime import voice_activity
 from support.live_turns import Gate, voice
 from support.loudness import Loudness
@@ -108,7 +110,15 @@ def test_who_sends_faster_than_it_is_taken_is_closed(served: Served, monkeypatch
         served.live.backend.graphs["audio_encoder"] = gate.inner
 
 
-def test_what_was_said_is_written_down_afterwards(served: Served) -> None:
+def test_what_was_said_is_written_down_afterwards(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = []
+    reply = OmniSession.reply
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        sampled.append(options["thinker"].temperature)
+        return reply(*arguments, **options)
+
+    monkeypatch.setattr(OmniSession, "reply", watched)
     transcribed = {"turn_detection": None, "transcription": {"model": "gpt-4o-mini-transcribe", "language": "en"}}
     with connected(served, audio={"input": transcribed}) as connection:
         connection.input_audio_buffer.append(audio=pcm(voice(0.5, RATE)))
@@ -117,6 +127,7 @@ def test_what_was_said_is_written_down_afterwards(served: Served) -> None:
         assert "input_audio_transcription.completed" not in str(kinds(until(connection, "response.done")))
         told = until(connection, "conversation.item.input_audio_transcription.completed")[-1]
         assert (told.transcript, told.usage.type) == (SAID, "tokens")
+        assert sampled == [0.0], "the likeliest"
         connection.conversation.item.retrieve(item_id=told.item_id)
         item = until(connection, "conversation.item.retrieved")[-1].item
         assert item.content[0].transcript == SAID
