@@ -22,7 +22,7 @@ class Limits:
         body, part: bytes of a request, and of one medium in it.
         image_pixels: of a picture. audio_seconds, video_seconds: of a clip.
         decode_seconds, decode_memory: for reading one medium, and bytes that it takes meanwhile.
-        decoded: bytes that the media of one request may have once they are read.
+        decoded, media_seconds: bytes that the media of one request may have once they are read, and for reading them.
         head_seconds, upload_seconds: for a request's head to arrive, and for all of it.
         unread_seconds: for a client to take what was sent of a stream.
         queue: replies that wait for their turn. requests, connections: that are open at once.
@@ -37,6 +37,7 @@ class Limits:
     decode_seconds: float = 20.0
     decode_memory: int = 1 << 30
     decoded: int = 512 << 20
+    media_seconds: float = 60.0
     upload_seconds: float = 60.0
     head_seconds: float = 10.0
     unread_seconds: float = 30.0

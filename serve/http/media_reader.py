@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from omniport.runtime.errors import MediaError
 from ..media.medium import Medium, read_medium
 from ..media.url_fetch import fetch
 from ..service import Service
-from .api_errors import ApiError, from_runtime
+from .api_errors import ApiError, from_runtime, invalid
 
 T = TypeVar("T")
 
@@ -20,7 +21,8 @@ class MediaReader:
     """Of one request, or of one event."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self._left = service, service.settings.limits.decoded
+        limits = service.settings.limits
+        self._service, self._left, self._seconds = service, limits.decoded, limits.media_seconds
 
     async def read(self, medium: Medium, where: str) -> dict[str, Any]:
         """The part of a message that a medium is.
@@ -50,9 +52,15 @@ class MediaReader:
         return await self._in_thread(where, fetch, url, settings.url_hosts, settings.limits)
 
     async def _in_thread(self, where: str, read: Callable[..., T], *arguments: Any) -> T:
+        if self._seconds < 0:
+            most = self._service.settings.limits.media_seconds
+            raise invalid(f"before {where} the media of the request took more than {most:g} s: send fewer", where)
+        begun = time.monotonic()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._service.reading, read, *arguments)
         except MediaError as error:
             told = from_runtime(error, where)
             assert told is not None
             raise told from error
+        finally:
+            self._seconds -= time.monotonic() - begun

@@ -115,6 +115,16 @@ def test_media_that_are_too_many_together(make: Callable[..., Served]) -> None:
         assert error(served, body) == (413, "request_too_large", f"messages[0].content{where}")
 
 
+def test_media_that_take_too_long_together(make: Callable[..., Served]) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (30, 30)).save(file, "PNG")
+    part = {"type": "video", "video": [url(file.getvalue())["url"]] * 5000}
+    started = time.perf_counter()
+    told = error(make(media_seconds=0.5), asked(part))
+    assert told[:2] == (400, "invalid_value")
+    assert time.perf_counter() - started < 5.0
+
+
 def test_a_request_that_does_not_arrive(make: Callable[..., Served]) -> None:
     served = make(upload_seconds=0.3).start()
     host, port = served.url.removeprefix("http://").split(":")
