@@ -112,7 +112,7 @@ def test_no_sign_of_life_while_the_loop_is_stuck(
     with pytest.raises(httpx.TimeoutException):
         httpx.get(f"{url}/version", timeout=1.4)
     assert listener.silence(held, time.monotonic()) > 1.0
-    assert listener.silence(free, held) < 1.0
+    assert len([at for at, line in listener.heard if line == "WATCHDOG=1" and free < at < held]) >= 3
     again = len(listener.heard)
     while len(listener.heard) == again:
         assert time.monotonic() < held + 20, "it turns again"
