@@ -57,17 +57,21 @@ class Interruption:
         await self.cut(item, heard)
 
     async def cut(self, item: Item, heard: float) -> None:
-        """Forget what was not heard of a reply that has ended."""
-        if item.runtime_id is None or not await self._compute(_truncate, self._session, item.runtime_id, heard):
+        """Forget what was not heard of a reply that has ended. One that was stopped may be shorter than its item says."""
+        if item.runtime_id is None:
             return
+        await self._compute(_truncate, self._session, item.runtime_id, heard)
         content = self._session.items[item.runtime_id].content
         text = "".join(part.get("text", "") for part in content if part["type"] == "text")
-        item.fields["content"] = [{"type": "output_audio", "transcript": text}]
+        (said,) = item.fields["content"]
+        key = "transcript" if said["type"] == "output_audio" else "text"
+        if len(text) >= len(said[key]):
+            return
+        item.fields["content"] = [{**said, key: text}]
         self._outbox.extra("omniport.reply_cut", item_id=item.id, heard_ms=round(heard * 1000), transcript=text)
 
 
-def _truncate(session: OmniSession, id: str, heard: float) -> bool:
-    """Whether that made the item shorter; what was not spoken by this model cannot be cut, and stays."""
+def _truncate(session: OmniSession, id: str, heard: float) -> None:
+    """What was not spoken by this model cannot be cut, and stays."""
     with suppress(UsageError):
-        return session.items.truncate(id, heard=heard)
-    return False
+        session.items.truncate(id, heard=heard)

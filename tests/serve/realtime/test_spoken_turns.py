@@ -12,7 +12,7 @@ from omniport.runtime import OmniSession
 from omniport.serve.realtime import voice_activity
 from support.live_turns import Gate, voice
 from support.loudness import Loudness
-from support.realtime import CODES, SAID, ask, connected, kinds, pcm, until
+from support.realtime import CODES, SAID, ask, connected, kinds, pcm, until, write
 from support.served import Served
 from websockets.exceptions import ConnectionClosed
 
@@ -87,6 +87,33 @@ def test_speech_cuts_a_reply_off(served: Served) -> None:
         assert (response.status, response.status_details.reason) == ("cancelled", "turn_detected")
         connection.input_audio_buffer.append(audio=pcm(SILENT))
         assert until(connection, "response.done")[-1].response.status == "completed"
+
+
+@pytest.mark.parametrize("graph", ["bigvgan", "dit"])
+def test_what_the_model_has_forgotten_is_not_told_either(
+    served: Served, graph: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reply that is stopped is cut to what was sent of its sound, before the client says how much was heard."""
+    monkeypatch.setattr(served.live.decoder("talker"), "script", [n % 40 for n in range(40)])
+    with connected(served, **BY_HAND) as connection:
+        gate = Gate(served.live.backend.graphs[graph], at=2 if graph == "bigvgan" else 1)
+        served.live.backend.graphs[graph] = gate
+        try:
+            write(connection, "Hello")
+            connection.response.create()
+            came = until(connection, "response.output_item.added")
+            assert gate.reached.wait(20)
+            item = came[-1].item
+            connection.conversation.item.truncate(item_id=item.id, content_index=0, audio_end_ms=60_000)
+            time.sleep(0.2)
+        finally:
+            gate.go.set()
+            served.live.backend.graphs[graph] = gate.inner
+        until(connection, "conversation.item.truncated")
+        connection.conversation.item.retrieve(item_id=item.id)
+        told = until(connection, "conversation.item.retrieved")[-1].item.content[0].transcript or ""
+        assert told != SAID
+        assert SAID.startswith(told)
 
 
 def test_who_sends_faster_than_it_is_taken_is_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
