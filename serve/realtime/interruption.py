@@ -57,7 +57,7 @@ class Interruption:
         await self.cut(item, heard)
 
     async def cut(self, item: Item, heard: float) -> None:
-        """Forget what was not heard of a reply that has ended. One that was stopped may be shorter than its item says."""
+        """Forget what was not heard of a reply that ended. One that was stopped may have less than its item says."""
         if item.runtime_id is None:
             return
         await self._compute(_truncate, self._session, item.runtime_id, heard)

@@ -8,6 +8,7 @@ const CLOSED = {
   1009: "The microphone's sound came faster than the server could take it. Press Start again.",
   1013: "The server is busy: all its places are taken. Try again in a moment.",
 };
+const LOST = "The connection was lost. Press Start again.";
 const FULL = "The server takes no further conversation now: all its places are in use. Try again in a moment.";
 
 /** An open connection. `take(event)` gets every event, `ended(Told)` its end, unless `close` brought it. */
@@ -22,7 +23,7 @@ export class Realtime {
       made.socket.onopen = resolve;
       made.socket.onclose = () => reasonOfRefusal().then(reject, reject);
     });
-    made.socket.onclose = ({ code }) => ended(new Told(CLOSED[code] ?? "The connection was lost. Press Start again."));
+    made.socket.onclose = ({ code }) => ended(new Told(CLOSED[code] ?? LOST));
     made.send("session.update", { session: { type: "realtime", ...session } });
     return made;
   }
@@ -47,9 +48,9 @@ async function protocols() {
 
 /** A browser does not tell why a WebSocket was refused, so HTTP is asked. */
 async function reasonOfRefusal() {
-  await call("v1/models");
   await call("ready");
-  return new Told(FULL, 429);
+  const { realtime } = await (await call("v1/omniport/capacity")).json();
+  return new Told(realtime.free ? LOST : FULL);
 }
 
 /** What an error event says, in words. */

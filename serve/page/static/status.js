@@ -66,6 +66,7 @@ export class Status {
       State: capacity.state,
       "Places free": `${capacity.free} of ${capacity.sessions}`,
       Waiting: capacity.waiting,
+      Conversations: `${capacity.realtime.open} of ${capacity.realtime.sessions}`,
       "Replies so far": metrics.value("omniport_first_token_seconds_count"),
       "First token": average("first_token_seconds", seconds),
       "First sound": average("first_audio_seconds", seconds),

@@ -94,7 +94,7 @@ def test_what_the_model_has_forgotten_is_not_told_either(
     served: Served, graph: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reply that is stopped is cut to what was sent of its sound, before the client says how much was heard."""
-    monkeypatch.setattr(served.live.decoder("talker"), "script", [n % 40 for n in range(40)])
+    monkeypatch.setattr(served.live.decoder("talker"), "script", CODES)
     with connected(served, **BY_HAND) as connection:
         gate = Gate(served.live.backend.graphs[graph], at=2 if graph == "bigvgan" else 1)
         served.live.backend.graphs[graph] = gate
