@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -268,3 +270,46 @@ def test_a_client_that_does_not_answer_is_lost(make: Callable[..., Served], monk
     time.sleep(0.5)
     alive.send("session.update", session=BY_HAND)
     alive.until("session.updated")
+
+
+def test_many_that_are_lost_take_no_more_than_their_places(make: Callable[..., Served]) -> None:
+    served = make(sessions=3)
+    before = threading.active_count()
+    for _ in range(30):
+        client = Socket(served)
+        client.created()
+        client.write("Hello")
+        client.lose()
+        wait_until(lambda: served.service.realtime.open == 0)
+        assert served.service.realtime.kept <= 3
+    assert counts(served) == (0, 3, 3)
+    client = Socket(served)
+    client.created()
+    assert counts(served) == (1, 2, 2)
+    assert threading.active_count() <= before + 3 + 20, "one of each session, and those that wait for replies"
+
+
+def test_where_a_status_cannot_be_sent_a_close_code_is(make: Callable[..., Served]) -> None:
+    """Servers whose WebSockets are accepted or closed, and nothing else."""
+    served = make(sessions=1)
+    scope = {"type": "websocket", "path": "/v1/realtime", "query_string": b"", "headers": [(b"host", b"127.0.0.1")]}
+    codes = []
+
+    async def connect_and_leave(query: bytes) -> None:
+        coming = iter([{"type": "websocket.connect"}, {"type": "websocket.disconnect", "code": 1000}])
+
+        async def receive() -> Any:
+            return next(coming)
+
+        async def send(message: Any) -> None:
+            codes.append(message.get("code", message["type"]))
+
+        await served.app({**scope, "query_string": query}, receive, send)
+
+    served.service.realtime.open = 1
+    asyncio.run(connect_and_leave(b""))
+    served.service.realtime.open = 0
+    asyncio.run(connect_and_leave(b"resume=unknown"))
+    served.service.state = "draining"
+    asyncio.run(connect_and_leave(b""))
+    assert codes == ["websocket.accept", 1013, "websocket.accept", 1008, "websocket.accept", 1013]
