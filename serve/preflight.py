@@ -56,7 +56,9 @@ def examine(bundle: Path, settings: Settings, max_context: int | None, key_file:
     yield _access(settings)
     if key_file is not None:
         yield _key_file(key_file)
-    yield _address(settings)
+    yield _address("address", settings.host, settings.port)
+    if settings.wyoming is not None:
+        yield _address("wyoming", *settings.wyoming)
     if settings.certificate is not None and settings.certificate_key is not None:
         yield _certificate(settings.certificate, settings.certificate_key)
     yield _decoder(settings)
@@ -120,12 +122,12 @@ def _key_file(path: Path) -> Finding:
     return Finding(name="key file", ok=ok, detail=f"{path}, mode {mode:04o}", remedy=remedy)
 
 
-def _address(settings: Settings) -> Finding:
+def _address(name: str, host: str, port: int) -> Finding:
     try:
-        listen(settings.host, settings.port).close()
+        listen(host, port).close()
     except OmniportError as error:
-        return Finding(name="address", ok=False, detail=str(error), remedy="end what listens there, or take another")
-    return Finding(name="address", ok=True, detail=f"{settings.host} port {settings.port or 'any'} is free")
+        return Finding(name=name, ok=False, detail=str(error), remedy="end what listens there, or take another")
+    return Finding(name=name, ok=True, detail=f"{host} port {port or 'any'} is free")
 
 
 def _certificate(certificate: Path, key: Path) -> Finding:

@@ -190,8 +190,9 @@ class _Worker:
         return f"its decoder crashed ({how}); convert it or check the file"
 
     def _widen(self) -> None:
-        with suppress(ImportError, AttributeError, OSError):
+        if sys.platform == "linux":
             import fcntl
 
             for pipe in (self._requests, self._answers):
-                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)
+                with suppress(OSError):  # as much as the user may have
+                    fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)

@@ -75,7 +75,7 @@ def _confine(memory: int) -> None:
 
 def _end_after(seconds: float) -> None:
     """Let the system end this process, whatever it does then; 0: not any more."""
-    if hasattr(signal, "setitimer"):
+    if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 

@@ -39,6 +39,7 @@ def test_what_is_wrong(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         port = taken.getsockname()[1]
         settings = Settings(
             port=port,
+            wyoming=("127.0.0.1", port),
             keys=("sk-1",),
             voices={"nova": "Nobody"},
             certificate=tmp_path / "cert.pem",
@@ -46,7 +47,7 @@ def test_what_is_wrong(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )
         findings = found(root, settings, 1 << 20, keys)
     wrong = {name: finding.remedy for name, finding in findings.items() if not finding.ok}
-    assert wrong.keys() == {"voices", "context", "memory", "key file", "address", "certificate"}
+    assert wrong.keys() == {"voices", "context", "memory", "key file", "address", "wyoming", "certificate"}
     assert "chmod 600" in wrong["key file"]
     assert "2048" in wrong["context"]
 
