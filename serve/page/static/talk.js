@@ -60,7 +60,7 @@ export class Talk {
   }
 
   stop(error = null) {
-    this.running = this.pressed = false;
+    this.running = this.pressed = this.speaking = false;
     this.server?.close();
     this.microphone?.close();
     this.player?.stop();
@@ -90,6 +90,7 @@ export class Talk {
     $("push").disabled = !this.server;
     if (!this.server) return;
     this.release(false);
+    this.speaking = false;
     this.server.send("session.update", {
       session: { type: "realtime", audio: { input: { turn_detection: handsFree ? DETECTION : null } } },
     });
@@ -109,7 +110,7 @@ export class Talk {
     this.camera = null;
     if (!$("camera").checked) return;
     const show = (image) => {
-      if (this.server && (this.handsFree || this.pressed)) this.server.send("input_image_buffer.append", { image });
+      if (this.speaking || this.pressed) this.server?.send("input_image_buffer.append", { image });
     };
     try {
       this.camera = await Camera.open($("camera-view"), show);
@@ -190,10 +191,13 @@ export class Talk {
     },
     "input_audio_buffer.speech_started"({ item_id }) {
       this.interrupt();
+      this.speaking = true;
+      this.camera?.shoot();
       this.log.turn(item_id, "user").placeholder("listening…");
       this.show("I hear you.");
     },
     "input_audio_buffer.speech_stopped"() {
+      this.speaking = false;
       this.show("Thinking…");
     },
     "input_audio_buffer.committed"({ item_id }) {
@@ -308,7 +312,7 @@ export class Talk {
   }
 
   listening() {
-    if (this.server && !this.pressed) this.show(this.handsFree ? "Listening." : "Hold the button, and speak.");
+    if (this.server && !this.pressed && !this.speaking) this.show(this.handsFree ? "Listening." : "Hold the button, and speak.");
   }
 
   show(text) {

@@ -33,6 +33,7 @@ def test_a_spoken_question_is_answered_and_the_answer_interrupted(serve: Serve, 
     began = next(event["at"] for event in tab.came if event["type"] == "response.output_audio.delta")
     (cut,) = tab.told("conversation.item.truncate")
     assert cut["item_id"] == first
+    assert tab.page.inner_text("#talk-state") != "Listening.", "somebody speaks"
     assert cut["at"] - speech["at"] < 0.5, "at once"
     assert 300 < cut["audio_end_ms"] <= (cut["at"] - began) * 1000 + 50, "what was played, and not what was sent"
     assert not [e for e in tab.told("omniport.playback") if e["item_id"] == first and e["at"] > cut["at"]]
@@ -67,6 +68,20 @@ def test_the_microphone_arrives_at_its_own_pace(serve: Serve, open_tab: Open) ->
     loud = np.flatnonzero(np.abs(heard) > 0.05)
     said = np.flatnonzero(np.abs(asked) > 0.05)
     assert (loud[-1] - loud[0]) / 24000 == pytest.approx((said[-1] - said[0]) / rate, abs=0.3)
+
+
+def test_the_camera_is_seen_while_somebody_speaks(serve: Serve, open_tab: Open) -> None:
+    tab = open_tab(serve().url)
+    tab.page.check("#camera")
+    tab.page.click("#talk-start")
+    began = tab.until("input_audio_buffer.speech_started")["at"]
+    ended = tab.until("input_audio_buffer.speech_stopped")["at"]
+    assert tab.until("response.done")["response"]["status"] != "failed"
+    pictures = [event["at"] for event in tab.told("input_image_buffer.append") if event["at"] < ended + 1]
+    assert began <= pictures[0] < began + 0.3
+    assert pictures[-1] < ended + 0.1
+    assert len(pictures) == pytest.approx((ended - began) * 2, abs=2)
+    assert not [event for event in tab.came if event["type"] == "error"]
 
 
 def test_a_turn_by_the_keyboard_with_the_camera(serve: Serve, open_tab: Open) -> None:
