@@ -242,6 +242,8 @@ def test_sound_that_waits_is_counted_as_it_was_sent(served: Served, monkeypatch:
 
 
 def test_who_says_nothing_for_a_while_is_spoken_to(served: Served) -> None:
+    stop = served.live.bundle.manifest.codec.stop[0]  # type: ignore[union-attr]
+    served.live.script(SAID, [3, 5, 7, 11, 13, stop])  # 0.1 s
     detection = {"type": "server_vad", "idle_timeout_ms": 5000}
     with connected(served, audio={"input": {"turn_detection": detection}}) as connection:
         for _ in range(6):
@@ -279,6 +281,8 @@ def test_what_was_cut_off_is_told_to_who_asked(served: Served) -> None:
         connection.input_audio_buffer.append(audio=pcm(voice(0.5, RATE)))
         cut = until(connection, "omniport.reply_cut")[-1].to_dict()
         assert (cut["item_id"], cut["heard_ms"], cut["transcript"]) == (item.id, 0, "")
+        connection.input_audio_buffer.append(audio=pcm(SILENT))
+        until(connection, "response.done")
     metrics = served.http().get("/metrics").text
     assert 'omniport_interruptions_total{reason="turn_detected"}' in metrics
     for name in ("heard_ratio_count", "input_lag_seconds_count", "vad_endpoint_seconds_count"):
