@@ -147,11 +147,17 @@ def test_a_question_is_answered_and_the_conversation_goes_on(served: Served) -> 
     assert (handled.text, handled.context) == (SAID, context)
     talk(served, work)  # over another connection, as Home Assistant does
     counted = 'omniport_requests_total{route="wyoming/handle",status="200"} 2.0'
-    due, metrics = time.monotonic() + 20, ""
-    while counted not in metrics and time.monotonic() < due:  # a request is counted once all of it was sent
-        metrics = served.http().get("/metrics").text
-    assert counted in metrics
+    metrics = metrics_with(served, counted)
     assert float(metrics.split("\nomniport_reused_tokens_total ")[1].split()[0]) > 20
+
+
+def metrics_with(served: Served, line: str) -> str:
+    """All metrics, once that is among them: a request is counted after all of it was sent."""
+    due, metrics = time.monotonic() + 20, ""
+    while line not in metrics and time.monotonic() < due:
+        metrics = served.http().get("/metrics").text
+    assert line in metrics
+    return metrics
 
 
 def sound_of(events: list[Event]) -> int:
@@ -247,15 +253,12 @@ def test_a_client_that_leaves_cancels(served: Served) -> None:
             await asyncio.to_thread(gate.reached.wait, 20)
 
         talk(served, work)
-        due = time.monotonic() + 20
-        metrics = ""
-        while 'interruptions_total{reason="client_left"}' not in metrics and time.monotonic() < due:
-            metrics = served.http().get("/metrics").text
+        metrics_with(served, 'interruptions_total{reason="client_left"}')
     finally:
         gate.go.set()
         served.live.backend.graphs["thinker"] = gate.inner
     assert served.quiet(), "its place is free"
-    assert 'omniport_requests_total{route="wyoming/handle",status="499"} 1.0' in served.http().get("/metrics").text
+    metrics_with(served, 'omniport_requests_total{route="wyoming/handle",status="499"} 1.0')
 
 
 def test_clients_that_leave_at_once_free_all(served: Served) -> None:
