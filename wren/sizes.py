@@ -14,6 +14,7 @@ frame/                      the checkpoint with untrained weights: its configura
 vision.safetensors          weights of the vision encoder that names what it sees; the thinker starts from them
 thinker.first.safetensors   weights of transformers' thinker before its second lessons
 thinker.safetensors         and behind them
+talker.small.safetensors    the talker before it grew
 talker.safetensors          weights of the talker with small tables, and of the thinker's rows that only it reads
 answers.json                what wren.evaluate measured
 NAME.train.pt               state of a training: weights, optimizer, step; a training that stopped goes on from it
@@ -113,11 +114,13 @@ VISION: dict[str, Any] = {
 }
 TALKER: dict[str, Any] = {
     "hidden_size": 160,
-    "intermediate_size": 448,
-    "num_hidden_layers": 5,
+    "intermediate_size": 768,
+    "num_hidden_layers": 7,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 32,
     "mrope_section": [4, 6, 6],
     "rope_theta": 10000.0,
 }
+# As the talker begins: half of the work a step. It grows when this size learns little more.
+SMALL_TALKER: dict[str, int] = {"intermediate_size": 448, "num_hidden_layers": 5}
