@@ -48,7 +48,7 @@ types-windows: $(INSTALLED)
 	$(VENV)/bin/mypy --platform win32 --cache-dir .mypy_cache/windows $(USED)
 
 test: lint
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 extras: $(INSTALLED)
 	$(PYTHON) -m scripts.check_extras

@@ -142,13 +142,17 @@ def test_logits_alike(
         assert apart < lost
 
 
-@pytest.mark.parametrize("recipe", ["int8", "edge-8gb"])
+@pytest.mark.parametrize(("recipe", "graphs"), [("int8", tuple(PARTS)), ("edge-8gb", ("talker", "dit"))])
 def test_a_board_with_tensorrt_10_3_takes_them(
-    recipe: str, quantized: Mapping[tuple[str, str], tuple[Bundle, Bundle]]
+    recipe: str, graphs: tuple[str, ...], quantized: Mapping[tuple[str, str], tuple[Bundle, Bundle]]
 ) -> None:
-    """TensorRT-RTX stands in for the board's builder, whose parser is only known by its sources."""
+    """TensorRT-RTX stands in for the board's builder, whose parser is only known by its sources.
+
+    `edge-8gb` has two forms of its own: blocks of INT4 in the talker, and INT8 weights alone in the DiT.
+    """
     native, lowered = quantized[recipe, "fp16"]
-    report = check_bundle(lowered, TARGETS["jetson-orin-nano-8gb"])
+    report = check_bundle(lowered, TARGETS["jetson-orin-nano-8gb"], graphs=graphs)
+    assert [graph.graph for graph in report.graphs] == list(graphs)
     for graph in report.graphs:
         assert (graph.problem, graph.note) == ("", ""), graph
         assert graph.compiled_for == "8.6"

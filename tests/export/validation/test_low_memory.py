@@ -128,7 +128,7 @@ def test_replies_in_turns_pass(
     monkeypatch.setattr(end_to_end_checks, "_QUICK", ("audio and image",))
     monkeypatch.setattr(speech_runs, "QUICK_LENGTHS", (13,))
     heard = f"{sys.executable} -c \"print('a word')\""
-    report, _ = run.validate(tiny_bundle, tiny_checkpoint, graphs=("thinker", "end_to_end", "speech"), asr=heard)
+    report, _ = run.validate(tiny_bundle, tiny_checkpoint, graphs=("end_to_end", "speech"), asr=heard)
     assert [(c.stage, c.name, c.message) for c in report.checks if c.status != PASS] == []
     assert any("word_error_rate" in check.figures for check in report.checks)
 
