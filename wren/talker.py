@@ -34,7 +34,7 @@ from wren.training import Plan, bf16, train
 from wren.world import Draw, Question, Split
 
 SMALL_PLAN = Plan(steps=12000, peak=1.5e-3, decay=0.01)
-PLAN = Plan(steps=12000, peak=1.2e-3, decay=0.01)
+PLAN = Plan(steps=6000, peak=7e-4, rise=300, decay=0.01)
 TOKENS = 3000  # of a step: prompts and codes
 # Codes fed: a share of the sentences is fed all; in the others up to so many are hidden, and up to so many replaced.
 WHOLE, HIDDEN, REPLACED, RUN = 0.3, 0.9, 0.15, 4
