@@ -19,9 +19,9 @@ from ..http.api_errors import ApiError, invalid, not_ready, told_late
 from ..service import Service
 from .described import described
 from .event_reader import NoEvent, read_event
-from .recording import Recording
 from .replies import Replies
 from .sentences import Sentences
+from .spoken_request import Recording
 
 _LOG = logging.getLogger(__name__)
 #: requests that wait at most
