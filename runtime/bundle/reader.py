@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,6 +29,7 @@ from .manifest import SCHEMA_VERSION, DecoderGeometry, Manifest, VoiceSpec
 
 MANIFEST_FILE = "bundle.json"
 _MAX_VOICE_BYTES = 1 << 20
+_READS = 5
 DOCUMENT = Document(
     format="omniport-bundle",
     newest=SCHEMA_VERSION,
@@ -36,6 +38,9 @@ DOCUMENT = Document(
     mend="Copy or export the bundle again",
 )
 _STORED_AS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "uint16": "uint16"}
+
+
+_Read = TypeVar("_Read")
 
 
 class EmbeddingTable:
@@ -55,7 +60,7 @@ class EmbeddingTable:
             f"cannot read the embedding table {path}",
             "A plain .npy file was expected: export the bundle again",
         ):
-            table = np.load(path, mmap_mode="r", allow_pickle=False)
+            table = _read(lambda: np.load(path, mmap_mode="r", allow_pickle=False))
         expected = (geometry.vocab_size, geometry.embedding_size)
         stored = _STORED_AS.get(geometry.embedding_dtype)
         shape, dtype = getattr(table, "shape", None), getattr(table, "dtype", None)
@@ -247,8 +252,7 @@ class Bundle:
                 raise BundleError(
                     f"the voice file {path} unpacks to {size} bytes; at most {_MAX_VOICE_BYTES} was expected"
                 )
-            with np.load(path, allow_pickle=False) as arrays:
-                speaker, timbre = (np.asarray(arrays[name]) for name in ("speaker", "reference"))
+            speaker, timbre = _read(lambda: _voice_arrays(path))
         for label, array, width in (("speaker", speaker, dit.speaker_dim), ("reference", timbre, dit.reference_dim)):
             if array.shape != (width,) or array.dtype != np.float32 or not np.isfinite(array).all():
                 raise BundleError(
@@ -256,6 +260,23 @@ class Bundle:
                     "expected. Export the bundle again"
                 )
         return Voice(spec, speaker, timbre)
+
+
+def _voice_arrays(path: Path) -> list[NDArray[Any]]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return [np.asarray(arrays[name]) for name in ("speaker", "reference")]
+
+
+def _read(read: Callable[[], _Read]) -> _Read:
+    """What ``read`` gives, asked again if Python stumbled.
+
+    numpy reads an array's header by `ast`, which in CPython 3.11 counts its depth for all threads together: while
+    another thread parses, too, it may raise "SystemError: AST constructor recursion depth mismatch".
+    """
+    for _ in range(_READS - 1):
+        with suppress(SystemError):
+            return read()
+    return read()
 
 
 def _stamp(root: Path) -> tuple[int, ...]:
