@@ -317,6 +317,22 @@ def test_replies_wait_for_their_place_and_too_many_are_refused(make: Callable[..
         served.live.backend.graphs["thinker"] = gate.inner
 
 
+def test_a_connection_asks_for_so_much_at_once(served: Served) -> None:
+    gate = Gate(served.live.backend.graphs["thinker"], at=2)
+    served.live.backend.graphs["thinker"] = gate
+
+    async def work(client: AsyncTcpClient) -> tuple[str, list[str]]:
+        refused = (await ask(client, "handled", *[Transcript("Hello")] * 5))[-1]
+        gate.go.set()
+        return refused.data["code"], [(await ask(client, "handled"))[-1].type for _ in range(4)]
+
+    try:
+        assert talk(served, work) == ("session_limit_reached", ["handled"] * 4)
+    finally:
+        gate.go.set()
+        served.live.backend.graphs["thinker"] = gate.inner
+
+
 def test_it_has_no_keys_so_others_are_let_in_by_name_alone() -> None:
     with pytest.raises(UsageError, match="Wyoming has no keys"):
         Settings(wyoming=("0.0.0.0", 10300), keys=("sk-key",))

@@ -109,6 +109,16 @@ def test_a_decoder_that_was_taken_over_is_not_believed(planted: Decoders, noise:
     np.testing.assert_array_equal(planted.decode(ASKED, encoded(noise)), noise)
 
 
+def test_a_decoder_that_does_not_keep_its_own_time_is_ended() -> None:
+    """Its alarm is what a child that was taken over takes back first."""
+    silent = Decoders(Limits(decode_seconds=1.0), (sys.executable, "-c", "import time; time.sleep(600)"))
+    try:
+        with pytest.raises(MediaError, match="it took more than 1 s"):
+            silent.decode(ASKED, b"x")
+    finally:
+        silent.close()
+
+
 def test_what_a_library_prints_is_no_answer(planted: Decoders) -> None:
     assert planted.decode(ASKED, b"chatter").shape == (2, 2, 3)  # type: ignore[union-attr]
 
