@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,10 +11,6 @@ from support.bundles import make_bundle
 
 if TYPE_CHECKING:
     from support.served import Served
-
-#: an environment that was set up before these became part of the `test` extra
-_MISSING = [name for name in ("omniport.serve", "openai", "prometheus_client") if find_spec(name) is None]
-collect_ignore_glob = ["test_*.py"] if _MISSING else [] if find_spec("wyoming") else ["test_wyoming.py"]
 
 
 @pytest.fixture(scope="module")
