@@ -133,7 +133,7 @@ def command(
     ] = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Serve a bundle to OpenAI's clients, over HTTP and by the Realtime protocol.
+    """Serve a bundle to a web page, and to OpenAI's clients over HTTP and by the Realtime protocol.
 
     Chat with text and speech, streamed or whole; spoken conversations over a WebSocket. The URL is printed on stdout as
     soon as connections are taken; GET /ready tells when the graphs are loaded. SIGTERM takes no more requests, and ends

@@ -14,7 +14,7 @@ import pytest
 from omniport.runtime.errors import UsageError
 from omniport.serve.settings import Limits, Settings
 from omniport.serve.wyoming.sentences import Sentences
-from support.live_turns import Gate, voice
+from support.live_turns import held, voice
 from support.served import Served
 from wyoming.asr import Transcribe, Transcript
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
@@ -244,9 +244,7 @@ def test_what_is_no_event_ends_the_connection(served: Served, sent: bytes) -> No
 
 
 def test_a_client_that_leaves_cancels(served: Served) -> None:
-    gate = Gate(served.live.backend.graphs["thinker"], at=2)
-    served.live.backend.graphs["thinker"] = gate
-    try:
+    with held(served.live.backend.graphs, "thinker", at=2) as gate:
 
         async def work(client: AsyncTcpClient) -> None:
             await client.write_event(Transcript("Hello").event())
@@ -254,9 +252,6 @@ def test_a_client_that_leaves_cancels(served: Served) -> None:
 
         talk(served, work)
         metrics_with(served, 'interruptions_total{reason="client_left"}')
-    finally:
-        gate.go.set()
-        served.live.backend.graphs["thinker"] = gate.inner
     assert served.quiet(), "its place is free"
     metrics_with(served, 'omniport_requests_total{route="wyoming/handle",status="499"} 1.0')
 
@@ -299,8 +294,6 @@ def test_more_clients_than_may_be_are_told(served: Served, monkeypatch: pytest.M
 
 def test_replies_wait_for_their_place_and_too_many_are_refused(make: Callable[..., Served]) -> None:
     served = make(limits=Limits(queue=0))
-    gate = Gate(served.live.backend.graphs["thinker"], at=2)
-    served.live.backend.graphs["thinker"] = gate
 
     async def work(client: AsyncTcpClient) -> tuple[str, str]:
         await client.write_event(Transcript("Hello").event())
@@ -310,27 +303,18 @@ def test_replies_wait_for_their_place_and_too_many_are_refused(make: Callable[..
         gate.go.set()
         return refused.data["code"], (await ask(client, "handled"))[-1].data["text"]
 
-    try:
+    with held(served.live.backend.graphs, "thinker", at=2) as gate:
         assert talk(served, work) == ("session_limit_reached", SAID)
-    finally:
-        gate.go.set()
-        served.live.backend.graphs["thinker"] = gate.inner
 
 
 def test_a_connection_asks_for_so_much_at_once(served: Served) -> None:
-    gate = Gate(served.live.backend.graphs["thinker"], at=2)
-    served.live.backend.graphs["thinker"] = gate
-
     async def work(client: AsyncTcpClient) -> tuple[str, list[str]]:
         refused = (await ask(client, "handled", *[Transcript("Hello")] * 5))[-1]
         gate.go.set()
         return refused.data["code"], [(await ask(client, "handled"))[-1].type for _ in range(4)]
 
-    try:
+    with held(served.live.backend.graphs, "thinker", at=2) as gate:
         assert talk(served, work) == ("session_limit_reached", ["handled"] * 4)
-    finally:
-        gate.go.set()
-        served.live.backend.graphs["thinker"] = gate.inner
 
 
 def test_it_has_no_keys_so_others_are_let_in_by_name_alone() -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,18 @@ class Gate(GraphWrapper):
                 raise self.error
             assert self.go.wait(20)
         return super().run(feeds, cache, handle)
+
+
+@contextmanager
+def held(graphs: dict[str, Graph], name: str, at: int = 1) -> Iterator[Gate]:
+    """While this lasts, a graph stops before its ``at``-th run."""
+    gate = Gate(graphs[name], at)
+    graphs[name] = gate
+    try:
+        yield gate
+    finally:
+        gate.go.set()
+        graphs[name] = gate.inner
 
 
 class Watch:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.live_turns import Gate, voice
+from support.live_turns import held, voice
 from support.loudness import Loudness
 from support.realtime import CODES, SAID
 from support.served import Served
@@ -65,18 +65,13 @@ def test_a_message_is_answered_in_speech(served: Served) -> None:
 def test_speech_interrupts_and_is_answered(served: Served) -> None:
     async def work(talk: Talk) -> None:
         silence = np.zeros(RATE, np.float32)
-        gate = Gate(served.live.backend.graphs["bigvgan"], at=2)
-        served.live.backend.graphs["bigvgan"] = gate
-        try:
+        with held(served.live.backend.graphs, "bigvgan", at=2) as gate:
             await talk.hear(np.concatenate([voice(0.5, RATE), silence]))
             await talk.until("audio")
             await talk.hear(voice(0.5, RATE))
             await asyncio.sleep(0.3)
             gate.go.set()
             await talk.until("audio_interrupted")
-        finally:
-            gate.go.set()
-            served.live.backend.graphs["bigvgan"] = gate.inner
         await talk.hear(silence)
         await talk.until("audio_end")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from openai.resources.realtime.realtime import RealtimeConnection
 from PIL import Image
-from support.live_turns import Gate, voice
+from support.live_turns import held, voice
 from support.realtime import CODES, SAID, ask, connected, kinds, pcm, until
 from support.served import Served
 
@@ -91,18 +91,13 @@ def test_what_is_no_picture_is_told_and_the_sound_stays(served: Served) -> None:
 
 def test_frames_that_come_during_a_reply_belong_to_the_next_turn(served: Served) -> None:
     with connected(served, **BY_HAND) as connection:
-        gate = Gate(served.live.backend.graphs["thinker"], at=3)
-        served.live.backend.graphs["thinker"] = gate
-        try:
+        with held(served.live.backend.graphs, "thinker", at=3) as gate:
             connection.input_audio_buffer.append(audio=pcm(voice(1.0, RATE)))
             connection.input_audio_buffer.commit()
             connection.response.create(response={"output_modalities": ["text"]})
             assert gate.reached.wait(20)
             connection.input_audio_buffer.append(audio=pcm(voice(1.0, RATE)))
             frame(connection, image=picture(), time_ms=200)
-        finally:
-            gate.go.set()
-            served.live.backend.graphs["thinker"] = gate.inner
         first = until(connection, "response.done")[-1].response
         assert first.usage.input_token_details.image_tokens == 0
         audio, image = said_and_shown(connection)
@@ -112,9 +107,7 @@ def test_frames_that_come_during_a_reply_belong_to_the_next_turn(served: Served)
 
 def test_what_was_played_is_believed(served: Served) -> None:
     with connected(served, **BY_HAND) as connection:
-        gate = Gate(served.live.backend.graphs["bigvgan"], at=2)
-        served.live.backend.graphs["bigvgan"] = gate
-        try:
+        with held(served.live.backend.graphs, "bigvgan", at=2):
             content = [{"type": "input_text", "text": "Hello"}]
             connection.conversation.item.create(item={"type": "message", "role": "user", "content": content})  # type: ignore[arg-type, misc, list-item]
             connection.response.create()
@@ -124,9 +117,6 @@ def test_what_was_played_is_believed(served: Served) -> None:
                 connection.send(told)  # type: ignore[arg-type]
             connection.conversation.item.retrieve(item_id=added.item_id)
             until(connection, "conversation.item.retrieved")  # so what was sent before was taken
-        finally:
-            gate.go.set()
-            served.live.backend.graphs["bigvgan"] = gate.inner
         came = until(connection, "rate_limits.updated")
         assert "error" not in kinds(came)
         assert came[-2].response.to_dict()["omniport"]["heard_ms"] == 40

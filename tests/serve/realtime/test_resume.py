@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from omniport.runtime.errors import BackendError
-from support.live_turns import Gate
+from support.live_turns import held
 from support.realtime import SAID
 from support.served import Served
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -115,17 +115,12 @@ def test_what_was_being_said_is_stopped_and_what_was_missed_is_told(make: Callab
     token = first.created()["omniport"]["resume_token"]
     first.send("session.update", session=BY_HAND)
     first.write("Hello")
-    gate = Gate(served.live.backend.graphs["thinker"], at=4)
-    served.live.backend.graphs["thinker"] = gate
-    try:
+    with held(served.live.backend.graphs, "thinker", at=4) as gate:
         first.send("response.create")
         known = first.until("response.created")[-1]
         assert gate.reached.wait(20)
         first.lose()
         wait_until(lambda: served.service.realtime.kept == 1)
-    finally:
-        gate.go.set()
-        served.live.backend.graphs["thinker"] = gate.inner
     assert served.quiet(), "its place is free"
     second = Socket(served, f"resume={token}&after={known['event_id']}")
     came = second.until("rate_limits.updated")
@@ -220,18 +215,13 @@ def test_a_draining_server_ends_sessions_when_they_have_nothing_to_say(make: Cal
         client.created()
     busy.send("session.update", session=BY_HAND)
     busy.write("Hello")
-    gate = Gate(served.live.backend.graphs["thinker"], at=3)
-    served.live.backend.graphs["thinker"] = gate
-    try:
+    with held(served.live.backend.graphs, "thinker", at=3) as gate:
         busy.send("response.create")
         assert gate.reached.wait(20)
         served.http().post("/v1/omniport/drain")
         assert idle.closed() == 1001
         assert refused(served, "") == (503, "not_ready")
         wait_until(lambda: served.service.realtime.open == 1)
-    finally:
-        gate.go.set()
-        served.live.backend.graphs["thinker"] = gate.inner
     assert busy.until("response.done")[-1]["response"]["status"] == "completed"
     assert busy.closed() == 1001
     wait_until(lambda: served.service.realtime.open == 0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from omniport.runtime import OmniSession
 from omniport.serve.realtime import voice_activity
-from support.live_turns import Gate, voice
+from support.live_turns import held, voice
 from support.loudness import Loudness
 from support.realtime import CODES, SAID, ask, connected, kinds, pcm, until, write
 from support.served import Served
@@ -70,9 +70,7 @@ def test_silence_ends_a_turn(served: Served) -> None:
 
 def test_speech_cuts_a_reply_off(served: Served) -> None:
     with connected(served) as connection:
-        gate = Gate(served.live.backend.graphs["thinker"], at=3)
-        served.live.backend.graphs["thinker"] = gate
-        try:
+        with held(served.live.backend.graphs, "thinker", at=3) as gate:
             connection.input_audio_buffer.append(audio=pcm(np.concatenate([voice(0.5, RATE), SILENT])))
             until(connection, "response.created")
             assert gate.reached.wait(20)
@@ -80,9 +78,6 @@ def test_speech_cuts_a_reply_off(served: Served) -> None:
             time.sleep(0.2)
             gate.go.set()
             came = until(connection, "response.done")
-        finally:
-            gate.go.set()
-            served.live.backend.graphs["thinker"] = gate.inner
         response = came[-1].response
         assert (response.status, response.status_details.reason) == ("cancelled", "turn_detected")
         connection.input_audio_buffer.append(audio=pcm(SILENT))
@@ -96,9 +91,7 @@ def test_what_the_model_has_forgotten_is_not_told_either(
     """A reply that is stopped is cut to what was sent of its sound, before the client says how much was heard."""
     monkeypatch.setattr(served.live.decoder("talker"), "script", CODES)
     with connected(served, **BY_HAND) as connection:
-        gate = Gate(served.live.backend.graphs[graph], at=2 if graph == "bigvgan" else 1)
-        served.live.backend.graphs[graph] = gate
-        try:
+        with held(served.live.backend.graphs, graph, at=2 if graph == "bigvgan" else 1) as gate:
             write(connection, "Hello")
             connection.response.create()
             came = until(connection, "response.output_item.added")
@@ -106,9 +99,6 @@ def test_what_the_model_has_forgotten_is_not_told_either(
             item = came[-1].item
             connection.conversation.item.truncate(item_id=item.id, content_index=0, audio_end_ms=60_000)
             time.sleep(0.2)
-        finally:
-            gate.go.set()
-            served.live.backend.graphs[graph] = gate.inner
         until(connection, "conversation.item.truncated")
         connection.conversation.item.retrieve(item_id=item.id)
         told = until(connection, "conversation.item.retrieved")[-1].item.content[0].transcript or ""
@@ -118,9 +108,7 @@ def test_what_the_model_has_forgotten_is_not_told_either(
 
 def test_who_sends_faster_than_it_is_taken_is_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omniport.serve.realtime.inbox._PATIENCE", 0.3)
-    gate = Gate(served.live.backend.graphs["audio_encoder"], at=1)
-    served.live.backend.graphs["audio_encoder"] = gate
-    try:
+    with held(served.live.backend.graphs, "audio_encoder", at=1) as gate:
         with connected(served, **BY_HAND) as connection:
             for _ in range(8):
                 connection.input_audio_buffer.append(audio=pcm(voice(1.0, RATE)))
@@ -132,9 +120,6 @@ def test_who_sends_faster_than_it_is_taken_is_closed(served: Served, monkeypatch
                 connection.recv()
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1009
-    finally:
-        gate.go.set()
-        served.live.backend.graphs["audio_encoder"] = gate.inner
 
 
 def test_what_was_said_is_written_down_afterwards(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +148,7 @@ def test_what_was_said_is_written_down_afterwards(served: Served, monkeypatch: p
 def test_who_goes_on_before_the_answer_begins_is_heard_whole(served: Served) -> None:
     """The first part is being encoded when the second begins."""
     with connected(served) as connection:
-        gate = Gate(served.live.backend.graphs["audio_encoder"], at=1)
-        served.live.backend.graphs["audio_encoder"] = gate
-        try:
+        with held(served.live.backend.graphs, "audio_encoder", at=1) as gate:
             connection.input_audio_buffer.append(audio=pcm(np.concatenate([voice(0.5, RATE), SILENT])))
             until(connection, "response.created")
             assert gate.reached.wait(20)
@@ -173,9 +156,6 @@ def test_who_goes_on_before_the_answer_begins_is_heard_whole(served: Served) -> 
             time.sleep(0.2)
             gate.go.set()
             assert until(connection, "response.done")[-1].response.status == "cancelled"
-        finally:
-            gate.go.set()
-            served.live.backend.graphs["audio_encoder"] = gate.inner
         connection.input_audio_buffer.append(audio=pcm(SILENT))
         response = until(connection, "response.done")[-1].response
         assert response.status == "completed"
@@ -196,9 +176,7 @@ def test_what_was_not_heard_is_cut_and_past_the_end_is_no_error(served: Served) 
 def test_speech_that_may_not_interrupt_is_answered_afterwards(served: Served) -> None:
     detection = {"type": "semantic_vad", "eagerness": "high", "interrupt_response": False}
     with connected(served, audio={"input": {"turn_detection": detection}}) as connection:
-        gate = Gate(served.live.backend.graphs["thinker"], at=3)
-        served.live.backend.graphs["thinker"] = gate
-        try:
+        with held(served.live.backend.graphs, "thinker", at=3) as gate:
             connection.conversation.item.create(
                 item={"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]}
             )
@@ -206,9 +184,6 @@ def test_speech_that_may_not_interrupt_is_answered_afterwards(served: Served) ->
             assert gate.reached.wait(20)
             connection.input_audio_buffer.append(audio=pcm(np.concatenate([voice(0.5, RATE), SILENT])))
             until(connection, "input_audio_buffer.committed")
-        finally:
-            gate.go.set()
-            served.live.backend.graphs["thinker"] = gate.inner
         for _ in range(2):
             assert until(connection, "response.done")[-1].response.status == "completed"
 
@@ -218,27 +193,24 @@ def test_sound_that_waits_is_counted_as_it_was_sent(served: Served, monkeypatch:
     monkeypatch.setattr("omniport.serve.realtime.inbox._PATIENCE", 0.3)
     telephone = {"audio": {"input": {"format": {"type": "audio/pcmu"}, "turn_detection": None}}}
     studio = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": RATE}}}}
-    gate = Gate(served.live.backend.graphs["audio_encoder"], at=1)
-    served.live.backend.graphs["audio_encoder"] = gate
-    try:
-        with connected(served, **telephone) as connection:
-            second = base64.b64encode(bytes(8000)).decode()
-            for _ in range(3):
-                connection.input_audio_buffer.append(audio=second)
-            assert gate.reached.wait(20)
-            connection.input_audio_buffer.clear()
-            connection.session.update(session={"type": "realtime", **studio})  # type: ignore[typeddict-item]
-            connection.input_audio_buffer.append(audio=pcm(voice(0.3, RATE)))  # 1.8 s, were it telephone's
-            time.sleep(0.2)
-            gate.go.set()
-            until(connection, "session.updated")
-            for _ in range(2):
-                connection.input_audio_buffer.append(audio=pcm(voice(1.0, RATE)))
-            connection.input_audio_buffer.clear()
-            until(connection, "input_audio_buffer.cleared")
-    finally:
+    with (
+        held(served.live.backend.graphs, "audio_encoder", at=1) as gate,
+        connected(served, **telephone) as connection,
+    ):
+        second = base64.b64encode(bytes(8000)).decode()
+        for _ in range(3):
+            connection.input_audio_buffer.append(audio=second)
+        assert gate.reached.wait(20)
+        connection.input_audio_buffer.clear()
+        connection.session.update(session={"type": "realtime", **studio})  # type: ignore[typeddict-item]
+        connection.input_audio_buffer.append(audio=pcm(voice(0.3, RATE)))  # 1.8 s, were it telephone's
+        time.sleep(0.2)
         gate.go.set()
-        served.live.backend.graphs["audio_encoder"] = gate.inner
+        until(connection, "session.updated")
+        for _ in range(2):
+            connection.input_audio_buffer.append(audio=pcm(voice(1.0, RATE)))
+        connection.input_audio_buffer.clear()
+        until(connection, "input_audio_buffer.cleared")
 
 
 def test_who_says_nothing_for_a_while_is_spoken_to(served: Served) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from openai.resources.realtime.realtime import RealtimeConnection
-from support.live_turns import Gate
+from support.live_turns import held
 from support.realtime import SAID, ask, connected, kinds, until, write
 from support.served import Served
 
@@ -110,9 +110,7 @@ def test_a_response_to_an_input_of_its_own(connection: RealtimeConnection) -> No
 
 
 def test_cancelled_while_it_waits_for_its_place(served: Served, connection: RealtimeConnection) -> None:
-    gate = Gate(served.live.backend.graphs["thinker"], at=3)
-    served.live.backend.graphs["thinker"] = gate
-    try:
+    with held(served.live.backend.graphs, "thinker", at=3) as gate:
         write(connection, "Hello")
         connection.response.create()
         assert gate.reached.wait(20)
@@ -124,9 +122,6 @@ def test_cancelled_while_it_waits_for_its_place(served: Served, connection: Real
             other.response.cancel()
             response = until(other, "response.done")[-1].response
             assert (response.status, response.status_details.reason) == ("cancelled", "client_cancelled")
-    finally:
-        gate.go.set()
-        served.live.backend.graphs["thinker"] = gate.inner
     assert until(connection, "response.done")[-1].response.status == "completed"
 
 
