@@ -23,11 +23,10 @@ from .bundle_parts import SmallParts, base_manifest, embedding_bytes, small_part
 from .checkpoint.checkpoint import Checkpoint
 from .export_options import ExportOptions
 from .graphs.fingerprint import graph_key, graph_whole, source_key
-from .graphs.lowering import OPSETS
-from .graphs.packed_weights import OPSET as PACKED_OPSET
 from .models.model_parts import graph_definitions
 from .models.part import GraphDefinition
 from .option_values import PRECISIONS, TOKEN2WAV_PRECISIONS
+from .tensorrt.builder_api import INT8_BLOCKS_SINCE
 from .weights_check import check_weights
 
 
@@ -170,10 +169,23 @@ class _Origin:
 
 
 def _check_packing(ckpt: Checkpoint, options: ExportOptions) -> None:
-    if ckpt.packed and OPSETS[options.ops] < PACKED_OPSET:
+    """Lowered graphs are for parsers that take INT4 in blocks, and neither INT8 in blocks nor zero points.
+
+    Raises:
+        ExportError: the checkpoint's weights are such, and lowered graphs were asked for.
+    """
+    if options.ops != "decomposed" or ckpt.packing is None:
+        return
+    if ckpt.packing.bits == 8:
         raise ExportError(
-            f"{ckpt.name} holds INT4 weights, which need opset {PACKED_OPSET} or later: leave --ops native, or export "
-            "from the unquantized checkpoint"
+            f"{ckpt.name} holds INT8 weights in blocks, which TensorRT parses from {INT8_BLOCKS_SINCE} on, and --ops "
+            "decomposed is for TensorRT before that. Export the unquantized checkpoint with --ops decomposed --kv "
+            "concat --precision fp16, and omniport quantize it with --recipe w8: INT8 with a scale for each channel"
+        )
+    if options.zero_points == "keep" and not all(weight.symmetric for weight in ckpt.packed.values()):
+        raise ExportError(
+            f"{ckpt.name} has zero points, which no TensorRT takes, and --ops decomposed is for TensorRT: add "
+            "--zero-points separate, which computes the same with a second, small product"
         )
 
 

@@ -27,7 +27,6 @@ from .bundle_parts import write_embeddings
 from .checkpoint.tokenizer_json import own_tokens
 from .export_options import ExportOptions
 from .export_plan import ExportPlan, KeptGraph, NewGraph, plan_export
-from .graphs.lowering import OPSETS
 from .graphs.mixed_precision import mix
 from .graphs.packed_weights import import_packed
 from .graphs.trace import trace
@@ -215,7 +214,7 @@ def make_graph(plan: ExportPlan, graph: NewGraph, folder: Path, told: StageProgr
         data=tuple(files),
         precision=f"int{ckpt.packing.bits}" if schemes and ckpt.packing else definition.precision,
         compute=definition.precision if schemes else "",
-        opset=OPSETS[definition.ops],
+        opset=model.graph.opset_imports[""],
         inputs=definition.inputs,
         outputs=definition.outputs,
         dims=definition.dims,

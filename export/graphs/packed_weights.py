@@ -61,6 +61,8 @@ def import_packed(
         the checkpoint has not packed; empty if it has packed none of this graph.
     """
     weights = packed_rules(rules, packed)
+    if weights:  # operators of lowered graphs mean the same up to there
+        model.graph.opset_imports[""] = max(model.graph.opset_imports[""], OPSET)
     edit = PackedPass(weights, separate)
     edit(model)
     filled: dict[str, Rule | Pieces] = {name: rule for name, rule in rules.items() if name not in weights}

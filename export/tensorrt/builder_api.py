@@ -28,6 +28,7 @@ NATIVE_SINCE: Mapping[str, tuple[int, int]] = {
 #: DequantizeLinear of INT8 with block_size, among operators. A page on Dequantize of an early 10.x names blocks for
 #: INT4 alone, today's for INT8 as well; when that changed was not found.
 INT8_BLOCKS, _INT8_BLOCKS_SINCE = "INT8 in blocks", (10, 16)
+INT8_BLOCKS_SINCE = "{}.{}".format(*_INT8_BLOCKS_SINCE)
 #: the first ONNX opset with operators that only those parsers know
 _NEW_OPSET, _NEW_OPSET_SINCE = 23, (10, 14)
 

@@ -16,10 +16,14 @@ import pytest
 import torch
 from omniport.cli import main
 from omniport.export.checkpoint.checkpoint import Checkpoint
+from omniport.export.devices.catalog import TARGETS
 from omniport.export.evaluation.reference_modules import load_reference
 from omniport.export.exporter import export_checkpoint
 from omniport.export.models.decoder_stack import decoder_cases
 from omniport.export.models.model_parts import MODEL_PARTS
+from omniport.export.tensorrt.build import build_bundle
+from omniport.export.tensorrt.builder_api import too_old_for
+from omniport.export.tensorrt.onnx_file import open_onnx
 from omniport.export.validation.types import PASS
 from omniport.export.validation.validate import validate
 from omniport.runtime.bundle.reader import Bundle
@@ -161,7 +165,8 @@ def parity(checkpoint: Path, bundle: Bundle) -> float:
     }
     for spec in session.get_inputs():
         if spec.name.startswith("past_"):
-            feeds[spec.name] = np.zeros((1, spec.shape[1], 16, spec.shape[3]), np.float32)
+            held = 16 if bundle.manifest.kv.form == "static" else 0
+            feeds[spec.name] = np.zeros((1, spec.shape[1], held, spec.shape[3]), np.float32)
     got = session.run(["logits"], feeds)[0]
     assert np.abs(wanted).max() > 0.1
     return float(np.sqrt(((got - wanted) ** 2).mean() / (wanted**2).mean()))
@@ -251,9 +256,6 @@ def test_a_second_export_takes_over_what_is_there(
 
 def test_tensorrt_refuses_zero_points_and_builds_the_rest(exported: Callable[[str, str], Path]) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from omniport.export.devices.catalog import TARGETS
-    from omniport.export.tensorrt.build import build_bundle
-
     card = TARGETS["rtx-4090"]
     with pytest.raises(BuildError, match=r"28 weights have zero points.*--zero-points separate"):
         build_bundle(Bundle.open(exported("awq", "keep")), card)
@@ -261,6 +263,28 @@ def test_tensorrt_refuses_zero_points_and_builds_the_rest(exported: Callable[[st
         (row,) = build_bundle(Bundle.open(exported(kind, zero_points)), card).graphs
         assert row.record.dtype == ("int8" if kind == "gptq-8" else "int4")
         assert row.record.layers["DEQUANTIZE"] == 28
+
+
+@pytest.mark.parametrize(("kind", "zero_points"), [("gptq", "keep"), ("awq", "separate")])
+def test_lowered_graphs_hold_what_the_parser_of_jetpack_6_takes(
+    kind: str, zero_points: str, made: Callable[[str], tuple[Path, Meant]], tmp_path: Path
+) -> None:
+    """Opset 21 for INT4 in blocks, operators of opset 18, and the same numbers."""
+    checkpoint, meant = made(kind)
+    lowered: dict[str, Any] = {"ops": "decomposed", "kv": "concat", "zero_points": zero_points}
+    export_checkpoint(checkpoint, tmp_path / "b", max_context=512, graphs=["thinker"], **lowered)
+    bundle = Bundle.open(tmp_path / "b")
+    path = bundle.path("graphs/thinker.onnx")
+    model = onnx.load(path)
+    onnx.checker.check_model(path)
+    assert bundle.manifest.graphs["thinker"].opset == model.opset_import[0].version == 21
+    assert too_old_for(open_onnx(path).needs(), 21, "10.3.0") == []
+    for key, value in meant.items():
+        np.testing.assert_array_equal(dequantized(model.graph, key.removeprefix("thinker.")).T, value)
+    assert parity(checkpoint, bundle) < 1e-5
+    pytest.importorskip("tensorrt_rtx")
+    (row,) = build_bundle(bundle, TARGETS["rtx-4090"]).graphs
+    assert row.record.layers["DEQUANTIZE"] == 28
 
 
 # what is refused
@@ -357,8 +381,11 @@ def test_packed_weights_without_a_configuration_and_the_other_way_round(
 
 
 def test_options_that_do_not_go_together(made: Callable[[str], tuple[Path, Meant]], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="need opset 21 or later"):
-        export_checkpoint(made("gptq")[0], tmp_path / "out", ops="decomposed", kv="concat")
+    lowered: dict[str, Any] = {"ops": "decomposed", "kv": "concat"}
+    with pytest.raises(ExportError, match=r"INT8 weights in blocks, .* from 10\.16 on.*--recipe w8"):
+        export_checkpoint(made("gptq-8")[0], tmp_path / "out", **lowered)
+    with pytest.raises(ExportError, match=r"has zero points, .*add --zero-points separate"):
+        export_checkpoint(made("awq")[0], tmp_path / "out", **lowered)
     with pytest.raises(ExportError, match="no --zero-points 'drop'; known: keep, separate"):
         export_checkpoint(made("gptq")[0], tmp_path / "out", zero_points="drop")
     assert not (tmp_path / "out").exists()
