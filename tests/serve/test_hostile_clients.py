@@ -21,7 +21,7 @@ import httpx
 import pytest
 from omniport.serve.settings import Limits
 from support.hostile import BODIES, damaged, event, large_json, mutated, raw_request
-from support.served import Served
+from support.served import Served, session_threads
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -134,14 +134,14 @@ def wait(what: str, done: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def rest(served: Served) -> tuple[int, int]:
-    """Wait until nobody is left; threads and open files then."""
+def rest(served: Served, others: set[threading.Thread]) -> int:
+    """Wait until nobody is left, and no thread but ``others`` and the pools'; open files then."""
     realtime = served.service.realtime
     wait("no reply is made", served.quiet)
     wait("every session has ended", lambda: not realtime.open and not realtime.kept and not realtime._all)
     wait("every connection is closed", lambda: not served._server.server_state.connections)
-    files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    return threading.active_count(), files
+    wait("every thread of a session has ended", lambda: not session_threads() - others)
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
 def test_hostile_clients(served: Served, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,20 +151,19 @@ def test_hostile_clients(served: Served, caplog: pytest.LogCaptureFixture) -> No
         answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}])
         assert answer.choices[0].message.content
 
+    others = session_threads()
     serve_next()
-    before = (0, 0)
+    before = 0
     for seed in range(FIRST, FIRST + COUNT):
         rng = random.Random(seed)
         CLIENTS[seed % len(CLIENTS)](served, rng)
         if seed - FIRST == 4 * len(CLIENTS):  # by now every kind of thread and file is there that is kept
-            before = rest(served)
+            before = rest(served, others)
         if seed % 20 == 19:
             serve_next()
     serve_next()
-    threads, files = rest(served)
+    files = rest(served, others)
     wrong = [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
     assert not wrong, wrong[0].getMessage()
     assert len(served.service.sessions.kept) <= 4
-    # threads of pools that begin as they are needed; the client's own connections
-    assert threads <= before[0] + 24
-    assert files <= before[1] + 8
+    assert files <= before + 8, "the client's own connections stay"

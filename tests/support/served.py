@@ -16,6 +16,15 @@ from starlette.testclient import TestClient
 
 from .live_turns import Live
 
+# The pools that answer every client: they grow to their size with the clients at once, and stay.
+POOLS = ("omniport-serve", "omniport-media")
+
+
+def session_threads() -> set[threading.Thread]:
+    """Our threads that end with what they work for, a session or a reply."""
+    names = {thread: thread.name for thread in threading.enumerate()}
+    return {thread for thread, name in names.items() if name.startswith("omniport-") and not name.startswith(POOLS)}
+
 
 class Served:
     """A service over a bundle made by hand; with ``start`` it listens on loopback.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from openai.resources.realtime.realtime import RealtimeConnection
 from support.live_turns import held
 from support.realtime import SAID, ask, connected, kinds, until, write
-from support.served import Served
+from support.served import Served, session_threads
 
 #: events that stand in every spoken reply, once each but for the deltas
 SPOKEN = [
@@ -126,17 +125,17 @@ def test_cancelled_while_it_waits_for_its_place(served: Served, connection: Real
 
 
 def test_clients_that_leave_free_all(served: Served) -> None:
-    before = threading.active_count()
+    before = session_threads()
     for _ in range(5):
         with connected(served) as connection:
             write(connection, "Hello")
             connection.response.create()
     due = time.monotonic() + 10
-    while (served.service.realtime.open or threading.active_count() > before + 2) and time.monotonic() < due:
+    while (served.service.realtime.open or session_threads() - before) and time.monotonic() < due:
         time.sleep(0.05)
     assert served.service.realtime.open == 0
     assert served.quiet()
-    assert threading.active_count() <= before + 2, "threads that wait for replies stay, those of sessions do not"
+    assert not session_threads() - before
 
 
 def test_what_can_be_ignored_is_and_the_rest_is_told(connection: RealtimeConnection) -> None:
