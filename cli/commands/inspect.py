@@ -22,7 +22,10 @@ EXAMPLE = "omniport inspect bundle --verify"
 def command(
     bundle: BundleArgument,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Hash every file and engine and compare with what is listed.")
+        bool,
+        typer.Option(
+            "--verify", help="Hash every file and engine, compare with what is listed, and check that each can be used."
+        ),
     ] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -33,11 +36,14 @@ def command(
     """
     from omniport.runtime.bundle.engines import list_engines, verify_engine
     from omniport.runtime.bundle.reader import Bundle
+    from omniport.runtime.bundle_check import check_usable
     from omniport.runtime.errors import BundleError
 
     with progress_bar(quiet or json or not verify) as progress:
         # the library counts bytes over all files: one bar, whatever file it is at
         opened = Bundle.open(bundle, verify=verify, progress=lambda _, done, total: progress("verify", done, total))
+        if verify:
+            check_usable(opened)
         built = list_engines(opened)
         for number, engine in enumerate(built.usable if verify else ()):
             progress("verify engines", number, len(built.usable))

@@ -131,6 +131,12 @@ def make_manifest(speak: bool = True, max_context: int = 2048) -> Manifest:
     )
 
 
+def stand_in(name: str) -> bytes:
+    """An ONNX file of a graph that has a name and nothing else."""
+    graph = b"\x12" + bytes([len(name)]) + name.encode()
+    return b"\x08\x0b\x3a" + bytes([len(graph)]) + graph
+
+
 def make_bundle(root: Path, speak: bool = True, max_context: int = 2048) -> Path:
     """Write the bundle folder ``root``."""
     manifest = make_manifest(speak, max_context)
@@ -146,7 +152,7 @@ def make_bundle(root: Path, speak: bool = True, max_context: int = 2048) -> Path
         vectors = {"speaker": rng.standard_normal(6), "reference": rng.standard_normal(5)}
         np.savez(root / voice.file, **{k: v.astype(np.float32) for k, v in vectors.items()})
     for graph in manifest.graphs.values():
-        (root / graph.file).write_bytes(b"stand-in for " + graph.name.encode())
+        (root / graph.file).write_bytes(stand_in(graph.name))
         (root / graph.data[0]).write_bytes(b"weights")
     write_manifest(root, manifest)
     return root

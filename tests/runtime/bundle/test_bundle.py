@@ -15,7 +15,7 @@ import pytest
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BundleError, UnknownVoice, UsageError
 from omniport.runtime.session import OmniSession
-from support.bundles import VOCABULARY, WIDTH, edit, make_bundle, make_manifest, write_manifest
+from support.bundles import VOCABULARY, WIDTH, edit, make_bundle, make_manifest, stand_in, write_manifest
 from support.fake_backend import FakeBackend
 from support.json_numbers import changed, numbers
 
@@ -30,7 +30,7 @@ def test_opens_and_verifies(root: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     bundle = Bundle.open(root, verify=True, progress=lambda *step: seen.append(step))
     assert bundle.manifest.thinker.vocab_size == VOCABULARY
-    assert bundle.path("graphs/dit.onnx").read_bytes() == b"stand-in for dit"
+    assert bundle.path("graphs/dit.onnx").read_bytes() == stand_in("dit")
     assert {name for name, _, _ in seen} == set(bundle.manifest.files)
     assert seen[-1][1] == seen[-1][2] > 0
 
@@ -295,8 +295,8 @@ def test_the_bundle_itself_may_be_a_link(root: Path) -> None:
 def test_truncated_and_changed_files(root: Path) -> None:
     path = root / "graphs" / "dit.onnx"
     path.write_bytes(path.read_bytes()[:-1])
-    refused(root, r"graphs/dit.onnx.*has 15 bytes; bundle.json lists 16.*truncated")
-    path.write_bytes(b"stand-in for dot")
+    refused(root, r"graphs/dit.onnx.*has 8 bytes; bundle.json lists 9.*truncated")
+    path.write_bytes(stand_in("dot"))
     Bundle.open(root)
     refused(root, r"graphs/dit.onnx.*sha256", verify=True)
 
