@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.system.host import cpu_name, physical_cores
 
@@ -28,17 +25,6 @@ def usable_threads(bundle: Bundle) -> int:
     for it (the quick suite of ``tiny`` took 102 s of processor time instead of 30).
     """
     return physical_cores() if is_large(bundle) else 1
-
-
-@contextmanager
-def limited_torch(threads: int) -> Iterator[None]:
-    """Let the reference compute with as many threads, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(threads, before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def environment(threads: int) -> dict[str, str]:

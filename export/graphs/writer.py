@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,18 @@ from numpy.typing import NDArray
 from omniport.runtime.bundle.data_file import DataFile
 from omniport.runtime.bundle.manifest import FileRecord
 
-from ..models.module import Copy, Rule, Transpose, WeightReader, blocks, evaluate, refuse_not_finite, to_numpy, to_torch
+from ..models.module import (
+    Copy,
+    Rule,
+    Transpose,
+    WeightReader,
+    blocks,
+    evaluate,
+    refuse_not_finite,
+    to_numpy,
+    to_torch,
+    torch_threads,
+)
 
 #: initializers of at least this many bytes go to the data file
 EXTERNAL_BYTES = 1024
@@ -59,7 +70,8 @@ def write_model(
     data = path.with_name(path.name + ".data")
     initializers = model.graph.initializers
     large = [(rules.get(name), value) for name, value in initializers.items() if _is_large(rules.get(name), value)]
-    with DataFile(data) as file, _one_thread(), closing(prefetch(_stored_blocks(large, reader))) as stored:
+    # one thread converts: another one writes, and handing pieces of a block to more costs more than it saves
+    with DataFile(data) as file, torch_threads(1), closing(prefetch(_stored_blocks(large, reader))) as stored:
         for name, value in initializers.items():
             assert value.dtype is not None
             assert value.shape is not None
@@ -105,17 +117,6 @@ def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
         while (item := pending.result()) is not end:
             pending = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Convert in one thread: another one writes, and handing pieces of a block to more costs more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _stored_blocks(

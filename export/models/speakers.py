@@ -21,6 +21,7 @@ from omniport.runtime.system.foreign import foreign
 
 from ..checkpoint.checkpoint import Checkpoint
 from .ecapa import SpeakerEncoder, SpeakerSpec
+from .module import torch_threads
 
 Vector = NDArray[np.float32]
 
@@ -161,7 +162,7 @@ def _encoder(ckpt: Checkpoint) -> SpeakerEncoder:
 
 
 def _encode(encoder: SpeakerEncoder, mel: Vector, what: str) -> Vector:
-    with torch.inference_mode():
+    with torch.inference_mode(), torch_threads(1):
         vector: Vector = encoder(torch.from_numpy(mel)[None])[0].numpy()
     if not np.isfinite(vector).all():
         raise CheckpointError(f"the speaker encoder gave NaN or infinite values for {what}: its weights are corrupt.")

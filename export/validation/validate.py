@@ -25,7 +25,8 @@ from omniport.runtime.system.progress import Progress, Say
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import quiet_transformers
-from ..evaluation.machine import environment, is_large, limited_torch, usable_threads
+from ..evaluation.machine import environment, is_large, usable_threads
+from ..models.module import torch_threads
 from ..option_values import SUITES
 from .context import Context
 from .low_memory_backend import LowMemoryBackend
@@ -108,7 +109,7 @@ def validate(
     _require_inputs(opened, data, asr)
     plan = _Plan(opened, ckpt, suite, _groups(graphs, data, trace, asr), usable_threads(opened))
     loaded, artifacts = _Loaded(plan, backend), Artifacts()
-    with quiet_transformers(), limited_torch(plan.threads):
+    with quiet_transformers(), torch_threads(plan.threads):
         checks = _run(plan, loaded, artifacts, told)
     manifest = opened.manifest
     report = ValidationReport(

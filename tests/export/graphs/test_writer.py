@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from omniport.export.graphs import writer as onnx_export
-from omniport.export.models.module import Transpose, to_numpy, to_torch
+from omniport.export.models.module import Transpose, to_numpy, to_torch, torch_threads
 from omniport.runtime.bundle.data_file import ALIGNMENT, DataFile
 from omniport.runtime.errors import CheckpointError
 
@@ -105,7 +105,7 @@ def test_failure_of_the_caller_is_the_one_that_is_seen(tmp_path: Path) -> None:
 
 
 def fail_with_one_thread() -> None:
-    with onnx_export._one_thread():
+    with torch_threads(1):
         assert torch.get_num_threads() == 1
         raise LookupError
 

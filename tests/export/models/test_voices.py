@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,10 +231,23 @@ def test_encoder_weight_of_wrong_shape(tiny_checkpoint: Path, tmp_path: Path) ->
         null_reference(Checkpoint.open(folder))
 
 
-def test_write_voice(tmp_path: Path) -> None:
+def test_threads_do_not_change_a_voice(ckpt: Checkpoint, tiny_checkpoint: Path) -> None:
+    voices, before = load_speakers(tiny_checkpoint / "spk_dict.pt"), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append({name: vector.tobytes() for name, vector in speaker_vectors(ckpt, voices).items()})
+        assert found[1:] == found[:1] * 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_write_voice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cond, reference = np.linspace(-1, 1, 192, dtype=np.float32), np.linspace(0, 2, 128, dtype=np.float32)
     for name in ("a.npz", "b.npz"):
         write_voice(tmp_path / name, cond, reference)
+        monkeypatch.setattr(time, "time", lambda: 2e9)  # archives hold times; not this one
     with np.load(tmp_path / "a.npz", allow_pickle=False) as stored:
         assert sorted(stored.files) == ["reference", "speaker"]
         np.testing.assert_array_equal(stored["speaker"], cond)

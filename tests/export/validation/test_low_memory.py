@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.evaluation import machine
 from omniport.export.evaluation.reference_modules import load_reference, reference_bytes
+from omniport.export.models.module import torch_threads
 from omniport.export.validation import validate as run
 from omniport.export.validation.checks import end_to_end as end_to_end_checks
 from omniport.export.validation.checks import speech_runs
@@ -153,7 +154,7 @@ def test_large_bundles_load_a_team_at_a_time(
 
 def test_the_reference_takes_no_more_threads() -> None:
     before = torch.get_num_threads()
-    with machine.limited_torch(1):
+    with torch_threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
 
