@@ -6,11 +6,11 @@ where nothing changed.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.checkpoint.config import read_json
+from omniport.export.evaluation.conversations import read_lines
 from omniport.export.graphs.fingerprint import source_key
 from omniport.export.planning.shapes import PUBLISHED, find_model, shape_of_config
 from omniport.export.source_code import json_key, tracing_key
@@ -331,21 +332,19 @@ def _code_key(source: str) -> str:
 
 
 def _data_key(data: Path | None) -> str:
-    """sha256 over a data file, and size and time of the files that it names."""
-    if data is None:
-        return ""
-    content = data.read_bytes()
+    """sha256 over a data file's lines, and size and time of the files that they name."""
+    lines = [] if data is None else read_lines(data)
     named: set[tuple[str, int, int]] = set()
-    for line in content.decode("utf-8", "replace").splitlines():
+    for _, line in lines:
         try:
             values = list(_strings(json.loads(line)))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # calibrate says which line, and why
-        for value in values:
-            if len(value) < 4096 and "\0" not in value and (data.parent / value).is_file():
-                stat = (data.parent / value).stat()
-                named.add((value, stat.st_size, stat.st_mtime_ns))
-    return json_key(hashlib.sha256(content).hexdigest(), sorted(named))
+        for path in map(Path(data or "").parent.joinpath, values):
+            with suppress(OSError, ValueError):  # most are no names of files
+                found = path.stat()
+                named.add((str(path), found.st_size, found.st_mtime_ns))
+    return json_key(lines, sorted(named))
 
 
 def _strings(value: Any) -> Iterator[str]:

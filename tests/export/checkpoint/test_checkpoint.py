@@ -393,6 +393,24 @@ def test_truncated_shard(folder: Path) -> None:
         Checkpoint.open(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("thinker.model.layers.0.self_attn.q_proj.lora_A.default.weight", r"LoRA adapter.*merge_and_unload"),
+        ("thinker.model.layers.0.self_attn.q_proj.base_layer.weight", r"LoRA adapter.*merge_and_unload"),
+        ("base_model.model.thinker.lm_head.weight", r"'base_model\.model\.', which a trainer's wrapper"),
+        ("module.thinker.lm_head.weight", r"'module\.', which a trainer's wrapper"),
+        ("thinker.module.lm_head.weight", r"'module\.', which a trainer's wrapper"),
+        ("thinker.norm.weight", "incomplete"),
+    ],
+)
+def test_a_weight_that_is_missing_says_what_the_others_tell(folder: Path, name: str, hint: str) -> None:
+    remove_weights(folder)
+    save_file({name: torch.ones(2)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"'thinker\.lm_head\.weight' is missing .*{hint}"):
+        Checkpoint.open(folder).read("thinker.lm_head.weight")
+
+
 def blob(header: bytes, data: bytes = b"\0" * 8, length: int | None = None) -> bytes:
     return (len(header) if length is None else length).to_bytes(8, "little") + header + data
 
