@@ -36,7 +36,7 @@ def rk4_schedule(num_steps: int = 10, sway: float = -1.0, guidance: float = 0.5)
     Returns:
         grid of ``num_steps`` points, and a table of evaluation times: each interval's start, one third and two thirds
         (its end is the next one's start), the end of all, and behind them the points that other methods ask for: the
-        middle of each interval.
+        middle of each interval, and the times of methods with a grid of their own.
 
     Raises:
         UsageError: fewer than two time points, or a schedule that does not increase.
@@ -50,10 +50,13 @@ def rk4_schedule(num_steps: int = 10, sway: float = -1.0, guidance: float = 0.5)
     if not (np.diff(grid) > 0).all():
         raise UsageError(f"a sway of {sway} gives time points that do not increase; -1 to 1 was expected")
     reference = METHODS["rk4"].points
-    others = sorted({point for method in METHODS.values() for point in method.points} - set(reference))
     table = [*_times(grid, reference[:-1]), grid[-1]]
-    for point in others:
+    shared = {point for method in METHODS.values() if method.grid is None for point in method.points}
+    for point in sorted(shared - set(reference)):
         table += _times(grid, (point,))
+    for method in METHODS.values():
+        if method.grid is not None:
+            table += [time for time in _times(np.asarray(method.grid, np.float32), method.points) if time not in table]
     return SolverSpec(
         method="rk4-3/8",
         grid=tuple(float(t) for t in grid),
@@ -74,10 +77,11 @@ def with_method(spec: SolverSpec, solver: Solver) -> SolverSpec:
         raise UsageError(f"solver is {solver!r}; {', '.join(METHODS)} was expected")
     if METHODS[solver] is SCHEDULED.get(spec.method):
         return spec
-    points = METHODS[solver].points
-    indices = [_index(spec, time, solver) for time in _times(np.asarray(spec.grid, np.float32), points)]
+    method, points = METHODS[solver], METHODS[solver].points
+    grid = np.asarray(method.grid or spec.grid, np.float32)
+    indices = [_index(spec, time, solver) for time in _times(grid, points)]
     stages = tuple(tuple(indices[i : i + len(points)]) for i in range(0, len(indices), len(points)))
-    return msgspec.structs.replace(spec, method=solver, stages=stages)
+    return msgspec.structs.replace(spec, method=solver, grid=tuple(map(float, grid)), stages=stages)
 
 
 def _times(grid: NDArray[np.float32], points: Sequence[float]) -> Iterator[np.float32]:

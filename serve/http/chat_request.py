@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 from omniport.runtime import SamplingConfig
 from omniport.runtime.bundle.manifest import Manifest
+from omniport.runtime.speech.ode_methods import Solver
 
 from ..service import Service
 from .answering import convert
@@ -97,7 +98,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     mm_processor_kwargs: dict[str, Any] = {}
     use_audio_in_video: bool | None = None
     talker: TalkerOptions = TalkerOptions()
-    solver: Literal["rk4", "midpoint", "euler"] = "rk4"
+    solver: Solver = "rk4"
     window: Literal["stream", "whole"] = "stream"
 
     @property

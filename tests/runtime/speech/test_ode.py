@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import get_args
 
@@ -54,12 +55,12 @@ def test_cubic_in_time_is_exact() -> None:
     np.testing.assert_allclose(end, 1.0, rtol=3e-7)
 
 
-def test_default_schedule_has_28_times_used_in_order_and_nine_middles() -> None:
+def test_default_schedule_has_28_times_used_in_order_nine_middles_and_those_of_fast() -> None:
     spec = rk4_schedule()
-    assert (len(spec.grid), len(spec.stages), len(spec.table)) == (10, 9, 28 + 9)
-    assert len(set(spec.table)) == 37
+    assert (len(spec.grid), len(spec.stages), len(spec.table)) == (10, 9, 28 + 9 + 11)
+    assert len(set(spec.table)) == 48
     assert list(spec.table[:28]) == sorted(spec.table[:28])
-    np.testing.assert_allclose(spec.table[28:], [(a + b) / 2 for a, b in pairwise(spec.grid)], atol=1e-7)
+    np.testing.assert_allclose(spec.table[28:37], [(a + b) / 2 for a, b in pairwise(spec.grid)], atol=1e-7)
     assert spec.grid[0] == 0.0
     assert spec.grid[-1] == 1.0
     seen: list[int] = []
@@ -68,6 +69,23 @@ def test_default_schedule_has_28_times_used_in_order_and_nine_middles() -> None:
     for i, stage in enumerate(spec.stages):
         assert spec.table[stage[0]] == spec.grid[i]
         assert spec.table[stage[3]] == spec.grid[i + 1]
+
+
+def test_fast_crosses_four_intervals_of_its_own_with_order_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = with_method(rk4_schedule(), "fast")
+    assert [len(stage) for stage in spec.stages] == [3] * 4
+    assert (spec.grid[0], spec.grid[-1], len(spec.grid)) == (0, 1, 5)
+    assert spec.grid[1] < 0.2, "what the speech is comes first, in small steps"
+    errors = []
+    for intervals in (20, 40, 80):
+        even = tuple(np.linspace(0, 1, intervals + 1).tolist())
+        monkeypatch.setitem(METHODS, "fast", replace(METHODS["fast"], grid=even))
+        spec = with_method(rk4_schedule(), "fast")
+        assert len(spec.grid) == intervals + 1
+        end = solve(spec, lambda k, y, spec=spec: np.float32(6 * spec.table[k]) * y, np.ones(1, np.float32))
+        errors.append(abs(float(end[0]) - math.exp(3)))
+    for before, after in pairwise(errors):
+        assert math.log2(before / after) == pytest.approx(3, abs=0.25), errors
 
 
 @pytest.mark.parametrize(("solver", "order", "evaluations"), [("midpoint", 2, 18), ("euler", 1, 9)])
@@ -94,7 +112,9 @@ def test_a_bundle_without_middles_solves_by_euler_and_says_what_midpoint_lacks()
     assert with_method(old, "euler").stages == tuple((3 * i,) for i in range(9))
     with pytest.raises(UsageError, match="Export it again"):
         with_method(old, "midpoint")
-    with pytest.raises(UsageError, match="rk4, midpoint, euler"):
+    with pytest.raises(UsageError, match=r"solver 'fast'.*Export it again"):
+        with_method(msgspec.structs.replace(spec, table=spec.table[:37]), "fast")
+    with pytest.raises(UsageError, match="rk4, midpoint, fast, euler"):
         with_method(old, "heun")  # type: ignore[arg-type]
 
 
@@ -155,7 +175,7 @@ def test_a_method_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None
     before = rk4_schedule()
     monkeypatch.setitem(METHODS, "ralston", Method((0, 0.75), ralston))
     spec = rk4_schedule()
-    assert (spec.table[: len(before.table)], len(spec.table)) == (before.table, len(before.table) + 9)
+    assert (spec.table[:37], spec.table[46:]) == (before.table[:37], before.table[37:])
     assert with_method(spec, "ralston").stages == tuple((3 * i, 37 + i) for i in range(9))  # type: ignore[arg-type]
     test_cheaper_solvers_have_their_order("ralston", 2, 18)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="Export it again"):
