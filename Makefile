@@ -7,6 +7,7 @@
 # make gpu-check: install what the GPU found here can use, run the tests that need one, then measure it
 #     (docs/results/gpu-NAME.json)
 # make fuzz: mutated files, messages, arguments and turns for an hour (docs/results/fuzz.md)
+# make kills: kill export, quantize, calibrate, run and deploy at 300 random moments, and look at what they leave
 # make extras: resolve every extra for Python 3.10 to 3.14 on Linux (x86-64, aarch64) and Windows, from wheels
 # make install-check: install both ONNX Runtimes in every order, and mend them as doctor says (docs/results/install-check.md)
 # make tensorrt-contract: compare what was recorded of TensorRT's Python modules (10.3 to 11.4) with the real bindings
@@ -18,7 +19,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint types types-windows demo wren docs fuzz extras install-check tensorrt-contract build-matrix bench-check gpu-check serve-check clean
+.PHONY: test lint types types-windows demo wren docs fuzz kills extras install-check tensorrt-contract build-matrix bench-check gpu-check serve-check clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -90,6 +91,20 @@ FUZZ_SECONDS := 3600
 
 fuzz: $(INSTALLED)
 	$(PYTHON) -m scripts.fuzz --seconds $(FUZZ_SECONDS)
+
+TINY := .work/tiny
+
+$(TINY): | $(INSTALLED)
+	$(VENV)/bin/omniport make-checkpoint $@ --size tiny
+
+$(TINY)-fp32: | $(TINY)
+	$(VENV)/bin/omniport export $(TINY) $@
+
+# of each of the six cases
+KILLS := 50
+
+kills: $(INSTALLED) $(TINY)-fp32
+	$(PYTHON) -m scripts.kills --checkpoint $(TINY) --bundle $(TINY)-fp32 --kills $(KILLS)
 
 MATRIX := .work/small
 

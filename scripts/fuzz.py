@@ -17,8 +17,6 @@ from pathlib import Path
 PAGE = Path("docs/results/fuzz.md")
 #: seeds of every kind that one run of pytest takes
 BATCH = 8
-#: a run that hangs in another library's code is ended too: no signal reaches it there
-_HANG = ("--timeout=120", "--timeout-method=thread")
 HEAD = """# Mutated input, counted
 
 Written by `python -m scripts.fuzz` (`make fuzz`). Every input is drawn from a seed: bundles, checkpoints, media and
@@ -34,12 +32,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--first", type=int, default=1000, help="first seed")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=120, help="seconds for a seed; more where others work too")
     asked = parser.parse_args()
+    # a run that hangs in another library's code is ended too: no signal reaches it there
+    hang = (f"--timeout={asked.patience:g}", "--timeout-method=thread")
     start, seed, failed = time.monotonic(), asked.first, 0
     with tempfile.TemporaryDirectory() as log:
         while time.monotonic() - start < asked.seconds:
             environment = {**os.environ, "OMNIPORT_FUZZ_SEEDS": f"{seed}:{BATCH}", "OMNIPORT_FUZZ_LOG": log}
-            pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", *_HANG, "tests/fuzz"]
+            pytest = [sys.executable, "-m", "pytest", "-q", "-n", str(asked.processes), *hang, "tests/fuzz"]
             failed += subprocess.run(pytest, env=environment).returncode != 0
             seed += BATCH
         counts = count(Path(log))

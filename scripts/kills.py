@@ -204,7 +204,10 @@ def main() -> int:
         wrong += try_case(case, root / "out", asked.kills, random.Random(f"{case.name} {asked.seed}"))
     cache = [path for path in (root / "cache").rglob("*partial*") if path.is_file()]
     print("\n".join(wrong) or "nothing is wrong", f"\n{len(cache)} unfinished files in the cache")
-    return 1 if wrong else 0
+    if wrong:
+        return 1
+    shutil.rmtree(root)
+    return 0
 
 
 if __name__ == "__main__":
