@@ -1,8 +1,9 @@
-"""Hold conversations with the Realtime clients of others, unmodified, which the `test` extra leaves out.
+"""Hold conversations with the Realtime clients of others, unmodified, and with replicas under Ray Serve.
 
     python -m scripts.check_clients
 
-They are installed beside what is installed here, not into it: into a folder of their own, together with what they want.
+The `test` extra leaves them out. They are installed beside what is installed here, not into it: into folders of their
+own, together with what they want.
 """
 
 from __future__ import annotations
@@ -14,25 +15,27 @@ import site
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHON_CLIENTS = ("openai-agents>=0.24", "livekit-plugins-openai>=1.8", "pipecat-ai>=1.14")
+RAY = ("ray[serve]>=2.60",)
 NODE_CLIENTS = ("@openai/agents-realtime@0.20", "ws")
 TESTS = ("test_openai_agents.py", "test_livekit.py", "test_pipecat.py", "test_agents_realtime_js.py")
 
 
-def install(folder: Path) -> Path:
-    """A Python that has these clients, and all that this one has."""
+def install(folder: Path, packages: Sequence[str]) -> Path:
+    """A Python that has these packages, and all that this one has."""
     python = folder / "python" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         venv.create(folder / "python", with_pip=True)
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(subprocess.check_output([python, "-c", where], text=True).strip())
+    theirs = Path(subprocess.check_output([python, "-c", where], text=True).strip())
     ours = [path for path in site.getsitepackages() if Path(path).is_dir()]
     lines = [f"import site; site.addsitedir({path!r})" for path in ours]  # so that editable installs are found, too
-    (packages / "beside.pth").write_text("\n".join(lines) + "\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *PYTHON_CLIENTS], check=True)
+    (theirs / "beside.pth").write_text("\n".join(lines) + "\n")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     return python
 
 
@@ -54,10 +57,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "build" / "clients", help="where to install")
     folder = parser.parse_args().folder
-    python, modules = install(folder), install_for_node(folder / "node")
+    python, modules = install(folder, PYTHON_CLIENTS), install_for_node(folder / "node")
     environment = os.environ | ({} if modules is None else {"NODE_PATH": str(modules)})
-    tests = [str(REPOSITORY / "tests" / "serve" / "realtime" / name) for name in TESTS]
-    return subprocess.run([python, "-m", "pytest", "-q", "-rs", *tests], cwd=REPOSITORY, env=environment).returncode
+    served = REPOSITORY / "tests" / "serve"
+    clients = [python, "-m", "pytest", "-q", "-rs", *(served / "realtime" / name for name in TESTS)]
+    cluster = [install(folder / "ray", RAY), "-m", "pytest", "-q", "-rs", "-m", "cluster", served / "test_ray.py"]
+    codes = [subprocess.run(tests, cwd=REPOSITORY, env=environment).returncode for tests in (clients, cluster)]
+    return int(any(codes))
 
 
 if __name__ == "__main__":

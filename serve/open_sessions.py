@@ -21,6 +21,9 @@ class Held(Protocol):
     def abandon(self) -> None:
         """Free it, without an event loop."""
 
+    async def forget(self) -> None:
+        """Nobody shall go on with it."""
+
 
 class OpenSessions:
     """At most so many. Belongs to one event loop.
@@ -103,6 +106,7 @@ class OpenSessions:
             timer.cancel()
             if held is not None:
                 await self.remove(held)
+                await held.forget()
 
 
 def _digest(token: str) -> bytes:

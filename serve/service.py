@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from .admission import Admission
 from .measurements import Measurements
 from .media.decoders import Decoders
 from .open_sessions import OpenSessions
+from .replicas.session_store import SessionStore
 from .session_pool import SessionPool
 from .settings import Settings
 from .spoken_replies import SpokenReplies
@@ -38,8 +40,10 @@ class Service:
     Args:
         session: open; replies that are apart from any chat are made by it.
         settings: see there.
+        store: where Realtime sessions are saved, for other replicas to go on with them.
 
     Attributes:
+        id: that nothing else has.
         state: requests are answered when it is ``ready``.
         model: the name that clients ask for. fingerprint: of the bundle. created: seconds since 1970.
         sessions: those of chats. spoken: what replies with sound have said.
@@ -51,8 +55,9 @@ class Service:
         UsageError: a name stands for a voice that the bundle does not have.
     """
 
-    def __init__(self, session: OmniSession, settings: Settings) -> None:
+    def __init__(self, session: OmniSession, settings: Settings, store: SessionStore | None = None) -> None:
         self.session, self.settings = session, settings
+        self.id, self.store = secrets.token_hex(8), store if settings.resume_seconds else None
         self.state: State = "loading"
         self.failure: Exception | None = None
         self.admission = Admission(settings.active, settings.limits.queue)

@@ -123,6 +123,8 @@ def from_runtime(error: OmniportError, param: str | None = None) -> ApiError | N
 
 def told_late(error: Exception) -> ApiError:
     """What a client is told of a reply that fails while it is sent."""
+    if isinstance(error, ApiError):
+        return error
     told = from_runtime(error) if isinstance(error, OmniportError) else None
     if told is None:
         _LOG.error("a reply failed while it was sent", exc_info=error)

@@ -13,12 +13,14 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ..http.access import given_key
 from ..http.api_errors import ApiError, busy, from_runtime, not_ready
+from ..replicas.session_store import SessionState
 from ..service import Service
 from ..signed_keys import session_of
 from .client_events import AudioAppend, Known, NotUnderstood, read_event
 from .held_session import HeldSession
 from .inbox import TooFast
 from .outbox import Unread
+from .taking_up import take_up
 
 _LOG = logging.getLogger(__name__)
 #: the one that the server speaks; a key may come as another, and must not come back
@@ -33,22 +35,20 @@ async def realtime(websocket: WebSocket, service: Service) -> None:
     token = websocket.query_params.get("resume")
     if service.state != "ready":
         return await _refuse(websocket, not_ready(service.state))
-    held: HeldSession | None = None
-    if token is not None:
-        taken = service.realtime.take(token)
-        if isinstance(taken, HeldSession):
-            held = taken
-        else:
-            message = "there is no such session, or it was kept for as long as it may; begin another"
-            return await _refuse(websocket, ApiError(404, "session_not_found", message, param="resume"))
-    elif not await service.realtime.make_room():
-        return await _refuse(websocket, busy(1.0))
+    held: HeldSession | SessionState | None = None
+    try:
+        if token is not None:
+            held = await take_up(service, token)
+        elif not await service.realtime.make_room():
+            raise busy(1.0)
+    except ApiError as error:
+        return await _refuse(websocket, error)
     try:
         await websocket.accept(PROTOCOL if PROTOCOL in websocket.scope.get("subprotocols", []) else None)
         await _serve(websocket, service, held)
     finally:
         service.realtime.leave()
-        if held is not None and held.unconnected.is_set() and not held.ended:
+        if isinstance(held, HeldSession) and held.unconnected.is_set() and not held.ended:
             service.realtime.keep(held)  # the client has left before it took the session up
 
 
@@ -61,14 +61,17 @@ async def _refuse(websocket: WebSocket, told: ApiError) -> None:
     await websocket.close(_TRY_LATER if told.retry_after is not None else _POLICY, told.code)
 
 
-async def _serve(websocket: WebSocket, service: Service, held: HeldSession | None) -> None:
-    begun = time.monotonic()
+async def _serve(websocket: WebSocket, service: Service, found: HeldSession | SessionState | None) -> None:
+    begun, after = time.monotonic(), websocket.query_params.get("after")
     connection = _Connection(websocket, service)
+    held = found if isinstance(found, HeldSession) else None
     try:
-        if held is None:
+        if isinstance(found, SessionState):
+            held = await connection.restore(found, websocket.query_params["resume"], after)
+        elif held is None:
             held = await connection.begin()
         else:
-            await held.resume(websocket.query_params.get("after"))
+            await held.resume(after)
         if held is None or held.ended:
             return
         await connection.run(held)
@@ -115,6 +118,17 @@ class _Connection:
         held.begin()
         return held
 
+    async def restore(self, state: SessionState, token: str, after: str | None) -> HeldSession:
+        """A session that another replica has saved."""
+        held = HeldSession(self._service, self._dialect(), token)
+        try:
+            await held.restore(state, after)
+        except BaseException:
+            await held.end()
+            raise
+        self._service.realtime.add(held)
+        return held
+
     async def run(self, held: HeldSession) -> None:
         """Until the client leaves or is lost, the server stops, or the session's time is over."""
         reading, writing = asyncio.ensure_future(self._read(held)), asyncio.ensure_future(self._write(held))
@@ -125,7 +139,7 @@ class _Connection:
             await _cancel(reading, replaced)
             if self._lost:
                 await _cancel(writing)
-            if self._lost and held.worth_keeping and self._service.state == "ready":
+            if self._lost and held.worth_keeping and not held.taken and self._service.state == "ready":
                 held.lose()
                 if not held.replaced.is_set():
                     self._service.realtime.keep(held)
@@ -133,6 +147,8 @@ class _Connection:
                 await self._service.realtime.remove(held)
                 held.outbox.end()
                 await asyncio.gather(writing, return_exceptions=True)
+                if held.seconds_left <= 0 or not (self._lost or self.closing[0] == _AWAY):
+                    await held.forget()
             held.unconnected.set()
 
     async def _wait(self, held: HeldSession, *tasks: asyncio.Future[Any]) -> None:

@@ -29,7 +29,7 @@ class InputBuffer:
         self._new_turn, self._most = new_turn, most
         self.seconds = 0.0
         self._pieces: list[tuple[Floats, int]] = []
-        self._frames: list[tuple[Any, float]] = []
+        self._frames: list[tuple[Any, float, str]] = []
         self._last_frame = -1.0
         self._pushed = self._shown = 0
         self._turn: Turn | None = None
@@ -52,15 +52,23 @@ class InputBuffer:
         self._pieces.append((samples, rate))
         self.seconds += len(samples) / rate
 
-    def show(self, picture: Any, seconds: float | None) -> None:
-        """A picture, on the clock of the sound; without a time it is shown now. Before any sound, the last counts."""
+    @property
+    def pictures(self) -> list[tuple[str, float]]:
+        """Base64 and seconds of each picture."""
+        return [(image, seconds) for _, seconds, image in self._frames]
+
+    def show(self, picture: Any, seconds: float | None, image: str) -> None:
+        """A picture, on the clock of the sound; without a time it is shown now. Before any sound, the last counts.
+
+        ``image``: its base64.
+        """
         if not self._pieces:
             self._frames, seconds = [], 0.0
         elif seconds is None:
             seconds = self.seconds
         elif seconds <= self._last_frame:
             return
-        self._frames.append((picture, seconds))
+        self._frames.append((picture, seconds, image))
         self._last_frame = seconds
 
     def advance(self) -> None:
@@ -72,7 +80,7 @@ class InputBuffer:
             self._turn.push_audio(*self._pieces[self._pushed - 1])
         while self._turn is not None and self._shown < len(self._frames):
             self._shown += 1
-            self._turn.push_frame(*self._frames[self._shown - 1])
+            self._turn.push_frame(*self._frames[self._shown - 1][:2])
 
     def suspend(self) -> None:
         """Leave the conversation to a reply; ``advance`` pushes all of it again afterwards."""

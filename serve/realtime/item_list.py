@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..http.api_errors import ApiError
+from .given_content import Given
 
 
 def new_id(kind: str) -> str:
@@ -22,12 +23,14 @@ class Item:
     Attributes:
         fields: of its JSON, without id, object and status.
         runtime_id: of the message in ``OmniSession.items``; None if that has forgotten it.
+        given: kept only where sessions are saved.
     """
 
     id: str
     fields: dict[str, Any]
     status: str = "completed"
     runtime_id: str | None = None
+    given: Given | None = None
 
     def described(self) -> dict[str, Any]:
         """As clients read it."""
@@ -104,5 +107,5 @@ class ItemList:
         """The runtime has dropped these messages; ids of their items."""
         forgotten = [item for item in self._items if item.runtime_id in runtime_ids]
         for item in forgotten:
-            item.runtime_id = None
+            item.runtime_id = item.given = None
         return [item.id for item in forgotten]

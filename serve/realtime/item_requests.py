@@ -6,6 +6,7 @@ from omniport.runtime import OmniSession
 
 from ..service import Service
 from . import client_events as sent
+from .given_content import Written
 from .item_content import fields_of, read_item
 from .item_list import Item, ItemList, new_id
 from .outbox import Outbox
@@ -32,6 +33,7 @@ class ItemRequests:
         message = await read_item(event.item, format, self._service)
         given = event.item.get("id")
         item = Item(given if isinstance(given, str) and given else new_id("item"), fields_of(event.item))
+        item.given = None if self._service.store is None else Written(event.item, format)
         previous = self._items.insert(item, event.previous_item_id)
         before = self._items.next_runtime_id(item)
         try:

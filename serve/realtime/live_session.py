@@ -18,9 +18,12 @@ from omniport.runtime import Turn
 from omniport.runtime.errors import OmniportError
 
 from ..http.api_errors import ApiError, from_runtime
+from ..replicas.replayed_items import replay
+from ..replicas.saved_session import Head
 from ..service import Service
 from . import client_events as sent
 from .dialect import as_ga, is_beta
+from .given_content import Spoken
 from .inbox import Work
 from .input_buffer import InputBuffer
 from .interruption import Interruption
@@ -32,7 +35,7 @@ from .reply_maker import ReplyMaker
 from .response import Question, Reason, Response
 from .session_settings import Asked, TurnDetection, cannot_update_voice, initial
 from .spoken_input import SpokenInput
-from .transcripts import Transcripts
+from .transcripts import Sound, Transcripts
 from .voice_activity import can_detect
 from .wire_sound import WireFormat
 
@@ -50,7 +53,7 @@ class RealtimeSession:
         dashscope: the client is DashScope's: what it calls pcm16 has 16 kHz.
 
     Attributes:
-        resumable: told to the client, if the session may be taken up.
+        resumable: told to the client, if the session may be taken up. items: of the conversation.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class RealtimeSession:
         self._heard_rate = 16000 if dashscope else 24000
         if dashscope:
             self.settings = msgspec.structs.replace(self.settings, input_format=WireFormat(rate=self._heard_rate))
-        self._items = ItemList()
+        self.items = self._items = ItemList()
         self._response: Response | None = None
         self._maker = ReplyMaker(service, self._session, outbox, self._items, self._compute)
         self._requests = ItemRequests(service, self._session, outbox, self._items, self._compute)
@@ -105,6 +108,50 @@ class RealtimeSession:
         session = self.described()
         session["omniport"] |= {**self.resumable, "resumed": resumed} if self.resumable else {}
         self._outbox.put("session.created", session=session)
+
+    @property
+    def head(self) -> Head:
+        """What is saved of it beside its items."""
+        return Head(
+            id=self.id,
+            conversation=self._conversation,
+            expires=self._expires,
+            dialect=self._outbox.dialect,
+            heard_rate=self._heard_rate,
+            settings=self.settings,
+            spoke=self._maker.spoke,
+            response=None if self._response is None else self._response.id,
+        )
+
+    async def restore(self, head: Head, items: list[Item]) -> list[Item]:
+        """Be the session that was saved; the items that were not complete, which are lost.
+
+        Raises:
+            ApiError, OmniportError: that cannot be.
+        """
+        self.id, self._conversation, self._expires = head.id, head.conversation, head.expires
+        self.settings, self._heard_rate, self._maker.spoke = head.settings, head.heard_rate, head.spoke
+        self._outbox.dialect, self._outbox.extras = head.dialect, head.settings.extras
+        await self._instruct(self.settings)
+        complete = [item for item in items if item.status != "in_progress"]
+        await replay(complete, self._session, self._buffer, self._compute, self._service)
+        for item in complete:
+            self._items.insert(item, None)
+            if isinstance(item.given, Spoken) and item.fields["content"][0]["transcript"] is None:
+                self._transcribe(item, (item.given.samples, item.given.rate))
+        return [item for item in items if item.status == "in_progress"]
+
+    def tell_lost(self, response: str | None, items: list[Item]) -> None:
+        """This response and its items were lost with another replica."""
+        for item in items:
+            self._outbox.put("conversation.item.deleted", item_id=item.id)
+        if response is not None:
+            lost = self._new_response()
+            lost.id = response
+            message = "what made the response was lost; ask again"
+            lost.error = ApiError(503, "replica_lost", message, kind="server_error")
+            lost.finish()
+        self._transcripts.resume()
 
     def described(self) -> dict[str, Any]:
         """The session object, whole."""
@@ -232,6 +279,8 @@ class RealtimeSession:
         """The sound of the buffer becomes an item."""
         item = Item(id, {"type": "message", "role": "user", "content": [{"type": "input_audio", "transcript": None}]})
         turn, sound = None, self._buffer.sound
+        if self._service.store is not None:
+            item.given = Spoken.of(*sound, self._buffer.pictures)
         await self._interruption.apply()
         if self._response is None:
             turn = await self._compute(self._buffer.take)
@@ -247,14 +296,17 @@ class RealtimeSession:
         previous = self._items.insert(item, None)
         self._outbox.put("input_audio_buffer.committed", item_id=id, previous_item_id=previous)
         self._requests.tell(item, previous)
-        if self.settings.transcription is not None:
-            self._transcripts.add(item, sound, self.settings.transcription)
+        self._transcribe(item, sound)
         if answer and turn is not None:
             response = self._new_response()
             response.question = Question(item, sound, turn)
             await self._start(response)
         elif self._response is None:
             self._transcripts.resume()
+
+    def _transcribe(self, item: Item, sound: Sound) -> None:
+        if self.settings.transcription is not None:
+            self._transcripts.add(item, sound, self.settings.transcription)
 
     async def _played(self, event: sent.Playback) -> None:
         response = self._last

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ class Outbox:
 
     Attributes:
         dialect: that the client speaks. extras: it wants events that are not OpenAI's.
+        save: awaited before an event is sent that is no delta, so that what a client was told is not lost.
 
     Args:
         unread_seconds: for the client to take a message.
@@ -55,6 +56,8 @@ class Outbox:
         self._sound = 0.0
         self._taken, self._came = asyncio.Event(), asyncio.Event()
         self._ending = self._detached = False
+        self.save: Callable[[], Awaitable[None]] | None = None
+        self._saved = 0  # of those that wait, from the first on
 
     def put(
         self, type: str, seconds: float = 0.0, written: Callable[[float], None] | None = None, **fields: Any
@@ -114,11 +117,16 @@ class Outbox:
                 await self._came.wait()
                 continue
             event = self._waiting[0]
+            if self.save is not None and not event.delta and not self._saved:
+                waiting = len(self._waiting)
+                await self.save()
+                self._saved = waiting
             try:
                 await asyncio.wait_for(send(event.text), self._unread_seconds)
             except asyncio.TimeoutError:
                 raise Unread from None
             self._waiting.popleft()
+            self._saved = max(0, self._saved - 1)
             self._remember(event)
             if event.written is not None:
                 event.written(event.seconds)
@@ -142,10 +150,21 @@ class Outbox:
         known = ids.index(after) + 1 if after in ids else len(ids)
         missed = [*self._sent][known:] + [event for event in self._waiting if not event.delta]
         self._waiting.clear()
+        self._saved = 0
         self._sent = deque([*self._sent][:known])
         self._remembered = sum(len(event.text) for event in self._sent)
         self._sound, self._detached = 0.0, False
         return missed
+
+    @property
+    def events(self) -> list[tuple[str, str]]:
+        """(id, text) of those that are remembered, and of those that will be."""
+        return [(event.id, event.text) for event in (*self._sent, *self._waiting) if not event.delta]
+
+    def remember(self, events: Iterable[tuple[str, str]]) -> None:
+        """These were sent, by another replica."""
+        self._sent = deque(SentEvent(id, text, 0.0, None, False) for id, text in events)
+        self._remembered = sum(len(event.text) for event in self._sent)
 
     def again(self, missed: list[SentEvent]) -> None:
         """Send what was missed."""

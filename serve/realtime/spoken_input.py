@@ -103,7 +103,7 @@ class SpokenInput:
     async def show(self, event: sent.ImageAppend) -> None:
         """A picture beside the sound."""
         shown = await read_picture(event.image, self._service)
-        self._buffer.show(shown, None if event.time_ms is None else event.time_ms / 1000)
+        self._buffer.show(shown, None if event.time_ms is None else event.time_ms / 1000, event.image)
         await self._advance()
 
     async def _advance(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 from omniport.serve.app import make_app
+from omniport.serve.replicas.session_store import SessionStore
 from omniport.serve.server import Server, listen
 from omniport.serve.service import Service
 from omniport.serve.settings import Settings
@@ -34,9 +35,9 @@ class Served:
         live: the session and its fake graphs, whose replies can be scripted.
     """
 
-    def __init__(self, root: Path, **settings: Any) -> None:
+    def __init__(self, root: Path, store: SessionStore | None = None, **settings: Any) -> None:
         self.live = Live(root)
-        self.service = Service(self.live.session, Settings(port=0, **settings))
+        self.service = Service(self.live.session, Settings(port=0, **settings), store)
         self.service.state = "ready"
         self.app = make_app(self.service)
         self.url = ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,12 +13,10 @@ from typing import Any
 import pytest
 from omniport.runtime.errors import BackendError
 from support.live_turns import held
+from support.lost_client import BY_HAND, Socket, wait_until
 from support.realtime import SAID
 from support.served import Served, session_threads
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
-
-BY_HAND = {"type": "realtime", "output_modalities": ["audio"], "audio": {"input": {"turn_detection": None}}}
 
 
 @pytest.fixture
@@ -36,49 +33,6 @@ def make(root: Path) -> Iterator[Callable[..., Served]]:
         served.close()
 
 
-class Socket:
-    """A client that speaks JSON, and can be lost."""
-
-    def __init__(self, served: Served, query: str = "", **options: Any) -> None:
-        self.inner: ClientConnection = connect(f"ws{served.url[4:]}/v1/realtime?{query}", **options)
-
-    def send(self, type: str, **fields: Any) -> None:
-        self.inner.send(json.dumps({"type": type, **fields}))
-
-    def until(self, kind: str) -> list[dict[str, Any]]:
-        came: list[dict[str, Any]] = []
-        while not came or came[-1]["type"] != kind:
-            came.append(json.loads(self.inner.recv(timeout=20)))
-        return came
-
-    def created(self) -> dict[str, Any]:
-        session: dict[str, Any] = self.until("session.created")[0]["session"]
-        return session
-
-    def lose(self) -> None:
-        """No close frame."""
-        self.inner.socket.shutdown(socket.SHUT_RDWR)
-
-    def closed(self) -> int:
-        with suppress(ConnectionClosed):
-            for _ in self.inner:
-                pass
-        assert self.inner.protocol.close_rcvd is not None
-        return self.inner.protocol.close_rcvd.code
-
-    def write(self, text: str) -> None:
-        content = [{"type": "input_text", "text": text}]
-        self.send("conversation.item.create", item={"type": "message", "role": "user", "content": content})
-        self.until("conversation.item.done")
-
-
-def wait_until(so: Callable[[], bool]) -> None:
-    due = time.monotonic() + 20
-    while not so():
-        assert time.monotonic() < due
-        time.sleep(0.01)
-
-
 def counts(served: Served) -> tuple[int, int, int]:
     told = served.http().get("/v1/omniport/capacity").json()["realtime"]
     return told["open"], told["kept"], told["free"]
@@ -86,7 +40,7 @@ def counts(served: Served) -> tuple[int, int, int]:
 
 def test_the_conversation_goes_on(make: Callable[..., Served]) -> None:
     served = make(sessions=2)
-    first = Socket(served)
+    first = Socket(served.url)
     session = first.created()
     assert (session["omniport"]["resumed"], session["omniport"]["resume_seconds"]) == (False, 30)
     first.send("session.update", session={**BY_HAND, "instructions": "Be brief."})
@@ -96,7 +50,7 @@ def test_the_conversation_goes_on(make: Callable[..., Served]) -> None:
     assert counts(served) == (1, 0, 1)
     first.lose()
     wait_until(lambda: counts(served) == (0, 1, 2))
-    second = Socket(served, f"resume={session['omniport']['resume_token']}")
+    second = Socket(served.url, f"resume={session['omniport']['resume_token']}")
     again = second.created()
     assert (again["id"], again["instructions"], again["omniport"]["resumed"]) == (session["id"], "Be brief.", True)
     assert counts(served) == (1, 0, 1)
@@ -110,7 +64,7 @@ def test_the_conversation_goes_on(make: Callable[..., Served]) -> None:
 
 def test_what_was_being_said_is_stopped_and_what_was_missed_is_told(make: Callable[..., Served]) -> None:
     served = make()
-    first = Socket(served)
+    first = Socket(served.url)
     token = first.created()["omniport"]["resume_token"]
     first.send("session.update", session=BY_HAND)
     first.write("Hello")
@@ -121,7 +75,7 @@ def test_what_was_being_said_is_stopped_and_what_was_missed_is_told(make: Callab
         first.lose()
         wait_until(lambda: served.service.realtime.kept == 1)
     assert served.quiet(), "its place is free"
-    second = Socket(served, f"resume={token}&after={known['event_id']}")
+    second = Socket(served.url, f"resume={token}&after={known['event_id']}")
     came = second.until("rate_limits.updated")
     assert came[0]["type"] == "session.created"
     assert came[-2]["response"]["id"] == known["response"]["id"]
@@ -134,16 +88,16 @@ def test_what_was_being_said_is_stopped_and_what_was_missed_is_told(make: Callab
 
 def test_events_after_one_that_is_known_come_again(make: Callable[..., Served]) -> None:
     served = make()
-    first = Socket(served)
+    first = Socket(served.url)
     token = first.created()["omniport"]["resume_token"]
     first.write("One")
     first.send("conversation.item.create", item={"type": "message", "role": "user", "content": "Two"})
     known = first.until("conversation.item.done")[0]
-    second = Socket(served, f"resume={token}&after={known['event_id']}")  # the first one has not gone
+    second = Socket(served.url, f"resume={token}&after={known['event_id']}")  # the first one has not gone
     assert first.closed() == 1008
     came = second.until("conversation.item.done")
     assert [event["type"] for event in came] == ["session.created", "conversation.item.done"]
-    third = Socket(served, f"resume={token}&after=nothing")
+    third = Socket(served.url, f"resume={token}&after=nothing")
     second.closed()
     third.created()
     third.send("session.update", session=BY_HAND)
@@ -154,7 +108,7 @@ def test_who_leaves_before_it_is_back_may_come_again(
     make: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = make()
-    first = Socket(served)
+    first = Socket(served.url)
     token = first.created()["omniport"]["resume_token"]
     first.write("Hello")
     first.lose()
@@ -166,21 +120,21 @@ def test_who_leaves_before_it_is_back_may_come_again(
     with monkeypatch.context() as patched:
         patched.setattr("starlette.websockets.WebSocket.accept", fail)
         with pytest.raises(InvalidStatus):
-            Socket(served, f"resume={token}")
+            Socket(served.url, f"resume={token}")
     wait_until(lambda: counts(served) == (0, 1, 4))
-    assert Socket(served, f"resume={token}").created()["omniport"]["resumed"] is True
+    assert Socket(served.url, f"resume={token}").created()["omniport"]["resumed"] is True
 
 
 def refused(served: Served, query: str) -> tuple[int, str]:
     with pytest.raises(InvalidStatus) as caught:
-        Socket(served, query)
+        Socket(served.url, query)
     return caught.value.response.status_code, json.loads(caught.value.response.body)["error"]["code"]
 
 
 @pytest.mark.parametrize("way", ["left", "said nothing", "expired", "off"])
 def test_what_is_not_kept(make: Callable[..., Served], way: str) -> None:
     served = make(resume_seconds={"off": 0, "expired": 0.3}.get(way, 30))
-    first = Socket(served)
+    first = Socket(served.url)
     token = first.created()["omniport"].get("resume_token", "none")
     if way != "said nothing":
         first.write("Hello")
@@ -195,12 +149,12 @@ def test_what_is_not_kept(make: Callable[..., Served], way: str) -> None:
 
 def test_a_kept_session_gives_way_to_a_new_client(make: Callable[..., Served]) -> None:
     served = make(sessions=1)
-    first = Socket(served)
+    first = Socket(served.url)
     token = first.created()["omniport"]["resume_token"]
     first.write("Hello")
     first.lose()
     wait_until(lambda: counts(served) == (0, 1, 1))
-    second = Socket(served)
+    second = Socket(served.url)
     second.created()
     assert counts(served) == (1, 0, 0)
     assert refused(served, f"resume={token}") == (404, "session_not_found")
@@ -209,7 +163,7 @@ def test_a_kept_session_gives_way_to_a_new_client(make: Callable[..., Served]) -
 
 def test_a_draining_server_ends_sessions_when_they_have_nothing_to_say(make: Callable[..., Served]) -> None:
     served = make()
-    idle, busy = Socket(served), Socket(served)
+    idle, busy = Socket(served.url), Socket(served.url)
     for client in (idle, busy):
         client.created()
     busy.send("session.update", session=BY_HAND)
@@ -231,7 +185,7 @@ def test_a_frame_that_is_too_large_and_a_session_that_cannot_begin(
     make: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = make()
-    large = Socket(served)
+    large = Socket(served.url)
     large.created()
     with suppress(ConnectionClosed):  # it may be closed while it is sent
         large.inner.send("x" * (17 << 20))
@@ -241,16 +195,16 @@ def test_a_frame_that_is_too_large_and_a_session_that_cannot_begin(
         raise BackendError("no memory")
 
     monkeypatch.setattr(served.service.session, "fork", fail)
-    assert Socket(served).closed() == 1013
+    assert Socket(served.url).closed() == 1013
     wait_until(lambda: served.service.realtime.open == 0)
 
 
 def test_a_client_that_does_not_answer_is_lost(make: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omniport.serve.server._PING", 0.2)
     served = make()
-    alive = Socket(served, ping_interval=None)
+    alive = Socket(served.url, ping_interval=None)
     alive.created()
-    dead = Socket(served, ping_interval=None)
+    dead = Socket(served.url, ping_interval=None)
     dead.created()
     dead.write("Hello")
     monkeypatch.setattr(dead.inner.protocol, "send_pong", lambda data: None, raising=False)
@@ -265,14 +219,14 @@ def test_many_that_are_lost_take_no_more_than_their_places(make: Callable[..., S
     served = make(sessions=3)
     before = session_threads()
     for _ in range(30):
-        client = Socket(served)
+        client = Socket(served.url)
         client.created()
         client.write("Hello")
         client.lose()
         wait_until(lambda: served.service.realtime.open == 0)
         assert served.service.realtime.kept <= 3
     assert counts(served) == (0, 3, 3)
-    client = Socket(served)
+    client = Socket(served.url)
     client.created()
     assert counts(served) == (1, 2, 2)
     wait_until(lambda: len(session_threads() - before) <= 3)
