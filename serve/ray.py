@@ -66,7 +66,7 @@ def application(
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         request_router_config=RequestRouterConfig(request_router_class=SessionRouter),
         deployment_actors=[
-            DeploymentActorConfig(name=_STORE, actor_class=ray.remote(SessionTable), actor_options={"num_cpus": 0})
+            DeploymentActorConfig(name=_STORE, actor_class=ray.remote(_Sessions), actor_options={"num_cpus": 0})
         ],
         graceful_shutdown_wait_loop_s=_GLANCE,
         graceful_shutdown_timeout_s=limits.drain_seconds + _SPARE,
@@ -118,6 +118,10 @@ class _Replica:
             await asyncio.sleep(_GLANCE)
         _LOG.info("the replica is stopped: it drains")
         self._service.drain()
+
+
+class _Sessions(SessionTable):
+    """The actor's class. Ray copies the module of it, and msgspec's records do not stand that."""
 
 
 class _Store:

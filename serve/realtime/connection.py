@@ -138,6 +138,7 @@ class _Connection:
         finally:
             await _cancel(reading, replaced)
             if self._lost:
+                held.outbox.detach()
                 await _cancel(writing)
             if self._lost and held.worth_keeping and not held.taken and self._service.state == "ready":
                 held.lose()

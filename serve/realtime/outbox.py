@@ -111,7 +111,7 @@ class Outbox:
         Raises:
             Unread: the client takes nothing.
         """
-        while self._waiting or not self._ending:
+        while (self._waiting or not self._ending) and not self._detached:  # ``wait_for`` may swallow a cancellation
             if not self._waiting:
                 self._came.clear()
                 await self._came.wait()

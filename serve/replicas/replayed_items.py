@@ -43,9 +43,16 @@ async def replay(
 
 
 async def _speak(given: Spoken, buffer: InputBuffer, compute: Compute, service: Service) -> str:
-    buffer.add(given.samples, given.rate)
-    for image, seconds in given.pictures:
+    samples, at = given.samples, 0
+    for image, seconds in given.pictures:  # each before the sound that follows it, as they came
+        to = max(at, min(len(samples), round(seconds * given.rate)))
+        if to > at:
+            buffer.add(samples[at:to], given.rate)
         buffer.show(await read_picture(image, service), seconds, image)
+        await compute(buffer.advance)
+        at = to
+    if at < len(samples):
+        buffer.add(samples[at:], given.rate)
     turn = await compute(buffer.take)
     await compute(turn.keep)
     return turn.item_ids[0]

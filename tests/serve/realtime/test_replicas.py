@@ -113,7 +113,7 @@ def test_the_conversation_is_the_same_elsewhere(make: Callable[..., Served]) -> 
         client.send("input_image_buffer.append", image=picture(), time_ms=seconds * 1000)
     client.send("input_audio_buffer.commit")
     client.until("conversation.item.done")
-    first.live.script(SAID + CALL)
+    first.live.script(f"{SAID}\n{CALL}")
     done = ask(client)
     assert [item["type"] for item in done["output"]] == ["message", "function_call"]
     output = {"type": "function_call_output", "call_id": done["output"][1]["call_id"], "output": "The sky."}
@@ -190,7 +190,7 @@ def test_there_and_back_again(make: Callable[..., Served]) -> None:
     assert (first.service.realtime.open, first.service.realtime.kept) == (1, 0)
 
 
-def test_a_session_that_is_over_is_nowhere(make: Callable[..., Served]) -> None:
+def test_a_session_that_is_over_is_nowhere(make: Callable[..., Served], table: Broken) -> None:
     first, second = make(resume_seconds=0.3), make()
     client, token = begin(first)
     client.write("Hello")
@@ -200,8 +200,9 @@ def test_a_session_that_is_over_is_nowhere(make: Callable[..., Served]) -> None:
     client, token = begin(first)
     client.write("Hello")
     client.lose()
-    wait_until(lambda: first.service.realtime.open == first.service.realtime.kept == 0)
-    wait_until(lambda: not first.service.realtime._all)
+    assert table._kept
+    wait_until(lambda: not table._kept)
+    assert first.service.realtime.open == first.service.realtime.kept == 0
     assert refused(second, token) == (404, "session_not_found")
     assert refused(second, "unknown") == (404, "session_not_found")
     assert (second.service.realtime.open, second.service.realtime.kept) == (0, 0)
