@@ -60,8 +60,9 @@ def main() -> int:
     python, modules = install(folder, PYTHON_CLIENTS), install_for_node(folder / "node")
     environment = os.environ | ({} if modules is None else {"NODE_PATH": str(modules)})
     served = REPOSITORY / "tests" / "serve"
-    clients = [python, "-m", "pytest", "-q", "-rs", *(served / "realtime" / name for name in TESTS)]
-    cluster = [install(folder / "ray", RAY), "-m", "pytest", "-q", "-rs", "-m", "cluster", served / "test_ray.py"]
+    pytest = ("-m", "pytest", "-q", "-rs")
+    clients = [str(python), *pytest, *(str(served / "realtime" / name) for name in TESTS)]
+    cluster = [str(install(folder / "ray", RAY)), *pytest, "-m", "cluster", str(served / "test_ray.py")]
     codes = [subprocess.run(tests, cwd=REPOSITORY, env=environment).returncode for tests in (clients, cluster)]
     return int(any(codes))
 
