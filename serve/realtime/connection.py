@@ -75,7 +75,7 @@ async def _serve(websocket: WebSocket, service: Service, found: HeldSession | Se
         if held is None or held.ended:
             return
         await connection.run(held)
-    except OmniportError as error:
+    except (ApiError, OmniportError) as error:
         _LOG.error("a session cannot begin", exc_info=error)
         connection.closing = _TRY_LATER, "no session can begin now"
     finally:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from ..http.api_errors import ApiError, busy
-from ..replicas.session_keeper import key_of
+from ..replicas.session_keeper import PATIENCE, key_of
 from ..replicas.session_store import SessionState
 from ..service import Service
 from .held_session import HeldSession
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 async def take_up(service: Service, token: str) -> HeldSession | SessionState:
@@ -24,24 +28,27 @@ async def take_up(service: Service, token: str) -> HeldSession | SessionState:
     if service.store is None:
         return _there(held)
     key = key_of(token)
-    try:
-        owner = await service.store.owner(key)
-        if owner is None or (owner == service.id and held is not None):
-            return _there(held)
-        if held is not None:  # it has gone on elsewhere since
-            await _give_up(service, held)
-        elif not await service.realtime.make_room():
-            raise busy(1.0)
-        state = await service.store.take(key, service.id)
-        if state is not None:
-            return state
+    owner = await _answer(service.store.owner(key))
+    if owner is None or (owner == service.id and held is not None):
+        return _there(held)
+    if held is not None:  # it has gone on elsewhere since
+        await _give_up(service, held)
+    elif not await service.realtime.make_room():
+        raise busy(1.0)
+    state = await _answer(service.store.take(key, service.id))
+    if state is None:
         service.realtime.leave()
-        held = None
-    except ApiError:
-        raise
+        return _there(None)
+    return state
+
+
+async def _answer(asked: Coroutine[Any, Any, T | None]) -> T | None:
+    """The store's; None if it has none, or cannot be reached."""
+    try:
+        return await asyncio.wait_for(asked, PATIENCE)
     except Exception as error:  # noqa: BLE001 - whatever the way to the store raises
         _LOG.warning("no saved session can be looked for: %s", type(error).__name__)
-    return _there(held)
+        return None
 
 
 def _there(held: HeldSession | None) -> HeldSession:

@@ -16,7 +16,7 @@ from .session_store import SessionState, SessionStore
 
 _LOG = logging.getLogger(__name__)
 #: seconds for the store to answer, and without asking one that does not
-_PATIENCE, _REST = 2.0, 5.0
+PATIENCE, _REST = 2.0, 5.0
 
 
 def key_of(token: str) -> str:
@@ -57,10 +57,10 @@ class SessionKeeper:
         if time.monotonic() < self._rests_until:
             return
         try:
-            outcome = await asyncio.wait_for(self._store.save(self._key, self._owner, self._changes()), _PATIENCE)
+            outcome = await asyncio.wait_for(self._store.save(self._key, self._owner, self._changes()), PATIENCE)
             if outcome == "unknown":
                 self._whole = True
-                outcome = await asyncio.wait_for(self._store.save(self._key, self._owner, self._changes()), _PATIENCE)
+                outcome = await asyncio.wait_for(self._store.save(self._key, self._owner, self._changes()), PATIENCE)
         except Exception as error:  # noqa: BLE001 - whatever its way raises
             _LOG.warning("a session cannot be saved: %s", type(error).__name__)
             self._whole, self._rests_until = True, time.monotonic() + _REST
@@ -71,7 +71,7 @@ class SessionKeeper:
     async def forget(self) -> None:
         """The session is over."""
         try:
-            await asyncio.wait_for(self._store.forget(self._key, self._owner), _PATIENCE)
+            await asyncio.wait_for(self._store.forget(self._key, self._owner), PATIENCE)
         except Exception as error:  # noqa: BLE001 - whatever its way raises; it is forgotten when its time is over
             _LOG.warning("a saved session cannot be forgotten: %s", type(error).__name__)
 
