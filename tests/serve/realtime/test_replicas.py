@@ -29,7 +29,7 @@ LOOK = {"type": "function", "name": "look", "parameters": {"type": "object", "pr
 class Broken(SessionTable):
     """A table that may be out of reach."""
 
-    broken = False
+    broken = gone = False
 
     async def save(self, key: str, owner: str, changes: SessionState) -> Any:
         if self.broken:
@@ -40,6 +40,11 @@ class Broken(SessionTable):
         if self.broken:
             raise ConnectionError("no store")
         return await super().owner(key)
+
+    async def take(self, key: str, owner: str) -> SessionState | None:
+        if self.gone:
+            raise ConnectionError("no store any more")
+        return await super().take(key, owner)
 
 
 @pytest.fixture
@@ -240,7 +245,10 @@ def test_a_session_goes_on_without_its_store(
     table.broken = True
     client.write("Are you there?")
     assert refused(second, token) == (404, "session_not_found")
-    table.broken = False
+    table.broken, table.gone = False, True
+    assert refused(second, token) == (404, "session_not_found")
+    assert second.service.realtime.open == 0
+    table.gone = False
     table._kept.clear()
     client.write("And now?")
     wanted = content(first)
