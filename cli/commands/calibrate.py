@@ -99,7 +99,7 @@ def _write_samples(folder: Path, json: bool, quiet: bool) -> None:
     path = write_samples(folder)
     total = sum(file.stat().st_size for file in folder.iterdir())
     if json:
-        print_json({"path": str(path), "samples": len(path.read_text().splitlines()), "bytes": total})
+        print_json({"path": str(path), "samples": path.read_bytes().count(b"\n"), "bytes": total})
         return
     print_line(path)
     log_console(quiet).print(f"{size_text(total)}. Next: omniport calibrate CHECKPOINT --data {path} OUT.calib")
