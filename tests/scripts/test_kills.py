@@ -15,12 +15,12 @@ from support.paths import REPOSITORY
 def test_kills_leave_what_is_whole(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     sources = ("--checkpoint", str(tiny_checkpoint), "--bundle", str(tiny_bundle))
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.kills", *sources, "--kills", "3", "--only", "quantize,calibrate"],
+        [sys.executable, "-m", "scripts.kills", *sources, "--kills", "3", "--only", "quantize,run"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for command in ("quantize", "calibrate"):
+    for command in ("quantize", "run"):
         assert [f"{command}: {sign} after" in done.stdout for sign in ("SIGKILL", "SIGTERM", "SIGINT")] == [True] * 3
