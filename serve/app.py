@@ -17,10 +17,13 @@ from starlette.websockets import WebSocket
 from .http import chat, model_list, operations, speech_route, transcription
 from .http.access import Access
 from .http.api_errors import ApiError
+from .http.chat_request import ChatRequest, beyond_the_record
+from .http.openapi import openapi
 from .http.request_scope import RequestScope
-from .http.routing import route
+from .http.routing import EVENTS, JSON, Body, Operation, routes
+from .media.sound_formats import FORMATS, media_type
 from .page.assets import page_routes
-from .realtime.client_secrets import create_secret
+from .realtime.client_secrets import SecretRequest, create_secret
 from .realtime.connection import realtime
 from .service import Service
 
@@ -50,23 +53,55 @@ def make_app(service: Service) -> Starlette:
     return Starlette(routes=list(_routes(service)), middleware=layers, exception_handlers=handlers)
 
 
+_FORMATS = tuple(map(media_type, FORMATS))
+_OPERATIONS = (
+    Operation(method="GET", path="/health", endpoint=operations.health, prefixed=False),
+    Operation(method="GET", path="/ready", endpoint=operations.ready, prefixed=False, fails=(503,)),
+    Operation(method="GET", path="/version", endpoint=operations.get_version, prefixed=False),
+    Operation(method="GET", path="/metrics", endpoint=operations.metrics, prefixed=False, answers=("text/plain",)),
+    Operation(method="GET", path="/omniport/capacity", endpoint=operations.capacity),
+    Operation(method="POST", path="/omniport/drain", endpoint=operations.drain, status=202),
+    Operation(
+        method="POST",
+        path="/chat/completions",
+        endpoint=chat.chat,
+        body=Body(record=ChatRequest, more=beyond_the_record(), nulls=True),
+        answers=(JSON, EVENTS),
+        fails=(404, 503),
+    ),
+    Operation(
+        method="POST",
+        path="/audio/speech",
+        endpoint=speech_route.speak,
+        body=Body(record=speech_route.SpeechRequest, nulls=True),
+        answers=(*_FORMATS, EVENTS),
+        fails=(404, 503),
+    ),
+    Operation(method="GET", path="/audio/voices", endpoint=speech_route.list_voices),
+    *(
+        Operation(
+            method="POST",
+            path=path,
+            endpoint=endpoint,
+            body=transcription.FORM,
+            answers=(JSON, "text/plain", EVENTS),
+            fails=(404, 503),
+        )
+        for path, endpoint in (
+            ("/audio/transcriptions", transcription.transcribe),
+            ("/audio/translations", transcription.translate),
+        )
+    ),
+    Operation(method="GET", path="/models", endpoint=model_list.list_models),
+    Operation(method="GET", path="/models/{model:path}", endpoint=model_list.get_model, fails=(404,)),
+    Operation(method="POST", path="/realtime/client_secrets", endpoint=create_secret, body=Body(record=SecretRequest)),
+)
+
+
 def _routes(service: Service) -> Iterable[BaseRoute]:
     yield from page_routes(service)
-    yield from route(service, "GET", "/health", operations.health, prefixed=False)
-    yield from route(service, "GET", "/ready", operations.ready, prefixed=False)
-    yield from route(service, "GET", "/version", operations.get_version, prefixed=False)
-    yield from route(service, "GET", "/metrics", operations.metrics, prefixed=False)
-    yield from route(service, "GET", "/omniport/capacity", operations.capacity)
-    yield from route(service, "POST", "/omniport/drain", operations.drain)
-    yield from route(service, "POST", "/chat/completions", chat.chat)
-    yield from route(service, "POST", "/audio/speech", speech_route.speak)
-    yield from route(service, "GET", "/audio/voices", speech_route.list_voices)
-    yield from route(service, "POST", "/audio/transcriptions", transcription.transcribe)
-    yield from route(service, "POST", "/audio/translations", transcription.translate)
-    yield from route(service, "GET", "/models", model_list.list_models)
-    yield from route(service, "GET", "/models/{model:path}", model_list.get_model)
-
-    yield from route(service, "POST", "/realtime/client_secrets", create_secret)
+    for operation in (*_OPERATIONS, openapi(service, _OPERATIONS)):
+        yield from routes(service, operation)
 
     async def converse(websocket: WebSocket) -> None:
         await realtime(websocket, service)

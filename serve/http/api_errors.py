@@ -32,6 +32,21 @@ _CODES: tuple[tuple[type[OmniportError], str], ...] = (
 )
 
 
+class ErrorDetails(msgspec.Struct, frozen=True):
+    """What went wrong; the fields are those of ``ApiError``."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The body of an answer that is an error."""
+
+    error: ErrorDetails
+
+
 class ApiError(Exception):
     """An error that a client is told.
 
@@ -58,7 +73,9 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON object."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+        details = ErrorDetails(message=str(self), type=self.kind, param=self.param, code=self.code)
+        body: dict[str, Any] = msgspec.to_builtins(ErrorBody(error=details))
+        return body
 
     def response(self) -> Response:
         """The whole answer, which tells clients whether and when to try again."""

@@ -21,6 +21,12 @@ Temperature = Annotated[float, Meta(ge=0, le=2)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(gt=0, le=100)]
 
+#: read by ``chat_messages``
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_Message = Annotated[
+    dict[str, Any],
+    Meta(extra_json_schema={"required": ["role"], "properties": {"role": {"enum": _ROLES}}}),
+]
 #: fields that only have their defaults, which change nothing
 _AT_DEFAULT: Mapping[str, Any] = {
     "n": 1,
@@ -79,7 +85,7 @@ class TalkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is read of the body; the fields after ``tool_choice`` are not OpenAI's."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[_Message], Meta(extra_json_schema={"minItems": 1})]
     model: str | None = None
     modalities: tuple[Literal["text", "audio"], ...] = ("text",)
     audio: AudioOptions | None = None
@@ -92,7 +98,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: int | None = None
     stop: str | list[str] = []
     tools: list[dict[str, Any]] = []
-    tool_choice: str | dict[str, Any] = "auto"
+    tool_choice: Annotated[str | dict[str, Any], Meta(extra_json_schema={"enum": ["auto", "none"]})] = "auto"
     top_k: Annotated[int, Meta(ge=0)] | None = None
     repetition_penalty: Penalty | None = None
     mm_processor_kwargs: dict[str, Any] = {}
@@ -138,6 +144,13 @@ def parse(body: Mapping[str, Any]) -> ChatRequest:
     if asked.tool_choice not in ("auto", "none"):
         raise unsupported("tool_choice", 'tool_choice is "auto" or "none"; a call cannot be forced')
     return asked
+
+
+def beyond_the_record() -> dict[str, Any]:
+    """JSON Schema of the fields that ``parse`` takes out."""
+    fixed = {name: {"const": value} for name, value in _AT_DEFAULT.items()}
+    text = {"type": "object", "required": ["type"], "properties": {"type": {"const": "text"}}}
+    return {**fixed, **{name: {} for name in sorted(_OF_NO_EFFECT)}, "response_format": text}
 
 
 def _require_text(format: object) -> None:

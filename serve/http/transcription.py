@@ -19,7 +19,7 @@ from .answering import Stream, event_line, kept_alive, place, while_connected
 from .api_errors import invalid, told_late, unsupported
 from .chat_request import Temperature
 from .media_reader import MediaReader
-from .routing import json_response, require_model, require_ready
+from .routing import Body, json_response, require_model, require_ready
 from .usage import token_usage
 
 _FIELDS = 32
@@ -39,6 +39,15 @@ class TranscriptionRequest(msgspec.Struct, frozen=True, kw_only=True):
     response_format: str = "json"
     temperature: Temperature = 0.0
     stream: Literal["true", "false"] = "false"
+
+
+#: a form, of which texts that are empty count as left out
+FORM = Body(
+    record=TranscriptionRequest,
+    media_type="multipart/form-data",
+    more={"file": {"type": "string", "format": "binary"}},
+    needed=("file",),
+)
 
 
 async def transcribe(request: Request, service: Service) -> Response:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ..http.routing import route
+from ..http.routing import Operation, routes
 from ..service import Service
 
 _INDEX = "index.html"
@@ -54,5 +54,5 @@ def page_routes(service: Service) -> Iterator[Route]:
             raise HTTPException(404, "there is no such file")
         return Response(assets[name], headers=HEADERS, media_type=_TYPES[PurePath(name).suffix])
 
-    yield from route(service, "GET", "/", send, prefixed=False)
-    yield from route(service, "GET", "/page/{name}", send, prefixed=False)
+    for path in ("/", "/page/{name}"):
+        yield from routes(service, Operation(method="GET", path=path, endpoint=send, prefixed=False))

@@ -25,22 +25,26 @@ from .voice_activity import can_detect
 _LONGEST = 8192
 
 
-class _ExpiresAfter(Struct):
+class ExpiresAfter(Struct):
+    """How long the key lasts."""
+
     anchor: Literal["created_at"] = "created_at"
     seconds: Annotated[int, Meta(ge=10, le=7200)] = 600
 
 
-class _Body(Struct):
-    expires_after: _ExpiresAfter | None = None
+class SecretRequest(Struct):
+    """What is read of the body."""
+
+    expires_after: ExpiresAfter | None = None
     session: dict[str, Any] = {}
 
 
 async def create_secret(request: Request, service: Service) -> Response:
     """Sign a session's settings; nothing is stored."""
-    body = convert(await read_json(request), _Body, "")
+    body = convert(await read_json(request), SecretRequest, "")
     settings = initial(service, TurnDetection() if can_detect() else None)
     settings = settings.updated(asked_of(body.session), service)
-    expires = int(time.time()) + (body.expires_after or _ExpiresAfter()).seconds
+    expires = int(time.time()) + (body.expires_after or ExpiresAfter()).seconds
     value = sign(body.session, expires, service.settings)
     if len(value) > _LONGEST:
         raise invalid("session is too long for a key; send the rest by session.update", "session")
