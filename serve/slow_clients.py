@@ -84,7 +84,10 @@ class _Http(_Watched, H11Protocol):
 
 
 class _WebSocket(_Watched, WebSocketsSansIOProtocol):
-    pass
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True  # refused; uvicorn would log that there was no handshake
 
 
 def protocols(limits: Limits) -> dict[str, Any]:

@@ -61,6 +61,17 @@ def test_keys_and_pages(make: Callable[..., Served]) -> None:
         assert next_event(socket)["type"] == "session.created"
 
 
+def test_a_refusal_is_no_fault_of_the_server(make: Callable[..., Served], caplog: pytest.LogCaptureFixture) -> None:
+    served = make(keys=(KEY,), sessions=1)
+    key = {"Authorization": f"Bearer {KEY}"}
+    assert refused(served) == (401, "invalid_api_key")
+    with open_socket(served, additional_headers=key):
+        assert refused(served, additional_headers=key) == (429, "session_limit_reached")
+    assert refused(served, additional_headers=key, origin="https://evil.example") == (403, "origin_not_allowed")
+    wait_until(lambda: not served.service.realtime.open)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_a_key_for_a_browser(make: Callable[..., Served]) -> None:
     served = make(keys=(KEY,))
     asked = {"type": "realtime", "instructions": "Be brief.", "output_modalities": ["text"]}
