@@ -80,7 +80,8 @@ for _module in (
     serve,
     doctor,
 ):
-    app.command(_module.NAME, epilog=f"Example: {_module.EXAMPLE}")(_module.command)
+    _kind = getattr(_module, "COMMAND", None)  # other than Typer's own
+    app.command(_module.NAME, cls=_kind, epilog=f"Example: {_module.EXAMPLE}")(_module.command)
 
 
 def _print_version(wanted: bool) -> None:

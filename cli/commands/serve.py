@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..common import JsonFlag, QuietFlag, print_json, print_line, require_extra
 from ..options import BackendOption, BundleArgument, one_of
@@ -18,6 +20,30 @@ if TYPE_CHECKING:
 NAME = "serve"
 EXAMPLE = "omniport serve bundle --port 8000"
 _KEYS = "OMNIPORT_API_KEY"
+#: where Home Assistant looks for Wyoming's servers
+_WYOMING = "10300"
+
+
+class _Command(TyperCommand):
+    """Lets ``--wyoming`` stand without a value, which Typer has no way to say."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See Click."""
+        return super().parse_args(ctx, _with_port(args))
+
+
+COMMAND = _Command
+
+
+def _with_port(args: Sequence[str]) -> list[str]:
+    """What follows ``--wyoming`` is its value if it looks like one, and not like an option or a folder."""
+    given = list(args)
+    for at, text in enumerate(given):
+        if text == "--":
+            break
+        if text == "--wyoming" and not re.fullmatch(r"\d+|[^/\\]*:[^/\\]*", "".join(given[at + 1 : at + 2])):
+            given[at] = f"--wyoming={_WYOMING}"
+    return given
 
 
 def _pairs(given: list[str] | None) -> dict[str, str]:
@@ -89,8 +115,8 @@ def command(
         str | None,
         typer.Option(
             metavar="[HOST:]PORT",
-            help="Also listen for Home Assistant's Wyoming protocol, as a rule on port 10300. It has no keys: another "
-            "address than this machine's own wants --no-auth.",
+            help=f"Also listen for Home Assistant's Wyoming protocol; without a value on port {_WYOMING}. It has no "
+            "keys: another address than this machine's own wants --no-auth.",
         ),
     ] = None,
     dialect: Annotated[

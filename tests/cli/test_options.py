@@ -44,3 +44,21 @@ def test_another_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         app(["export", "checkpoint", "out", "--precision", "fp8"])
     assert stopped.value.code == 2
     assert "'fp8' is not one of 'fp32', 'fp16', 'bf16'." in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["bundle", "--wyoming"], "10300"),
+        (["--wyoming", "bundle"], "10300"),
+        (["bundle", "--wyoming", "--quiet"], "10300"),
+        (["bundle", "--wyoming", "10400"], "10400"),
+        (["--wyoming", "0.0.0.0:10400", "bundle"], "0.0.0.0:10400"),
+        (["bundle", "--wyoming=7"], "7"),
+        (["bundle"], None),
+    ],
+)
+def test_wyoming_has_a_port_of_its_own(given: list[str], read: str | None) -> None:
+    commands: Any = typer.main.get_command(app)
+    context = commands.commands["serve"].make_context("serve", given)
+    assert (str(context.params["bundle"]), context.params["wyoming"]) == ("bundle", read)
