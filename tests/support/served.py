@@ -14,6 +14,7 @@ from omniport.serve.server import Server, listen
 from omniport.serve.service import Service
 from omniport.serve.settings import Settings
 from starlette.testclient import TestClient
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from .live_turns import Live
 
@@ -78,6 +79,12 @@ class Served:
     def http(self, **options: Any) -> TestClient:
         """Starlette's client, which needs no server."""
         return TestClient(self.app, **{"base_url": "http://127.0.0.1", "raise_server_exceptions": False, **options})
+
+    def drop(self) -> None:
+        """Cut all WebSockets off, as a network does that goes away."""
+        for connection in [*self._server.server_state.connections]:
+            if isinstance(connection, WebSocketsSansIOProtocol):
+                connection.loop.call_soon_threadsafe(connection.transport.abort)
 
     def quiet(self, seconds: float = 5.0) -> bool:
         """Wait until no reply is made or waited for; whether that came."""

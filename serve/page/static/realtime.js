@@ -8,24 +8,65 @@ const CLOSED = {
   1009: "The microphone's sound came faster than the server could take it. Press Start again.",
   1013: "The server is busy: all its places are taken. Try again in a moment.",
 };
+const GONE = 404; // the server answers, but has no place or no session for this WebSocket
 const LOST = "The connection was lost. Press Start again.";
 const FULL = "The server takes no further conversation now: all its places are in use. Try again in a moment.";
 
-/** An open connection. `take(event)` gets every event, `ended(Told)` its end, unless `close` brought it. */
+const PAUSE = 500; // ms between attempts to come back
+
+/**
+ * A conversation, which goes on over another connection when one is lost. `watch` is told: take(event) of every event,
+ * lost() when the connection is, ended(Told) of the end, unless `close` brought it.
+ */
 export class Realtime {
-  static async open(session, take, ended) {
+  static async open(session, watch) {
     const made = new Realtime();
-    const address = url("v1/realtime");
-    address.protocol = address.protocol.replace("http", "ws");
-    made.socket = new WebSocket(address, await protocols());
-    made.socket.onmessage = ({ data }) => take(JSON.parse(data));
-    await new Promise((resolve, reject) => {
-      made.socket.onopen = resolve;
-      made.socket.onclose = () => reasonOfRefusal().then(reject, reject);
-    });
-    made.socket.onclose = ({ code }) => ended(new Told(CLOSED[code] ?? LOST));
+    made.watch = watch;
+    await made.connect({});
     made.send("session.update", { session: { type: "realtime", ...session } });
     return made;
+  }
+
+  async connect(query) {
+    const address = url("v1/realtime");
+    address.protocol = address.protocol.replace("http", "ws");
+    for (const name in query) address.searchParams.set(name, query[name]);
+    const socket = new WebSocket(address, await protocols());
+    await new Promise((resolve, reject) => {
+      socket.onopen = resolve;
+      socket.onclose = () => reasonOfRefusal().then(reject, reject);
+    });
+    this.socket = socket;
+    if (this.closed) return this.close();
+    socket.onmessage = ({ data }) => this.take(JSON.parse(data));
+    socket.onclose = ({ code }) => (this.token && !CLOSED[code] ? this.resume() : this.end(CLOSED[code]));
+  }
+
+  take(event) {
+    if (event.type === "session.created") {
+      ({ resume_token: this.token, resume_seconds: this.seconds } = event.session.omniport);
+    }
+    if (!event.type.endsWith(".delta")) this.last = event.event_id;
+    this.watch.take(event);
+  }
+
+  /** Try to take the session up for as long as the server keeps it. */
+  async resume() {
+    this.watch.lost();
+    const until = performance.now() + this.seconds * 1000;
+    for (let refused = 0; !this.closed && refused < 2 && performance.now() < until; ) {
+      try {
+        return await this.connect({ resume: this.token, after: this.last });
+      } catch (error) {
+        if (error.status === GONE) refused++; // once may be chance: the network had just come back
+      }
+      await new Promise((resolve) => setTimeout(resolve, PAUSE));
+    }
+    this.end();
+  }
+
+  end(words = LOST) {
+    if (!this.closed) this.watch.ended(new Told(words));
   }
 
   send(type, fields = {}) {
@@ -33,9 +74,9 @@ export class Realtime {
   }
 
   close() {
-    this.socket.onclose = null;
-    this.socket.onmessage = null;
-    this.socket.close();
+    this.closed = true;
+    this.socket.onclose = this.socket.onmessage = null;
+    this.socket.close(1000); // the server need not keep the session
   }
 }
 
@@ -50,7 +91,7 @@ async function protocols() {
 async function reasonOfRefusal() {
   await call("ready");
   const { realtime } = await (await call("v1/omniport/capacity")).json();
-  return new Told(realtime.free ? LOST : FULL);
+  return new Told(realtime.free ? LOST : FULL, GONE);
 }
 
 /** What an error event says, in words. */

@@ -43,7 +43,11 @@ export class Talk {
         instructions,
         audio: { input: { transcription: { model: "omniport" } }, output: voice ? { voice } : {} },
       };
-      this.server = await Realtime.open(session, (event) => this.take(event), (told) => this.stop(told));
+      this.server = await Realtime.open(session, {
+        take: (event) => this.take(event),
+        lost: () => this.lost(),
+        ended: (told) => this.stop(told),
+      });
       if (!this.running) this.stop(); // stopped meanwhile
     } catch (error) {
       this.stop(error);
@@ -71,6 +75,17 @@ export class Talk {
     $("push").disabled = true;
     this.show("Press Start, and speak.");
     if (error) this.page.notice(error);
+  }
+
+  /** The connection, and not the conversation: the server has stopped the reply, and tells later what was heard of it. */
+  lost() {
+    this.speaking = false;
+    this.player?.stop();
+    this.silenced = this.playing ?? this.silenced;
+    this.playing = this.open = null;
+    this.setButton(false);
+    $("push").disabled = true;
+    this.show("The connection was lost. Connecting again…");
   }
 
   ready(session) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -53,6 +54,37 @@ def test_a_spoken_question_is_answered_and_the_answer_interrupted(serve: Serve, 
     tab.until("conversation.item.input_audio_transcription.completed", 2)
     assert tab.page.locator("#talk-log .user .said").all_inner_texts() == [SAID, SAID], "as the fake model hears"
     tab.page.click("#talk-start")
+    assert tab.page.inner_text("#talk-start") == "Start"
+
+
+def test_a_lost_connection_is_taken_up(serve: Serve, open_tab: Open) -> None:
+    served = serve()
+    tab = open_tab(served.url)
+    tab.page.click("#talk-start")
+    first = tab.until("response.output_audio.delta")["item_id"]
+    tab.page.wait_for_timeout(800)
+    served.drop()
+    session = tab.until("session.created", 2)["session"]["omniport"]
+    assert session["resumed"]
+    ended = tab.until("response.done")["response"]
+    assert (ended["status"], ended["output"][0]["id"]) == ("cancelled", first)
+    assert tab.page.is_hidden("#notice")
+    tab.page.locator("#talk-log .model").first.locator(".unheard").wait_for()
+    assert tab.until("response.created", 2), "the next question is heard and answered"
+    tab.page.click("#talk-start")
+    due = time.monotonic() + 5
+    while served.service.realtime.open + served.service.realtime.kept and time.monotonic() < due:
+        tab.page.wait_for_timeout(50)
+    assert not served.service.realtime.kept, "who presses Stop has left"
+
+
+def test_a_lost_connection_that_nobody_keeps(serve: Serve, open_tab: Open) -> None:
+    served = serve(resume_seconds=0.0)
+    tab = open_tab(served.url)
+    tab.page.click("#talk-start")
+    tab.until("input_audio_buffer.speech_started")
+    served.drop()
+    tab.page.locator("#notice", has_text="connection was lost").wait_for()
     assert tab.page.inner_text("#talk-start") == "Start"
 
 
