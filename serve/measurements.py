@@ -34,6 +34,16 @@ class Measurements:
             return Histogram(f"omniport_{name}", help, buckets=buckets, registry=registry)
 
         self.sessions = Gauge("omniport_sessions", "Realtime sessions by state", ["state"], registry=registry)
+        self.kv_tokens = Gauge(
+            "omniport_kv_tokens",
+            "Tokens in the KV caches of sessions: chats and Realtime",
+            ["session"],
+            registry=registry,
+        )
+        self.temperature = Gauge(
+            "omniport_temperature_celsius", "Of the machine's thermal zones", ["zone"], registry=registry
+        )
+        self.throttled = Gauge("omniport_throttled", "1 while the machine slows down for heat", registry=registry)
         self.replies_active = Gauge("omniport_replies_active", "Replies that are made now", registry=registry)
         self.replies_waiting = Gauge("omniport_replies_waiting", "Replies that wait for their place", registry=registry)
         self._requests = counter("requests", "Requests that have ended", "route", "status")

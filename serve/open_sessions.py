@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Callable
 from typing import Protocol
 
+from omniport.runtime import OmniSession
+
 
 class Held(Protocol):
     """A session that outlives its connection."""
@@ -14,6 +16,10 @@ class Held(Protocol):
     @property
     def token(self) -> str:
         """By which its client takes it up."""
+
+    @property
+    def conversation(self) -> OmniSession:
+        """The runtime's session."""
 
     async def end(self) -> None:
         """Free it."""
@@ -51,6 +57,10 @@ class OpenSessions:
     def free(self) -> int:
         """New clients that are taken."""
         return max(0, self.most - self.open)
+
+    def sessions(self) -> list[OmniSession]:
+        """Of all, with and without a client, in the order in which they began."""
+        return [held.conversation for held in self._all.values()]
 
     async def make_room(self) -> bool:
         """For one more client, who is counted by ``open`` then; False if there is none."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
+from omniport.runtime import OmniSession
+from omniport.runtime.system.thermal import temperatures, throttled
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..measurements import Measurements
 from ..service import Service
 from .routing import json_response, require_ready
 
@@ -34,7 +39,20 @@ async def metrics(request: Request, service: Service) -> Response:
     measured.replies_waiting.set(admission.waiting)
     for state, count in _sessions(service).items():
         measured.sessions.labels(state).set(count)
+    held = {"chat": [*service.sessions.kept], "realtime": service.realtime.sessions()}
+    await asyncio.get_running_loop().run_in_executor(service.reading, _look, measured, held)
     return Response(measured.page(), media_type="text/plain; version=0.0.4")
+
+
+def _look(measured: Measurements, held: Mapping[str, Sequence[OmniSession]]) -> None:
+    """What is read for the page alone. Sessions have numbers, not ids: there are never more of them than may be."""
+    measured.kv_tokens.clear()
+    for kind, sessions in held.items():
+        for n, session in enumerate(sessions):
+            measured.kv_tokens.labels(f"{kind}-{n}").set(sum(item.cached for item in session.items))
+    for zone, degrees in temperatures().items():
+        measured.temperature.labels(zone).set(degrees)
+    measured.throttled.set(throttled())
 
 
 async def capacity(request: Request, service: Service) -> Response:

@@ -6,6 +6,8 @@ import asyncio
 import secrets
 import time
 
+from omniport.runtime import OmniSession
+
 from ..replicas.saved_session import decode_head, decode_item
 from ..replicas.session_keeper import SessionKeeper, key_of
 from ..replicas.session_store import SessionState
@@ -41,6 +43,11 @@ class HeldSession:
         self._keeper = self._keep()
         self._worker: asyncio.Task[None] | None = None
         self._expires = time.monotonic() + LIFETIME
+
+    @property
+    def conversation(self) -> OmniSession:
+        """The runtime's session."""
+        return self.session.conversation
 
     @property
     def seconds_left(self) -> float:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
-from omniport.runtime import Turn
+from omniport.runtime import OmniSession, Turn
 from omniport.runtime.errors import OmniportError
 
 from ..http.api_errors import ApiError, from_runtime
@@ -97,6 +97,11 @@ class RealtimeSession:
             sent.ResponseCreate: self._create_response,
             sent.ResponseCancel: self._cancel_response,
         }
+
+    @property
+    def conversation(self) -> OmniSession:
+        """The runtime's session."""
+        return self._session
 
     @property
     def has_items(self) -> bool:

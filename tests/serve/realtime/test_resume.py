@@ -60,6 +60,8 @@ def test_the_conversation_goes_on(make: Callable[..., Served]) -> None:
     assert done["usage"]["input_token_details"]["cached_tokens"] > 20
     metrics = served.http().get("/metrics").text
     assert 'omniport_sessions{state="open"} 1.0' in metrics
+    (tokens,) = [line for line in metrics.splitlines() if line.startswith('omniport_kv_tokens{session="realtime-0"}')]
+    assert float(tokens.rpartition(" ")[2]) > 0
 
 
 def test_what_was_being_said_is_stopped_and_what_was_missed_is_told(make: Callable[..., Served]) -> None:
