@@ -2,8 +2,8 @@
 # make demo: install, then export a random-weight model and let it answer a spoken question
 # make wren: train Wren from nothing (hours; it goes on where it stopped), export it and ask it questions
 # make docs: write the pages that come from the code
-# make serve-check: the web page of `omniport serve` in Chromium, which has to be installed; the Realtime clients of
-#     others, one of them in Node; replicas under Ray Serve; and 500 hostile clients
+# make serve-check: the web page of `omniport serve` in Chromium, which has to be installed; the clients of others, one
+#     of them in Node; schemathesis over /openapi.json; replicas under Ray Serve; and 500 hostile clients
 # make gpu-check: install what the GPU found here can use, run the tests that need one, then measure it
 #     (docs/results/gpu-NAME.json)
 # make fuzz: mutated files, messages, arguments and turns for an hour (docs/results/fuzz.md)

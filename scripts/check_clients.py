@@ -1,4 +1,6 @@
-"""Hold conversations with the Realtime clients of others, unmodified, and with replicas under Ray Serve.
+"""Hold conversations with the clients of others, unmodified, with schemathesis, and with replicas under Ray Serve.
+
+The `test` extra leaves all of them out.
 
     python -m scripts.check_clients
 
@@ -19,10 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PYTHON_CLIENTS = ("openai-agents>=0.24", "livekit-plugins-openai>=1.8", "pipecat-ai>=1.14")
+PYTHON_CLIENTS = ("openai-agents>=0.24", "livekit-plugins-openai>=1.8", "pipecat-ai>=1.14", "schemathesis>=4.32")
 RAY = ("ray[serve]>=2.60",)
 NODE_CLIENTS = ("@openai/agents-realtime@0.20", "ws")
-TESTS = ("test_openai_agents.py", "test_livekit.py", "test_pipecat.py", "test_agents_realtime_js.py")
+TESTS = (
+    "test_schemathesis.py",
+    "realtime/test_openai_agents.py",
+    "realtime/test_livekit.py",
+    "realtime/test_pipecat.py",
+    "realtime/test_agents_realtime_js.py",
+)
 
 
 def install(folder: Path, packages: Sequence[str]) -> Path:
@@ -61,7 +69,7 @@ def main() -> int:
     environment = os.environ | ({} if modules is None else {"NODE_PATH": str(modules)})
     served = REPOSITORY / "tests" / "serve"
     pytest = ("-m", "pytest", "-q", "-rs")
-    clients = [str(python), *pytest, *(str(served / "realtime" / name) for name in TESTS)]
+    clients = [str(python), *pytest, *(str(served / name) for name in TESTS)]
     cluster = [str(install(folder / "ray", RAY)), *pytest, "-m", "cluster", str(served / "test_ray.py")]
     codes = [subprocess.run(tests, cwd=REPOSITORY, env=environment).returncode for tests in (clients, cluster)]
     return int(any(codes))
