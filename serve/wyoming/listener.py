@@ -19,6 +19,8 @@ _LOG = logging.getLogger(__name__)
 _MOST = 32
 #: seconds for what was sent to leave
 _FAREWELL = 5.0
+#: in which connections that were taken while the server stops get as far as ``_connected``, which ends them
+_ACCEPTING = 0.01
 
 
 class WyomingListener:
@@ -29,6 +31,7 @@ class WyomingListener:
         self._replies = Replies(service)
         self._clients: dict[Client, asyncio.Task[None]] = {}
         self._server: asyncio.Server | None = None
+        self._stopping = False
 
     @property
     def address(self) -> tuple[str, int]:
@@ -48,8 +51,12 @@ class WyomingListener:
 
     async def stop(self) -> None:
         """Take none, and end those that there are."""
-        if self._server is not None:
+        self._stopping = True
+        if self._server is None:
+            self._bound.close()
+        else:
             self._server.close()
+            await asyncio.sleep(_ACCEPTING)
         tasks = [*self._clients.values()]
         for task in tasks:
             task.cancel()
@@ -59,6 +66,9 @@ class WyomingListener:
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # finds those that vanish
         client = Client(reader, writer, self._service, self._replies)
         task = asyncio.current_task()
+        if self._stopping:
+            writer.transport.abort()
+            return
         if len(self._clients) >= _MOST or task is None:
             with suppress(OSError, asyncio.TimeoutError):
                 await client.send(Error("as many clients are connected as may", "session_limit_reached"))
