@@ -28,8 +28,8 @@ def page(found: Figures) -> str:
     if "sessions" in found:
         head = ("at once", "first sound, s", "95th", "RTF", "95th", "underruns", "dry, s")
         names = ("sessions", "first_sound", "first_sound_95", "rtf", "rtf_95", "underruns", "dry_seconds")
-        rows = [tuple(_number(row[name]) for name in names) for row in found["sessions"]["rows"]]
-        lines += ["## Sessions at once", "", *table(head, rows), ""]
+        cells = [[_number(row[name]) for name in names] for row in found["sessions"]["rows"]]
+        lines += ["## Sessions at once", "", *table(head, cells), ""]
     lines += ["## Machine", ""]
     for part, figures in found.items():
         place = figures["environment"]
