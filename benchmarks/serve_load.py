@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 from omniport.runtime import OmniSession
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -213,9 +214,13 @@ class Load:
                     await asyncio.wait_for(idle.recv(), HANG)
             except ConnectionClosed as closed:
                 code = closed.rcvd.code if closed.rcvd is not None else None
-            heard = await reply
+            try:
+                heard, cut = (await reply).seconds, False
+            except httpx.RemoteProtocolError:  # it took longer than the server waits
+                heard, cut = 0.0, True
             await asyncio.to_thread(server.wait)
-            return {"heard": heard.seconds, "websocket_code": code, "seconds": time.perf_counter() - begun}
+            seconds = time.perf_counter() - begun
+            return {"heard": heard, "cut": cut, "websocket_code": code, "seconds": seconds}
 
     def kill(self) -> Figures:
         """SIGKILL in the middle of a conversation. Nothing of it is on disk: clients give it again."""
@@ -366,7 +371,10 @@ def measure(options: argparse.Namespace, found: Any) -> Iterator[Figures]:
     for name in (*names, *(["soak"] if options.soak else [])):
         print(f"{name} ...", file=sys.stderr, flush=True)
         begun = time.perf_counter()
-        part = getattr(load, name)()
+        try:
+            part = getattr(load, name)()
+        except (OSError, RuntimeError, httpx.HTTPError, asyncio.TimeoutError) as error:
+            part = {"failed": f"{type(error).__name__}: {error}"[:300]}
         place = {"bundle": options.bundle.name, "environment": environment(), "took": time.perf_counter() - begun}
         figures[name] = {**part, **place}
         yield figures

@@ -25,7 +25,7 @@ def page(found: Figures) -> str:
         *table(("what", "asked", "measured", "", "bundle"), rows),
         "",
     ]
-    if "sessions" in found:
+    if "rows" in found.get("sessions", {}):
         head = ("at once", "first sound, s", "95th", "RTF", "95th", "underruns", "dry, s")
         names = ("sessions", "first_sound", "first_sound_95", "rtf", "rtf_95", "underruns", "dry_seconds")
         cells = [[_number(row[name]) for name in names] for row in found["sessions"]["rows"]]
@@ -41,6 +41,8 @@ def page(found: Figures) -> str:
 def _row(figures: Figures | None, read: Callable[[Figures], tuple[str, bool | None]]) -> tuple[str, str, str]:
     if figures is None:
         return "*not run*", "", ""
+    if "failed" in figures:
+        return f"failed: {figures['failed']}", "**no**", figures["bundle"]
     told, good = read(figures)
     return told, {True: "yes", False: "**no**", None: ""}[good], figures["bundle"]
 
@@ -77,8 +79,9 @@ def _readers(f: Figures) -> tuple[str, bool]:
 
 
 def _drain(f: Figures) -> tuple[str, bool]:
-    told = f"{f['heard']:.1f} s of speech heard, WebSocket closed with {f['websocket_code']}, exit {f['exit_code']}"
-    return told, f["heard"] > 0 and f["websocket_code"] == 1001 and f["exit_code"] == 0
+    reply = "the reply was cut" if f["cut"] else f"{f['heard']:.1f} s of speech heard"
+    told = f"{reply}, WebSocket closed with {f['websocket_code']}, exit {f['exit_code']} after {f['seconds']:.1f} s"
+    return told, not f["cut"] and f["websocket_code"] == 1001 and f["exit_code"] == 0
 
 
 def _kill(f: Figures) -> tuple[str, bool]:
