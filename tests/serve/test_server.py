@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import pytest
 from omniport.serve.server import listen
 from support.served_process import SLOW, listening, start
 
@@ -95,3 +97,27 @@ def test_an_address_that_is_taken_or_open_to_all(root: Path, stopped: list[subpr
         assert process.returncode == 2
         assert problem in err
         assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_an_exported_bundle_speaks(tiny_bundle: Path, stopped: list[subprocess.Popen[str]]) -> None:
+    """Real graphs, where the other tests have fakes."""
+    process = start(tiny_bundle, "--quiet", fake=False)
+    stopped.append(process)
+    with openai.OpenAI(base_url=f"{listening(process)}/v1", api_key="none", max_retries=0) as client:
+        (model,) = client.models.list().data
+        made = client.chat.completions.create(
+            model=model.id,
+            messages=[{"role": "user", "content": "Hello"}],
+            modalities=["text", "audio"],
+            audio={"voice": "alloy", "format": "wav"},
+            max_tokens=8,
+            extra_body={"talker": {"max_tokens": 20}},
+        )
+    audio, usage = made.choices[0].message.audio, made.usage
+    assert audio is not None
+    assert usage is not None
+    assert usage.completion_tokens_details is not None
+    codes = usage.completion_tokens_details.audio_tokens
+    assert codes
+    assert len(base64.b64decode(audio.data)) == 44 + codes * 480 * 2

@@ -1,4 +1,4 @@
-"""The command `serve` over fake graphs, in a process of its own."""
+"""The command `serve`, as a rule over fake graphs, in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import httpx
 
 from .paths import REPOSITORY
 
-#: the command over fake graphs
+#: the command, with changes
 CODE = """
 import sys, time
+CHANGES
+from omniport.cli.main import run
+run(["serve", *sys.argv[1:], "--backend", "ort-cpu", "--port", "0"])
+"""
+FAKE = """
 from omniport.runtime.backends import registry
 from support import toy_backend
 registry.BACKENDS["ort-cpu"] = "support.toy_backend"
-SLOW
-from omniport.cli.main import run
-run(["serve", *sys.argv[1:], "--backend", "ort-cpu", "--port", "0"])
 """
 SLOW = """
 from support.fake_backend import FakeDecoder
@@ -29,8 +31,8 @@ FakeDecoder.compute = lambda *arguments: (time.sleep(0.1), compute(*arguments))[
 """
 
 
-def start(root: Path, *arguments: str, slow: str = "", **environment: str) -> subprocess.Popen[str]:
-    code = CODE.replace("SLOW", slow)
+def start(root: Path, *arguments: str, slow: str = "", fake: bool = True, **environment: str) -> subprocess.Popen[str]:
+    code = CODE.replace("CHANGES", FAKE * fake + slow)
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), *sys.path]), **environment}
     command = [sys.executable, "-c", code, str(root), *arguments]
     return subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
