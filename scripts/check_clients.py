@@ -1,7 +1,5 @@
 """Hold conversations with the clients of others, unmodified, with schemathesis, and with replicas under Ray Serve.
 
-The `test` extra leaves all of them out.
-
     python -m scripts.check_clients
 
 The `test` extra leaves them out. They are installed beside what is installed here, not into it: into folders of their

@@ -20,6 +20,7 @@ from benchmarks import (
     quant,
     real_sizes,
     search,
+    serve_page,
     validate,
     vocoder,
 )
@@ -37,6 +38,7 @@ PAGES = {
     "quant": quant,
     "real-sizes": real_sizes,
     "search": search,
+    "serve": serve_page,
     "structure": structure,
     "validate": validate,
     "vocoder": vocoder,
