@@ -33,6 +33,7 @@ from typing import Any
 
 import httpx
 from omniport.runtime import OmniSession
+from omniport.runtime.bundle.reader import Bundle
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from benchmarks import serve_page
@@ -375,7 +376,8 @@ def measure(options: argparse.Namespace, found: Any) -> Iterator[Figures]:
             part = getattr(load, name)()
         except (OSError, RuntimeError, httpx.HTTPError, asyncio.TimeoutError) as error:
             part = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        place = {"bundle": options.bundle.name, "environment": environment(), "took": time.perf_counter() - begun}
+        model = Bundle.open(options.bundle).manifest.source.name
+        place = {"bundle": model, "environment": environment(), "took": time.perf_counter() - begun}
         figures[name] = {**part, **place}
         yield figures
 
