@@ -113,6 +113,18 @@ def realtime(url: str, query: str = "") -> connect:
     return connect(f"ws{url[4:]}/v1/realtime?model=any{query}", max_size=None, open_timeout=HANG, ping_interval=None)
 
 
+async def admitted(url: str) -> ClientConnection:
+    """A WebSocket; where there is no place for it, it comes again when it was told to."""
+    due = time.perf_counter() + HANG
+    while True:
+        try:
+            return await realtime(url)
+        except InvalidStatus as error:
+            if error.response.status_code != 429 or time.perf_counter() > due:
+                raise
+            await asyncio.sleep(float(error.response.headers["retry-after"]))
+
+
 async def send(connection: ClientConnection, type: str, **fields: Any) -> None:
     """One event."""
     await connection.send(json.dumps({"type": type, **fields}))

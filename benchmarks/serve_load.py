@@ -34,7 +34,7 @@ from typing import Any
 import httpx
 from omniport.runtime import OmniSession
 from omniport.runtime.bundle.reader import Bundle
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from benchmarks import serve_page
 from benchmarks.harness import command_line, record
@@ -42,6 +42,7 @@ from benchmarks.live import environment
 from benchmarks.serve_clients import (
     HANG,
     Heard,
+    admitted,
     ask_and_read_nothing,
     be_brief,
     chat_body,
@@ -342,7 +343,7 @@ class Load:
             await asyncio.gather(*(spoken_chat(client, self.body(), pieces=2) for _ in range(2)))
         for n in range(8):
             await asyncio.to_thread(connect_and_drop, server.port, n)
-        async with realtime(server.url) as connection:
+        async with await admitted(server.url) as connection:
             await be_brief(connection, self.options.tokens)
             for text in ("What is a fjord?", "And a lake?"):
                 await say(connection, text)
@@ -374,7 +375,7 @@ def measure(options: argparse.Namespace, found: Any) -> Iterator[Figures]:
         begun = time.perf_counter()
         try:
             part = getattr(load, name)()
-        except (OSError, RuntimeError, httpx.HTTPError, asyncio.TimeoutError) as error:
+        except (OSError, RuntimeError, httpx.HTTPError, WebSocketException, asyncio.TimeoutError) as error:
             part = {"failed": f"{type(error).__name__}: {error}"[:300]}
         model = Bundle.open(options.bundle).manifest.source.name
         place = {"bundle": model, "environment": environment(), "took": time.perf_counter() - begun}
