@@ -18,7 +18,7 @@ from support.paths import REPOSITORY
 
 PACKAGES = (omniport.runtime, omniport.export, omniport.calib)
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "optimum", "numpy", "msgspec"}
-HEAVY |= {"av", "PIL", "soundfile", "soxr"}
+HEAVY |= {"av", "PIL", "soundfile", "soxr", "starlette", "uvicorn", "websockets", "prometheus_client"}
 
 
 def folder_of(package: ModuleType) -> Path:
