@@ -343,7 +343,8 @@ class Load:
             await asyncio.gather(*(spoken_chat(client, self.body(), pieces=2) for _ in range(2)))
         for n in range(8):
             await asyncio.to_thread(connect_and_drop, server.port, n)
-        async with await admitted(server.url) as connection:
+        connection = await admitted(server.url)
+        async with connection:
             await be_brief(connection, self.options.tokens)
             for text in ("What is a fjord?", "And a lake?"):
                 await say(connection, text)
