@@ -130,6 +130,8 @@ bench-check: $(INSTALLED) $(MATRIX)-fp32
 gpu-check: $(INSTALLED)
 	$(PYTHON) -m scripts.install_backends --gpu-check
 	$(PYTHON) -m pytest -q -m gpu tests/benchmarks/test_gpu.py
+	@if command -v compute-sanitizer; then compute-sanitizer --tool memcheck --error-exitcode 9 \
+		$(PYTHON) -m pytest -q -m gpu tests/benchmarks/test_gpu.py -k "not tiny_on_the_gpu and not waiting"; fi
 	$(PYTHON) -m benchmarks.gpu_check
 
 serve-check: $(INSTALLED)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from omniport.runtime import OmniSession, SamplingConfig
+from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.tensorrt.backend import TrtBackend
 from omniport.runtime.backends.tensorrt.cuda import DeviceBuffer, PinnedBuffer
 from omniport.runtime.backends.tensorrt.cuda_driver import CudaDriver
+from omniport.runtime.backends.tensorrt.execution import Executor, Scratch
+from omniport.runtime.errors import BackendError
 from omniport.runtime.system.host import gpu_capability
-from support.fake_device import FakeDriver, FakeRuntime, with_engines
+from support.cuda_checks import Cycle, Echo, MirrorDriver, round_trip
+from support.fake_device import CAPABILITY, FakeDriver, FakeRuntime, with_engines
+from support.live_turns import sort
+from support.stub_cuda import Stub, compiled
 
 from benchmarks import gpu_check
 
@@ -22,30 +34,160 @@ needs_gpu = pytest.mark.skipif(
 )
 
 
+@dataclass(frozen=True)
+class Device:
+    """A CUDA driver: the GPU's; or a stand-in for one, over which the tests themselves are tried.
+
+    Attributes:
+        library: for `CudaDriver`.
+        block: bytes of which there is room for some, and for an end.
+        count: how often what might go wrong is repeated.
+    """
+
+    library: str | None
+    block: int
+    count: int
+
+
+@pytest.fixture(params=["stand-in", pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])])
+def device(request: pytest.FixtureRequest, tmp_path: Path) -> Device:
+    if request.param == "gpu":
+        return Device(None, 1 << 32, 100)
+    stub = Stub(compiled(tmp_path), tmp_path)
+    stub.room(1 << 24)
+    return Device(stub.path, 1 << 22, 3)
+
+
 @pytest.mark.gpu
 @needs_gpu
-def test_memory_goes_there_and_back() -> None:
+def test_what_the_driver_says_of_the_gpu() -> None:
     driver = CudaDriver()
-    stream = driver.create_stream()
-    there, back, device = PinnedBuffer(driver, 4096), PinnedBuffer(driver, 4096), DeviceBuffer(driver, 4096)
-    kind = np.dtype(np.float32)
-    there.view((1024,), kind)[:] = np.arange(1024)
-
-    def body() -> None:
-        driver.to_device(device.address, there.address, 4096, stream)
-        driver.to_host(back.address, device.address, 4096, stream)
-
-    body()
-    driver.synchronize(stream)
-    assert np.array_equal(back.view((1024,), kind), np.arange(1024))
-    graph = driver.capture(stream, body)
-    there.view((1024,), kind)[:] = 7
-    driver.launch(graph, stream)
-    driver.synchronize(stream)
-    assert (back.view((1024,), kind) == 7).all()
-    driver.destroy_graph(graph)
-    driver.destroy_stream(stream)
     assert driver.capability() == gpu_capability()
+    assert driver.device_name()
+
+
+def test_memory_goes_there_and_back_from_threads(device: Device) -> None:
+    """Each has a driver of its own, as sessions have."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: round_trip(CudaDriver(device.library), seed, 256, device.count // 2), range(4)))
+
+
+def test_captures_while_other_threads_allocate(device: Device) -> None:
+    driver = CudaDriver(device.library)
+    stream, stop = driver.create_stream(), threading.Event()
+
+    def allocate() -> None:
+        other = CudaDriver(device.library)
+        mine = other.create_stream()
+        while not stop.is_set():
+            there, back = PinnedBuffer(other, 4096), DeviceBuffer(other, 4096)
+            other.to_device(back.address, there.address, 4096, mine)
+            other.synchronize(mine)
+            back.release()
+            there.release()
+
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(allocate) for _ in range(3)]
+        try:
+            for k in range(device.count):
+                executor = Executor(driver, stream, Echo(driver), {"x": "float32"}, {"y": "float32"}, Scratch(driver))
+                values = np.full((1, k + 1), k, np.float32)
+                assert (executor.run({"x": values})["y"] == k).all()
+                executor.capture()
+                for step in range(5):
+                    assert (executor.run({"x": values + step})["y"] == k + step).all()
+                executor.release()
+        finally:
+            stop.set()
+        for other in others:
+            other.result()
+
+
+def test_the_collector_frees_during_a_capture(device: Device) -> None:
+    driver = CudaDriver(device.library)
+    stream, there, back = driver.create_stream(), PinnedBuffer(driver, 256), DeviceBuffer(driver, 256)
+    there.view((256,), np.dtype(np.uint8))[:] = 5
+    gc.disable()
+    try:
+        Cycle(DeviceBuffer(driver, 1 << 20), PinnedBuffer(driver, 1 << 20))
+
+        def body() -> None:
+            gc.collect()
+            driver.to_device(back.address, there.address, 256, stream)
+
+        graph = driver.capture(stream, body)
+    finally:
+        gc.enable()
+    driver.launch(graph, stream)
+    driver.to_host(there.address, back.address, 256, stream)
+    driver.synchronize(stream)
+    assert (there.view((256,), np.dtype(np.uint8)) == 5).all()
+    driver.destroy_graph(graph)
+
+
+def test_a_full_gpu_works_again_once_there_is_room(device: Device) -> None:
+    driver = CudaDriver(device.library)
+    with pytest.raises(BackendError, match="the GPU has no room for"):
+        driver.allocate(1 << 46)
+    round_trip(driver, 0)
+    held: list[DeviceBuffer] = []
+
+    def fill() -> None:
+        for _ in range(1000):
+            held.append(DeviceBuffer(driver, device.block))
+
+    with pytest.raises(BackendError, match="the GPU has no room for"):
+        fill()
+    assert held
+    for buffer in held:
+        buffer.release()
+    round_trip(driver, 1)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_waiting_for_the_gpu_leaves_other_threads_alone() -> None:
+    driver = CudaDriver()
+    stream, memory, done = driver.create_stream(), DeviceBuffer(driver, 1 << 30), threading.Event()
+
+    def work() -> None:
+        for _ in range(2000):
+            driver.zero(memory.address, 1 << 30, stream)
+        driver.synchronize(stream)
+        done.set()
+
+    thread, count, start = threading.Thread(target=work), 0, time.perf_counter()
+    thread.start()
+    while not done.is_set():
+        time.sleep(0.001)
+        count += 1
+    seconds = time.perf_counter() - start
+    thread.join()
+    assert seconds > 0.2, "the GPU was done at once: nothing was waited for"
+    assert count / seconds > 200, f"{count} wake-ups in {seconds:.1f} s: the GIL was held"
+
+
+@pytest.mark.parametrize("kind", ["half", "lowered"])
+def test_replies_over_memory_that_was_never_zero(
+    kind: str, device: Device, tiny_half_bundles: dict[str, Path], lowered_bundle: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime in place of engines, in the driver's memory: what is read and was never written shows."""
+    source = tiny_half_bundles["fp16"] if kind == "half" else lowered_bundle
+    bundle = with_engines(source, tmp_path / "bundle", ["thinker", "talker", "dit", "bigvgan"])
+    driver = MirrorDriver(device.library, CAPABILITY)
+    runtime = FakeRuntime(bundle, driver, capturable=False)
+    engines = TrtBackend(bundle, "tensorrt-rtx", runtime=runtime, driver=driver)
+    thinker, talker = SamplingConfig(max_new_tokens=8), SamplingConfig(max_new_tokens=16, temperature=0.0)
+    replies = []
+    for backend in (open_backend("ort-cpu", bundle, threads=1), engines):
+        with OmniSession(bundle, backend, max_context=1024) as session:
+            messages = [{"role": "user", "content": "What is the sea like at night?"}]
+            replies.append([sort(session.reply(messages, thinker=thinker, talker=talker)) for _ in range(2)])
+    for (_, wanted_sound, wanted, *_), (_, sound, got, *_) in zip(*replies, strict=True):
+        assert len(wanted.codec_ids) > 10
+        assert (got.token_ids, got.codec_ids) == (wanted.token_ids, wanted.codec_ids)
+        assert float(np.std(wanted_sound)) > 1e-3
+        assert np.allclose(sound, wanted_sound, atol=5e-2 * float(np.std(wanted_sound)))
 
 
 @pytest.mark.gpu

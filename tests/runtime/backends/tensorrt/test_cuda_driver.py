@@ -13,48 +13,13 @@ import pytest
 from omniport.runtime.backends.tensorrt.cuda import DeviceBuffer, PinnedBuffer
 from omniport.runtime.backends.tensorrt.cuda_driver import CALLS, CudaDriver
 from omniport.runtime.errors import BackendError
+from support.cuda_checks import Cycle, round_trip
 from support.stub_cuda import ILLEGAL_ADDRESS, LAUNCH_OUT_OF_RESOURCES, OUT_OF_MEMORY, Stub, StubDriver
-
-F4 = np.dtype(np.float32)
 
 
 @pytest.fixture
 def driver(stub: Stub) -> CudaDriver:
     return CudaDriver(stub.path)
-
-
-def round_trip(driver: CudaDriver, seed: int) -> None:
-    """Rows of a matrix, there, cut and back; by a graph as well."""
-    there, back = PinnedBuffer(driver, 4096), PinnedBuffer(driver, 1024)
-    first, second = DeviceBuffer(driver, 4096), DeviceBuffer(driver, 1024)
-    stream = driver.create_stream()
-
-    def body() -> None:
-        driver.zero(second.address, 1024, stream)
-        driver.to_device(first.address, there.address, 4096, stream)
-        driver.copy_rows(second.address, first.address, stream, to_pitch=32, pitch=128, width=32, rows=32)
-        driver.to_host(back.address, second.address, 1024, stream)
-
-    rng = np.random.default_rng(seed)
-    values, got = there.view((32, 32), F4), back.view((32, 8), F4)
-    graph = 0
-    try:
-        for _ in range(2):
-            values[:] = rng.standard_normal((32, 32))
-            body()
-            driver.synchronize(stream)
-            assert np.array_equal(got, values[:, :8])
-        graph = driver.capture(stream, body)
-        values[:] = 7
-        driver.launch(graph, stream)
-        driver.synchronize(stream)
-        assert (got == 7).all()
-    finally:
-        if graph:
-            driver.destroy_graph(graph)
-        driver.destroy_stream(stream)
-        for buffer in (there, back, first, second):
-            buffer.release()
 
 
 def test_what_the_driver_says_of_the_gpu(driver: CudaDriver) -> None:
@@ -105,13 +70,6 @@ def test_waiting_leaves_other_threads_alone(stub: Stub) -> None:
 
 
 # frees while a stream is captured
-
-
-class Cycle:
-    """Garbage that only the collector finds."""
-
-    def __init__(self, *held: object) -> None:
-        self.me, self.held = self, held
 
 
 def test_what_the_collector_frees_during_a_capture_waits(driver: CudaDriver, stub: Stub) -> None:
