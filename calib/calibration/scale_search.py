@@ -48,7 +48,7 @@ def smooth_factors(products: Sequence[Product]) -> list[Factors]:
     Of `ALPHAS`, the one whose factors lose least of the product in INT8: weights with a scale per output, the input
     with one scale.
     """
-    best = [min(ALPHAS, key=lambda alpha, product=product: _loss(product, alpha)) for product in products]  # type: ignore[misc]
+    best = [_best_alpha(product) for product in products]
     found: dict[int, Factors] = {}
     for alpha in sorted(set(best)):
         places = [i for i, chosen in enumerate(best) if chosen == alpha]
@@ -69,15 +69,20 @@ def _smoothed(products: Sequence[Product], alpha: float) -> list[Factors]:
     return [_factors(layer) for layer in layers]
 
 
-def _loss(product: Product, alpha: float) -> float:
-    """Squared error of the smoothed product in INT8."""
+def _best_alpha(product: Product) -> float:
+    exact = product.rows @ product.weight.T
+    return min(ALPHAS, key=lambda alpha: _loss(product, exact, alpha))
+
+
+def _loss(product: Product, exact: torch.Tensor, alpha: float) -> float:
+    """Squared error of the smoothed product in INT8, beside the exact one."""
     top = torch.from_numpy(np.maximum(product.absmax, np.float32(1e-30)))
     factors = top**alpha / torch.from_numpy(_above_zero(product)) ** (1 - alpha)
     step = (top / factors).max() / 127
     rows = torch.clamp(torch.round(product.rows / factors / step), -127, 127) * step
     weight = product.weight * factors
     steps = torch.clamp(weight.abs().amax(dim=1, keepdim=True) / 127, min=1e-30)
-    lost = rows @ (torch.round(weight / steps) * steps).T - product.rows @ product.weight.T
+    lost = rows @ (torch.round(weight / steps) * steps).T - exact
     return float(lost.double().square().mean())
 
 
