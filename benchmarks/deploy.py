@@ -1,6 +1,7 @@
 """Deploy checkpoints and write down what was planned and what was measured; docs/results/deploy.md and deploy.json.
 
-    python -m benchmarks.deploy CHECKPOINT OUT --target NAME [--data FILE] [--validate quick|none]
+    python -m benchmarks.deploy CHECKPOINT OUT --target NAME [--recipe NAME] [--data FILE]
+                                [--validate quick|none]
 
 Runs ``omniport deploy`` in a process of its own. What is finished at OUT is not made again: its figures are taken.
 """
@@ -28,8 +29,8 @@ def page(results: dict[str, Any]) -> str:
         "# Deployments",
         "",
         "Made by `python -m benchmarks.deploy` from deploy.json: do not edit by hand. Random weights;",
-        f"{results['machine']}, no GPU, and other work beside. Planned figures are those of `omniport plan`; what was",
-        "not run on the device says so.",
+        f"{results['machine']}, no GPU, shared with much other work: seconds are not to be compared,",
+        "memory and disk are. Planned figures are those of `omniport plan`; what was not run on the device says so.",
     ]
     for name, found in results["deployments"].items():
         lines += ["", f"## {name}", ""]
@@ -43,7 +44,9 @@ def page(results: dict[str, Any]) -> str:
 def measure(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The results with one more deployment."""
     arguments = ["deploy", options.checkpoint, str(options.out), "--target", options.target]
-    arguments += ["--validate", options.validate, *(["--data", options.data] if options.data else [])]
+    arguments += ["--validate", options.validate]
+    for name in ("recipe", "data"):
+        arguments += [f"--{name}", value] if (value := getattr(options, name)) else []
     subprocess.run([sys.executable, "-c", _RUN, *arguments], check=True)
     kept = read_record(options.out)
     plan, checked = kept.plan, kept.validated
@@ -63,7 +66,8 @@ def measure(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[dict
         else f"{checked.checks} checks against PyTorch: {'all hold' if checked.ok else ', '.join(checked.failed)}.",
     }
     machine = f"{cpu_name()}, {physical_cores()} cores"
-    deployments = found.get("deployments", {}) | {f"{plan.model} for {plan.target}": row}
+    name = f"{plan.model} for {plan.target}" + (f", {options.recipe}" if options.recipe else "")
+    deployments = found.get("deployments", {}) | {name: row}
     yield {"machine": machine, "deployments": deployments}
 
 
@@ -75,6 +79,7 @@ if __name__ == "__main__":
     parser.add_argument("checkpoint")
     parser.add_argument("out", type=Path)
     parser.add_argument("--target", required=True)
+    parser.add_argument("--recipe")
     parser.add_argument("--data")
     parser.add_argument("--validate", default="quick")
     record("deploy", page, measure, parser)
