@@ -167,14 +167,16 @@ def test_waiting_for_the_gpu_leaves_other_threads_alone() -> None:
     assert count / seconds > 200, f"{count} wake-ups in {seconds:.1f} s: the GIL was held"
 
 
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("kind", ["half", "lowered"])
 def test_replies_over_memory_that_was_never_zero(
-    kind: str, device: Device, tiny_half_bundles: dict[str, Path], lowered_bundle: Path, tmp_path: Path
+    kind: str, tiny_half_bundles: dict[str, Path], lowered_bundle: Path, tmp_path: Path
 ) -> None:
     """ONNX Runtime in place of engines, in the driver's memory: what is read and was never written shows."""
     source = tiny_half_bundles["fp16"] if kind == "half" else lowered_bundle
     bundle = with_engines(source, tmp_path / "bundle", ["thinker", "talker", "dit", "bigvgan"])
-    driver = MirrorDriver(device.library, CAPABILITY)
+    driver = MirrorDriver(None, CAPABILITY)
     runtime = FakeRuntime(bundle, driver, capturable=False)
     engines = TrtBackend(bundle, "tensorrt-rtx", runtime=runtime, driver=driver)
     thinker, talker = SamplingConfig(max_new_tokens=8), SamplingConfig(max_new_tokens=16, temperature=0.0)
