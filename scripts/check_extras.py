@@ -30,9 +30,13 @@ GROUPS: dict[tuple[str, ...], tuple[str, str]] = {
     ("ray",): ("ray", ""),
     ("ort",): ("onnxruntime", "onnxruntime-gpu"),
     ("ort-gpu",): ("nvidia-cudnn", ""),
+    ("openvino",): ("openvino", "onnxruntime"),
 }
 #: extras that a machine cannot have, with the reason
-ABSENT = {("ort-gpu", "aarch64"): "onnxruntime-gpu has no wheels for Linux on aarch64: JetPack's way is TensorRT"}
+ABSENT = {
+    ("ort-gpu", "aarch64"): "onnxruntime-gpu has no wheels for Linux on aarch64: JetPack's way is TensorRT",
+    ("openvino", "aarch64"): "openvino's wheels for aarch64 need glibc 2.35, and this platform has 2.28",
+}
 #: what uv says without a network, which tells nothing about extras
 UNREACHABLE = ("error sending request", "Failed to fetch", "timed out")
 #: published as source stubs which fetch libraries of a platform from elsewhere, or part of JetPack

@@ -27,6 +27,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tensorrt": (),
     "tensorrt_rtx": (),
     "onnxruntime_ep_nv_tensorrt_rtx": ("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12"),
+    "openvino": ("openvino",),
     "av": ("av",),
     "PIL": ("pillow",),
     "soundfile": ("soundfile",),

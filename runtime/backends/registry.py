@@ -17,6 +17,7 @@ BACKENDS = {
     "ort-cpu": ".onnxruntime.backend",
     "ort-cuda": ".onnxruntime.backend",
     "ort-tensorrt-rtx": ".onnxruntime.backend",
+    "openvino": ".openvino.backend",
     "tensorrt": ".tensorrt.backend",
     "tensorrt-rtx": ".tensorrt.backend",
 }

@@ -12,11 +12,8 @@ it crosses in any case: 8 KB in and one row of logits out for a token.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import sys
 import threading
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...bundle.graph_spec import GraphSpec
-from ...bundle.onnx_scan import check_graph_file
-from ...errors import BackendError, BundleError, OmniportError
+from ...errors import BackendError, OmniportError
 from ...system import host
 from ...system.host import physical_cores
 from ..base import NO_GPU, Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
+from ..graph_files import check_signature, graph_file
+from ..native import keep_in_forks
 from .cuda_provider import cuda_options, why_no_cuda
 from .kv_cache import GrowingCache, OrtCache, StaticCache
 from .packages import import_onnxruntime, install_line, mend_line
@@ -54,18 +52,6 @@ NO_NATIVE_ON_310 = (
     "'omniport export --ops decomposed --kv concat'"
 )
 _WARNING = 2
-#: what owns native threads, which stay behind when the process forks
-_graphs: weakref.WeakSet[OrtGraph] = weakref.WeakSet()
-
-
-def _keep_in_fork() -> None:
-    """Let nothing destroy sessions of the parent: ONNX Runtime would join threads that are not in this process."""
-    for graph in _graphs:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph._session))
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_keep_in_fork)
 
 
 class OrtRun(RunHandle):
@@ -82,14 +68,13 @@ class OrtGraph(Graph):
     """One InferenceSession."""
 
     def __init__(self, session: Any, spec: GraphSpec, device: str, module: Any) -> None:
-        self._session = session
+        self._session = keep_in_forks(session)
         self._ort = module
         self._device = device
         self.spec = spec
         self._cached = spec.cache
         self._inputs = {t.name: np.dtype(t.dtype) for t in spec.inputs if t.name not in self._cached}
         self._outputs = [t.name for t in spec.outputs if t.name not in self._cached.values()]
-        _graphs.add(self)
 
     def handle(self) -> OrtRun:
         return OrtRun(self._ort)
@@ -221,17 +206,7 @@ class OrtBackend(Backend):
             self._closed = True
 
     def _load(self, name: str) -> OrtGraph:
-        known = self._bundle.manifest.graphs
-        if name not in known:
-            raise BackendError(
-                f"{self._bundle.root} has no graph {name!r}; it has {', '.join(known) or 'none'}. "
-                "Export it again without --graphs, or with this graph among them"
-            )
-        spec = known[name]
-        path = self._bundle.path(spec.file)
-        check_graph_file(path, spec)
-        for file in spec.data:
-            self._bundle.path(file)
+        path, spec = graph_file(self._bundle, name)
         _check_version(self._ort.__version__, spec)
         try:
             session = self._session(path, spec)
@@ -245,7 +220,7 @@ class OrtBackend(Backend):
                 f"ONNX Runtime cannot use {PROVIDERS[self._device]} here (driver or CUDA libraries missing): "
                 "run 'omniport doctor', or use backend 'ort-cpu'"
             )
-        _check_signature(session, spec)
+        check_signature(spec, [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
         if self._device == "cpu":
             host.trim_heap()  # packing integer weights frees a third of what it keeps
         else:
@@ -338,16 +313,3 @@ def _refuse_bfloat16(spec: GraphSpec) -> None:
             f"graph {spec.name!r} is bfloat16, for which ONNX Runtime has no CPU kernels: export with --precision fp32 "
             "(or fp16) for the CPU, or run this bundle on a GPU"
         )
-
-
-def _check_signature(session: Any, spec: GraphSpec) -> None:
-    """The file's inputs and outputs are those of the GraphSpec, by name."""
-    for kind, found, tensors in (
-        ("inputs", session.get_inputs(), spec.inputs),
-        ("outputs", session.get_outputs(), spec.outputs),
-    ):
-        names, expected = {value.name for value in found}, {tensor.name for tensor in tensors}
-        if names != expected:
-            raise BundleError(
-                f"graph {spec.name!r} has {kind} {sorted(names)}; bundle.json says {sorted(expected)}. Export it again"
-            )

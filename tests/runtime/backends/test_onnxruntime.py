@@ -28,79 +28,24 @@ from omniport.runtime.backends.onnxruntime.providers import (
     record_placement,
     warn_of_host_nodes,
 )
-from omniport.runtime.bundle.graph_spec import GraphSpec
 from omniport.runtime.bundle.onnx_scan import scan_onnx
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.errors import BackendError, BundleError, OmniportError
+from omniport.runtime.errors import BackendError, BundleError
 from onnx import TensorProto, helper, numpy_helper
-from onnx.external_data_helper import set_external_data
-from support.bundles import make_bundle, make_manifest, write_manifest
-from support.onnx_graphs import KINDS, make_model, spec, tensor
+from support.bundles import make_bundle
+from support.cached_decoder import (
+    CAPACITY,
+    HEADS,
+    VOCABULARY,
+    WIDTH,
+    bundle_with,
+    decoder_model,
+    decoder_spec,
+    feed,
+    rows,
+)
 
 COPIED = "in-place optimization not activated"
-CAPACITY, HEADS, WIDTH, VOCABULARY = 16, 2, 4, 11
-
-
-def decoder_spec(dtype: str = "float32", aliased: bool = True) -> GraphSpec:
-    rows = ("batch", HEADS, "capacity", WIDTH)
-    made = spec(
-        "thinker",
-        [
-            tensor("inputs_embeds", "batch", "tokens", HEADS * WIDTH),
-            tensor("kv_positions", "live", dtype="int64"),
-            tensor("write_index", "batch", dtype="int64"),
-            tensor("past_key_0", *rows, dtype=dtype),
-        ],
-        [tensor("logits", "batch", VOCABULARY), tensor("present_key_0", *rows, dtype=dtype)],
-        dims={},
-        aliases={"present_key_0": "past_key_0"} if aliased else {},
-    )
-    return msgspec.structs.replace(made, data=("graphs/thinker.data",))
-
-
-def decoder_model(dtype: str = "float32", domain: str = "") -> onnx.ModelProto:
-    """logits = (sum of the live cache) @ head, and an operator of a foreign ``domain``."""
-    node, made = helper.make_node, decoder_spec(dtype)
-    nodes = [
-        node("Reshape", ["inputs_embeds", "split"], ["heads"]),
-        node("Transpose", ["heads"], ["new"], perm=[0, 2, 1, 3]),
-        node("Cast", ["new"], ["rows"], to=KINDS[dtype]),
-        node("TensorScatter", ["past_key_0", "rows", "write_index"], ["present_key_0"], axis=2, mode="linear"),
-        node("Shape", ["kv_positions"], ["length"]),
-        node("Slice", ["present_key_0", "zero", "length", "two"], ["live"]),
-        node("Cast", ["live"], ["live32"], to=TensorProto.FLOAT),
-        node("ReduceSum", ["live32", "axes"], ["summed"], keepdims=0),
-        node("MatMul", ["summed", "head"], ["logits"]),
-    ]
-    if domain:
-        nodes.append(node("Gelu", ["live32"], ["unused"], domain=domain))
-    head = np.random.default_rng(0).standard_normal((WIDTH, VOCABULARY)).astype(np.float32)
-    constants = {"zero": [0], "two": [2], "axes": [1, 2], "split": [0, 0, HEADS, WIDTH]}
-    initializers = [helper.make_tensor(k, TensorProto.INT64, [len(v)], v) for k, v in constants.items()]
-    initializers.append(onnx.numpy_helper.from_array(head, "head"))
-    return make_model(nodes, made.inputs, made.outputs, initializers)
-
-
-def bundle_with(
-    root: Path,
-    model: onnx.ModelProto | bytes | None = None,
-    spec: GraphSpec | None = None,
-    external: str | None = None,
-) -> Bundle:
-    """A bundle whose thinker graph is ``model``; weights go to the external file of that location."""
-    model, spec = decoder_model() if model is None else model, spec or decoder_spec()
-    make_bundle(root)
-    path = root / spec.file
-    if external is not None:
-        (head,) = (tensor for tensor in model.graph.initializer if tensor.name == "head")
-        (path.parent / "thinker.data").write_bytes(head.raw_data)
-        set_external_data(head, external, offset=0, length=len(head.raw_data))
-        head.ClearField("raw_data")
-    path.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
-    manifest = make_manifest()
-    graphs = {**manifest.graphs, "thinker": spec}
-    write_manifest(root, msgspec.structs.replace(manifest, graphs=graphs))
-    return Bundle.open(root, verify=True)
 
 
 @pytest.fixture
@@ -111,31 +56,6 @@ def bundle(tmp_path: Path) -> Bundle:
 @pytest.fixture
 def graph(bundle: Bundle) -> Graph:
     return open_backend("ort-cpu", bundle).graph("thinker")
-
-
-def feed(embeds: np.ndarray, start: int) -> dict[str, Any]:
-    return {
-        "inputs_embeds": embeds[None],
-        "kv_positions": np.arange(start + len(embeds)),
-        "write_index": np.asarray([start]),
-    }
-
-
-def rows(count: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((count, HEADS * WIDTH)).astype(np.float32)
-
-
-def test_a_stopped_run_leaves_the_cache_as_it_was(graph: Graph) -> None:
-    stopped, whole = graph.new_cache(CAPACITY), graph.new_cache(CAPACITY)
-    for cache in (stopped, whole):
-        graph.run(feed(rows(5), 0), cache)
-    handle = graph.handle()
-    assert handle is not None
-    handle.stop()
-    with pytest.raises(BackendError, match="could not run graph 'thinker'"):
-        graph.run(feed(rows(3, seed=2), 5), stopped, handle)
-    again, expected = (graph.run(feed(rows(3, seed=3), 5), cache)["logits"] for cache in (stopped, whole))
-    np.testing.assert_array_equal(again, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -178,30 +98,6 @@ def test_a_copy_of_the_cache_shows_on_stderr(graph: Graph, capfd: pytest.Capture
     assert COPIED in capfd.readouterr().err
 
 
-def test_two_caches_are_apart_and_a_used_one_starts_anew(graph: Graph) -> None:
-    first, second = graph.new_cache(CAPACITY), graph.new_cache(8)
-    a = graph.run(feed(rows(6), 0), first)["logits"]
-    b = graph.run(feed(rows(6, seed=2), 0), second)["logits"]
-    assert np.abs(a - b).max() > 0.1
-    np.testing.assert_array_equal(graph.run(feed(rows(6, seed=2), 0), first)["logits"], b)
-    kept = a.copy()
-    graph.run(feed(rows(6, seed=3), 0), first)
-    np.testing.assert_array_equal(a, kept)
-
-
-def test_feeds_are_checked(graph: Graph) -> None:
-    cache, good = graph.new_cache(CAPACITY), feed(rows(2), 0)
-    with pytest.raises(OmniportError, match="as its cache"):
-        graph.run(good)
-    with pytest.raises(OmniportError, match="it takes"):
-        graph.run({k: v for k, v in good.items() if k != "write_index"}, cache)
-    with pytest.raises(OmniportError, match="is float64; float32 was expected"):
-        graph.run({**good, "inputs_embeds": good["inputs_embeds"].astype(np.float64)}, cache)
-    with pytest.raises(BackendError, match="could not run graph 'thinker'"):
-        graph.run({**good, "inputs_embeds": np.zeros((1, 2, 7), np.float32)}, cache)
-    assert np.isfinite(graph.run(good, cache)["logits"]).all()
-
-
 def test_graphs_are_kept_and_closing_ends_that(bundle: Bundle) -> None:
     backend = open_backend("auto", bundle, threads=1)
     assert backend.name in ("ort-cpu", "ort-cuda")
@@ -220,18 +116,13 @@ def test_runs_at_once_are_what_the_cores_have_room_for(bundle: Bundle, monkeypat
     assert device.at_once() is None
 
 
-def test_only_decoders_have_a_cache(tmp_path: Path) -> None:
-    bundle = bundle_with(tmp_path / "b", spec=decoder_spec(aliased=False))
-    graph = open_backend("ort-cpu", bundle).graph("thinker")
-    with pytest.raises(BackendError, match="keeps no KV cache"):
-        graph.new_cache(4)
-
-
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
 def test_unknown_names_are_listed(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match=r"'tpu'.*auto, ort-cpu, ort-cuda, ort-tensorrt-rtx, tensorrt, tensorrt-rtx"):
+    with pytest.raises(
+        BackendError, match=r"'tpu'.*auto, ort-cpu, ort-cuda, ort-tensorrt-rtx, openvino, tensorrt, tensorrt-rtx"
+    ):
         open_backend("tpu", bundle)
     assert "ort-tensorrt-rtx" in BACKENDS
 

@@ -1,0 +1,274 @@
+"""OpenVINO on the CPU.
+
+A graph is compiled from the same ONNX file as elsewhere, in float32 or, where the processor has it, in bfloat16. What
+of a bundle OpenVINO cannot load is run by ONNX Runtime, and a RuntimeWarning says so. Each run has an InferRequest of
+its own; those of a decoder belong to a KV cache (`kv_cache`).
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...bundle.graph_spec import GraphSpec
+from ...errors import BackendError, OmniportError
+from ...system import host
+from ..base import Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
+from ..graph_files import check_signature, graph_file
+from ..native import keep_in_forks
+from .kv_cache import StateCache, keep_state, scatter_extension
+from .model_cache import compiled_folder
+from .packages import import_openvino, why_not
+
+if TYPE_CHECKING:
+    from ...bundle.reader import Bundle
+
+_DEVICE = "CPU"
+#: what OpenVINO begins its messages with: where in its sources it failed
+_WHERE = ("Exception from ", "Check '", "FrontEnd API failed", "While validating")
+
+
+class OpenVinoRun(RunHandle):
+    """One run of OpenVINO."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._request: Any = None
+        self._stopped = False
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            if self._request is not None:
+                self._request.cancel()
+
+    def run(self, request: Any) -> None:
+        """Run a request, unless the run has been stopped before; RuntimeError if it is."""
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError("the run was stopped")
+            request.start_async()
+            self._request = request
+        try:
+            request.wait()
+        finally:
+            with self._lock:
+                self._request = None
+
+
+class OpenVinoGraph(Graph):
+    """One compiled graph."""
+
+    def __init__(self, compiled: Any, spec: GraphSpec, module: Any) -> None:
+        self.spec = spec
+        self._compiled, self._ov, self._cached = compiled, module, spec.cache
+        self._inputs = {t.name: np.dtype(t.dtype) for t in spec.inputs if t.name not in self._cached}
+        self._outputs = [t.name for t in spec.outputs if t.name not in self._cached.values()]
+        self._lock = threading.Lock()
+        self._idle: list[Any] = []
+
+    def handle(self) -> OpenVinoRun:
+        return OpenVinoRun()
+
+    def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
+        """Run once; see ``Graph.run``.
+
+        Raises:
+            BackendError: OpenVINO failed, the cache is full, or the run was stopped.
+            OmniportError: feeds that do not match the GraphSpec.
+        """
+        if feeds.keys() != self._inputs.keys():
+            raise OmniportError(f"graph {self.spec.name!r} got {sorted(feeds)}; it takes {sorted(self._inputs)}")
+        if isinstance(cache, StateCache) != bool(self._cached) or not isinstance(cache, StateCache | None):
+            raise OmniportError(f"graph {self.spec.name!r} got {type(cache).__name__} as its cache; use new_cache()")
+        handle = handle or OpenVinoRun()
+        assert isinstance(handle, OpenVinoRun), "a handle of another backend's graph"
+        arrays = self._arrays(feeds)
+        if cache is None:
+            with self._lock:
+                request = self._idle.pop() if self._idle else None
+            outputs = self._run(request or self._new_request(), arrays, handle)
+        else:
+            held, added = int(feeds["write_index"][0]), int(feeds["inputs_embeds"].shape[1])
+            cache.check_room(held + added)
+            cache.rewind(held)
+            outputs = self._run(cache.request, arrays, handle, pooled=False)
+            cache.grown(held + added)
+        return outputs
+
+    def new_cache(self, capacity: int) -> StateCache:
+        """A cache for ``capacity`` tokens; memory is taken as it fills.
+
+        Raises:
+            BackendError: the graph is not a decoder, or there is not enough memory.
+        """
+        if not self._cached:
+            raise BackendError(f"graph {self.spec.name!r} keeps no KV cache: only thinker and talker do")
+        return StateCache(self._new_request(), self.spec, capacity, self._ov)
+
+    def _arrays(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        for name, dtype in self._inputs.items():
+            if feeds[name].dtype != dtype:
+                raise OmniportError(
+                    f"input {name!r} of graph {self.spec.name!r} is {feeds[name].dtype}; {dtype} was expected"
+                )
+        return {name: np.require(array, requirements=["C", "W"]) for name, array in feeds.items()}
+
+    def _run(self, request: Any, arrays: Mapping[str, Array], handle: OpenVinoRun, pooled: bool = True) -> Outputs:
+        with self._failing(f"run graph {self.spec.name!r}"):
+            for name, array in arrays.items():
+                request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
+            handle.run(request)
+            outputs = {name: np.array(request.get_tensor(name).data, np.float32) for name in self._outputs}
+        if pooled:  # what failed is not used again
+            with self._lock:
+                self._idle.append(request)
+        return outputs
+
+    def _new_request(self) -> Any:
+        with self._failing(f"take memory for graph {self.spec.name!r}"):
+            return keep_in_forks(self._compiled.create_infer_request())
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+            raise BackendError(
+                f"OpenVINO could not {what}: {_reason(error)}. If it is out of memory, shorten the prompt or "
+                "export with a smaller --max-context; 'omniport inspect --verify' checks the bundle"
+            ) from error
+
+
+class OpenVinoBackend(Backend):
+    """OpenVINO for one bundle.
+
+    Args:
+        threads: threads of one operator; the physical cores this process may use if None.
+        compute: dtype in which graphs of float32 values are computed: ``float32`` or ``bfloat16``.
+
+    Raises:
+        BackendError: openvino is missing or too old, or the processor does not compute in bfloat16.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, compute: str = "float32") -> None:
+        self._ov = import_openvino()
+        self.name = "openvino"
+        self._bundle = bundle
+        self._threads = threads if threads is not None else host.physical_cores()
+        self._core = keep_in_forks(self._ov.Core())
+        self._core.add_extension(scatter_extension(self._ov))
+        self._brain = "BF16" in self._core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
+        self._compute = compute
+        if compute == "bfloat16" and not self._brain:
+            raise BackendError(
+                "this processor does not compute in bfloat16 (AVX512-BF16 or AMX): leave out the choice of bf16"
+            )
+        self._graphs: dict[str, Graph] = {}
+        self._others: list[Backend] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def graph(self, name: str) -> Graph:
+        """The graph of that name, loaded on first use and kept.
+
+        Raises:
+            BackendError: the bundle has no such graph, the backend is closed, or neither OpenVINO nor ONNX Runtime
+                can load it.
+            BundleError: the graph uses non-standard operators or data outside the bundle.
+        """
+        with self._lock:  # workers ask for their graphs at once
+            if self._closed:
+                raise BackendError(f"the {self.name} backend is closed; open the session again")
+            if name not in self._graphs:
+                self._graphs[name] = self._load(name)
+            return self._graphs[name]
+
+    def at_once(self) -> int:
+        """A run for every ``threads`` cores."""
+        return max(1, host.physical_cores() // self._threads)
+
+    def computes(self, graph: str) -> str | None:
+        """bfloat16 where that was chosen, and OpenVINO runs the graph."""
+        return self._compute if self._compute != "float32" and isinstance(self.graph(graph), OpenVinoGraph) else None
+
+    def close(self) -> None:
+        with self._lock:
+            self._graphs.clear()
+            self._closed = True
+            for other in self._others:
+                other.close()
+
+    def _load(self, name: str) -> Graph:
+        path, spec = graph_file(self._bundle, name)
+        try:
+            model = self._core.read_model(str(path))
+            inputs = [_name(port, [tensor.name for tensor in spec.inputs]) for port in model.inputs]
+            outputs = [_name(port, [tensor.name for tensor in spec.outputs]) for port in model.outputs]
+            check_signature(spec, inputs, outputs)
+            if spec.cache:
+                keep_state(model, spec, self._ov)
+            compiled = keep_in_forks(self._core.compile_model(model, _DEVICE, self._options(spec)))
+        except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+            return self._without(name, f"OpenVINO {self._ov.__version__} cannot load graph {name!r}: {_reason(error)}")
+        host.trim_heap()  # converting leaves as much behind as the weights take
+        return OpenVinoGraph(compiled, spec, self._ov)
+
+    def _without(self, name: str, problem: str) -> Graph:
+        """The graph in ONNX Runtime."""
+        from ..onnxruntime.backend import OrtBackend
+
+        try:
+            other = OrtBackend(self._bundle.with_graphs((name,)), threads=self._threads)
+            graph = other.graph(name)
+        except BackendError as error:
+            raise BackendError(f"{problem}. Nor can ONNX Runtime: {error}") from error
+        self._others.append(other)
+        warnings.warn(f"ONNX Runtime runs graph {name!r}: {problem}", RuntimeWarning, stacklevel=4)
+        return graph
+
+    def _options(self, spec: GraphSpec) -> dict[str, Any]:
+        brain = self._brain and "bfloat16" in (self._compute, spec.compute_dtype)
+        runs = self.at_once()
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if brain else "f32",
+            # What would make it quicker and less exact, without being asked to.
+            "KV_CACHE_PRECISION": "bf16" if brain else "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            # Streams compute side by side, and share these threads.
+            "NUM_STREAMS": runs,
+            "INFERENCE_NUM_THREADS": runs * self._threads,
+            # Each graph would pin its threads to the same first cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        folder = compiled_folder(self._bundle, spec, self._ov.__version__)
+        return options if folder is None else {**options, "CACHE_DIR": str(folder)}
+
+
+def _open(name: str, bundle: Bundle, threads: int | None) -> OpenVinoBackend:
+    return OpenVinoBackend(bundle, threads)
+
+
+def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[str]:
+    return [problem] if (problem := why_not()) else []
+
+
+LOADER = Loader(_open, _problems)
+
+
+def _name(port: Any, known: list[str]) -> str:
+    """The name of a model's input or output that the bundle knows; another one if it has none of them."""
+    names = sorted(port.names)
+    return next((name for name in names if name in known), names[0] if names else "")
+
+
+def _reason(error: BaseException) -> str:
+    """What OpenVINO says, without where it says it from."""
+    text = str(error).partition("\nAt:")[0]  # of Python's own, where a conversion failed
+    said = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith(_WHERE)]
+    return " ".join(said)[:500] or type(error).__name__

@@ -1,0 +1,142 @@
+"""The OpenVINO backend: the same reply as ONNX Runtime, what it keeps, and what it leaves to ONNX Runtime."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
+from omniport.runtime.backends import open_backend
+from omniport.runtime.backends.openvino import model_cache
+from omniport.runtime.backends.openvino.backend import OpenVinoBackend, OpenVinoGraph, OpenVinoRun
+from omniport.runtime.backends.openvino.packages import import_openvino
+from omniport.runtime.errors import BackendError
+from onnx import helper
+from support.cached_decoder import bundle_with, decoder_model, feed, rows
+from support.onnx_graphs import make_model
+
+pytest.importorskip("openvino", reason="openvino is not installed: it is published for some machines only")
+
+QUESTION = [{"role": "user", "content": [{"type": "audio", "audio": np.sin(np.arange(24000) / 9).astype(np.float32)}]}]
+
+
+def answer(bundle: Path, backend: str) -> tuple[Done, np.ndarray]:
+    """A spoken reply to a sound of 1.5 s, greedily."""
+    text = SamplingConfig(max_new_tokens=6, temperature=0.0)
+    codes = SamplingConfig(max_new_tokens=12, temperature=0.0)
+    with OmniSession.open(bundle, backend=backend, threads=1) as session:
+        events = list(session.reply(QUESTION, thinker=text, talker=codes))
+        assert session.backend.name == backend
+    done = events[-1]
+    assert isinstance(done, Done)
+    return done, np.concatenate([event.samples for event in events if isinstance(event, AudioChunk)])
+
+
+def test_a_spoken_reply_as_in_onnxruntime(tiny_bundle: Path) -> None:
+    (ours, sound), (theirs, expected) = (answer(tiny_bundle, name) for name in ("openvino", "ort-cpu"))
+    assert ours.token_ids == theirs.token_ids
+    assert ours.codec_ids == theirs.codec_ids
+    np.testing.assert_allclose(sound, expected, atol=1e-4)
+    assert np.abs(expected).max() > 1e-2
+
+
+def test_a_run_is_stopped_while_it_runs() -> None:
+    """Stopping cancels the request that runs, and one that has yet to begin does not begin."""
+    started, cancelled = threading.Event(), threading.Event()
+
+    class Request:
+        def start_async(self) -> None:
+            started.set()
+
+        def wait(self) -> None:
+            assert cancelled.wait(30)
+            raise RuntimeError("Infer Request was canceled")
+
+        def cancel(self) -> None:
+            cancelled.set()
+
+    run, request = OpenVinoRun(), Request()
+    stopper = threading.Thread(target=lambda: (started.wait(30), run.stop()))
+    stopper.start()
+    with pytest.raises(RuntimeError, match="canceled"):
+        run.run(request)
+    stopper.join()
+    started.clear()
+    with pytest.raises(RuntimeError, match="stopped"):
+        run.run(request)
+    assert not started.is_set()
+
+
+def test_what_it_cannot_load_runs_in_onnxruntime(tmp_path: Path) -> None:
+    model = decoder_model()
+    scatter = next(node for node in model.graph.node if node.op_type == "TensorScatter")
+    next(a for a in scatter.attribute if a.name == "mode").s = b"circular"
+    backend = open_backend("openvino", bundle_with(tmp_path / "b", model))
+    with pytest.warns(
+        RuntimeWarning, match=r"ONNX Runtime runs graph 'thinker': OpenVINO .* cannot load .*TensorScatter"
+    ):
+        graph = backend.graph("thinker")
+    assert not isinstance(graph, OpenVinoGraph)
+    assert np.isfinite(graph.run(feed(rows(2), 0), graph.new_cache(8))["logits"]).all()
+
+
+def test_what_neither_loads(tmp_path: Path) -> None:
+    made = decoder_model()
+    broken = make_model([helper.make_node("Sqrt", ["inputs_embeds"], ["logits"])], (), ())
+    made.graph.CopyFrom(broken.graph)
+    with pytest.raises(BackendError, match=r"cannot load graph 'thinker'.*inputs_embeds.*Nor can ONNX Runtime"):
+        open_backend("openvino", bundle_with(tmp_path / "b", made)).graph("thinker")
+
+
+def test_a_full_cache_says_so(tmp_path: Path) -> None:
+    graph = open_backend("openvino", bundle_with(tmp_path / "b")).graph("thinker")
+    cache = graph.new_cache(4)
+    graph.run(feed(rows(4), 0), cache)
+    held = cache.nbytes
+    assert held > 0
+    with pytest.raises(BackendError, match="holds 4 tokens, and 5 were given"):
+        graph.run(feed(rows(1), 4), cache)
+    assert cache.nbytes == held
+
+
+def test_compiled_graphs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder of the user's own, by the content of the graph's files; none where the cache is off."""
+    monkeypatch.setenv("OMNIPORT_CACHE", str(tmp_path / "cache"))
+    bundle = bundle_with(tmp_path / "b")
+    spec = bundle.manifest.graphs["thinker"]
+    OpenVinoBackend(bundle).graph("thinker")
+    version = import_openvino().__version__
+    folder = model_cache.compiled_folder(bundle, spec, version)
+    assert folder is not None
+    assert len(list(folder.glob("*.blob"))) == 1
+    OpenVinoBackend(bundle).graph("thinker")
+    assert len(list(folder.glob("*.blob"))) == 1
+    assert model_cache.compiled_folder(bundle, spec, "another") != folder
+    folder.chmod(0o777)
+    assert model_cache.compiled_folder(bundle, spec, version) is None
+    folder.chmod(0o700)
+    monkeypatch.setattr(model_cache, "_MOST_WEIGHTS", 1)
+    assert model_cache.compiled_folder(bundle, spec, version) is None
+    monkeypatch.setenv("OMNIPORT_CACHE", "")
+    assert model_cache.compiled_folder(bundle, spec, version) is None
+
+
+def test_threads_and_exactness_are_given_to_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniport.runtime.system.host.physical_cores", lambda: 8)
+    bundle = bundle_with(tmp_path / "b")
+    spec = bundle.manifest.graphs["thinker"]
+    for threads, runs in ((None, 1), (4, 2), (16, 1)):
+        backend = OpenVinoBackend(bundle, threads)
+        options: dict[str, Any] = backend._options(spec)
+        assert (backend.at_once(), options["NUM_STREAMS"]) == (runs, runs)
+        assert options["INFERENCE_NUM_THREADS"] == runs * (threads or 8)
+        assert options["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(BackendError, match=r"pip install 'omniport\[openvino\]'"):
+        import_openvino()
