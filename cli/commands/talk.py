@@ -244,7 +244,8 @@ def cancel_echo(microphone: Microphone, speaker: Loudspeaker | None, must: bool,
     except UsageError as error:
         if must:
             raise
-        log_console(quiet).print(f"{error}. Until then use headphones, or --no-barge-in: an echo would cut replies off")
+        advice = "Until then use headphones, or --no-barge-in: an echo would cut replies off"
+        log_console(quiet).print(f"{error}. {advice}", markup=False)
 
 
 def open_view(json: bool, quiet: bool) -> View:
