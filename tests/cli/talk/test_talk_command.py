@@ -195,7 +195,7 @@ def test_without_sounddevice_or_portaudio(omniport: Omniport, tmp_path: Path, mo
         (("--input-wav", "a.wav", "--output-wav", "b.wav", "--output-device", "1"), "--output-device"),
         (("--input-wav", "a.wav", "--output-wav", "a.wav"), "another name"),
         (("--input-wav", "a.wav", "--echo", "on"), "--echo"),
-        (("--input-wav", "a.wav", "--echo", "loud"), "auto|on|off"),
+        (("--input-wav", "a.wav", "--echo", "loud"), "'auto', 'on', 'off'"),
         (("--input-wav", "a.wav", "--threshold", "2"), "threshold"),
         (("--input-wav", "a.wav", "--silence-ms", "1"), "silence_ms"),
         (("--input-wav", "nowhere.wav"), "does not exist"),
