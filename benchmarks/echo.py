@@ -53,7 +53,8 @@ def speak(command: list[str], rate: int) -> Samples:
         sound = load_audio(file.name, rate)
     (at,) = np.nonzero(np.abs(sound) > 0.05 * np.abs(sound).max())
     sound = sound[at[0] : at[-1]]
-    return (sound * (LEVEL / np.sqrt(np.mean(sound**2)))).astype(np.float32)
+    levelled: Samples = (sound * (LEVEL / np.sqrt(np.mean(sound**2)))).astype(np.float32)
+    return levelled
 
 
 def reply_sound(number: int) -> Samples:
@@ -73,7 +74,8 @@ def room(rng: np.random.Generator, rt60: float, direct_db: float) -> NDArray[np.
     rings = rng.standard_normal(len(time)) * 10 ** (-3 * time / rt60) * (time > 0.002)
     rings *= 10 ** (-direct_db / 20) / np.sqrt(np.sum(rings**2))
     rings[0] = 1
-    return rings / np.sqrt(np.sum(rings**2))
+    response: NDArray[np.float64] = rings / np.sqrt(np.sum(rings**2))
+    return response
 
 
 def through(sound: NDArray[Any], response: NDArray[np.float64], delay_ms: float = 0) -> NDArray[np.float64]:
@@ -86,8 +88,8 @@ def through(sound: NDArray[Any], response: NDArray[np.float64], delay_ms: float 
 def echo_of(played: Samples, rng: np.random.Generator, rt60: float, direct_db: float, delay_ms: float) -> Samples:
     """What the microphone hears of a loudspeaker that bends loud samples, and of the room's noise."""
     sound = resample(played, PLAYED, RECORDED)
-    sound = np.tanh(4 * sound) / 4
-    heard = through(sound, room(rng, rt60, direct_db), delay_ms)
+    bent = np.tanh(4 * sound) / 4
+    heard = through(bent, room(rng, rt60, direct_db), delay_ms)
     return (heard + NOISE * rng.standard_normal(len(heard))).astype(np.float32)
 
 
