@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from omniport.runtime.backends import BACKENDS
+from omniport.runtime.backends.registry import COMPUTE
 
 if TYPE_CHECKING:
     from omniport.runtime.bundle.manifest import Manifest, SamplingConfig
@@ -44,6 +45,10 @@ def number(metavar: str, least: float = -math.inf, **options: Any) -> Any:
 
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder, as written by omniport export.")]
 BackendOption = Annotated[str, one_of(BACKENDS, help="What runs the graphs.")]
+ComputeOption = Annotated[
+    str | None,
+    one_of(COMPUTE, help="Compute float32 graphs in bfloat16 (backend openvino): faster, less exact."),
+]
 SystemOption = Annotated[
     str | None, typer.Option(help="System message; without it the one that the talker was trained with is used.")
 ]

@@ -90,6 +90,7 @@ class OmniSession:
         *,
         verify: bool = False,
         threads: int | None = None,
+        compute: str | None = None,
         max_context: int | None = None,
         run_limit: float | None = None,
         max_replies: int | None = None,
@@ -99,9 +100,11 @@ class OmniSession:
 
         Args:
             path: bundle folder.
-            backend: auto, ort-cpu, ort-cuda, ort-tensorrt-rtx, tensorrt or tensorrt-rtx.
+            backend: auto, ort-cpu, ort-cuda, ort-tensorrt-rtx, openvino, tensorrt or tensorrt-rtx.
             verify: also compare every file's sha256.
             threads: CPU threads of one operator; the physical cores if None.
+            compute: ``bf16`` has backend openvino compute graphs of float32 values in bfloat16: faster and less exact,
+                on processors with AVX512-BF16 or AMX. None: as the graphs say.
             max_context: tokens that a conversation and its reply may take, at most what the bundle was exported for, or
                 its engines were built for, which it is if None. Fewer take less memory.
             run_limit: seconds that one run of a graph may take, for servers that run what others send: a reply with a
@@ -112,14 +115,14 @@ class OmniSession:
             max_waiting: replies that wait like that; one more is refused with Busy.
 
         Raises:
-            UsageError: ``max_context``, ``run_limit``, ``max_replies`` or ``max_waiting`` is out of range.
+            UsageError: ``compute``, ``max_context``, ``run_limit``, ``max_replies`` or ``max_waiting`` is out of range.
             BundleError: the bundle cannot be used. BackendError: the backend cannot run it here.
         """
         bundle = Bundle.open(path, verify=verify)
         context_size(max_context, bundle.manifest.kv.max_context)
         check_run_limit(run_limit)
         shared = Shared(Places(max_replies, max_waiting))
-        opened = open_backend(backend, bundle, threads=threads)
+        opened = open_backend(backend, bundle, threads=threads, compute=compute)
         return cls(bundle, opened, max_context=max_context, run_limit=run_limit, shared=shared)
 
     @property

@@ -12,6 +12,7 @@ from ..common import JsonFlag, QuietFlag
 from ..options import (
     BackendOption,
     BundleArgument,
+    ComputeOption,
     FpsOption,
     GreedyFlag,
     ImagesOption,
@@ -53,6 +54,7 @@ def command(
     max_new_tokens: MaxNewTokensOption = None,
     max_speech: MaxSpeechOption = None,
     backend: BackendOption = "auto",
+    compute: ComputeOption = None,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -75,7 +77,7 @@ def command(
     from omniport.runtime import OmniSession
 
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
-    with OmniSession.open(bundle, backend=backend) as session:
+    with OmniSession.open(bundle, backend=backend, compute=compute) as session:
         if speak is not None:
             session.bundle.find_voice(voice)  # refused once and at the start, not at every turn of a conversation
         options = reply_options(

@@ -21,7 +21,7 @@ from ..common import (
     require_folder,
     size_text,
 )
-from ..options import BundleArgument, one_of
+from ..options import BundleArgument, ComputeOption, one_of
 from .export import COMPARE_MODULES
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def command(
     backend: Annotated[
         str, one_of(BACKENDS, help="What runs the graphs; one that cannot run here is reported as not run.")
     ] = "ort-cpu",
+    compute: ComputeOption = None,
     suite: Annotated[str, one_of(SUITES, help="quick: some cases of everything. full: all of them.")] = "quick",
     graphs: Annotated[
         str,
@@ -88,6 +89,7 @@ def command(
             bundle,
             checkpoint,
             backend=backend,
+            compute=compute,
             suite=suite,
             graphs=names,
             data=data,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from omniport.runtime.backends.base import Backend
 from omniport.runtime.bundle.parts import Part
 from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.bundle.recipes import PRECISION_DTYPES
 from omniport.runtime.system.progress import Say
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -17,6 +18,12 @@ from .reference import Reference
 
 #: from the finest to the coarsest
 _PRECISIONS = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
+
+
+def judged_as(precision: str, compute: str | None) -> str:
+    """The precision whose limits hold for a graph: the coarser of its own and the one that it is computed in."""
+    computed = precision if compute is None else PRECISION_DTYPES[compute]
+    return max(precision, computed, key=_PRECISIONS.index)
 
 
 @dataclass

@@ -28,7 +28,7 @@ from ..checkpoint.config import quiet_transformers
 from ..evaluation.machine import environment, is_large, usable_threads
 from ..models.module import torch_threads
 from ..option_values import SUITES
-from .context import Context
+from .context import Context, judged_as
 from .low_memory_backend import LowMemoryBackend
 from .reference import Reference
 from .types import FAIL, NOT_RUN, Check, NoChatTemplate, ValidationReport
@@ -75,6 +75,7 @@ def validate(
     checkpoint: str | os.PathLike[str],
     *,
     backend: str = "ort-cpu",
+    compute: str | None = None,
     suite: str = "quick",
     graphs: Sequence[str] | None = None,
     data: str | os.PathLike[str] | None = None,
@@ -88,6 +89,7 @@ def validate(
         bundle: bundle folder; every file's sha256 is compared first.
         checkpoint: the checkpoint it was exported from: folder, Hugging Face id or ``modelscope:ID``.
         backend: one of ``omniport.runtime.backends.BACKENDS``. One that cannot run here gives ``not_run`` checks.
+        compute: as for ``OmniSession.open``; graphs that are computed so are judged by the limits of that dtype.
         suite: ``quick`` or ``full``.
         graphs: check these of `group_names` only; everything by default.
         data: JSON lines, each an object with ``messages``, to add to the end-to-end checks.
@@ -108,7 +110,7 @@ def validate(
     _require_same_source(opened, bundle, ckpt, checkpoint)
     _require_inputs(opened, data, asr)
     plan = _Plan(opened, ckpt, suite, _groups(graphs, data, trace, asr), usable_threads(opened))
-    loaded, artifacts = _Loaded(plan, backend), Artifacts()
+    loaded, artifacts = _Loaded(plan, backend, compute), Artifacts()
     with quiet_transformers(), torch_threads(plan.threads):
         checks = _run(plan, loaded, artifacts, told)
     manifest = opened.manifest
@@ -179,7 +181,9 @@ def _group_checks(plan: _Plan, group: _Group, loaded: _Loaded, artifacts: Artifa
         reference=loaded.reference,
         suite=plan.suite,
         graphs=plan.held if group.graphs is None else group.graphs,
-        precision={name: spec.precision for name, spec in plan.bundle.manifest.graphs.items()},
+        precision={
+            name: judged_as(spec.precision, loaded.compute) for name, spec in plan.bundle.manifest.graphs.items()
+        },
         progress=say,
         artifacts=artifacts,
         threads=plan.threads,
@@ -203,8 +207,8 @@ def _group_checks(plan: _Plan, group: _Group, loaded: _Loaded, artifacts: Artifa
 class _Loaded:
     """The reference part and the backend that are in memory."""
 
-    def __init__(self, plan: _Plan, backend: str) -> None:
-        self.bundle, self.threads = plan.bundle, plan.threads
+    def __init__(self, plan: _Plan, backend: str, compute: str | None) -> None:
+        self.bundle, self.threads, self.compute = plan.bundle, plan.threads, compute
         self.backend_name = self._asked = backend
         self.emulated: set[str] = set()
         self.reference = Reference(plan.checkpoint)
@@ -223,18 +227,18 @@ class _Loaded:
 
     def _new_backend(self) -> Backend:
         backend = self._open_whole()
-        if backend.name != "ort-cpu" or not is_large(self.bundle):
+        if not backend.name.startswith(("ort-cpu", "openvino")) or not is_large(self.bundle):
             return backend
         backend.close()
         return LowMemoryBackend(self._open_whole)
 
     def _open_whole(self) -> Backend:
         """The backend asked for, with emulation copies where this machine cannot run the graphs as they are."""
-        if self._asked == "auto":
+        if self._asked == "auto" and self.compute is None:
             return open_auto(self.bundle, self.threads, self._emulate)
-        if self._asked == "ort-cpu":
+        if self._asked == "ort-cpu" and self.compute is None:
             return self._emulate(self.bundle, self.threads)
-        return open_backend(self._asked, self.bundle, threads=self.threads)
+        return open_backend(self._asked, self.bundle, threads=self.threads, compute=self.compute)
 
     def _emulate(self, bundle: Bundle, threads: int | None) -> Backend:
         from ..evaluation.half_emulation import EmulatedBackend

@@ -160,7 +160,10 @@ class Loader:
             BackendError where it cannot run it.
         problems: what keeps the name from running on this machine, each with its remedy; given versions of installed
             packages by their import name (None: not installed), and whether there is an NVIDIA GPU.
+        open_in: as ``open``, with a dtype in which graphs of float32 values are computed; None where there is no
+            choice.
     """
 
     open: Callable[[str, Bundle, int | None], Backend]
     problems: Callable[[str, Mapping[str, str | None], bool], list[str]]
+    open_in: Callable[[str, Bundle, int | None, str], Backend] | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from ..errors import BackendError
+from ..bundle.recipes import PRECISION_DTYPES
+from ..errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     from ..bundle.reader import Bundle
@@ -23,6 +24,10 @@ BACKENDS = {
 }
 
 
+#: what ``compute`` may be: coarser than the float32 that a graph is in
+COMPUTE = ("bf16",)
+
+
 def find_loader(name: str) -> Loader:
     """What opens the backend of that name.
 
@@ -35,7 +40,7 @@ def find_loader(name: str) -> Loader:
     return loader
 
 
-def open_backend(name: str, bundle: Bundle, *, threads: int | None = None) -> Backend:
+def open_backend(name: str, bundle: Bundle, *, threads: int | None = None, compute: str | None = None) -> Backend:
     """The backend of that name for a bundle; graphs are loaded when first used.
 
     Args:
@@ -43,9 +48,18 @@ def open_backend(name: str, bundle: Bundle, *, threads: int | None = None) -> Ba
             that have none; else ``ort-cuda`` where a CUDA device can be used; else ``ort-cpu``. The backend's own name
             says what was taken, and a RuntimeWarning why an engine was not.
         threads: CPU threads of one operator; all physical cores this process may use if None.
+        compute: ``bf16`` has graphs of float32 values computed in bfloat16, less exactly; None: as the graphs say.
 
     Raises:
         BackendError: unknown name, a missing package, or a bundle this backend cannot run; says what to do.
         BundleError: the bundle's list of engines cannot be trusted.
+        UsageError: ``compute`` is unknown, or this backend computes as the graphs say.
     """
-    return find_loader(name).open(name, bundle, threads)
+    loader = find_loader(name)
+    if compute is None:
+        return loader.open(name, bundle, threads)
+    if compute not in COMPUTE:
+        raise UsageError(f"compute is {compute!r}; {' or '.join(COMPUTE)} was expected, or None")
+    if loader.open_in is None:
+        raise UsageError(f"backend {name!r} computes as the bundle's graphs say; {compute} is for backend 'openvino'")
+    return loader.open_in(name, bundle, threads, PRECISION_DTYPES[compute])

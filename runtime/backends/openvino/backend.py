@@ -21,7 +21,8 @@ from ...system import host
 from ..base import Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
 from ..graph_files import check_signature, graph_file
 from ..native import keep_in_forks
-from .kv_cache import StateCache, keep_state, scatter_extension
+from .decoder import extensions, keep_state
+from .kv_cache import StateCache
 from .model_cache import compiled_folder
 from .packages import import_openvino, why_not
 
@@ -95,6 +96,8 @@ class OpenVinoGraph(Graph):
             outputs = self._run(request or self._new_request(), arrays, handle)
         else:
             held, added = int(feeds["write_index"][0]), int(feeds["inputs_embeds"].shape[1])
+            if (live := len(feeds["kv_positions"])) != held + added:
+                raise OmniportError(f"graph {self.spec.name!r} got {live} kv_positions; {held + added} were expected")
             cache.check_room(held + added)
             cache.rewind(held)
             outputs = self._run(cache.request, arrays, handle, pooled=False)
@@ -158,12 +161,11 @@ class OpenVinoBackend(Backend):
 
     def __init__(self, bundle: Bundle, threads: int | None = None, compute: str = "float32") -> None:
         self._ov = import_openvino()
-        self.name = "openvino"
+        self.name = "openvino" if compute == "float32" else f"openvino ({compute})"
         self._bundle = bundle
         self._threads = threads if threads is not None else host.physical_cores()
         self._core = keep_in_forks(self._ov.Core())
-        self._core.add_extension(scatter_extension(self._ov))
-        self._brain = "BF16" in self._core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
+        self._brain = self._computes_bfloat16()
         self._compute = compute
         if compute == "bfloat16" and not self._brain:
             raise BackendError(
@@ -193,10 +195,6 @@ class OpenVinoBackend(Backend):
         """A run for every ``threads`` cores."""
         return max(1, host.physical_cores() // self._threads)
 
-    def computes(self, graph: str) -> str | None:
-        """bfloat16 where that was chosen, and OpenVINO runs the graph."""
-        return self._compute if self._compute != "float32" and isinstance(self.graph(graph), OpenVinoGraph) else None
-
     def close(self) -> None:
         with self._lock:
             self._graphs.clear()
@@ -207,7 +205,7 @@ class OpenVinoBackend(Backend):
     def _load(self, name: str) -> Graph:
         path, spec = graph_file(self._bundle, name)
         try:
-            model = self._core.read_model(str(path))
+            model = (self._decoders() if spec.cache else self._core).read_model(str(path))
             inputs = [_name(port, [tensor.name for tensor in spec.inputs]) for port in model.inputs]
             outputs = [_name(port, [tensor.name for tensor in spec.outputs]) for port in model.outputs]
             check_signature(spec, inputs, outputs)
@@ -218,6 +216,16 @@ class OpenVinoBackend(Backend):
             return self._without(name, f"OpenVINO {self._ov.__version__} cannot load graph {name!r}: {_reason(error)}")
         host.trim_heap()  # converting leaves as much behind as the weights take
         return OpenVinoGraph(compiled, spec, self._ov)
+
+    def _computes_bfloat16(self) -> bool:
+        return "BF16" in self._core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
+
+    def _decoders(self) -> Any:
+        """A core that reads decoders, in which their operators are converted in our way."""
+        core = keep_in_forks(self._ov.Core())
+        for extension in extensions(self._ov):
+            core.add_extension(extension)
+        return core
 
     def _without(self, name: str, problem: str) -> Graph:
         """The graph in ONNX Runtime."""
@@ -237,7 +245,7 @@ class OpenVinoBackend(Backend):
         runs = self.at_once()
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if brain else "f32",
-            # What would make it quicker and less exact, without being asked to.
+            # Both would be coarser without being asked to.
             "KV_CACHE_PRECISION": "bf16" if brain else "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             # Streams compute side by side, and share these threads.
@@ -258,7 +266,11 @@ def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[
     return [problem] if (problem := why_not()) else []
 
 
-LOADER = Loader(_open, _problems)
+def _open_in(name: str, bundle: Bundle, threads: int | None, compute: str) -> OpenVinoBackend:
+    return OpenVinoBackend(bundle, threads, compute)
+
+
+LOADER = Loader(_open, _problems, _open_in)
 
 
 def _name(port: Any, known: list[str]) -> str:

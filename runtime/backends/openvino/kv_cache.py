@@ -1,18 +1,19 @@
-"""KV caches of the OpenVINO backend: states of a compiled decoder, which OpenVINO appends to.
+"""KV caches of the OpenVINO backend: variables of a compiled decoder (`decoder`), which OpenVINO appends to.
 
-The graph's ``past_*`` inputs and ``present_*`` outputs become variables, and TensorScatter a concatenation: what the
-variables hold is the live part of the cache. They belong to a request, so a cache is a request of its own. Whoever
-writes below the end has the variables cut first, which copies them once.
+They belong to a request, so a cache is a request of its own. Whoever writes below the end has the variables cut first,
+which copies them once.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
+import numpy as np
+
 from ...bundle.graph_spec import DTYPES, GraphSpec
 from ...errors import BackendError, BundleError, OmniportError
+from .decoder import SEQUENCE
 
 
 class StateCache:
@@ -27,7 +28,7 @@ class StateCache:
     def __init__(self, request: Any, spec: GraphSpec, capacity: int, module: Any) -> None:
         self.capacity, self.request = capacity, request
         self._spec, self._ov, self._length = spec, module, 0
-        # The cache is float32 where the graph is not computed in its own type, so this is what the bundle says.
+        request.set_tensor(SEQUENCE, module.Tensor(np.zeros(1, np.int32)))
         self._token_bytes = sum(_bytes_per_token(spec, source) for source in spec.cache)
 
     @property
@@ -71,35 +72,6 @@ class StateCache:
         kept = self._ov.Tensor(state.element_type, self._ov.Shape(shape))
         self._ov.Tensor(state, self._ov.Coordinate([0] * len(shape)), self._ov.Coordinate(shape)).copy_to(kept)
         return kept
-
-
-def keep_state(model: Any, spec: GraphSpec, module: Any) -> None:
-    """Turn a decoder's cache inputs and outputs into variables, for one conversation (B = 1), empty at first."""
-    shapes = {}
-    for port in model.inputs:
-        tensor = next(tensor for tensor in spec.inputs if tensor.name in port.names)
-        dims = [1 if size == "batch" else size if isinstance(size, int) else -1 for size in tensor.shape]
-        shapes[port] = module.PartialShape(dims)
-    model.reshape(shapes)
-    passes = importlib.import_module("openvino.passes")
-    manager = passes.Manager()
-    manager.register_pass(passes.MakeStateful(spec.cache))
-    manager.run_passes(model)
-
-
-def scatter_extension(module: Any) -> Any:
-    """What OpenVINO's ONNX frontend makes of TensorScatter, which it does not know.
-
-    ``past`` is the live part of the cache, so the new rows come behind it.
-    """
-
-    def convert(node: Any) -> list[Any]:
-        if node.get_attribute("mode", "linear") != "linear":
-            raise RuntimeError("TensorScatter in another mode than 'linear'")
-        past, rows = node.get_input(0), node.get_input(1)
-        return [module.opset15.concat([past, rows], node.get_attribute("axis", -2)).output(0)]
-
-    return importlib.import_module("openvino.frontend.onnx").ConversionExtension("TensorScatter", convert)
 
 
 def _bytes_per_token(spec: GraphSpec, source: str) -> int:

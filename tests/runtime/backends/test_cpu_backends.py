@@ -79,6 +79,7 @@ def test_feeds_are_checked(graph: Graph) -> None:
     assert np.isfinite(graph.run(good, cache)["logits"]).all()
 
 
+@pytest.mark.filterwarnings("ignore:ONNX Runtime runs graph:RuntimeWarning")  # OpenVINO leaves it, as it keeps nothing
 def test_only_decoders_have_a_cache(tmp_path: Path, backend: str) -> None:
     bundle = bundle_with(tmp_path / "b", spec=decoder_spec(aliased=False))
     graph = open_backend(backend, bundle).graph("thinker")

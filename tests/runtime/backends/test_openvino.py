@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omniport.export.validation.context import judged_as
 from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.openvino import model_cache
 from omniport.runtime.backends.openvino.backend import OpenVinoBackend, OpenVinoGraph, OpenVinoRun
 from omniport.runtime.backends.openvino.packages import import_openvino
-from omniport.runtime.errors import BackendError
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.errors import BackendError, UsageError
 from onnx import helper
 from support.cached_decoder import bundle_with, decoder_model, feed, rows
-from support.onnx_graphs import make_model
+from support.onnx_graphs import cache_model, make_model, plain_model, put_graphs
 
 pytest.importorskip("openvino", reason="openvino is not installed: it is published for some machines only")
 
@@ -103,17 +105,20 @@ def test_a_full_cache_says_so(tmp_path: Path) -> None:
 
 
 def test_compiled_graphs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder of the user's own, by the content of the graph's files; none where the cache is off."""
+    """In a folder of the user's own, by the content of the graph's files; none where the cache is off, nor decoders."""
     monkeypatch.setenv("OMNIPORT_CACHE", str(tmp_path / "cache"))
-    bundle = bundle_with(tmp_path / "b")
-    spec = bundle.manifest.graphs["thinker"]
-    OpenVinoBackend(bundle).graph("thinker")
+    bundle = Bundle.open(put_graphs(tmp_path / "b", plain_model("dit"), cache_model()))
+    spec = bundle.manifest.graphs["dit"]
+    feeds = {"x": np.arange(16, dtype=np.float32).reshape(2, 8)}
+    made = OpenVinoBackend(bundle).graph("dit").run(feeds)["y"]
     version = import_openvino().__version__
     folder = model_cache.compiled_folder(bundle, spec, version)
     assert folder is not None
     assert len(list(folder.glob("*.blob"))) == 1
-    OpenVinoBackend(bundle).graph("thinker")
+    np.testing.assert_array_equal(OpenVinoBackend(bundle).graph("dit").run(feeds)["y"], made)
     assert len(list(folder.glob("*.blob"))) == 1
+    (decoder,) = (each for each in bundle.manifest.graphs.values() if each.cache)
+    assert model_cache.compiled_folder(bundle, decoder, version) is None
     assert model_cache.compiled_folder(bundle, spec, "another") != folder
     folder.chmod(0o777)
     assert model_cache.compiled_folder(bundle, spec, version) is None
@@ -134,6 +139,30 @@ def test_threads_and_exactness_are_given_to_openvino(tmp_path: Path, monkeypatch
         assert (backend.at_once(), options["NUM_STREAMS"]) == (runs, runs)
         assert options["INFERENCE_NUM_THREADS"] == runs * (threads or 8)
         assert options["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+def test_bfloat16_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor has it; other backends compute as the graphs say, and tell so."""
+    bundle = bundle_with(tmp_path / "b")
+    spec = bundle.manifest.graphs["thinker"]
+    monkeypatch.setattr(OpenVinoBackend, "_computes_bfloat16", lambda self: True)
+    backend = open_backend("openvino", bundle, compute="bf16")
+    assert backend.name == "openvino (bfloat16)"
+    assert isinstance(backend, OpenVinoBackend)
+    assert backend._options(spec)["INFERENCE_PRECISION_HINT"] == "bf16"
+    monkeypatch.setattr(OpenVinoBackend, "_computes_bfloat16", lambda self: False)
+    with pytest.raises(BackendError, match="does not compute in bfloat16"):
+        open_backend("openvino", bundle, compute="bf16")
+    with pytest.raises(UsageError, match="'ort-cpu' computes as the bundle's graphs say"):
+        open_backend("ort-cpu", bundle, compute="bf16")
+    with pytest.raises(UsageError, match="compute is 'int3'"):
+        open_backend("openvino", bundle, compute="int3")
+
+
+def test_what_is_computed_in_bfloat16_is_judged_so() -> None:
+    assert judged_as("float32", "bf16") == "bfloat16"
+    assert judged_as("float32", None) == "float32"
+    assert judged_as("int8", "bf16") == "int8"
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
