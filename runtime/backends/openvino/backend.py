@@ -21,10 +21,10 @@ from ...system import host
 from ..base import Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
 from ..graph_files import check_signature, graph_file
 from ..native import keep_in_forks
-from .decoder import extensions, keep_state
 from .kv_cache import StateCache
 from .model_cache import compiled_folder
 from .packages import import_openvino, why_not
+from .stateful_decoder import extensions, keep_state
 
 if TYPE_CHECKING:
     from ...bundle.reader import Bundle

@@ -1,4 +1,4 @@
-"""KV caches of the OpenVINO backend: variables of a compiled decoder (`decoder`), which OpenVINO appends to.
+"""KV caches of the OpenVINO backend: variables of a compiled decoder (`stateful_decoder`), which OpenVINO appends to.
 
 They belong to a request, so a cache is a request of its own. Whoever writes below the end has the variables cut first,
 which copies them once.
@@ -13,7 +13,7 @@ import numpy as np
 
 from ...bundle.graph_spec import DTYPES, GraphSpec
 from ...errors import BackendError, BundleError, OmniportError
-from .decoder import SEQUENCE
+from .stateful_decoder import SEQUENCE
 
 
 class StateCache:

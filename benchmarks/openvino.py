@@ -1,0 +1,162 @@
+"""Measure graphs of a bundle in OpenVINO beside ONNX Runtime, in float32 and bfloat16; writes docs/results/openvino.md.
+
+    python -m benchmarks.openvino BUNDLE [--graphs dit,audio_encoder,talker,bigvgan] [--rounds 7] [--name small]
+
+All take turns in one process, one graph at a time; times are the best of all rounds. Errors are the RMS of the
+difference to ONNX Runtime, as a share of the RMS of what that gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omniport.runtime.backends import open_backend
+from omniport.runtime.backends.base import Array, Graph
+from omniport.runtime.backends.onnxruntime.packages import import_onnxruntime
+from omniport.runtime.backends.openvino.packages import import_openvino
+from omniport.runtime.bundle.graph_spec import GraphSpec
+from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.system.host import cpu_name, physical_cores
+
+from benchmarks.harness import command_line, record, table
+
+#: column -> backend and what it computes in
+RIVALS: dict[str, tuple[str, str | None]] = {
+    "onnxruntime": ("ort-cpu", None),
+    "openvino": ("openvino", None),
+    "openvino, bf16": ("openvino", "bf16"),
+}
+#: sizes of the symbolic dimensions; a decoder makes a token behind `CONTEXT` others
+SIZES = {"batch": 1, "codes": 84, "frames": 168, "chunks": 5}
+CONTEXT = 512
+
+
+def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:
+    """Everything that the page shows, after each graph."""
+    bundle = Bundle.open(options.bundle)
+    result = {
+        "bundle": options.name or bundle.manifest.source.name,
+        "precision": bundle.manifest.precision,
+        "versions": [import_onnxruntime().__version__, import_openvino().__version__.partition("-")[0]],
+        "threads": physical_cores(),
+        "processor": cpu_name(),
+        "rounds": options.rounds,
+        "graphs": {},
+    }
+    for name in options.graphs.split(","):
+        result["graphs"][name] = _measure_graph(bundle, name, options.rounds)
+        yield result
+
+
+def _measure_graph(bundle: Bundle, name: str, rounds: int) -> dict[str, Any]:
+    runs, rows = {}, {}
+    for rival, (backend, compute) in RIVALS.items():
+        started = time.perf_counter()
+        graph = open_backend(backend, bundle, compute=compute).graph(name)
+        rows[rival] = {"load": time.perf_counter() - started, "seconds": float("inf")}
+        runs[rival] = _runner(graph, bundle.manifest.graphs[name])
+    wanted: Array | None = None
+    for _ in range(rounds):
+        for rival, run in runs.items():
+            started = time.perf_counter()
+            got = run()
+            rows[rival]["seconds"] = min(rows[rival]["seconds"], time.perf_counter() - started)
+            wanted = got if rival == "onnxruntime" else wanted
+            assert wanted is not None
+            rows[rival]["error"] = float(np.sqrt(np.mean(np.square(got - wanted)) / np.mean(np.square(wanted))))
+    del runs
+    gc.collect()
+    return rows
+
+
+def _runner(graph: Graph, spec: GraphSpec) -> Callable[[], Array]:
+    """Gives the first output of a run; of a decoder, of the next token's."""
+    random = np.random.default_rng(0)
+    if not spec.cache:
+        feeds = {tensor.name: _values(tensor.dtype, _shape(tensor.shape), random) for tensor in spec.inputs}
+        return lambda: next(iter(graph.run(feeds).values()))
+    width = spec.input("inputs_embeds").shape[2]
+    assert isinstance(width, int)
+    cache, held = graph.new_cache(2 * CONTEXT), CONTEXT
+    graph.run(_tokens(random, 0, CONTEXT, width), cache)
+
+    def step() -> Array:
+        nonlocal held
+        held += 1
+        return next(iter(graph.run(_tokens(random, held - 1, 1, width), cache).values()))
+
+    return step
+
+
+def _shape(sizes: tuple[int | str, ...]) -> list[int]:
+    def size(dim: int | str) -> int:
+        if isinstance(dim, int):
+            return dim
+        factor, _, name = dim.rpartition("*")
+        return int(factor or 1) * SIZES[name]
+
+    return list(map(size, sizes))
+
+
+def _values(dtype: str, shape: list[int], random: np.random.Generator) -> Array:
+    if dtype == "int64":
+        return random.integers(0, 8, shape) if len(shape) > 1 else np.full(shape, 5)
+    return random.standard_normal(shape, dtype=np.float32)
+
+
+def _tokens(random: np.random.Generator, held: int, count: int, width: int) -> Mapping[str, Array]:
+    return {
+        "inputs_embeds": random.standard_normal((1, count, width), dtype=np.float32),
+        "position_ids": np.broadcast_to(np.arange(held, held + count), (3, 1, count)).copy(),
+        "kv_positions": np.arange(held + count),
+        "write_index": np.asarray([held]),
+    }
+
+
+def page(found: dict[str, Any]) -> str:
+    """docs/results/openvino.md."""
+    ours, theirs = found["versions"]
+    about = (
+        f"Random-weight checkpoint `{found['bundle']}` in {found['precision']}, ONNX Runtime {ours} and OpenVINO "
+        f"{theirs} on {found['threads']} threads of {found['processor']}, which other work shared: ratios say more "
+        f"than times. In turns in one process; the best of {found['rounds']} rounds. DiT of {SIZES['codes']} codes, "
+        f"vocoder of {SIZES['frames']} frames, audio of {2 * SIZES['chunks']} s, a decoder's token behind {CONTEXT} "
+        "others. *Load*: the first time, with nothing kept."
+    )
+    rows = []
+    for name, rivals in found["graphs"].items():
+        base = rivals["onnxruntime"]["seconds"]
+        for rival, row in rivals.items():
+            times = (f"{1e3 * row['seconds']:,.1f}", f"{base / row['seconds']:.2f}")
+            rows.append((name, rival, *times, f"{row['error']:.0e}", f"{row['load']:.1f}"))
+    lines = [
+        "# OpenVINO beside ONNX Runtime",
+        "",
+        "Made by `python -m benchmarks.openvino` from openvino.json: do not edit by hand.",
+        "",
+        *textwrap.wrap(about, 118),
+        "",
+        *table(("graph", "backend", "ms", "times as fast", "error", "load, s"), rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse the command line, and measure."""
+    parser = command_line(__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--graphs", default="dit,audio_encoder,talker,bigvgan")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--name", default="", help="of the checkpoint, for the page")
+    record("openvino", page, measure, parser)
+
+
+if __name__ == "__main__":
+    main()
