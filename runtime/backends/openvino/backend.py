@@ -23,7 +23,7 @@ from ..graph_files import check_signature, graph_file
 from ..native import keep_in_forks
 from .kv_cache import StateCache
 from .model_cache import compiled_folder
-from .packages import import_openvino, why_not
+from .packages import INSTALL, import_openvino, why_not
 from .stateful_decoder import extensions, keep_state
 
 if TYPE_CHECKING:
@@ -263,6 +263,8 @@ def _open(name: str, bundle: Bundle, threads: int | None) -> OpenVinoBackend:
 
 
 def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[str]:
+    if packages["openvino"] is None:
+        return [f"openvino is not installed: {INSTALL}"]
     return [problem] if (problem := why_not()) else []
 
 
