@@ -79,8 +79,9 @@ WAYS: Mapping[str, Method] = {
     "Ralston 3 over 4 (sway -0.5)": Method((0, 0.5, 0.75), RALSTON3, bent(4, -0.5)),
     "rk4 over 3 (sway -0.5)": Method((0, 1 / 3, 2 / 3, 1), RK4, bent(3, -0.5)),
     "Ralston 2 over 6 (sway -0.5)": Method((0, 2 / 3), _ralston, bent(6, -0.5)),
-    "Ralston 3 over 3 (found)": Method((0, 0.5, 0.75), RALSTON3, (0, 0.1617, 0.745, 1)),
-    "Ralston 2 over 4 (found)": Method((0, 2 / 3), _ralston, (0, 0.1353, 0.4106, 0.8068, 1)),
+    "Ralston 2 over 4 (found)": Method((0, 2 / 3), _ralston, (0, 0.1842, 0.5612, 0.8552, 1)),
+    "Ralston 2 over 3 (found)": Method((0, 2 / 3), _ralston, (0, 0.2427, 0.7274, 1)),
+    "Ralston 3 over 2 (found)": Method((0, 0.5, 0.75), RALSTON3, (0, 0.5039, 1)),
     "Euler over 9 (sway -0.5)": Method((0,), EULER, bent(9, -0.5)),
 }
 

@@ -59,7 +59,7 @@ BUNDLES: dict[str, Sequence[str]] = {
     "AWQ": ("export B/packed-awq B/awq",),
 }
 #: ways to make speech of the FP32 bundle's codes
-SOLVERS = ("rk4", "midpoint", "fast", "euler")
+SOLVERS = ("rk4", "midpoint", "fast", "faster", "euler")
 WINDOWS = (12, 24, 48, 96, 240)
 #: mel frames around a window that the vocoder sees
 CONTEXTS = (20, 34)

@@ -348,8 +348,8 @@ class OmniSession:
             noise: float32 [T, 80], the speech's starting noise, T at least 2 for every codec token; drawn if None.
             window: ``stream`` gives sound in small windows, ``whole`` all at once at the end, as the reference does; or
                 other windows, see ``SpeechWindows``.
-            solver: ``rk4`` as the reference does; ``midpoint``, ``fast`` and ``euler`` take a half, a third and a
-                quarter of its time, less exactly.
+            solver: ``rk4`` as the reference does; ``midpoint``, ``fast`` and ``faster`` take a half, a third and a
+                quarter of its time, less exactly. ``euler``, as quick as ``faster``, is the least exact.
             threads: thinker, talker and token2wav at once, each in a thread; False runs them one after the other in the
                 caller's thread. The result is the same.
             ignore_stop: text and speech go on until their ``max_new_tokens``, for measuring.

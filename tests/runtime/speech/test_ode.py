@@ -55,10 +55,10 @@ def test_cubic_in_time_is_exact() -> None:
     np.testing.assert_allclose(end, 1.0, rtol=3e-7)
 
 
-def test_default_schedule_has_28_times_used_in_order_nine_middles_and_those_of_fast() -> None:
+def test_default_schedule_has_28_times_used_in_order_nine_middles_and_those_of_others() -> None:
     spec = rk4_schedule()
-    assert (len(spec.grid), len(spec.stages), len(spec.table)) == (10, 9, 28 + 9 + 11)
-    assert len(set(spec.table)) == 48
+    assert (len(spec.grid), len(spec.stages), len(spec.table)) == (10, 9, 28 + 9 + 11 + 8)
+    assert len(set(spec.table)) == 56
     assert list(spec.table[:28]) == sorted(spec.table[:28])
     np.testing.assert_allclose(spec.table[28:37], [(a + b) / 2 for a, b in pairwise(spec.grid)], atol=1e-7)
     assert spec.grid[0] == 0.0
@@ -71,17 +71,20 @@ def test_default_schedule_has_28_times_used_in_order_nine_middles_and_those_of_f
         assert spec.table[stage[3]] == spec.grid[i + 1]
 
 
-def test_fast_crosses_four_intervals_of_its_own_with_order_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = with_method(rk4_schedule(), "fast")
-    assert [len(stage) for stage in spec.stages] == [3] * 4
-    assert (spec.grid[0], spec.grid[-1], len(spec.grid)) == (0, 1, 5)
-    assert spec.grid[1] < 0.2, "what the speech is comes first, in small steps"
+@pytest.mark.parametrize(("solver", "intervals"), [("fast", 4), ("faster", 3)])
+def test_few_steps_cross_intervals_of_their_own_with_order_three(
+    solver: Solver, intervals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = with_method(rk4_schedule(), solver)
+    assert [len(stage) for stage in spec.stages] == [3] * intervals
+    assert (spec.grid[0], spec.grid[-1], len(spec.grid)) == (0, 1, intervals + 1)
+    assert spec.grid[1] < 0.25, "the first interval is short: there the noise becomes a sound"
     errors = []
-    for intervals in (20, 40, 80):
-        even = tuple(np.linspace(0, 1, intervals + 1).tolist())
-        monkeypatch.setitem(METHODS, "fast", replace(METHODS["fast"], grid=even))
-        spec = with_method(rk4_schedule(), "fast")
-        assert len(spec.grid) == intervals + 1
+    for count in (20, 40, 80):
+        even = tuple(np.linspace(0, 1, count + 1).tolist())
+        monkeypatch.setitem(METHODS, solver, replace(METHODS[solver], grid=even))
+        spec = with_method(rk4_schedule(), solver)
+        assert len(spec.grid) == count + 1
         end = solve(spec, lambda k, y, spec=spec: np.float32(6 * spec.table[k]) * y, np.ones(1, np.float32))
         errors.append(abs(float(end[0]) - math.exp(3)))
     for before, after in pairwise(errors):
@@ -114,7 +117,7 @@ def test_a_bundle_without_middles_solves_by_euler_and_says_what_midpoint_lacks()
         with_method(old, "midpoint")
     with pytest.raises(UsageError, match=r"solver 'fast'.*Export it again"):
         with_method(msgspec.structs.replace(spec, table=spec.table[:37]), "fast")
-    with pytest.raises(UsageError, match="rk4, midpoint, fast, euler"):
+    with pytest.raises(UsageError, match="rk4, midpoint, fast, faster, euler"):
         with_method(old, "heun")  # type: ignore[arg-type]
 
 

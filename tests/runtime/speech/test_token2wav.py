@@ -269,7 +269,7 @@ def test_solvers_differ_in_evaluations_and_a_little_in_sound(bundle: Bundle, sol
 
 
 def test_unknown_solver(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match=r"'heun'.*rk4, midpoint, fast, euler"):
+    with pytest.raises(UsageError, match=r"'heun'.*rk4, midpoint, fast, faster, euler"):
         Run(bundle, [1], "whole", solver="heun")  # type: ignore[arg-type]
 
 
