@@ -18,6 +18,13 @@ class Reference:
     def __init__(self, checkpoint: Path, prompts: Prompts) -> None:
         self.model: Any = Qwen2_5OmniForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.prompts = prompts
+        self._codes: list[int] = []
+        self.model.token2wav.forward = self._take_codes
+
+    def _take_codes(self, codes: torch.Tensor, *_: Any, **_options: Any) -> torch.Tensor:
+        """In the place of DiT and vocoder, which take most of the time: nobody listens to this reply."""
+        self._codes = codes[0].tolist()
+        return torch.zeros(1)
 
     def reply(self, turns: Sequence[Turn], voice: str, most_codes: int) -> tuple[list[int], list[int]]:
         """Text tokens and codes without their ends; the last turn's answer is left open.
@@ -32,8 +39,6 @@ class Reference:
         clips = len(inputs.get("video_grid_thw", ()))
         if clips:
             inputs["video_second_per_grid"] = torch.ones(clips)
-        codes: list[int] = []
-        hook = self.model.token2wav.register_forward_pre_hook(lambda _m, args: codes.extend(args[0][0].tolist()))
         sequences, _ = self.model.generate(
             input_ids=ids,
             attention_mask=(torch.arange(ids.shape[1]) > 0).long()[None],
@@ -47,6 +52,5 @@ class Reference:
             # as shared keywords pixels would reach the talker, which refuses them
             **{f"thinker_{name}" if "pixel" in name else name: value for name, value in inputs.items()},
         )
-        hook.remove()
         said = sequences[0, ids.shape[1] :].tolist()
-        return said[:-1] if said[-1] in stop else said, codes
+        return said[:-1] if said[-1] in stop else said, self._codes
