@@ -163,11 +163,13 @@ class Conversations:
         return [self.prompts.lay(make(draw), system) for system in systems]
 
     def question(self, kind: Kind, draw: Draw) -> list[Turn]:
-        """A single question of a kind, behind the turn that it refers to if it does."""
+        """A single question of a kind, behind the turn that it refers to if it does.
+
+        What is asked aloud is as often of each sort as what is typed: most of the sentences that were recorded are words
+        to repeat, because only of these there are so many.
+        """
         question = world.draw_question(kind, draw, self.split)
-        if kind == "spoken":
-            question = self.spoken[int(draw.integers(len(self.spoken)))]
-        while kind == "picture_spoken" and question.asked not in self.utterances:
+        while kind in ("spoken", "picture_spoken") and question.asked not in self.utterances:
             question = world.draw_question(kind, draw, self.split)
         return self.asked(question, draw, spoken=kind in ("spoken", "picture_spoken"))
 
