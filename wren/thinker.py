@@ -165,8 +165,8 @@ class Conversations:
     def question(self, kind: Kind, draw: Draw) -> list[Turn]:
         """A single question of a kind, behind the turn that it refers to if it does.
 
-        What is asked aloud is as often of each sort as what is typed: most of the sentences that were recorded are words
-        to repeat, because only of these there are so many.
+        What is asked aloud is as often of each sort as what is typed. Most of the recorded sentences are words
+        to repeat, of which alone there are so many.
         """
         question = world.draw_question(kind, draw, self.split)
         while kind in ("spoken", "picture_spoken") and question.asked not in self.utterances:
