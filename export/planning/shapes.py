@@ -16,6 +16,7 @@ from omniport.runtime.bundle.manifest import DecoderGeometry
 from omniport.runtime.bundle.parts import speech_parts
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
+from omniport.runtime.speech.ode import rk4_schedule
 
 from ..checkpoint.config import normalise_config, read_json, whole_config
 from ..synthetic.geometries import SIZES, geometry_config
@@ -215,13 +216,8 @@ def _dit(c: Mapping[str, Any]) -> GraphShape:
     table = (int(c.get("num_embeds", 8193)) + 1) * codes
     vectors = layers * (3 * inner + (2 + mult) * width) + width + mel
     # modulations at every time point of the solver
-    fixed = _TIME_POINTS * (6 * layers + 2) * width
+    fixed = len(rk4_schedule().table) * (6 * layers + 2) * width
     return GraphShape("dit", matrices, table + vectors, fixed, width, mult * width, heads)
-
-
-#: time points of the default schedule: 9 intervals of RK4, whose ends are shared, and their middles
-#: (runtime/speech/ode.py)
-_TIME_POINTS = 37
 
 
 def _vocoder(c: Mapping[str, Any]) -> GraphShape:

@@ -96,6 +96,7 @@ class _Connection:
         self._websocket, self._service = websocket, service
         self.closing = (_CLOSED, "")
         self._lost = False  # the client may come back
+        self._unwritten = False  # it is gone; what it said last is read still
 
     async def begin(self) -> HeldSession | None:
         """A new session, as the key was signed for; None where that cannot be any more, which is told."""
@@ -136,6 +137,9 @@ class _Connection:
         try:
             await self._wait(held, reading, writing, replaced)
         finally:
+            if self._unwritten:  # a client that says goodbye while it is written to is not lost
+                read, _ = await asyncio.wait([reading], timeout=_GLANCE)
+                self._lost = self._lost or not read or reading.exception() is not None
             await _cancel(reading, replaced)
             if self._lost:
                 held.outbox.detach()
@@ -174,7 +178,7 @@ class _Connection:
         except Unread:
             self.closing = _POLICY, "nothing was read"
         except (WebSocketDisconnect, RuntimeError):
-            self._lost = True
+            self._unwritten = True
 
     async def _read(self, held: HeldSession) -> None:
         """Take what comes; while much of it waits, the WebSocket is not read, and TCP holds the client back."""

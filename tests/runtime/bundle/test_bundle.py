@@ -167,7 +167,11 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("no context", lambda m: m["kv"].update(max_context=1), "max_context is 1"),
     ("other cache", lambda m: m["kv"].update(form="paged"), "'paged'"),
     ("other solver", lambda m: m["solver"].update(method="euler"), "'euler'"),
-    ("stage outside the table", lambda m: m["solver"]["stages"][0].__setitem__(3, 37), "solver.stages"),
+    (
+        "stage outside the table",
+        lambda m: m["solver"]["stages"][0].__setitem__(3, len(m["solver"]["table"])),
+        "solver.stages",
+    ),
     ("backward grid", lambda m: m["solver"]["grid"].reverse(), "does not increase"),
     ("two voices, one name", lambda m: m["voices"][0].update(name="Chelsie"), "same name"),
     ("stop token outside", lambda m: m["chat"].update(stop=[VOCABULARY]), f"token id {VOCABULARY}"),

@@ -258,3 +258,35 @@ def test_where_a_status_cannot_be_sent_a_close_code_is(make: Callable[..., Serve
     served.service.state = "draining"
     asyncio.run(connect_and_leave(b""))
     assert codes == ["websocket.accept", 1013, "websocket.accept", 1008, "websocket.accept", 1013]
+
+
+@pytest.mark.parametrize(("code", "kept"), [(1000, 0), (1006, 1)])
+def test_a_goodbye_while_it_is_written_to_is_one(make: Callable[..., Served], code: int, kept: int) -> None:
+    """The connection can be gone for the writer before the reader has seen how it ended."""
+    served = make(sessions=1)
+    item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}
+    scope = {"type": "websocket", "path": "/v1/realtime", "query_string": b"", "headers": [(b"host", b"127.0.0.1")]}
+
+    async def leave() -> int:
+        gone = asyncio.Event()
+        coming: list[dict[str, Any]] = [{"type": "websocket.connect"}]
+        coming.append(
+            {"type": "websocket.receive", "text": json.dumps({"type": "conversation.item.create", "item": item})}
+        )
+
+        async def receive() -> Any:
+            if coming:
+                return coming.pop(0)
+            await gone.wait()
+            await asyncio.sleep(0.05)
+            return {"type": "websocket.disconnect", "code": code}
+
+        async def send(message: Any) -> None:
+            if "conversation.item" in message.get("text", ""):
+                gone.set()
+                raise OSError("the connection is closed")
+
+        await served.app(scope, receive, send)
+        return served.service.realtime.kept
+
+    assert asyncio.run(leave()) == kept
