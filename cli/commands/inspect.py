@@ -42,8 +42,6 @@ def command(
     with progress_bar(quiet or json or not verify) as progress:
         # the library counts bytes over all files: one bar, whatever file it is at
         opened = Bundle.open(bundle, verify=verify, progress=lambda _, done, total: progress("verify", done, total))
-        if verify:
-            check_usable(opened)
         built = list_engines(opened)
         for number, engine in enumerate(built.usable if verify else ()):
             progress("verify engines", number, len(built.usable))
@@ -54,6 +52,8 @@ def command(
                 f"{len(built.unusable)} of {len(built.usable) + len(built.unusable)} listed engines cannot be used: "
                 f"{name}: {reason}"
             )
+        if verify:
+            check_usable(opened)
     manifest = opened.manifest
     facts = {**summary(manifest, verified=verify), **engine_facts(built), "not_here": not_here(built)}
     if json:
