@@ -10,7 +10,7 @@ import statistics
 import struct
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,11 +200,9 @@ async def talk_until_killed(url: str, kill: Callable[[], None], tokens: int) -> 
         await send(connection, "response.create")
         await until(connection, "response.created")
         kill()
-        try:
+        with suppress(ConnectionClosed):
             while True:
                 await asyncio.wait_for(connection.recv(), HANG)
-        except ConnectionClosed:
-            pass
     return created["session"]["omniport"]["resume_token"], told
 
 
