@@ -143,7 +143,7 @@ def require_extra(extra: str, *modules: str) -> None:
     Raises:
         ExportError: naming the pip extra that brings what is missing.
     """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    missing = [name for name in modules if not _is_there(name)]
     if missing:
         from omniport.runtime.backends.onnxruntime.packages import wanted_extra
         from omniport.runtime.errors import ExportError
@@ -153,6 +153,13 @@ def require_extra(extra: str, *modules: str) -> None:
         raise ExportError(
             f"this command needs {', '.join(missing)}, not installed here: pip install 'omniport[{extra}]'"
         )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
 
 
 def require_folder(*paths: Path | None) -> None:

@@ -27,6 +27,7 @@ GROUPS: dict[tuple[str, ...], tuple[str, str]] = {
     ("media", "live", "export", "calib"): ("torch", "onnxruntime"),
     ("serve",): ("starlette", "pydantic"),
     ("wyoming",): ("wyoming", "pydantic"),
+    ("otel",): ("opentelemetry-sdk", "pydantic"),
     ("ray",): ("ray", ""),
     ("ort",): ("onnxruntime", "onnxruntime-gpu"),
     ("ort-gpu",): ("nvidia-cudnn", ""),

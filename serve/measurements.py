@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from omniport.runtime import Done, Stats
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+
+if TYPE_CHECKING:
+    from .reply_spans import ReplySpans
 
 _FIRST_AUDIO = (0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8)
 _RATES = (0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8)
@@ -18,11 +23,15 @@ _WEIGHT = 0.2
 class Measurements:
     """Measurements of one service.
 
+    Args:
+        spans: which are told of each reply, too.
+
     Attributes:
         first_audio, rate: of late, the seconds to the first sound and the real-time factor; None before the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spans: ReplySpans | None = None) -> None:
+        self._spans = spans
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -108,6 +117,13 @@ class Measurements:
         self._count_tokens(stats)
         for stage, seconds in stats.busy.items():
             self._stages.labels(stage).inc(seconds)
+        if self._spans is not None:
+            self._spans.reply(done)
+
+    def close(self) -> None:
+        """Hand on what waits to be."""
+        if self._spans is not None:
+            self._spans.close()
 
     def _count_tokens(self, stats: Stats) -> None:
         self._prefilled.labels("late").inc(stats.late_tokens)

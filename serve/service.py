@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from omniport.runtime import OmniSession, SamplingConfig
 from omniport.runtime.bundle.reader import MANIFEST_FILE
@@ -22,6 +22,9 @@ from .replicas.session_store import SessionStore
 from .session_pool import SessionPool
 from .settings import Settings
 from .spoken_replies import SpokenReplies
+
+if TYPE_CHECKING:
+    from .reply_spans import ReplySpans
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,7 +64,6 @@ class Service:
         self.state: State = "loading"
         self.failure: Exception | None = None
         self.admission = Admission(settings.active, settings.limits.queue)
-        self.measurements = Measurements()
         self.spoken = SpokenReplies()
         self.realtime = OpenSessions(settings.sessions, settings.resume_seconds)
         self.sessions = SessionPool(session, max(settings.sessions, settings.active))
@@ -70,6 +72,7 @@ class Service:
         self.decoders = Decoders(settings.limits)
         description = session.bundle.root / MANIFEST_FILE
         self.model = settings.model or session.manifest.source.name.rpartition("/")[2]
+        self.measurements = Measurements(self._spans())
         self.created = int(description.stat().st_mtime)
         self.fingerprint = hashlib.sha256(description.read_bytes()).hexdigest()[:16]
         self.voice_names = [voice.name for voice in session.manifest.voices]
@@ -77,6 +80,13 @@ class Service:
             if voice not in self.voice_names:
                 known = ", ".join(self.voice_names) or "none"
                 raise UsageError(f"{name!r} shall be the voice {voice!r}, but the bundle's voices are: {known}")
+
+    def _spans(self) -> ReplySpans | None:
+        if self.settings.otlp is None:
+            return None
+        from .reply_spans import ReplySpans  # an extra of its own
+
+        return ReplySpans.to(self.settings.otlp, self.model)
 
     def voice(self, name: str | None) -> str | None:
         """The bundle's voice for what a client asks for; a name that nobody knows is given on, to be refused."""
@@ -119,6 +129,7 @@ class Service:
         self.decoders.close()
         self.waiting.shutdown(wait=False, cancel_futures=True)
         self.reading.shutdown(wait=False, cancel_futures=True)
+        self.measurements.close()
 
     def _first_reply(self) -> None:
         speaks = self.session.manifest.dit is not None

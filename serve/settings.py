@@ -66,6 +66,7 @@ class Settings:
             protocol from the beginning, without being asked.
         wyoming: host and port for Wyoming's clients, who have no keys.
         transcribe: what was said to Realtime sessions that ask for it, after the reply; or not at all.
+        otlp: URL of an OpenTelemetry collector that gets a span of each reply; nothing is sent without it.
 
     Raises:
         UsageError: no key, and an address that others reach.
@@ -85,6 +86,7 @@ class Settings:
     url_hosts: tuple[str, ...] = ()
     dialect: Dialect = "openai"
     transcribe: Transcribe = "after"
+    otlp: str | None = None
     wyoming: tuple[str, int] | None = None
     certificate: Path | None = None
     certificate_key: Path | None = None

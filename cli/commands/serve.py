@@ -149,6 +149,14 @@ def command(
     decode_mib: Annotated[
         int, typer.Option(min=256, metavar="MIB", help="Memory that decoding one of them may take.")
     ] = 1024,
+    otlp: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send a span of each reply, with times and without words, to an OpenTelemetry collector, such as "
+            "http://127.0.0.1:4318/v1/traces.",
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Serve nothing: tell whether all is there for it; exits with 1 if not.")
     ] = False,
@@ -168,6 +176,8 @@ def command(
     require_extra("serve", "starlette", "uvicorn", "prometheus_client", "python_multipart", "websockets")
     if wyoming is not None:
         require_extra("wyoming", "wyoming")
+    if otlp is not None:
+        require_extra("otel", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
     from omniport.runtime import OmniSession
     from omniport.runtime.errors import UsageError
     from omniport.serve.log_lines import set_up
@@ -177,7 +187,7 @@ def command(
     if json and not check:
         raise UsageError("--json goes with --check")
     set_up(quiet=quiet, content=log_content)
-    chosen: dict[str, Any] = {"dialect": dialect, "transcribe": transcribe}
+    chosen: dict[str, Any] = {"dialect": dialect, "transcribe": transcribe, "otlp": otlp}
 
     def settings() -> Settings:
         certificate, key = _certificate(tls_self_signed, tls_cert, tls_key, state, host)
