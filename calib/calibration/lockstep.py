@@ -129,7 +129,7 @@ class Lockstep(Generic[T]):
         try:
             self._results[index] = job(_Backend(self, index))
         except _Stopped:
-            pass
+            pass  # another job's error, which `run` raises
         except BaseException as error:  # noqa: BLE001 - raised again by `run`, in the caller's thread
             with self._changed:
                 self._error = self._error or error

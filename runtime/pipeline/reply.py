@@ -72,7 +72,7 @@ class Reply:
                     break
                 yield event
         except Cancelled:
-            pass
+            pass  # only this reply's own token raises it; what is given next says "cancelled"
         except GeneratorExit:  # the caller has lost interest
             if not self._task.owner.elsewhere:
                 self.cancel()

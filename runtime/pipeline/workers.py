@@ -154,7 +154,7 @@ class Workers:
             waited = body()
             self.ended[name] = self._clock()
         except Cancelled:
-            pass
+            pass  # the token is set: by the caller, or for an error, which `events` raises
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             self.error = self.error or error
             self._token.cancel()

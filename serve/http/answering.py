@@ -101,6 +101,10 @@ async def while_connected(request: Request, service: Service, work: Coroutine[An
         await _cancel(working, leaving)
 
 
+class _Stalled(Exception):
+    """The client takes nothing."""
+
+
 class Stream(Response):
     """A body that is sent as it is made. What it holds is let go of when it ends, or when the client leaves or no
     longer reads.
@@ -131,7 +135,7 @@ class Stream(Response):
                     await sending
                 else:
                     self._service.measurements.interrupted("client_left")
-            except asyncio.TimeoutError:  # another class than Python's own before 3.11
+            except _Stalled:
                 self._service.measurements.interrupted("client_stalled")
             finally:
                 await _cancel(sending, leaving)
@@ -141,7 +145,10 @@ class Stream(Response):
         async with aclosing(self._body) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 sent = send({"type": "http.response.body", "body": piece, "more_body": True})
-                await asyncio.wait_for(sent, self._service.settings.limits.unread_seconds)
+                try:
+                    await asyncio.wait_for(sent, self._service.settings.limits.unread_seconds)
+                except asyncio.TimeoutError:  # no other one: what makes the body may time out as well, which is a fault
+                    raise _Stalled from None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -50,7 +50,9 @@ class ReplyMaker:
                     await self._outbox.room(response.stopped)
                     self._take(response, event)
         except asyncio.CancelledError:
-            pass  # stopped before it had begun
+            if not response.stopped():  # nobody asked for that: the server's loop or its threads have ended
+                response.error = RuntimeError("the response was abandoned")
+                raise
         except Exception as error:  # noqa: BLE001 - told in the response
             response.error = None if response.stopped() else error
         if response.turn is None and asked is not None:

@@ -30,6 +30,10 @@ _REQUESTS = 4
 _CLIENT_LEFT = 499
 
 
+class ClientLeft(Exception):
+    """Nothing can be sent any more. No ``OSError``: those that the work itself raises are faults, and are told."""
+
+
 class Client:
     """A connection.
 
@@ -69,14 +73,12 @@ class Client:
     async def run(self) -> None:
         """Until the client leaves: then nothing is made for it any more."""
         try:
-            while (event := await read_event(self._reader, self._service.settings.limits.upload_seconds)) is not None:
+            while (event := await self._next()) is not None:
                 handler = self._handlers.get(event.type)
                 if handler is not None:  # others are none of ours
                     await self._guarded(partial(handler, event))
         except NoEvent as error:
             await self._tell(invalid(str(error)))
-        except (ConnectionError, asyncio.TimeoutError):
-            pass
         finally:
             if self.busy:
                 self._service.measurements.interrupted("client_left")
@@ -84,22 +86,30 @@ class Client:
                 request.cancel()
             await asyncio.gather(*self._requests, return_exceptions=True)
 
+    async def _next(self) -> Event | None:
+        try:
+            return await read_event(self._reader, self._service.settings.limits.upload_seconds)
+        except ConnectionError:
+            return None  # it has left without a goodbye
+
     async def send(self, told: Eventable) -> None:
         """Send an event, once there is room.
 
         Raises:
-            TimeoutError: the client takes nothing. ConnectionError: it has left.
+            ClientLeft: it has left, or takes nothing.
         """
+        writing = async_write_event(told.event(), self._writer)
         async with self._writing:
-            await asyncio.wait_for(
-                async_write_event(told.event(), self._writer), self._service.settings.limits.unread_seconds
-            )
+            try:
+                await asyncio.wait_for(writing, self._service.settings.limits.unread_seconds)
+            except (OSError, asyncio.TimeoutError) as error:
+                raise ClientLeft from error
 
     async def _guarded(self, work: Callable[[], Awaitable[None]]) -> int:
         """An error is told, and the client goes on; an HTTP status."""
         try:
             await work()
-        except (ConnectionError, asyncio.TimeoutError):
+        except ClientLeft:
             self._writer.close()
             return _CLIENT_LEFT
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told
@@ -111,7 +121,7 @@ class Client:
     async def _tell(self, error: ApiError) -> None:
         try:
             await self.send(Error(str(error), error.code))
-        except (ConnectionError, asyncio.TimeoutError):
+        except ClientLeft:
             self._writer.close()
 
     def _begin(self, route: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from wyoming.error import Error
 
 from ..service import Service
-from .client import Client
+from .client import Client, ClientLeft
 from .event_reader import HEADER
 from .replies import Replies
 
@@ -70,7 +70,7 @@ class WyomingListener:
             writer.transport.abort()
             return
         if len(self._clients) >= _MOST or task is None:
-            with suppress(OSError, asyncio.TimeoutError):
+            with suppress(ClientLeft):
                 await client.send(Error("as many clients are connected as may", "session_limit_reached"))
             await _close(writer)
             return
@@ -78,7 +78,7 @@ class WyomingListener:
         try:
             await client.run()
         except asyncio.CancelledError:
-            pass  # the server stops
+            pass  # by `stop`, which waits for this task; asyncio would log a task that ends so as a fault
         except Exception:  # noqa: BLE001 - the next client is served
             _LOG.exception("a Wyoming client failed")
         finally:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
+from omniport.serve.http.answering import Stream
 from omniport.serve.server import Server, listen
 from omniport.serve.settings import Limits
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Message
 from support.served import Served
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -49,7 +52,7 @@ def ended(connection: socket.socket) -> float:
         while connection.recv(1 << 16):
             pass
     except ConnectionResetError:
-        pass
+        pass  # closed as well: something that was sent to it was not read
     return time.monotonic() - started
 
 
@@ -141,7 +144,7 @@ def test_an_answer_that_nobody_reads(large: Callable[[], socket.socket]) -> None
             while data := connection.recv(1 << 16):
                 received += len(data)
         except ConnectionResetError:
-            pass
+            pass  # closed with the rest of the answer unsent
         assert received < 32 << 20
 
 
@@ -171,3 +174,23 @@ def test_a_websocket_that_is_not_read(served: Served) -> None:
         assert time.monotonic() < due, "its socket is closed"
         time.sleep(0.05)
     connection.socket.close()
+
+
+def test_a_body_that_times_out_itself_is_no_client_that_stalls(served: Served) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x"
+        raise asyncio.TimeoutError
+
+    async def send(message: Message) -> None:
+        pass
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def answer() -> None:
+        await Stream(body(), AsyncExitStack(), served.service, "audio/wav")({}, receive, send)
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(answer())
+    assert 'reason="client_stalled"' not in served.http().get("/metrics").text

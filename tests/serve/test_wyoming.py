@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omniport.runtime import OmniSession
 from omniport.runtime.errors import UsageError
 from omniport.serve.settings import Limits, Settings
 from omniport.serve.wyoming.sentences import Sentences
@@ -333,3 +334,22 @@ def test_sentences() -> None:
     long = Sentences().add("word " * 200)
     assert all(len(part) <= 400 for part in long)
     assert Sentences().add("... !!! \n") == []
+
+
+@pytest.mark.parametrize("error", [asyncio.TimeoutError, TimeoutError, ConnectionResetError])
+def test_a_fault_of_the_server_is_not_taken_for_a_client_that_left(
+    served: Served, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(OmniSession, "reply", fail)
+
+    async def work(client: AsyncTcpClient) -> tuple[list[Event], list[Event]]:
+        told = await ask(client, "audio-stop", Synthesize("Hello there."))
+        return told, await ask(client, "pong", Ping("x"))
+
+    told, pong = talk(served, work)
+    assert [event.data["code"] for event in told] == ["internal_error"]
+    assert kinds(pong) == ["pong"]
+    metrics_with(served, 'omniport_requests_total{route="wyoming/tts",status="500"} 1.0')

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from omniport.serve.reply_events import ReplyEvents
 from openai.resources.realtime.realtime import RealtimeConnection
 from support.live_turns import held
 from support.realtime import SAID, ask, connected, kinds, until, write
@@ -170,3 +172,18 @@ def test_the_voice_stays_once_it_was_heard(served: Served) -> None:
         assert until(connection, "error")[-1].error.code == "cannot_update_voice"
         connection.session.update(session={**voice("Chelsie"), "instructions": "Be brief."})  # type: ignore[arg-type]
         assert until(connection, "session.updated")[-1].session.audio.output.voice == "Chelsie"
+
+
+def test_a_reply_that_nobody_stopped_was_not_cancelled(
+    connection: RealtimeConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that end under it cancel what waits for them."""
+
+    async def gone(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(ReplyEvents, "__anext__", gone)
+    write(connection, "Hello")
+    connection.response.create()
+    done = until(connection, "response.done")[-1].response
+    assert (done.status, done.status_details.error.code) == ("failed", "internal_error")
