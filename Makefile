@@ -104,7 +104,7 @@ $(TINY)-fp32: | $(TINY)
 KILLS := 50
 
 kills: $(INSTALLED) $(TINY)-fp32
-	$(PYTHON) -m scripts.kills --checkpoint $(TINY) --bundle $(TINY)-fp32 --kills $(KILLS)
+	$(PYTHON) -m scripts.kills --checkpoint $(TINY) --bundle $(TINY)-fp32 --kills $(KILLS) --page
 
 MATRIX := .work/small
 
