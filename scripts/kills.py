@@ -80,6 +80,7 @@ class Case:
         output: name of what it writes.
         kept: name of the work folder that a stopped run may leave.
         cold: nothing of an earlier run is in the caches, so that kills come while they are written, too.
+        other: options with which an earlier output is made, so that there is something to do where it stands.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Case:
     whole: Callable[[Path], None]
     kept: str = ""
     cold: bool = False
+    other: Sequence[str] = ()
 
 
 def cases(checkpoint: Path, bundle: Path, folder: Path) -> list[Case]:
@@ -99,7 +101,7 @@ def cases(checkpoint: Path, bundle: Path, folder: Path) -> list[Case]:
     model, data = str(checkpoint), str(folder.parent / "data" / "calib.jsonl")
     sampled = ("--data", data, "--samples", "1", "--max-speech", "0.1")
     return [
-        Case("export", ("export", model, out("bundle"), "-q"), "bundle", _whole_bundle),
+        Case("export", ("export", model, out("bundle"), "-q"), "bundle", _whole_bundle, other=("--max-context", "512")),
         Case(
             "trace", ("export", model, out("part"), "--graphs", "audio_encoder", "-q"), "part", _whole_bundle, cold=True
         ),
@@ -157,6 +159,15 @@ def _clear(folder: Path, caches: bool) -> None:
     folder.mkdir()
 
 
+def _put(earlier: Path, folder: Path) -> None:
+    """An earlier output, with what somebody else has put into it."""
+    shutil.rmtree(folder)
+    shutil.copytree(earlier, folder, copy_function=shutil.copyfile)
+    for output in folder.iterdir():
+        if output.is_dir():
+            (output / _NOTES).write_text("mine")
+
+
 def strangers(case: Case, folder: Path) -> list[str]:
     """What lies beside the output."""
     return sorted(path.name for path in folder.iterdir() if path.name not in (case.output, case.kept))
@@ -167,11 +178,12 @@ class Tally:
     """What came of the kills of one command.
 
     Attributes:
-        seconds: that the command takes when nobody kills it.
+        seconds, again: that the command takes when nobody kills it; where there is an earlier output.
         left: outcomes, counted.
     """
 
     seconds: float = 0.0
+    again: float = 0.0
     left: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -181,26 +193,44 @@ class Tally:
         return sum(self.left.values())
 
 
+class _Failed(Exception):
+    """A command that nobody killed."""
+
+
+def _run(name: str, arguments: Sequence[str], log: Path) -> float:
+    """Run a command to its end; the seconds that it took."""
+    begun = time.monotonic()
+    if code := ended(started(arguments, log)):
+        raise _Failed(f"{name}: ends with {code}, see {log}")
+    return time.monotonic() - begun
+
+
 def try_case(case: Case, folder: Path, kills: int, chance: random.Random) -> Tally:
     """Kill a command again and again."""
     tally, log = Tally(), folder.parent / f"{case.name}.log"
-    for _ in range(2):  # the first one fills the caches
-        begun = time.monotonic()
+    earlier = folder.parent / f"{case.name}.earlier"
+    try:
         _clear(folder, case.cold)
-        if code := ended(started(case.arguments, log)):
-            tally.wrong.append(f"{case.name}: ends with {code}, see {log}")
-            return tally
-        tally.seconds = time.monotonic() - begun
-    for number in range(kills):
-        if chance.random() < 0.7:  # else it replaces what is there
+        _run(case.name, (*case.arguments, *case.other), log)
+        folder.rename(earlier)
+        _clear(folder, case.cold)
+        tally.seconds = _run(case.name, case.arguments, log)
+        _put(earlier, folder)
+        tally.again = _run(case.name, case.arguments, log)
+        for number in range(kills):
+            seconds = tally.seconds
             _clear(folder, case.cold)
-        _kill(case, folder, log, _SIGNALS[number % len(_SIGNALS)], chance.random() * tally.seconds, tally)
-    if code := ended(started(case.arguments, log)):
-        tally.wrong.append(f"{case.name}: the rerun ends with {code}, see {log}")
+            if chance.random() < 0.3:
+                _put(earlier, folder)
+                seconds = tally.again
+            _kill(case, folder, log, _SIGNALS[number % len(_SIGNALS)], chance.random() * seconds, tally)
+        _run(case.name, case.arguments, log)
+    except _Failed as error:
+        tally.wrong.append(str(error))
         return tally
     case.whole(folder / case.output)
     if left := [path.name for path in folder.iterdir() if path.name != case.output]:
-        tally.wrong.append(f"{case.name}: the rerun leaves {sorted(left)}")
+        tally.wrong.append(f"{case.name}: the last run leaves {sorted(left)}")
     return tally
 
 
@@ -208,13 +238,11 @@ def _kill(case: Case, folder: Path, log: Path, sign: signal.Signals, wait: float
     """Run the command, kill it after so many seconds, and look at what is there."""
     output = folder / case.output
     before = output.stat() if output.exists() else None
-    if output.is_dir():
-        (output / _NOTES).write_text("mine")
-    noted = output.is_dir()
+    noted = (output / _NOTES).exists()
     process = started(case.arguments, log)
     time.sleep(wait)
     os.kill(process, sign)
-    code, what = ended(process), f"{case.name}: {sign.name} after {wait:.2f} of {tally.seconds:.2f} s"
+    code, what = ended(process), f"{case.name}: {sign.name} after {wait:.2f} s, earlier output: {before is not None}"
     print(f"{what}: exit {code}, left {sorted(path.name for path in folder.iterdir())}", flush=True)
     wrong: list[str] = []
     if sign != signal.SIGKILL and code not in (0, 130, 143):
@@ -251,11 +279,17 @@ def page(tallies: dict[str, Tally], unfinished: int, seed: int) -> str:
     total = sum(tally.kills for tally in tallies.values())
     lines = [f"{total} kills, seed {seed}: {f'**{wrong} faults**' if wrong else 'nothing was lost or left'}.", ""]
     lines += [
-        "| command | takes | kills | no output yet | earlier output | new output | it had ended | faults |",
-        "|---|---|---|---|---|---|---|---|",
+        "| command | takes | where one was before | kills | no output yet | earlier output | new output | it had ended "
+        "| faults |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, tally in tallies.items():
-        cells = [f"{tally.seconds:.1f} s", tally.kills, *(tally.left[outcome] for outcome in outcomes)]
+        cells = [
+            f"{tally.seconds:.1f} s",
+            f"{tally.again:.1f} s",
+            tally.kills,
+            *(tally.left[outcome] for outcome in outcomes),
+        ]
         lines.append(f"| {name} | {' | '.join(map(str, cells))} | {len(tally.wrong)} |")
     lines += ["", f"{unfinished} unfinished files were left in the cache of traced graphs.", ""]
     return HEAD + "\n".join(lines)

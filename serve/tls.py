@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from omniport.runtime.errors import UsageError
-from omniport.runtime.system.files import replace_file
+from omniport.runtime.system.files import read_file, replace_file
 
 #: days for which a certificate is made, the most that phones take; it is made anew when so many are left
 _DAYS, _LEFT = 825, 30
+#: bytes of a file of certificates or a key, at most
+_MOST = 1 << 20
 #: nobody's addresses: which of ours would be used to reach them, nothing is sent
 _ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 _Name = str | ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -60,8 +62,7 @@ def check_pair(certificate: Path, key: Path) -> None:
     """UsageError unless a certificate and a key can be read and belong together."""
     for path in (certificate, key):
         try:
-            with path.open("rb"):
-                pass
+            read_file(path, _MOST)  # OpenSSL would wait for a pipe, and read a device for ever
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
     try:
@@ -87,7 +88,7 @@ def days_left(certificate: Path) -> float:
 
 def _der(certificate: Path) -> bytes:
     """Of the first certificate of a file."""
-    text = certificate.read_text(encoding="utf-8", errors="replace")
+    text = read_file(certificate, _MOST).decode("utf-8", "replace")
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
     return ssl.PEM_cert_to_DER_cert(f"{begin}{text.partition(begin)[2].partition(end)[0]}{end}")
 

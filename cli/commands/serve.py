@@ -222,12 +222,13 @@ def command(
 def _read_keys(file: Path | None) -> tuple[str, ...]:
     """Those of the environment and of a file."""
     from omniport.runtime.errors import UsageError
+    from omniport.runtime.system.files import read_text
     from omniport.serve.http.access import read_keys
 
     keys = [*read_keys(os.environ.get(_KEYS, ""))]
     if file is not None:
         try:
-            more = read_keys(file.read_text(encoding="utf-8"))
+            more = read_keys(read_text(file, 1 << 20))
         except (OSError, UnicodeError) as error:
             raise UsageError(f"cannot read the keys of {file}: {error}; name a text file") from error
         if not more:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import openai
 import pytest
+from omniport.cli.commands.serve import _read_keys
 from omniport.runtime.errors import UsageError
 from omniport.serve.settings import Limits, Settings
 from support.served import Served
@@ -175,3 +179,25 @@ def test_a_name_for_no_voice_is_refused(make: Callable[..., Served]) -> None:
 @pytest.mark.parametrize("headers", [{"origin": "http://["}, {"origin": "null"}, {"host": "["}, {"host": "[::1"}])
 def test_names_that_are_none(make: Callable[..., Served], headers: dict[str, str]) -> None:
     assert make().http().get("/v1/models", headers=headers).status_code == 403
+
+
+def test_keys_of_a_file(tmp_path: Path) -> None:
+    """As Windows writes it, too."""
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbffirst\r\n# none\r\nsecond\r\n")
+    assert _read_keys(file) == ("first", "second")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_keys_are_read_from_a_regular_file_alone(tmp_path: Path) -> None:
+    """Nobody may ever write into a pipe."""
+
+    def write() -> None:
+        with suppress(OSError):  # nobody reads it
+            pipe.write_text("first")
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=write, daemon=True).start()
+    with pytest.raises(UsageError, match="not a regular file"):
+        _read_keys(pipe)

@@ -107,6 +107,15 @@ def test_files_that_are_no_pair(tmp_path: Path) -> None:
     tls.check_pair(certificate, key)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_certificate_is_a_regular_file(tmp_path: Path, which: int) -> None:
+    """Of a device or a pipe OpenSSL would read for ever."""
+    pair = [*tls.self_signed(tmp_path, "127.0.0.1")]
+    pair[which] = Path(os.devnull)
+    with pytest.raises(UsageError, match="not a regular file"):
+        tls.check_pair(*pair)
+
+
 def test_the_state_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/x")
     if os.name == "posix":
