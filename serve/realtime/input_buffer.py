@@ -99,6 +99,14 @@ class InputBuffer:
             self.clear()
         return turn
 
+    def message(self) -> dict[str, Any]:
+        """All of it as a message of a user, for while a reply is made, beside which there is no turn.
+
+        So pictures stand before the sound, and not in it.
+        """
+        pictures = [{"type": "image", "image": picture} for picture, _, _ in self._frames]
+        return {"role": "user", "content": [*pictures, {"type": "audio", "audio": self.sound}]}
+
     def clear(self) -> None:
         """Forget the sound."""
         self.suspend()

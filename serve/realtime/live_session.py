@@ -293,9 +293,8 @@ class RealtimeSession:
             if not answer:
                 await self._compute(turn.keep)
         else:
-            content = [{"type": "audio", "audio": sound}]
+            message = self._buffer.message()
             self._buffer.clear()
-            message = {"role": "user", "content": content}
             item.runtime_id = (await self._compute(self._session.items.append, message)).id
             self._wants_reply = self._wants_reply or answer
         previous = self._items.insert(item, None)

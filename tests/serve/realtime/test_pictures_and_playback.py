@@ -105,6 +105,23 @@ def test_frames_that_come_during_a_reply_belong_to_the_next_turn(served: Served)
         assert image > 0
 
 
+def test_frames_that_are_committed_during_a_reply_are_not_lost(served: Served) -> None:
+    with connected(served, **BY_HAND) as connection:
+        with held(served.live.backend.graphs, "thinker", at=3) as gate:
+            connection.input_audio_buffer.append(audio=pcm(voice(1.0, RATE)))
+            connection.input_audio_buffer.commit()
+            connection.response.create(response={"output_modalities": ["text"]})
+            assert gate.reached.wait(20)
+            connection.input_audio_buffer.append(audio=pcm(voice(1.0, RATE)))
+            frame(connection, image=picture(), time_ms=200)
+            connection.input_audio_buffer.commit()
+            until(connection, "input_audio_buffer.committed")
+        until(connection, "response.done")
+        connection.response.create(response={"output_modalities": ["text"]})
+        details = until(connection, "response.done")[-1].response.usage.input_token_details
+        assert (details.audio_tokens, details.image_tokens) == (50, 6)
+
+
 def test_what_was_played_is_believed(served: Served) -> None:
     with connected(served, **BY_HAND) as connection:
         with held(served.live.backend.graphs, "bigvgan", at=2):
