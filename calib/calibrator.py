@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.errors import UsageError
 from omniport.runtime.system.files import write_output
 from omniport.runtime.system.path_arguments import paths_checked
@@ -49,6 +51,7 @@ def calibrate(
     samples: int | None = None,
     seed: int = 0,
     max_codes: int = 150,
+    graphs: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> CalibrateReport:
     """Calibrate a checkpoint and write ``out``.
@@ -62,11 +65,12 @@ def calibrate(
         samples: how many lines to take; all if None.
         seed: of the codec tokens that are sampled and of the DiT's noise.
         max_codes: codec tokens of a sample's speech at most.
+        graphs: those that a calibration is wanted of, all if None: what a recipe rounds none of need not be run.
         progress: called with the stage, and what is done of how much.
 
     Raises:
         CheckpointError: the checkpoint is unusable.
-        UsageError: bad data (names the line), or ``out`` cannot be written.
+        UsageError: bad data (names the line), no such graph, or ``out`` cannot be written.
         CheckFailed: a value that is not finite; names the layer.
     """
     report = progress or (lambda *_: None)
@@ -75,8 +79,9 @@ def calibrate(
     with work_folder(out) as work:
         report("reading checkpoint and data", 0, 1)
         source = Source.open(checkpoint, work.folder / SOURCE)
+        wanted = _wanted(source, graphs)
         rows = read_samples(data, source.manifest, source.codec, samples)
-        if source.ckpt.has_speech and not any(row.reply for row in rows):
+        if any(PARTS[name].speaks for name in wanted) and not any(row.reply for row in rows):
             raise UsageError(
                 f'no sample of {data} has a "reply", so talker, DiT and vocoder could not be calibrated; give at least '
                 'one line a "reply"'
@@ -90,12 +95,12 @@ def calibrate(
             graphs={},
         )
         resumed = work.claim(_key(header, max_codes))
-        stages = Stages(Job(source, rows, work, seed, max_codes, report))
+        stages = Stages(Job(source, rows, work, seed, max_codes, report, wanted))
         stages.run()
-        calibration = _gather(header, source, stages)
+        calibration = _gather(header, wanted, stages)
         report("writing", 0, 1)
         write_output(out, calibration.encode())
-    missing = tuple(name for name in source.definitions if name not in calibration.graphs)
+    missing = tuple(name for name in wanted if name not in calibration.graphs)
     return CalibrateReport(out, calibration, resumed, missing)
 
 
@@ -123,9 +128,20 @@ def _key(header: Header, max_codes: int) -> dict[str, object]:
     }
 
 
-def _gather(header: Header, source: Source, stages: Stages) -> Calibration:
+def _wanted(source: Source, graphs: Collection[str] | None) -> list[str]:
+    """Graphs of the checkpoint that a calibration is wanted of, in their order."""
+    there = list(source.definitions)
+    if graphs is None:
+        return there
+    unknown = [name for name in graphs if name not in there]
+    if unknown or not graphs:
+        raise UsageError(f"no graph {', '.join(unknown) or 'is named'}: {source.ckpt.name} has {', '.join(there)}")
+    return [name for name in there if name in graphs]
+
+
+def _gather(header: Header, wanted: Sequence[str], stages: Stages) -> Calibration:
     graphs: dict[str, tuple[Site, ...]] = {}
-    for name in source.definitions:
+    for name in wanted:
         found = tuple(stages.findings(name).load())
         if found:
             graphs[name] = found

@@ -256,7 +256,7 @@ class _Run:
             if not data.exists():  # it is written last
                 remove_folder(data.parent)
                 write_samples(data.parent)
-        calibrate(self.model, data, work.calibration, progress=meter.progress)
+        calibrate(self.model, data, work.calibration, graphs=record.plan.calibrated, progress=meter.progress)
         return record
 
     def _graphs(self, work: DeployWork, record: Deployment, meter: Meter) -> Deployment:

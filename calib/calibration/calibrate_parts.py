@@ -7,7 +7,7 @@ vocoder are run by the runtime's own loops, a group of samples in lockstep, and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +46,7 @@ class Job:
 
     Attributes:
         max_codes: codec tokens of a sample's speech at most (50 a second).
+        graphs: whose findings are wanted.
         progress: called with the stage, and what is done of how much.
     """
 
@@ -55,6 +56,7 @@ class Job:
     seed: int
     max_codes: int
     progress: Progress
+    graphs: Collection[str]
 
 
 class Stages:
@@ -65,12 +67,13 @@ class Stages:
         self._plans: dict[str, tuple[SitePlan, ...]] = {}
 
     def run(self) -> None:
-        """Run all that is left.
+        """Run all that is left. Each part is fed by those before it, so what lies behind the last one wanted is not run.
 
         Raises:
             CheckFailed: a value that is not finite; names the layer.
         """
-        for name, part in PARTS.items():
+        last = max((at for at, name in enumerate(PARTS) if name in self._job.graphs), default=-1)
+        for name, part in list(PARTS.items())[: last + 1]:
             if name in self._job.source.definitions and not self._job.work.done(name):
                 self._run(part)
                 self._job.work.finish(name)

@@ -81,6 +81,7 @@ def plan_deployment(model: ModelShape, asked: Asked) -> DeployPlan:
         precision=precision,
         token2wav=token2wav,
         quantized=recipe.quantized is not None,
+        calibrated=tuple(_rounded(model, row, precision)),
         context=context,
         ops=ops,
         kv=model.kv,
@@ -198,6 +199,14 @@ def _longer(model: ModelShape, machine: Machine, row: RecipePlan, context: int) 
     if longer.works and _real_time(longer) == _real_time(row):
         return longer, LONGER
     return row, context
+
+
+def _rounded(model: ModelShape, row: RecipePlan, precision: str) -> Iterator[str]:
+    """Graphs of which the recipe rounds at least one weight."""
+    for name, shape in model.graphs.items():
+        own = row.recipe.graph_precision(name, precision)
+        if any(row.recipe.scheme(name, matrix, own).bits for matrix in shape.matrices):
+            yield name
 
 
 def _reasons(row: RecipePlan, asked: Asked, machine: Machine, context: int, lowered: str) -> Iterator[str]:

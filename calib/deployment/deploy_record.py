@@ -53,6 +53,8 @@ class DeployPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """of the export"""
     token2wav: str
     quantized: bool
+    calibrated: tuple[str, ...]
+    """graphs of which the recipe rounds weights"""
     context: int
     ops: str
     kv: str

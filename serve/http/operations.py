@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from omniport.runtime import OmniSession
+from omniport.runtime.system.power import power_mode
 from omniport.runtime.system.thermal import temperatures, throttled
 from starlette.requests import Request
 from starlette.responses import Response
@@ -70,7 +71,7 @@ async def capacity(request: Request, service: Service) -> Response:
             "realtime": {"sessions": service.realtime.most, **_sessions(service)},
             "predicted_first_audio_s": first,
             "predicted_rtf": measured.rate,
-            "power_mode": None,
+            "power_mode": power_mode(),
         }
     )
 

@@ -126,6 +126,45 @@ def test_interrupted_and_whole_runs_give_the_same_bytes(
     assert (tmp_path / "again.calib").read_bytes() == calibrated.read_bytes()
 
 
+def test_parts_behind_the_last_one_wanted_are_not_run(
+    calibrated: Path, tiny_outlier_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    report = calibrate(
+        tiny_outlier_checkpoint,
+        data,
+        tmp_path / "part.calib",
+        graphs=["talker"],
+        progress=lambda stage, *_: seen.append(stage),
+        **SPEECH,
+    )
+    assert not report.missing
+    assert {"thinker", "talker"} <= set(seen)
+    assert not {"dit", "bigvgan"} & set(seen)
+    found, whole = Calibration.load(tmp_path / "part.calib"), Calibration.load(calibrated)
+    assert list(found.graphs) == ["talker"]
+    assert found.header.graphs["talker"] == whole.header.graphs["talker"]
+    for one, other in zip(found.graphs["talker"], whole.graphs["talker"], strict=True):
+        for name in ARRAYS:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_the_thinker_alone_needs_no_reply(tiny_outlier_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "calib.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
+    report = calibrate(tiny_outlier_checkpoint, path, tmp_path / "x.calib", graphs=["thinker"])
+    assert list(report.calibration.graphs) == ["thinker"]
+
+
+@pytest.mark.parametrize(("graphs", "message"), [(["dit", "brain"], "no graph brain: .*bigvgan"), ([], "is named")])
+def test_a_graph_that_is_not_there_is_refused(
+    tiny_outlier_checkpoint: Path, data: Path, tmp_path: Path, graphs: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        calibrate(tiny_outlier_checkpoint, data, tmp_path / "x.calib", graphs=graphs)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_drawn_for_a_sample_depends_on_it_alone(data: Path, bundle: Bundle, tmp_path: Path) -> None:
     """With observers that know no order (tests/calib/calibration/test_calibration_parts.py), ranges do not depend on
     that of the samples."""

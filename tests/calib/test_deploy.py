@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,20 @@ def test_every_jetpack_takes_quantized_graphs(jetpack: str, ops: str) -> None:
     assert plan.expected.peak_disk_bytes < plan.expected.result_bytes + 0.6 * whole
 
 
+@pytest.mark.parametrize(
+    ("recipe", "calibrated"),
+    [
+        ("fp16", ()),
+        ("int4", ("thinker", "talker")),
+        ("w8", ("audio_encoder", "vision_encoder", "thinker", "talker", "dit")),
+        ("int8", ("audio_encoder", "vision_encoder", "thinker", "talker", "dit", "bigvgan")),
+    ],
+)
+def test_only_what_a_recipe_rounds_is_calibrated(recipe: str, calibrated: tuple[str, ...]) -> None:
+    plan = plan_deployment(find_model("3b"), Asked(AGX, recipe=recipe))
+    assert sorted(plan.calibrated) == sorted(calibrated)
+
+
 def test_what_does_not_fit_says_why_and_what_would_help() -> None:
     with pytest.raises(UsageError, match=r"smallest is edge-8gb.*larger board"):
         plan_deployment(find_model("7b"), Asked(NANO))
@@ -172,7 +186,8 @@ def calibrated(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Calibratio
     """A calibration that stands in for minutes of work."""
     made = calibrate_bundle(tiny_bundle, ["text"], tokens=4, codes=12)
 
-    def calibrate(_: object, __: object, out: Path, **___: object) -> None:
+    def calibrate(_: object, __: object, out: Path, graphs: Sequence[str], **___: object) -> None:
+        assert "bigvgan" not in graphs, "w8 rounds nothing of it"
         out.write_bytes(made.encode())
 
     monkeypatch.setattr("omniport.calib.calibrator.calibrate", calibrate)
