@@ -76,7 +76,6 @@ wren: $(INSTALLED)
 	$(PYTHON) -m wren.dit --work $(WREN)
 	$(PYTHON) -m wren.vision --work $(WREN)
 	$(PYTHON) -m wren.thinker --work $(WREN)
-	$(PYTHON) -m wren.motion --work $(WREN)
 	$(PYTHON) -m wren.talker --work $(WREN)
 	$(PYTHON) -m wren.assemble --work $(WREN)
 	rm -rf $(WREN)/bundle

@@ -31,11 +31,11 @@ from wren.prompts import NO_NAME, Floats, Laid, Prompts, Turn
 from wren.training import Plan, bf16, train
 from wren.world import Draw, Kind, Question, Split
 
-STEPS = 6500
+STEPS = 5000
 # Conversations of a step by kind, and turns of each: many, so that most of a row is not the system prompt.
-ROWS: dict[str, int] = {"typed": 4, "spoken": 6, "picture": 8, "clip": 1}
+ROWS: dict[str, int] = {"typed": 4, "spoken": 6, "picture": 9, "clip": 2}
 TURNS: dict[str, int] = {"typed": 8, "spoken": 3, "picture": 5, "clip": 4}
-SHARES: dict[str, float] = {"typed": 1, "spoken": 1, "picture": 1, "clip": 0.5}  # of the loss; a clip alone is noisy
+SHARES: dict[str, float] = {"typed": 1.0, "spoken": 1.0, "picture": 1.5, "clip": 0.7}  # of the loss; two clips are noisy
 SPELLING = 0.3  # share of what is heard beside the answers
 NAMING = 0.5  # share of what is seen
 FASTER = 0.08  # sounds of training are played faster or slower by so much at most, and with it higher or lower

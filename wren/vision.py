@@ -3,7 +3,8 @@
     python -m wren.vision [--work DIR] [--steps N]
 
 So small a transformer needs some hundred thousand pictures to tell shapes apart, whatever their colours. The encoder
-alone takes them thirty times as fast as the whole thinker, which then starts from what it has learned here.
+alone takes them thirty times as fast as the whole thinker, which then starts from what it has learned here. To see
+where a shape moves it has to compare two frames; clips, which are as large as eighteen pictures, come last.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from wren.prompts import NO_NAME, Laid, Prompts, Turn
 from wren.training import Plan, bf16, train
 from wren.world import Draw
 
-PLAN = Plan(steps=2000, peak=2e-3, decay=0.02, average=0.99)
-PICTURES, CLIPS = 48, 1  # of a step
-TEST_EVERY = 500
+PLAN = Plan(steps=2500, peak=2e-3, decay=0.02, average=0.99)
+FIRST = 0.6  # share of the steps in which shapes are learned, then directions
+PICTURES, CLIPS = (48, 16), (1, 4)  # of a step, first and then
+TEST_EVERY = 250
 
 
 def drawn(prompts: Prompts, draw: Draw, pictures: int, clips: int) -> list[Laid]:
@@ -80,7 +82,8 @@ def main() -> None:
 
     def loss_of(step: int) -> tuple[Tensor, float]:
         tell = f"step {step}" if step % TEST_EVERY == 0 else ""
-        loss = encoder.loss(np.random.default_rng((4, step)), PICTURES, CLIPS, tell)
+        then = step >= FIRST * args.steps
+        loss = encoder.loss(np.random.default_rng((4, step)), PICTURES[then], CLIPS[then], tell)
         return loss, loss.item()
 
     plan = Plan(args.steps, PLAN.peak, decay=PLAN.decay, average=PLAN.average)
