@@ -26,6 +26,7 @@ from omniport.export.evaluation.hearing import Ear, Score, words
 from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
 
 from wren import corpus, media, sizes, world
+from wren.grammar import reply_grammar
 from wren.hear_speech import SEEN, VoiceClassifier, chances, true_sound
 from wren.mel import mel_of
 from wren.prompts import Turn
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--compared", type=int, default=20, help="questions of each kind for transformers")
     args = parser.parse_args()
     conversations = Conversations(args.work, "held_out", whole_clips=True)
-    ear = Ear(world.grammar())
+    ear = Ear(reply_grammar())
     seen = {v: [r.mel for r in corpus.replies(args.work, v, "train", SEEN)] for v in sizes.REPLY_VOICES}
     voice_of = None if args.silent else VoiceClassifier(seen)
     if voice_of:

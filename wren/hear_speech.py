@@ -22,7 +22,8 @@ from omniport.export.evaluation.hearing import Ear
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wren import codes, corpus, dit, sizes, snake, vocoder, world
+from wren import codes, corpus, dit, sizes, snake, vocoder
+from wren.grammar import reply_grammar
 from wren.mel import mel_of
 
 Sound = NDArray[np.float32]
@@ -125,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     snake.install()
-    ear, speech = Ear(world.grammar()), Speech(args.work, args.bf16)
+    ear, speech = Ear(reply_grammar()), Speech(args.work, args.bf16)
     seen = {v: [r.mel for r in corpus.replies(args.work, v, "train", SEEN)] for v in sizes.REPLY_VOICES}
     voice_of = VoiceClassifier(seen)
     results: dict[str, dict[str, float]] = {}

@@ -20,6 +20,7 @@ import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
 from wren import media, sizes, speech_data, world
+from wren.grammar import reply_grammar
 from wren.prompts import Turn
 from wren.thinker import Conversations
 from wren.world import Kind, Picture
@@ -88,7 +89,7 @@ def main() -> None:
     Image.fromarray(pixels).save(args.out / "demo.png", optimize=True)
     spoken = next(u for u in conversations.utterances[DEMO_ASKED] if u.voice == "slt")
     soundfile.write(args.out / "demo.flac", speech_data.sound_of(args.work, spoken), sizes.QUESTION_RATE)
-    (args.out / "questions.gram").write_text(world.grammar())
+    (args.out / "questions.gram").write_text(reply_grammar())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import soundfile  # type: ignore[import-untyped]
 import soxr  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from wren import sizes, world
+from wren import sentences, sizes
 
 Sound = NDArray[np.float32]
 
@@ -134,20 +134,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=sizes.WORK)
     args = parser.parse_args()
     if args.what == "replies":
-        train, held_out = (world.reply_sentences(split) for split in ("train", "held_out"))
+        train, held_out = (sentences.reply_sentences(split) for split in ("train", "held_out"))
         voices, speeds, rate = sizes.REPLY_VOICES, sizes.REPLY_SPEEDS, sizes.RATE
     else:
-        train, held_out = (world.question_sentences(split) for split in ("train", "held_out"))
-        train = [*world.clip_words(), *train]
+        train, held_out = (sentences.question_sentences(split) for split in ("train", "held_out"))
+        train = [*sentences.clip_words(), *train]
         voices = {voice: voice for voice in sizes.QUESTION_VOICES}
         speeds, rate = sizes.QUESTION_SPEEDS, sizes.QUESTION_RATE
     # what the speech parts are trained with and heard by comes first, so that they need not wait for the rest
     first = sizes.SPEECH_REPLIES
-    sentences = [(t, "train") for t in train[:first]] + [(t, "held_out") for t in held_out]
-    sentences += [(t, "train") for t in train[first:]]
-    for at in range(0, len(sentences), CHUNK):
+    ordered = [(t, "train") for t in train[:first]] + [(t, "held_out") for t in held_out]
+    ordered += [(t, "train") for t in train[first:]]
+    for at in range(0, len(ordered), CHUNK):
         for voice, flite_voice in voices.items():
-            some = [(text, split, speed_of(text, voice, speeds)) for text, split in sentences[at : at + CHUNK]]
+            some = [(text, split, speed_of(text, voice, speeds)) for text, split in ordered[at : at + CHUNK]]
             speak_all(args.work, voice, flite_voice, some, rate)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, Qwen2_5OmniTalkerForConditionalGeneration
 
-from wren import codes, frame, sizes, thinker, world
+from wren import codes, frame, sentences, sizes, thinker, world
 from wren.prompts import Laid
 from wren.training import Plan, bf16, train
 from wren.world import Draw, Question, Split
@@ -230,7 +230,7 @@ class Sentences:
         self.prompts = self.conversations.prompts
         self.neighbours = codes.neighbours(load_file(work / "codes" / "codebook.safetensors"))
         spoken = {voice: codes.load(work, voice, split) for voice in sizes.REPLY_VOICES}
-        questions = list(world.spoken_replies(split))
+        questions = list(sentences.spoken_replies(split))
         if split == "train":  # each answer once, and as many again as often as they are given
             questions += often(len(questions), {question.answer for question in questions})
         found = [

@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from wren import frame, media, sizes, speech_data, world
+from wren import frame, media, sentences, sizes, speech_data, world
 from wren.prompts import NO_NAME, Floats, Laid, Prompts, Turn
 from wren.training import Plan, bf16, train
 from wren.world import Draw, Kind, Question, Split
@@ -35,7 +35,8 @@ STEPS = 5000
 # Conversations of a step by kind, and turns of each: many, so that most of a row is not the system prompt.
 ROWS: dict[str, int] = {"typed": 4, "spoken": 6, "picture": 9, "clip": 2}
 TURNS: dict[str, int] = {"typed": 8, "spoken": 3, "picture": 5, "clip": 4}
-SHARES: dict[str, float] = {"typed": 1.0, "spoken": 1.0, "picture": 1.5, "clip": 0.7}  # of the loss; two clips are noisy
+# Of the loss; two clips are noisy.
+SHARES: dict[str, float] = {"typed": 1.0, "spoken": 1.0, "picture": 1.5, "clip": 0.7}
 SPELLING = 0.3  # share of what is heard beside the answers
 NAMING = 0.5  # share of what is seen
 FASTER = 0.08  # sounds of training are played faster or slower by so much at most, and with it higher or lower
@@ -79,7 +80,7 @@ class Conversations:
         for voice in sizes.QUESTION_VOICES:
             for utterance in speech_data.spoken(work, voice):
                 self.utterances[utterance.text].append(utterance)
-        spoken = [q for q in world.spoken_questions(split) if q.asked in self.utterances]
+        spoken = [q for q in sentences.spoken_questions(split) if q.asked in self.utterances]
         self.spoken = [q for q in spoken if q.picture is None]
 
     def sound(self, text: str, draw: Draw) -> Floats:

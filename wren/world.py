@@ -8,10 +8,9 @@ is snow?") are asked in both; there the phrasing is what is new.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,9 +38,9 @@ WORDS = (
     *("little", "robot", "pencil", "silver", "bird", "flower", "mountain"),
     *("kitchen", "letter", "basket", "doctor", "forest", "lemon"),
 )
-# Words of lists to repeat. Between others, nothing but its sound tells a word; those that 1,024 codes left unclear there
-# (5% of the words of such lists were heard wrong from flite's own codes, most of it "two", "four" and four that are gone)
-# are not among them.
+# Words of lists to repeat. Between others, nothing but its sound tells a word. Those that 1,024 codes left unclear
+# there are not among them: 5% of the words of such lists were heard wrong from flite's own codes, most of it "two",
+# "four", and four that are no words of this world any more.
 REPEATED = WORDS + tuple(c for c in COLOURS if c not in ("purple", "white")) + ("one", "three", *NUMBERS[5:11])
 OPPOSITES = (
     ("hot", "cold"), ("big", "small"), ("day", "night"), ("up", "down"), ("open", "closed"), ("fast", "slow"),
@@ -371,94 +370,3 @@ def _second_turn(draw: Draw, split: Split) -> Question:
             continue
         word = answer.split()[0].lower()
         return Question("second_turn", "And then?", sentence(f"{word} {found} comes {row[at % len(row)]}"), first=first)
-
-
-# --- what is said ------------------------------------------------------------------------------------------------
-
-TRAINED_REPLIES, TRAINED_QUESTIONS, HELD_OUT = 12000, 5000, 1000
-
-
-@functools.cache
-def spoken_replies(split: Split) -> tuple[Question, ...]:
-    """Questions whose answers are spoken: 12,000 for training; 1,000 whose answers are none of these."""
-    if split == "train":
-        return _drawn(split, TRAINED_REPLIES, KINDS, lambda q: q.answer)
-    return _drawn(split, HELD_OUT, KINDS, lambda q: q.answer, {q.answer for q in spoken_replies("train")})
-
-
-def reply_sentences(split: Split) -> list[str]:
-    """The answers that are spoken."""
-    return [q.answer for q in spoken_replies(split)]
-
-
-@functools.cache
-def spoken_questions(split: Split) -> tuple[Question, ...]:
-    """Questions that are heard: 5,000 for training; 1,000 of held-out combinations that are none of these."""
-    kinds: tuple[Kind, ...] = ("spoken", "spoken", "picture_spoken")
-    if split == "train":
-        return _drawn(split, TRAINED_QUESTIONS, kinds, lambda q: q.asked)
-    return _drawn(split, HELD_OUT, kinds, lambda q: q.asked, {q.asked for q in spoken_questions("train")})
-
-
-def question_sentences(split: Split) -> list[str]:
-    """The questions that are heard."""
-    return [q.asked for q in spoken_questions(split)]
-
-
-def clip_words() -> tuple[str, ...]:
-    """Words that are said in clips."""
-    return WORDS
-
-
-def _drawn(
-    split: Split, count: int, kinds: tuple[Kind, ...], text: Callable[[Question], str], known: Container[str] = ()
-) -> tuple[Question, ...]:
-    """Questions whose texts are all different, and none of the known."""
-    draw, found, tried = np.random.default_rng(5 if split == "train" else 6), dict[str, Question](), 0
-    while len(found) < count and tried < 40 * count:
-        tried += 1
-        question = draw_question(kinds[tried % len(kinds)], draw, split)
-        if text(question) not in known:
-            found[text(question)] = question
-    return tuple(found.values())
-
-
-def words(text: str) -> list[str]:
-    """The words of a sentence, as they are heard."""
-    return [word for word in (raw.strip(".,!?:").lower() for raw in text.split()) if word]
-
-
-def grammar() -> str:
-    """Every reply of the world as a JSGF grammar."""
-
-    def any_of(items: tuple[str, ...] | list[str]) -> str:
-        return " | ".join(dict.fromkeys(" ".join(words(item)) for item in items))
-
-    counts = [list(NUMBERS[i:j]) for i in range(1, 13) for j in range(i + 2, min(i + 8, 14))]
-    counted = any_of([" ".join(c) for c in counts] + [" ".join(c[::-1]) for c in counts])
-    fixed = [answer for _, answer in FACTS] + [UNKNOWN, "Yes, there is.", "No, there is not."]
-    pairs = [f"the opposite of {x} is {y}" for p in OPPOSITES for x, y in (p, p[::-1])]
-    rules = {
-        "c": any_of(COLOURS),
-        "s": any_of(SHAPES),
-        "n": any_of(NUMBERS),
-        "w": any_of(REPEATED),
-        "d": any_of([f"after {r[i - 1]} comes {r[i]}" for r in (DAYS, MONTHS) for i in range(len(r))])
-        + " | "
-        + any_of([f"before {r[i]} comes {r[i - 1]}" for r in (DAYS, MONTHS) for i in range(len(r))]),
-        "t": " | ".join(f"{a(colour)} <s>" for colour in COLOURS),
-        "seen": f"the <c> <s> ( {any_of(MOVES)} ) | the <s> turns from <c> to <c>",
-        "heard": f"i hear the word ( {any_of(WORDS)} )",
-        "k": any_of([f"{s}s" for s in (*SHAPES, "shape")]),
-    }
-    replies = [
-        "<t> | <t> and <t> | <t> <t> and <t>",
-        "there is one ( shape | <s> ) | there are ( no | two | three ) <k> | the <s> is <c>",
-        "the <c> <s> is ( above | below | to the left of | to the right of ) the <c> <s>",
-        "<seen> | <heard> | <seen> <heard>",
-        "<n> ( plus | minus ) <n> is <n> | ( after | before ) <n> comes <n> | <d>",
-        f"{counted} | <w> [ <w> ] [ <w> ] [ <w> ]",
-        f"{any_of(pairs)} | {any_of(fixed)}",
-    ]
-    body = "".join(f"<{name}> = {rule};\n" for name, rule in rules.items())
-    return f"#JSGF V1.0;\ngrammar world;\n{body}public <reply> = {' | '.join(replies)};\n"

@@ -67,7 +67,7 @@ class Stages:
         self._plans: dict[str, tuple[SitePlan, ...]] = {}
 
     def run(self) -> None:
-        """Run all that is left. Each part is fed by those before it, so what lies behind the last one wanted is not run.
+        """Run all that is left, up to the last part that is wanted: each is fed by those before it.
 
         Raises:
             CheckFailed: a value that is not finite; names the layer.

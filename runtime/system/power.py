@@ -19,7 +19,7 @@ def power_mode(root: Path = Path("/")) -> str | None:
     set_mode = _MODE.search(_read(root / _JETSON_MODE))
     if set_mode:
         number = int(set_mode[1])
-        names = {int(found): name for found, name in _NAME.findall(_read(root / _JETSON_MODES))}
+        names: dict[int, str] = {int(found): name for found, name in _NAME.findall(_read(root / _JETSON_MODES))}
         return names.get(number, str(number))
     return _read(root / _PROFILE).strip() or None
 

@@ -15,11 +15,11 @@ from ..http.api_errors import invalid
 from ..http.routing import json_response
 from ..service import Service
 from ..signed_keys import sign
-from .client_events import convert
-from .dialect import as_ga
 from .item_list import new_id
 from .session_settings import Asked, TurnDetection, initial
 from .voice_activity import can_detect
+from .wire.client_events import convert
+from .wire.dialect import as_ga
 
 #: characters of a key, which travels in a header
 _LONGEST = 8192

@@ -16,11 +16,11 @@ from ..http.api_errors import ApiError, busy, from_runtime, not_ready
 from ..replicas.session_store import SessionState
 from ..service import Service
 from ..signed_keys import session_of
-from .client_events import AudioAppend, Known, NotUnderstood, read_event
 from .held_session import HeldSession
-from .inbox import TooFast
-from .outbox import Unread
 from .taking_up import take_up
+from .wire.client_events import AudioAppend, Known, NotUnderstood, read_event
+from .wire.inbox import TooFast
+from .wire.outbox import Unread
 
 _LOG = logging.getLogger(__name__)
 #: the one that the server speaks; a key may come as another, and must not come back

@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from .wire_sound import WireFormat
+from .wire.wire_sound import WireFormat
 
 
 class Written(Struct, tag=True):

@@ -12,10 +12,10 @@ from ..replicas.saved_session import decode_head, decode_item
 from ..replicas.session_keeper import SessionKeeper, key_of
 from ..replicas.session_store import SessionState
 from ..service import Service
-from .client_events import Known, NotUnderstood
-from .inbox import Inbox
 from .live_session import LIFETIME, RealtimeSession
-from .outbox import Outbox
+from .wire.client_events import Known, NotUnderstood
+from .wire.inbox import Inbox
+from .wire.outbox import Outbox
 
 
 class HeldSession:

@@ -9,11 +9,11 @@ from contextlib import suppress
 from omniport.runtime import OmniSession
 from omniport.runtime.errors import UsageError
 
-from .inbox import Work
 from .item_list import Item
-from .outbox import Outbox
-from .reply_maker import Compute
-from .response import Response
+from .responses.reply_maker import Compute
+from .responses.response import Response
+from .wire.inbox import Work
+from .wire.outbox import Outbox
 
 #: seconds after an interruption in which clients tell how much was heard; a reply whose sound was played but for
 #: so many was heard to its end

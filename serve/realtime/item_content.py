@@ -12,7 +12,7 @@ from ..http.content_parts import read_parts, text_of
 from ..http.media_reader import MediaReader
 from ..service import Service
 from .item_list import ItemList
-from .wire_sound import WireFormat
+from .wire.wire_sound import WireFormat
 
 #: characters of a URL that is read back with its item; a picture is not
 _URL = 1024

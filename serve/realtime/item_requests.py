@@ -5,13 +5,13 @@ from __future__ import annotations
 from omniport.runtime import OmniSession
 
 from ..service import Service
-from . import client_events as sent
 from .given_content import Written
 from .item_content import fields_of, read_item
 from .item_list import Item, ItemList, new_id
-from .outbox import Outbox
-from .reply_maker import Compute
-from .wire_sound import WireFormat
+from .responses.reply_maker import Compute
+from .wire import client_events as sent
+from .wire.outbox import Outbox
+from .wire.wire_sound import WireFormat
 
 
 class ItemRequests:

@@ -21,23 +21,23 @@ from ..http.api_errors import ApiError, from_runtime
 from ..replicas.replayed_items import replay
 from ..replicas.saved_session import Head
 from ..service import Service
-from . import client_events as sent
-from .dialect import as_ga, is_beta
 from .given_content import Spoken
-from .inbox import Work
 from .input_buffer import InputBuffer
 from .interruption import Interruption
 from .item_content import read_input
 from .item_list import Item, ItemList, new_id
 from .item_requests import ItemRequests
-from .outbox import Outbox
-from .reply_maker import ReplyMaker
-from .response import Question, Reason, Response
+from .responses.reply_maker import ReplyMaker
+from .responses.response import Question, Reason, Response
 from .session_settings import Asked, TurnDetection, cannot_update_voice, initial
 from .spoken_input import SpokenInput
 from .transcripts import Sound, Transcripts
 from .voice_activity import can_detect
-from .wire_sound import WireFormat
+from .wire import client_events as sent
+from .wire.dialect import as_ga, is_beta
+from .wire.inbox import Work
+from .wire.outbox import Outbox
+from .wire.wire_sound import WireFormat
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")

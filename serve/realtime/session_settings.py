@@ -11,8 +11,8 @@ from msgspec import Meta, Struct
 
 from ..http.api_errors import ApiError, invalid, unsupported
 from ..service import Service
-from .client_events import convert
-from .wire_sound import WireFormat
+from .wire.client_events import convert
+from .wire.wire_sound import WireFormat
 
 Modality = Literal["text", "audio"]
 #: silence that ends a turn, ms, for each eagerness: there is no model that hears whether a sentence is complete

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from ..http.api_errors import ApiError
 from ..service import Service
-from . import client_events as sent
 from .input_buffer import InputBuffer
 from .item_content import read_picture
 from .item_list import new_id
-from .outbox import Outbox
-from .reply_maker import Compute
+from .responses.reply_maker import Compute
 from .session_settings import SessionSettings, TurnDetection
 from .voice_activity import LONGEST_TURN, VoiceActivity
-from .wire_sound import WireFormat
+from .wire import client_events as sent
+from .wire.outbox import Outbox
+from .wire.wire_sound import WireFormat
 
 Floats = NDArray[np.float32]
 #: seconds of sound that a client must have sent before it commits

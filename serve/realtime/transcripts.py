@@ -17,7 +17,7 @@ from ..http.usage import token_usage
 from ..reply_events import ReplyEvents
 from ..service import Service
 from .item_list import Item
-from .outbox import Outbox
+from .wire.outbox import Outbox
 
 _LOG = logging.getLogger(__name__)
 Sound = tuple[NDArray[np.float32], int]

@@ -12,8 +12,8 @@ from ..realtime.given_content import Spoken, Written
 from ..realtime.input_buffer import InputBuffer
 from ..realtime.item_content import read_item, read_picture
 from ..realtime.item_list import Item
-from ..realtime.reply_maker import Compute
-from ..realtime.wire_sound import WireFormat
+from ..realtime.responses.reply_maker import Compute
+from ..realtime.wire.wire_sound import WireFormat
 from ..service import Service
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from ..realtime.dialect import Dialect
 from ..realtime.given_content import Given
 from ..realtime.item_list import Item
 from ..realtime.session_settings import SessionSettings
+from ..realtime.wire.dialect import Dialect
 
 
 class Head(Struct, kw_only=True):

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from wren import sizes, talker, world  # noqa: E402
+from wren import sentences, sizes, talker  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> talker.Speaker:
 
 
 def test_answers_are_said_as_often_as_they_are_given() -> None:
-    answers = {question.answer for question in world.spoken_replies("train")}
+    answers = {question.answer for question in sentences.spoken_replies("train")}
     found = talker.often(3000, answers)
     counts = Counter(question.answer for question in found)
     assert counts.keys() <= answers

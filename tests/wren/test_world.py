@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("PIL")
 pytest.importorskip("av")
 
-from wren import media, world
+from wren import media, sentences, world
 from wren.world import NUMBERS, Clip, Picture, Question
 
 COUNT = 400
@@ -56,11 +56,11 @@ def test_held_out_questions_are_not_in_training(kind: world.Kind) -> None:
 
 
 def test_replies_for_the_talker_are_many_and_split() -> None:
-    train, held_out = set(world.reply_sentences("train")), set(world.reply_sentences("held_out"))
+    train, held_out = set(sentences.reply_sentences("train")), set(sentences.reply_sentences("held_out"))
     assert len(train) >= 10000
     assert len(held_out) >= 500
     assert not train & held_out
-    assert [q.answer for q in world.spoken_replies("held_out")] == world.reply_sentences("held_out")
+    assert [q.answer for q in sentences.spoken_replies("held_out")] == sentences.reply_sentences("held_out")
 
 
 def centre(pixels: media.Pixels, colour: str) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from omniport.serve.realtime.heard_sound import Playback
+from omniport.serve.realtime.responses.heard_sound import Playback
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_what_the_model_has_forgotten_is_not_told_either(
 
 
 def test_who_sends_faster_than_it_is_taken_is_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omniport.serve.realtime.inbox._PATIENCE", 0.3)
+    monkeypatch.setattr("omniport.serve.realtime.wire.inbox._PATIENCE", 0.3)
     with held(served.live.backend.graphs, "audio_encoder", at=1) as gate:
         with connected(served, **BY_HAND) as connection:
             for _ in range(8):
@@ -190,7 +190,7 @@ def test_speech_that_may_not_interrupt_is_answered_afterwards(served: Served) ->
 
 def test_sound_that_waits_is_counted_as_it_was_sent(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """The format changes while sound waits behind the change: nothing of it stays counted."""
-    monkeypatch.setattr("omniport.serve.realtime.inbox._PATIENCE", 0.3)
+    monkeypatch.setattr("omniport.serve.realtime.wire.inbox._PATIENCE", 0.3)
     telephone = {"audio": {"input": {"format": {"type": "audio/pcmu"}, "turn_detection": None}}}
     studio = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": RATE}}}}
     with (

@@ -7,7 +7,7 @@ import base64
 import numpy as np
 import pytest
 from omniport.serve.http.api_errors import ApiError
-from omniport.serve.realtime.wire_sound import OutgoingSound, WireFormat
+from omniport.serve.realtime.wire.wire_sound import OutgoingSound, WireFormat
 
 
 def decoded(kind: str, codes: list[int]) -> list[int]:

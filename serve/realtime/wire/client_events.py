@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from ..http.answering import check_values
-from ..http.api_errors import ApiError, invalid
+from ...http.answering import check_values
+from ...http.api_errors import ApiError, invalid
 
 T = TypeVar("T")
 

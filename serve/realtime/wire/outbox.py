@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ..http.api_errors import ApiError
+from ...http.api_errors import ApiError
 from .dialect import Dialect, translated
 
 #: seconds of sound, and events, that wait to be sent at most

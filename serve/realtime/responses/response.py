@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime import AudioChunk, Done, TextDelta, ToolCall, Turn
 
-from ..http.api_errors import told_late
+from ...http.api_errors import told_late
+from ..item_list import Item, ItemList, new_id
+from ..session_settings import SessionSettings
+from ..wire.outbox import Outbox
+from ..wire.wire_sound import OutgoingSound
 from .heard_sound import Playback
-from .item_list import Item, ItemList, new_id
-from .outbox import Outbox
 from .response_usage import response_usage
-from .session_settings import SessionSettings
-from .wire_sound import OutgoingSound
 
 _TEXTS = {"audio": "output_audio_transcript", "text": "output_text"}
 Reason = Literal["turn_detected", "client_cancelled"]

@@ -13,7 +13,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 from omniport.runtime.media.audio import ResampleStream
 
-from ..http.api_errors import invalid
+from ...http.api_errors import invalid
 
 Floats = NDArray[np.float32]
 _RATES = (8000, 16000, 24000, 48000)

@@ -8,11 +8,11 @@ from typing import Any, Protocol, TypeVar
 
 from omniport.runtime import AudioChunk, Done, Event, OmniSession, TextDelta, TurnsDropped
 
-from ..http.answering import place
-from ..reply_events import ReplyEvents
-from ..service import Service
-from .item_list import ItemList
-from .outbox import Outbox
+from ...http.answering import place
+from ...reply_events import ReplyEvents
+from ...service import Service
+from ..item_list import ItemList
+from ..wire.outbox import Outbox
 from .response import Reason, Response
 
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""Responses: how they are made, and told."""

@@ -1,0 +1,1 @@
+"""What travels between a client and its session."""
