@@ -12,13 +12,17 @@ from pathlib import Path
 
 import torch
 from omniport.export.synthetic.geometries import TTS_FROM_END
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wren import frame, sizes, talker, world
 
 OUT = Path("wren/checkpoint")
 CARD = Path(__file__).parent / "model_card.md"
+#: parts of token2wav -> their names in transformers' model
+TOKEN2WAV = {"dit": "code2wav_dit_model", "bigvgan": "code2wav_bigvgan_model"}
+#: what the codes are, for a talker that is taught anew (`wren.restore`); in FP16
+CODEBOOK = "codebook.safetensors"
 
 
 def text_to_speech_id(name: str) -> int:
@@ -76,14 +80,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=sizes.WORK)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    names = {"dit": "code2wav_dit_model", "bigvgan": "code2wav_bigvgan_model"}
     token2wav = {
         f"{name}.{key}": value
-        for part, name in names.items()
+        for part, name in TOKEN2WAV.items()
         for key, value in load_file(args.work / f"{part}.safetensors").items()
     }
     voices = torch.load(args.work / "spk_dict.pt")
     write(args.out, load_file(args.work / "thinker.safetensors"), talker.load(args.work), token2wav, voices)
+    codebook = load_file(args.work / "codes" / "codebook.safetensors")
+    save_file({name: value.half() for name, value in codebook.items()}, args.out / CODEBOOK)
     (args.out / "README.md").write_text(model_card(args.work))
     size = sum(file.stat().st_size for file in args.out.iterdir()) / 1e6
     print(f"{args.out}: {size:.1f} MB", flush=True)

@@ -12,7 +12,7 @@ from support.oracle import SYSTEM, Inputs, Reference, Reply, relative_rms
 
 torch = pytest.importorskip("torch")
 
-from wren import assemble, frame, media, sizes, talker, thinker  # noqa: E402
+from wren import assemble, frame, media, restore, sizes, talker, thinker  # noqa: E402
 from wren.prompts import Laid, Prompts, Turn  # noqa: E402
 from wren.world import Clip, Picture  # noqa: E402
 
@@ -24,6 +24,7 @@ TOLERANCE = 2e-5
 class Model:
     """The same random weights as a checkpoint that transformers loads, and as the parts in training."""
 
+    checkpoint: Path
     reference: Reference
     prompts: Prompts
     thinker: Any
@@ -41,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     untrained = {k.removeprefix("token2wav."): v for k, v in whole(work).items() if k.startswith("token2wav.")}
     voices = {name: {"cond": torch.randn(1, 192), "ref_mel": torch.randn(1, 30, 80)} for name in sizes.REPLY_VOICES}
     assemble.write(checkpoint, think.state_dict(), speaker, untrained, voices)
-    return Model(Reference(checkpoint), Prompts(work), think.eval(), speaker)
+    return Model(checkpoint, Reference(checkpoint), Prompts(work), think.eval(), speaker)
 
 
 def whole(work: Path) -> dict[str, Any]:
@@ -204,3 +205,19 @@ def test_the_talker_is_fed_in_training_as_in_use(
     never = np.delete(want, [*range(codes.start, codes.stop), sizes.CODEC_END], axis=1)
     assert relative_rms(logits[:, -1], np.log(np.exp(never).sum(1))) < TOLERANCE
     assert np.array_equal(want[:, codes].argmax(1), logits[:, :-2].argmax(1))
+
+
+def test_parts_come_back_from_a_checkpoint(model: Model, tmp_path: Path) -> None:
+    weights = restore.stored(model.checkpoint, tmp_path)
+    assert weights.keys() == whole(tmp_path).keys()
+    found, table = restore.part(weights, "thinker."), "model.language_model.embed_tokens.weight"
+    for name, value in model.thinker.state_dict().items():
+        kept = slice(sizes.REGULAR_TOKENS) if name == table else slice(None)  # the talker's rows lie behind
+        assert torch.equal(found[name][kept], value[kept]), name
+    assert restore.part(weights, "token2wav.code2wav_dit_model.").keys() == dict(dit_state()).keys()
+
+
+def dit_state() -> Any:
+    from wren import dit
+
+    return dit.build(torch.zeros(sizes.MELS)).state_dict()
