@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +26,11 @@ def one_of(words: Iterable[str], **options: Any) -> Any:
     return typer.Option(parser=parse, metavar="|".join(known), **options)
 
 
-def number(metavar: str, least: float = -math.inf, **options: Any) -> Any:
+#: nobody means a number beyond it, and there seconds overflow in clocks and counts of samples
+_MOST = 1e9
+
+
+def number(metavar: str, least: float = -_MOST, most: float = _MOST, **options: Any) -> Any:
     """An option that takes a number; infinity and NaN, which Python reads as numbers, are none."""
 
     def parse(text: str | float) -> float:
@@ -35,9 +38,8 @@ def number(metavar: str, least: float = -math.inf, **options: Any) -> Any:
             value = float(text)
         except ValueError:
             raise typer.BadParameter(f"{text!r} is not a number.") from None
-        if not math.isfinite(value) or value < least:
-            above = f" of at least {least:g}" if least > -math.inf else ""
-            raise typer.BadParameter(f"{text} is not in the range of finite numbers{above}.")
+        if not least <= value <= most:  # NaN is neither
+            raise typer.BadParameter(f"{text} is not in the range {least:g} to {most:g}.")
         return value
 
     return typer.Option(parser=parse, metavar=metavar, **options)

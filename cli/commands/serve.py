@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..common import JsonFlag, QuietFlag, print_json, print_line, require_extra
-from ..options import BackendOption, BundleArgument, one_of
+from ..options import BackendOption, BundleArgument, number, one_of
 
 if TYPE_CHECKING:
     from omniport.serve.settings import Settings
@@ -101,16 +101,12 @@ def command(
     queue: Annotated[int, typer.Option(min=0, help="Replies that wait for their turn; more are refused.")] = 4,
     resume_s: Annotated[
         float,
-        typer.Option(
-            min=0, max=3600, metavar="SECONDS", help="A Realtime session whose client was lost is kept so long; 0: not."
-        ),
+        number("SECONDS", 0.0, 3600.0, help="A Realtime session whose client was lost is kept so long; 0: not."),
     ] = 30.0,
     max_context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a conversation with its reply; without it the bundle's own.")
     ] = None,
-    run_limit: Annotated[
-        float | None, typer.Option(min=0.001, metavar="SECONDS", help="For one run of a graph at most.")
-    ] = None,
+    run_limit: Annotated[float | None, number("SECONDS", 0.001, help="For one run of a graph at most.")] = None,
     wyoming: Annotated[
         str | None,
         typer.Option(
@@ -144,7 +140,7 @@ def command(
         Path | None, typer.Option(metavar="FOLDER", help="Where a certificate that is made here is kept.")
     ] = None,
     decode_s: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="For a client's picture, sound or video to be decoded.")
+        float, number("SECONDS", 0.1, help="For a client's picture, sound or video to be decoded.")
     ] = 20.0,
     decode_mib: Annotated[
         int, typer.Option(min=256, metavar="MIB", help="Memory that decoding one of them may take.")

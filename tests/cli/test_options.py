@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
@@ -62,3 +62,26 @@ def test_wyoming_has_a_port_of_its_own(given: list[str], read: str | None) -> No
     commands: Any = typer.main.get_command(app)
     context = commands.commands["serve"].make_context("serve", given)
     assert (str(context.params["bundle"]), context.params["wyoming"]) == ("bundle", read)
+
+
+def _numbers() -> Iterator[tuple[str, Any]]:
+    """Every option that takes a number which need not be whole, with what typer was told of it."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            kind, *told = get_args(hint) or (hint,)
+            if float in (kind, *get_args(kind)):
+                yield f"{command.name} {name}", told[0]
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", "nan", "1e300", "-1e300"])
+def test_a_number_is_one_that_can_be_meant(text: str) -> None:
+    """Of all commands: what is beyond every range overflows somewhere, long after it was given."""
+    assert len(list(_numbers())) > 10
+    taken = []
+    for name, told in _numbers():
+        try:
+            taken.append((name, (told.parser or float)(text)))
+        except typer.BadParameter:
+            continue
+    assert taken == []
