@@ -31,6 +31,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.split_heads.default: _split_heads_node,
         ops.rotary_embedding.default: _rotary_node,
         ops.rms_norm.default: _rms_norm_node,
+        ops.take_block.default: _take_block_node,
         ops.tensor_scatter.default: _scatter_node,
     }
 
@@ -71,16 +72,21 @@ def _split_blocks_node(x: Any, block: int, back: bool = False, ahead: bool = Fal
     flat = op.Constant(value_ints=[-1, block * (1 + back + ahead), width])
     if not back and not ahead:
         return op.Reshape(x, flat)
-    axis = op.Constant(value_ints=[1])
+    axis, end = op.Constant(value_ints=[1]), op.Constant(value_ints=[2**62])
     blocks = op.Reshape(x, op.Constant(value_ints=[0, -1, block, width]))
-    parts = [blocks]
+    parts = [op.Slice(blocks, op.Constant(value_ints=[1]), end, axis) if back else blocks]
     if back:
-        padded = op.Pad(blocks, op.Constant(value_ints=[0, 1, 0, 0, 0, 0, 0, 0]))
-        parts.insert(0, op.Slice(padded, op.Constant(value_ints=[0]), op.Constant(value_ints=[-1]), axis))
+        parts.insert(0, op.Slice(blocks, op.Constant(value_ints=[0]), op.Constant(value_ints=[-1]), axis))
     if ahead:
         padded = op.Pad(blocks, op.Constant(value_ints=[0, 0, 0, 0, 0, 1, 0, 0]))
-        parts.append(op.Slice(padded, op.Constant(value_ints=[1]), op.Constant(value_ints=[2**62]), axis))
+        parts.append(op.Slice(padded, op.Constant(value_ints=[1 + back]), end, axis))
     return op.Reshape(op.Concat(*parts, axis=2), flat)
+
+
+def _take_block_node(x: Any, index: Any, block: int) -> Any:
+    width = int(x.shape[2])
+    blocks = op.Reshape(x, op.Constant(value_ints=[0, -1, block, width]))
+    return op.Reshape(op.Gather(blocks, index, axis=1), op.Constant(value_ints=[0, block, width]))
 
 
 def _reshape_like_node(x: Any, like: Any) -> Any:

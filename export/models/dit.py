@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -15,13 +14,15 @@ from omniport.runtime.bundle.graph_spec import DimRange
 from omniport.runtime.bundle.manifest import DitGeometry, SolverSpec
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.speech.kept_blocks import nothing_before
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from .dit_tables import final_table, layer_table, table_keys
+from .dit_blocks import EPS, DitBlock, DitConfig, Frames
+from .dit_tables import final_table, table_keys
 from .layers import inverse_frequencies
 from .module import Compute, Context, ExportModule, Linear, Rule, Stack
-from .ops import attention, merge_heads, pad_to_blocks, reshape_like, rotary_embedding, split_blocks, split_heads
+from .ops import pad_to_blocks
 from .part import (
     Array,
     Asked,
@@ -38,95 +39,6 @@ from .part import (
 )
 from .signals import generator, log_mel_like
 from .speakers import Speaker, load_speakers, null_reference, speaker_keys
-
-EPS = 1e-6  # the reference fixes the layer norms' epsilon
-
-
-@dataclass(frozen=True)
-class DitConfig:
-    """Sizes of the DiT, and what is folded into its graph."""
-
-    mel_dim: int
-    width: int
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    ff_mult: int
-    block_size: int
-    look_ahead_layers: tuple[int, ...]
-    look_backward_layers: tuple[int, ...]
-    repeats: int
-    num_embeds: int
-    code_width: int
-    speaker_dim: int
-    reference_dim: int
-    rope_theta: float
-    times: tuple[float, ...]
-    """time points at which the graph can be evaluated (SolverSpec.table)"""
-    guidance_scale: float
-
-
-class _BlockAttention(ExportModule):
-    """Attention among blocks of mel frames: each block sees itself, some layers one block back or ahead.
-
-    Equal to the reference's dense attention under a block mask, at a cost linear in the number of blocks.
-    """
-
-    def __init__(self, config: DitConfig, back: bool, ahead: bool) -> None:
-        super().__init__()
-        inner = config.num_heads * config.head_dim
-        self.heads, self.head_dim, self.block = config.num_heads, config.head_dim, config.block_size
-        self.scale = config.head_dim**-0.5
-        self.back, self.ahead = back, ahead
-        self.to_q = Linear(config.width, inner)
-        self.to_k = Linear(config.width, inner)
-        self.to_v = Linear(config.width, inner)
-        self.to_out = nn.ModuleList([Linear(inner, config.width)])
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
-        # x: [B, T, E] with T a multiple of the block; valid: [B, T, 1], 1 for real frames
-        q, k, v = self._rotate(self.to_q(x), rope), self._rotate(self.to_k(x), rope), self.to_v(x)
-        flat, q = v, split_heads(split_blocks(q, self.block), self.heads)  # [B*N, H, block, D]
-        k, v, seen = (split_blocks(t, self.block, self.back, self.ahead) for t in (k, v, valid))  # [B*N, L, ...]
-        k, v = split_heads(k, self.heads), split_heads(v, self.heads)
-        mask = (seen > 0).transpose(1, 2).unsqueeze(1).expand(-1, 1, self.block, -1)  # [B*N, 1, block, L]
-        return self.to_out[0](reshape_like(merge_heads(attention(q, k, v, mask, self.scale)), flat))
-
-    def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        # The released weights were trained with rotation on the first head only.
-        first = rotary_embedding(x[:, None, :, : self.head_dim], *rope, interleaved=True)
-        return torch.cat((first.squeeze(1), x[..., self.head_dim :]), dim=-1)
-
-
-class _Feedforward(ExportModule):
-    def __init__(self, width: int, mult: int) -> None:
-        super().__init__()
-        # Index 3 is where the checkpoint keeps the second projection (1 is GELU, 2 a dropout).
-        self.ff = nn.ModuleDict({"0": Linear(width, width * mult), "3": Linear(width * mult, width)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ff["3"](F.gelu(self.ff["0"](x), approximate="tanh"))
-
-
-class _Block(ExportModule):
-    modulation: Tensor
-
-    def __init__(self, config: DitConfig, layer: int, prefix: str) -> None:
-        super().__init__()
-        self.attn = _BlockAttention(
-            config, back=layer in config.look_backward_layers, ahead=layer in config.look_ahead_layers
-        )
-        self.ff = _Feedforward(config.width, config.ff_mult)
-        self.width = config.width
-        keys = table_keys(prefix, f"transformer_blocks.{layer}.attn_norm.linear")
-        rule = Compute(keys, partial(layer_table, prefix=prefix, layer=layer, times=config.times))
-        self.computed("modulation", (len(config.times), 6, config.width), rule)
-
-    def forward(self, x: Tensor, step: Tensor, rope: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
-        table = self.modulation.index_select(0, step)[0].to(x.dtype)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.unbind(0)
-        x = x + gate * self.attn(F.layer_norm(x, (self.width,), scale, shift, EPS), rope, valid)
-        return x + mlp_gate * self.ff(F.layer_norm(x, (self.width,), mlp_scale, mlp_shift, EPS))
 
 
 class _Table(ExportModule):
@@ -176,7 +88,7 @@ class Dit(Stack):
         self.config = config
         self.text_embed = _CodecEmbedding(config)
         self.input_embed = _InputEmbedding(config)
-        self.transformer_blocks = nn.ModuleList([_Block(config, i, self.prefix) for i in range(config.num_layers)])
+        self.transformer_blocks = nn.ModuleList([DitBlock(config, i, self.prefix) for i in range(config.num_layers)])
         self.proj_out = Linear(config.width, config.mel_dim)
         final: Rule = Compute(
             table_keys(self.prefix, "norm_out.linear"), partial(final_table, prefix=self.prefix, times=config.times)
@@ -189,32 +101,55 @@ class Dit(Stack):
         )
         self.constant("inv_freq", inverse_frequencies(config.head_dim, config.rope_theta))
 
-    def forward(self, x: Tensor, codes: Tensor, speaker: Tensor, reference: Tensor, step: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        speaker: Tensor,
+        reference: Tensor,
+        step: Tensor,
+        has_past: Tensor,
+        keep_block: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
         """x: float32 [B, T, 80], codes: int64 [B, T/2], speaker: float32 [B, 192], reference: float32 [B, 128],
-        step: int64 [1] -> velocity float32 [B, T, 80]."""
-        x, context = self.enter(x, codes, speaker, reference, step)
-        return self.leave(self.run_layers(x, context), context)
+        step: int64 [1]; has_past: int64 [1], 1 if ``past`` is what was computed for the block before the first, 0 if
+        there is none; keep_block: int64 [1], the block whose keys and values are given; past: key and value of every
+        layer that looks back, float32 [2B, block, E] -> velocity float32 [B, T, 80], and as ``past``."""
+        x, context = self.enter(x, codes, speaker, reference, step, has_past, keep_block, past)
+        velocity = self.leave(self.run_layers(x, context), context)
+        return velocity, *(tensor.float() for tensor in context[-1])
 
     @property
     def depth(self) -> int:
         return len(self.transformer_blocks)
 
-    def enter(self, *inputs: Tensor) -> tuple[Tensor, Context]:
-        x, codes, speaker, reference, step = inputs
+    def enter(self, *inputs: Any) -> tuple[Tensor, Context]:
+        """As ``forward``; the context ends with ``past``: a layer's key and value are replaced when it has run."""
+        x, codes, speaker, reference, step, has_past, keep_block, past = inputs
         config, frames = self.config, x.shape[1]
-        dtype = self.proj_out.weight.dtype
-        h = pad_to_blocks(self.input_embed(self._embed(x, codes, speaker, reference).to(dtype)), config.block_size)
-        frame = torch.arange(h.shape[1], device=x.device)
+        block, dtype = config.block_size, self.proj_out.weight.dtype
+        h = pad_to_blocks(self.input_embed(self._embed(x, codes, speaker, reference).to(dtype)), block)
+        frame = torch.arange(block + h.shape[1], device=x.device) - block
         angle = (frame.float().unsqueeze(-1) * self.inv_freq).unsqueeze(0).expand(h.shape[0], -1, -1)
-        rope = (angle.cos().to(dtype), angle.sin().to(dtype))
-        valid = (frame < frames).to(dtype)[None, :, None].expand(h.shape[0], -1, -1)
-        return h, (step, rope, valid, frames)
+        before = has_past.expand(block)
+        real = torch.cat((before, (frame[block:] < frames).to(before.dtype)))
+        valid = real.to(dtype)[None, :, None].expand(h.shape[0], -1, -1)
+        led: Frames = (angle.cos().to(dtype), angle.sin().to(dtype), valid)
+        own = tuple(tensor[:, block:] for tensor in led)
+        return h, (step, own, led, keep_block, frames, [tensor.to(dtype) for tensor in past])
 
     def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
-        return self.transformer_blocks[index](x, *context[:3])
+        step, own, led, keep, _, caches = context
+        layer = self.transformer_blocks[index]
+        if index not in self.config.past_layers:
+            return cast(Tensor, layer(x, step, own, led, keep, ())[0])
+        place = 2 * self.config.past_layers.index(index)
+        x, caches[place], caches[place + 1] = layer(x, step, own, led, keep, caches[place : place + 2])
+        return x
 
     def leave(self, x: Tensor, context: Context) -> Tensor:
-        step, frames, dtype = context[0], context[3], self.proj_out.weight.dtype
+        step, frames, dtype = context[0], context[4], self.proj_out.weight.dtype
         scale, shift = self.final_modulation.index_select(0, step)[0].to(dtype).unbind(0)
         x = self.proj_out(F.layer_norm(x, (self.config.width,), scale, shift, EPS))[:, :frames].float()
         guided, null = x[: x.shape[0] // 2], x[x.shape[0] // 2 :]
@@ -251,7 +186,8 @@ def _define(config: Any, settings: Settings) -> GraphDefinition:
         times=solver.table,
         guidance_scale=solver.guidance_scale,
     )
-    frames = f"{sizes.repeats}*codes"
+    frames, inner = f"{sizes.repeats}*codes", sizes.num_heads * sizes.head_dim
+    kept = [f"{part}_{layer}" for layer in sizes.past_layers for part in ("key", "value")]
     return GraphDefinition(
         name=PART.name,
         precision=settings.precision,
@@ -263,8 +199,15 @@ def _define(config: Any, settings: Settings) -> GraphDefinition:
             f32("speaker", "batch", sizes.speaker_dim),
             f32("reference", "batch", sizes.reference_dim),
             i64("step", 1),
+            i64("has_past", 1),
+            i64("keep_block", 1),
+            *(f32(f"past_{name}", "2*batch", sizes.block_size, inner) for name in kept),
         ),
-        outputs=(f32("velocity", "batch", frames, sizes.mel_dim),),
+        outputs=(
+            f32("velocity", "batch", frames, sizes.mel_dim),
+            *(f32(f"present_{name}", "2*batch", sizes.block_size, inner) for name in kept),
+        ),
+        past=len(kept),
         dims={"batch": DimRange(1, 1, 1), "codes": DimRange(1, 60, 4096)},
     )
 
@@ -280,6 +223,8 @@ def _describe(ckpt: Checkpoint, solver: SolverSpec) -> Mapping[str, Any]:
         num_embeds=c.num_embeds,
         speaker_dim=c.enc_emb_dim,
         reference_dim=c.enc_dim,
+        past_layers=tuple(sorted(set(c.look_backward_layers))),
+        past_width=c.num_attention_heads * c.head_dim,
     )
     return {"dit": geometry, "solver": solver}
 
@@ -296,6 +241,7 @@ def _case(subject: Subject, what: str, x: NDArray[np.float32], codes: Array, ste
         "codes": codes,
         "step": np.array([step], np.int64),
         **subject.bundle.voice(voice).feeds(),
+        **nothing_before(_geometry(subject.bundle)),
     }
 
     name = f"{codes.shape[1]} codes, {voice}, step {step}, {what}"
@@ -322,8 +268,7 @@ def _asked(feeds: Mapping[str, Array], solver: SolverSpec, speaker: Speaker) -> 
 
 
 def _cases(subject: Subject) -> Iterator[Case]:
-    geometry, dim = subject.bundle.manifest.dit, subject.bundle.manifest.graphs[PART.name].dims["codes"]
-    assert geometry is not None
+    geometry, dim = _geometry(subject.bundle), subject.bundle.manifest.graphs[PART.name].dims["codes"]
     names, last = sorted(load_speakers(subject.checkpoint.path / "spk_dict.pt")), len(_solver(subject.bundle).table) - 1
     plan = [(dim.min, 0), (12, last // 3), (13, last // 2), (dim.opt, last - 1), (61, last)]
     plan += [(36, step) for step in range(last + 1)] * subject.full
@@ -341,6 +286,11 @@ def _cases(subject: Subject) -> Iterator[Case]:
     time = _solver(subject.bundle).table[step]
     x = ((1 - time) * rng.standard_normal(mel.shape) + time * mel).astype(np.float32)
     yield _case(subject, "mel", x, codes, step, names[-1])
+
+
+def _geometry(bundle: Bundle) -> DitGeometry:
+    assert bundle.manifest.dit is not None
+    return bundle.manifest.dit
 
 
 def _solver(bundle: Bundle) -> SolverSpec:

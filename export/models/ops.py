@@ -131,28 +131,34 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def _blocks_shape(x: Tensor, block: int, back: bool = False, ahead: bool = False) -> tuple[int, int, int]:
-    return x.shape[0] * (x.shape[1] // block), block * (1 + back + ahead), x.shape[2]
+    return x.shape[0] * (x.shape[1] // block - back), block * (1 + back + ahead), x.shape[2]
 
 
 @_operator(_blocks_shape)
 def split_blocks(x: Tensor, block: int, back: bool = False, ahead: bool = False) -> Tensor:
-    """Blocks of a sequence as a batch, each with its neighbours, zeros past the ends.
+    """Blocks of a sequence as a batch, each with its neighbours, zeros past the end.
 
     Args:
         x: [B, T, E], T a multiple of ``block``.
-        back, ahead: put the block before it in front, the block after it behind.
+        back: put the block before it in front. The first block is then nothing but the neighbour of the second.
+        ahead: put the block after it behind.
 
     Returns:
-        [B*T/block, block*(1 + back + ahead), E].
+        [B*N, block*(1 + back + ahead), E] of the N = T/block blocks, the first left out with ``back``.
     """
     blocks = x.unflatten(1, (-1, block))
-    nothing = torch.zeros_like(blocks[:, :1])
-    parts = [blocks]
+    parts = [blocks[:, 1:] if back else blocks]
     if back:
-        parts.insert(0, torch.cat((nothing, blocks[:, :-1]), dim=1))
+        parts.insert(0, blocks[:, :-1])
     if ahead:
-        parts.append(torch.cat((blocks[:, 1:], nothing), dim=1))
+        parts.append(torch.cat((parts[-1][:, 1:], torch.zeros_like(blocks[:, :1])), dim=1))
     return torch.cat(parts, dim=2).flatten(0, 1)
+
+
+@_operator(lambda x, index, block: (x.shape[0], block, x.shape[2]))
+def take_block(x: Tensor, index: Tensor, block: int) -> Tensor:
+    """One block of a sequence: [B, T, E], T a multiple of ``block``, and its number int64 [1] -> [B, block, E]."""
+    return x.unflatten(1, (-1, block)).index_select(1, index).flatten(1, 2)
 
 
 @_operator(lambda x, like: like.shape)

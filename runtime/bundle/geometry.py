@@ -62,6 +62,8 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "speaker_dim": _WIDTH,
     "reference_dim": _WIDTH,
     "codec_hz": (0.1, 1000),
+    "past_layers": (0, 1024),
+    "past_width": _WIDTH,
     "hop": (1, 1 << 16),
     "context_frames": (0, 4096),
     "max_new_tokens": (1, 1 << 24),
@@ -209,5 +211,6 @@ def _shapes(manifest: Manifest, name: str) -> dict[str, tuple[int | None, ...]]:
             "speaker": (None, dit.speaker_dim),
             "reference": (None, dit.reference_dim),
             "velocity": (None, None, dit.mel_dim),
+            "past": (None, dit.block_size, dit.past_width),
         }
     return {}

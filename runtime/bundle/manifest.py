@@ -10,7 +10,7 @@ import msgspec
 from .graph_spec import GraphSpec
 from .parts import PARTS, speech_parts
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: forms of the KV cache (`KvSpec.form`)
 KV_FORMS = ("static", "concat")
@@ -145,6 +145,10 @@ class DitGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     speaker_dim: int = 192
     reference_dim: int = 128
     codec_hz: float = 50.0
+    past_layers: tuple[int, ...] = ()
+    """layers that look back, whose keys and values for the block before the first are inputs; none before version 3"""
+    past_width: int = 1024
+    """width of those keys and values"""
 
     @property
     def block_codes(self) -> int:

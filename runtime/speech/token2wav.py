@@ -1,12 +1,14 @@
 """Turn codec tokens into sound: the flow-matching DiT makes a mel spectrogram, the vocoder makes samples.
 
 ``whole`` solves all codes at once, as the reference does. ``stream`` solves windows: each new chunk with the codes the
-DiT's block attention looks back and ahead to, aligned to its blocks, over noise that belongs to absolute positions. Mel
-frames of the look-ahead serve as the vocoder's right context and are solved again, in full context, by the next window.
+DiT's block attention looks ahead to, aligned to its blocks, over noise that belongs to absolute positions. What it looks
+back at was kept (`kept_blocks`); a bundle before schema version 3 solves it again. Mel frames of the look-ahead serve as
+the vocoder's right context and are solved again, in full context, by the next window.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -19,9 +21,10 @@ from ..backends.base import Backend
 from ..bundle.reader import Bundle, Voice
 from ..concurrency.timing import StageTimer
 from ..errors import BundleError, OmniportError, UsageError
+from .kept_blocks import KeptBlocks, nothing_before
 from .ode import solve, with_method
 from .ode_methods import Solver
-from .windows import Window, checked_windows, vocoder_lengths, window_codes
+from .windows import Window, again_before, checked_windows, vocoder_lengths, window_codes
 
 _NOISE_BLOCK = 24
 #: the first window is short: what every evaluation costs besides weighs more in it
@@ -126,6 +129,8 @@ class Token2Wav:
         self._noise = noise
         self._timer = StageTimer() if timer is None else timer
         self._streaming = window != "whole"
+        keeps = self._streaming and self._dit.past_layers and self._dit.look_back_blocks
+        self._kept = KeptBlocks(self._dit) if keeps else None
         self._windows, self._context = checked_windows(
             window, self._dit, self._vocoder, shared=all(map(backend.shares_cores, ("dit", "bigvgan")))
         )
@@ -213,9 +218,9 @@ class Token2Wav:
         start = self._done
         first, last = 0, len(self._codes)
         if self._streaming:
-            first = max(0, start - self._dit.look_back_codes)
+            first = max(0, start - again_before(self._dit))
             last = min(last, stop + self._dit.look_ahead_codes)
-        mel = self._solve(first, last)
+        mel = self._solve(first, last, stop)
         repeats, context = self._dit.repeats, self._context
         new = mel[(start - first) * repeats : (stop - first) * repeats]
         right = mel[(stop - first) * repeats :][:context]
@@ -228,19 +233,26 @@ class Token2Wav:
         self._emitted += 1
         return piece
 
-    def _solve(self, first: int, last: int) -> NDArray[np.float32]:
-        """Mel frames [2 * (last - first), 80] of the codes from ``first`` to ``last``."""
+    def _solve(self, first: int, last: int, stop: int) -> NDArray[np.float32]:
+        """Mel frames [2 * (last - first), 80] of the codes from ``first`` to ``last``; the next window begins at
+        ``stop``."""
         with self._timer("load"):
             graph = self._backend.graph("dit")
-        repeats = self._dit.repeats
+        repeats, kept = self._dit.repeats, self._kept
         feeds: dict[str, NDArray[Any]] = {
             "codes": np.asarray([self._codes[first:last]], np.int64),
             **self._voice,
+            **nothing_before(self._dit),
         }
+        keep_block = (stop - first - 1) // self._dit.block_codes
+        evaluations = itertools.count()
 
         def velocity(step: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
-            start = self._at_work()
-            outputs = graph.run({**feeds, "x": x, "step": np.asarray([step], np.int64)})
+            start, number = self._at_work(), next(evaluations)
+            before = {} if kept is None else kept.feeds(number, keep_block)
+            outputs = graph.run({**feeds, **before, "x": x, "step": np.asarray([step], np.int64)})
+            if kept is not None:
+                kept.take(number, outputs)
             self._quickest = min(self._quickest, (self._at_work() - start) / (last - first))
             return outputs["velocity"]
 

@@ -44,7 +44,12 @@ Window = _Name | SpeechWindows
 
 def window_codes(new: int, dit: DitGeometry) -> int:
     """Codes that the DiT solves for a window that adds ``new`` codes."""
-    return dit.look_back_codes + new + dit.look_ahead_codes
+    return again_before(dit) + new + dit.look_ahead_codes
+
+
+def again_before(dit: DitGeometry) -> int:
+    """Codes before a window that are solved again with it: none where the DiT keeps keys and values between windows."""
+    return 0 if dit.past_layers else dit.look_back_codes
 
 
 def vocoder_lengths(windows: SpeechWindows, context: int, dit: DitGeometry) -> tuple[int, ...]:
