@@ -303,10 +303,18 @@ def _execute(source: Source, runner: LayerRunner, graph: str, requests: Sequence
     """Carry out calls that the runtime's loops wait for."""
     if graph != runner.name:
         raise OmniportError(f"{graph} was asked for while {runner.name} is calibrated")
+    definition = source.definitions[graph]
+    past = [spec.name for spec in definition.inputs[len(definition.inputs) - definition.past :]]
     calls = []
     for request in requests:
-        caches = request.cache.tensors if isinstance(request.cache, LayerCaches) else []
+        held = isinstance(request.cache, LayerCaches)
+        caches = request.cache.tensors if held else [torch.from_numpy(request.feeds[name]) for name in past]
         call = _call(source, graph, request.feeds)
         calls.append(Call(call.inputs, caches))
-    (name,) = (spec.name for spec in source.definitions[graph].outputs if not spec.name.startswith("present_"))
-    return [{name: out.numpy()} for out in runner.run(calls)]
+    (name,) = (spec.name for spec in definition.outputs if not spec.name.startswith("present_"))
+    present = [spec.name for spec in definition.outputs if spec.name != name]
+    outputs = []
+    for request, call, out in zip(requests, calls, runner.run(calls), strict=True):
+        given = {} if request.cache is not None else dict(zip(present, call.caches, strict=True))
+        outputs.append({key: tensor.numpy() for key, tensor in {name: out, **given}.items()})
+    return outputs

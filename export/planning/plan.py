@@ -16,6 +16,7 @@ from omniport.runtime.bundle.recipes import Scheme
 from omniport.runtime.errors import UsageError
 from omniport.runtime.generation.decoder import PREFILL_CHUNK
 from omniport.runtime.generation.encoders import AUDIO_CHUNKS
+from omniport.runtime.speech.kept_blocks import kept_bytes
 from omniport.runtime.speech.windows import BEHIND_CODES, SpeechWindows, window_codes
 from omniport.runtime.system.path_arguments import paths_checked
 
@@ -262,6 +263,8 @@ class _Estimate:
         held = sum(d.cache_elements(self.context) * self.itemsize(name) for name, d in self.model.decoders.items())
         caches = sides * held
         activations = sum(self.activations(shape) for shape in self.model.graphs.values())
+        if self.model.speaks:  # what a window of speech leaves to the next
+            activations += kept_bytes(self.model.dit, self.model.evaluations)
         return Memory(weights, caches, activations, self.machine.process, sum(self.model.embedding_bytes.values()))
 
     def held_bytes(self, shape: GraphShape) -> int:
@@ -293,11 +296,13 @@ class _Estimate:
         if shape.name == encoder_of("image").name:
             scores = int(SCORES * shape.heads * PATCHES**2 * 4) if cpu else 0
             return PATCHES * (3 * shape.ffn + 6 * shape.width) * item + scores
-        frames = FRAMES_PER_CODE * window_codes(NEW_CODES_BEHIND if cpu else NEW_CODES, _DIT)
+        new = NEW_CODES_BEHIND if cpu else NEW_CODES
         if shape.name == giving("velocity").name:
+            frames = FRAMES_PER_CODE * window_codes(new, self.model.dit)
             return 2 * frames * (3 * shape.ffn + 8 * shape.width) * item
         # the widest stage of the vocoder, and its two phases
         widest = max((m.n * m.steps for m in shape.matrices), default=0)
+        frames = FRAMES_PER_CODE * new + 2 * VOCODER_CONTEXT
         return int(frames * widest * 2 * 4 * item)
 
     # --- time
@@ -326,7 +331,7 @@ class _Estimate:
     def _window(self, new: int) -> float:
         """Seconds of DiT and vocoder for a second of speech, in windows of that many new codes."""
         vocoder = self.run(giving("wav").name, FRAMES_PER_CODE * new + 2 * VOCODER_CONTEXT)
-        return (self._solving(window_codes(new, _DIT)) + vocoder) * CODES_PER_SECOND / new
+        return (self._solving(window_codes(new, self.model.dit)) + vocoder) * CODES_PER_SECOND / new
 
     def _solving(self, codes: int) -> float:
         """Seconds of the whole solution of a window."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omniport.runtime.bundle.manifest import DecoderGeometry
+from omniport.runtime.bundle.manifest import DecoderGeometry, DitGeometry
 from omniport.runtime.bundle.parts import speech_parts
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
@@ -55,6 +55,7 @@ class ModelShape:
         max_context: positions that it was trained on, or that a bundle was exported for.
         evaluations: of the DiT for one window of speech.
         kv: form of a bundle's KV caches, ``static`` or ``concat``; empty before an export, which chooses it.
+        dit: what windows of speech are made of.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ModelShape:
     max_context: int
     evaluations: int = 36
     kv: str = ""
+    dit: DitGeometry = field(default_factory=DitGeometry)
 
     @property
     def speaks(self) -> bool:
@@ -127,6 +129,7 @@ def _from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         decoders=decoders,
         embedding_bytes={part: 2 * d.vocabulary * d.input_width for part, d in decoders.items()},
         max_context=int(text.get("max_position_embeddings", 32768)),
+        dit=_windows(config.get("token2wav_config", {}).get("dit_config")),
     )
 
 
@@ -220,6 +223,14 @@ def _dit(c: Mapping[str, Any]) -> GraphShape:
     return GraphShape("dit", matrices, table + vectors, fixed, width, mult * width, heads)
 
 
+def _windows(c: Mapping[str, Any] | None) -> DitGeometry:
+    """What an export says of windows of speech."""
+    if c is None:
+        return DitGeometry()
+    layers = tuple(sorted(map(int, c.get("look_backward_layers", (0, 20)))))
+    return DitGeometry(past_layers=layers, past_width=int(c["num_attention_heads"]) * int(c.get("head_dim", 64)))
+
+
 def _vocoder(c: Mapping[str, Any]) -> GraphShape:
     channels, mel = int(c["upsample_initial_channel"]), int(c.get("mel_dim", 80))
     kernels, dilations = c["resblock_kernel_sizes"], c["resblock_dilation_sizes"]
@@ -262,6 +273,7 @@ def shape_of_bundle(bundle: Bundle) -> ModelShape:
         max_context=manifest.kv.max_context,
         evaluations=sum(map(len, solver.stages)) if solver is not None else 0,
         kv=manifest.kv.form,
+        dit=manifest.dit or DitGeometry(),
     )
 
 

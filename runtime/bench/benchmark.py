@@ -18,6 +18,7 @@ from ..bundle.manifest import SolverSpec
 from ..bundle.parts import giving
 from ..bundle.reader import Bundle
 from ..errors import UsageError
+from ..speech.kept_blocks import nothing_before
 from ..speech.ode import solve, with_method
 from ..speech.ode_methods import METHODS
 from ..system.host import physical_cores, resident_memory
@@ -273,6 +274,7 @@ def _mel(bundle: Bundle, backend: Backend, schedule: SolverSpec, count: int) -> 
     feeds: dict[str, NDArray[Any]] = {
         "codes": rng.integers(0, geometry.num_embeds, (1, count)),
         **bundle.voice().feeds(),
+        **nothing_before(geometry),
     }
     noise = rng.standard_normal((1, count * geometry.repeats, geometry.mel_dim), np.float32)
     graph = backend.graph(giving("velocity").name)

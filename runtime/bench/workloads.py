@@ -23,6 +23,7 @@ from ..generation.decoder import Decoder
 from ..generation.encoders import Encoders
 from ..media.image import image_input
 from ..media.log_mel import chunk_mel, log_mel
+from ..speech.kept_blocks import nothing_before
 from .results import measured_parts
 
 Array = NDArray[Any]
@@ -288,6 +289,7 @@ def _dit(graph: str, bundle: Bundle, backend: Backend, sizes: Sizes) -> Iterator
             "codes": rng.integers(0, geometry.num_embeds, (1, count)),
             "step": np.asarray([1], np.int64),
             **voice.feeds(),
+            **nothing_before(geometry),
         }
 
         def run(given: Graph | None = None, feeds: Any = feeds) -> Array:

@@ -16,8 +16,8 @@ from ..speech.ode import SCHEDULED
 from .geometry import number_problems
 from .graph_spec import DTYPES, GraphSpec
 from .listed_files import SHA256, bad_path
-from .manifest import KV_FORMS, Manifest, SolverSpec
-from .parts import PARTS, speech_parts
+from .manifest import KV_FORMS, DitGeometry, Manifest, SolverSpec
+from .parts import PARTS, giving, speech_parts
 
 _SPEECH_FIELDS = ("talker", "talker_sampling", "text_tokens", "codec", "dit", "vocoder", "solver")
 
@@ -93,8 +93,22 @@ def _speech_problems(manifest: Manifest) -> Iterator[str]:
         )
     if manifest.solver is not None:
         yield from _solver_problems(manifest.solver)
-    if manifest.dit is not None and manifest.dit.block_size % manifest.dit.repeats:
-        yield f"dit.block_size {manifest.dit.block_size} is not a multiple of dit.repeats {manifest.dit.repeats}"
+    if manifest.dit is not None:
+        yield from _dit_problems(manifest, manifest.dit)
+
+
+def _dit_problems(manifest: Manifest, dit: DitGeometry) -> Iterator[str]:
+    if dit.block_size % dit.repeats:
+        yield f"dit.block_size {dit.block_size} is not a multiple of dit.repeats {dit.repeats}"
+    if dit.past_layers and manifest.schema_version < 3:
+        yield f"schema version {manifest.schema_version} has no dit.past_layers"
+    if (graph := manifest.graphs.get(giving("velocity").name)) is None:
+        return
+    for tensors, side in ((graph.inputs, "past_"), (graph.outputs, "present_")):
+        found = {tensor.name for tensor in tensors if tensor.name.startswith(side)}
+        if found != {side + name for name in dit.past_names}:
+            there = ", ".join(sorted(found)) or f"no {side}*"
+            yield f"graph {graph.name!r} has {there}; dit.past_layers is {dit.past_layers}"
 
 
 def _solver_problems(solver: SolverSpec) -> Iterator[str]:

@@ -151,6 +151,11 @@ class DitGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """width of those keys and values"""
 
     @property
+    def past_names(self) -> tuple[str, ...]:
+        """What the graph's inputs ``past_NAME`` and outputs ``present_NAME`` are called."""
+        return tuple(f"{part}_{layer}" for layer in self.past_layers for part in ("key", "value"))
+
+    @property
     def block_codes(self) -> int:
         """Codec tokens of one attention block."""
         return self.block_size // self.repeats

@@ -30,7 +30,7 @@ class KeptBlocks:
 
     def __init__(self, dit: DitGeometry) -> None:
         self._nothing = nothing_before(dit)
-        self._names = past_names(dit)
+        self._names = dit.past_names
         self._held: list[dict[str, Array]] = []
 
     def feeds(self, evaluation: int, keep_block: int) -> dict[str, Array]:
@@ -55,20 +55,16 @@ class KeptBlocks:
         return sum(array.nbytes for given in self._held for array in given.values())
 
 
-def past_names(dit: DitGeometry) -> tuple[str, ...]:
-    """The DiT's inputs ``past_NAME`` and outputs ``present_NAME``; none in bundles before schema version 3."""
-    return tuple(f"{part}_{layer}" for layer in dit.past_layers for part in ("key", "value"))
-
-
 def nothing_before(dit: DitGeometry) -> dict[str, Array]:
     """Inputs of the DiT for codes with nothing before them, besides those that every bundle's has."""
     if not dit.past_layers:
         return {}
     nothing = np.zeros((_ROWS, dit.block_size, dit.past_width), np.float32)
     none = np.zeros(1, np.int64)
-    return {"has_past": none, "keep_block": none, **dict.fromkeys((f"past_{name}" for name in past_names(dit)), nothing)}
+    past = dict.fromkeys((f"past_{name}" for name in dit.past_names), nothing)
+    return {"has_past": none, "keep_block": none, **past}
 
 
 def kept_bytes(dit: DitGeometry, evaluations: int) -> int:
     """Bytes that an utterance holds between two windows."""
-    return evaluations * len(past_names(dit)) * _ROWS * dit.block_size * dit.past_width * 4
+    return evaluations * len(dit.past_names) * _ROWS * dit.block_size * dit.past_width * 4

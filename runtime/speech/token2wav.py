@@ -1,9 +1,9 @@
 """Turn codec tokens into sound: the flow-matching DiT makes a mel spectrogram, the vocoder makes samples.
 
 ``whole`` solves all codes at once, as the reference does. ``stream`` solves windows: each new chunk with the codes the
-DiT's block attention looks ahead to, aligned to its blocks, over noise that belongs to absolute positions. What it looks
-back at was kept (`kept_blocks`); a bundle before schema version 3 solves it again. Mel frames of the look-ahead serve as
-the vocoder's right context and are solved again, in full context, by the next window.
+DiT's block attention looks ahead to, aligned to its blocks, over noise that belongs to absolute positions. What it
+looks back at was kept (`kept_blocks`); with a bundle before schema version 3 it is solved again. Mel frames of the
+look-ahead serve as the vocoder's right context and are solved again, in full context, by the next window.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from ..context import Context
 from ..reference_reply import Floats, StagedReply
 from ..tolerances import limit
 from ..types import FAIL, NOT_RUN, Check
-from .solver import blame_mel
+from .solver import blame_mel, whole_feeds
 
 #: tokens shown on each side of the first difference
 _SHOWN = 6
@@ -219,7 +219,7 @@ def _blame(context: Context, reply: StagedReply, noise: Floats, allowed: float) 
     solver, solve = context.bundle.manifest.solver, reply.solve
     assert solver is not None
     assert solve is not None
-    feeds = {"codes": np.asarray([reply.codec_ids], np.int64), **context.bundle.voice().feeds()}
+    feeds = whole_feeds(context.bundle, reply.codec_ids)
     wanted = np.ascontiguousarray(solve.mel.T[None])
     stage = blame_mel(context.backend, solver, feeds, noise[None, : wanted.shape[1]], wanted, allowed)
     return "end_to_end" if stage == "speech" else stage

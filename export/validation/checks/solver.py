@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from omniport.runtime.bundle.manifest import Manifest, SolverSpec
 from omniport.runtime.bundle.parts import giving
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import OmniportError
+from omniport.runtime.speech.kept_blocks import nothing_before
 from omniport.runtime.speech.ode import rk4_schedule, solve
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 
@@ -104,6 +105,16 @@ def trajectory_checks(
     yield array_check("solver", title, got, np.concatenate([solve.x, solve.mel.T[None]]), rule="solver.rel_rms")
 
 
+def whole_feeds(bundle: Bundle, codes: Sequence[int]) -> dict[str, Array]:
+    """Inputs of the part that gives velocities, but ``x`` and ``step``, for all codes of a reply at once."""
+    assert bundle.manifest.dit is not None
+    return {
+        "codes": np.asarray([codes], np.int64),
+        **bundle.voice().feeds(),
+        **nothing_before(bundle.manifest.dit),
+    }
+
+
 def blame_mel(
     backend: Backend,
     solver: SolverSpec,
@@ -118,7 +129,7 @@ def blame_mel(
     at fault; else the bundle's solver is tried on the same graph; if both are right, the runtime fed them wrongly.
 
     Args:
-        feeds: ``codes``, ``speaker``, ``reference``. noise, wanted: float32 [1, T, 80].
+        feeds: all inputs but ``x`` and ``step``. noise, wanted: float32 [1, T, 80].
         allowed: relative RMS error that counts as right.
     """
     flow, schedule = giving("velocity"), rk4_schedule()

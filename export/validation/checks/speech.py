@@ -23,7 +23,7 @@ from ..context import Context
 from ..tolerances import limit
 from ..types import FAIL, Check
 from .asr import asr_checks, parse_command
-from .solver import blame_mel
+from .solver import blame_mel, whole_feeds
 from .speech_runs import (
     SpeechCase,
     SpeechRun,
@@ -125,7 +125,7 @@ def _mel_check(context: Context, case: SpeechCase, whole: SpeechRun) -> Check:
 
 def _blame(context: Context, case: SpeechCase) -> str:
     """The stage that a wrong mel comes from."""
-    feeds = {"codes": np.asarray([case.codes], np.int64), **context.bundle.voice().feeds()}
+    feeds = whole_feeds(context.bundle, case.codes)
     solver = context.bundle.manifest.solver
     assert solver is not None  # _why_not
     bound = limit("speech.mel.rel_rms", context.precision[giving("velocity").name]).value
