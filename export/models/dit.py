@@ -10,11 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from omniport.runtime.backends.base import Graph
 from omniport.runtime.bundle.graph_spec import DimRange
 from omniport.runtime.bundle.manifest import DitGeometry, SolverSpec
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.speech.kept_blocks import nothing_before
+from omniport.runtime.speech.kept_blocks import KeptBlocks, nothing_before
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -229,25 +230,47 @@ def _describe(ckpt: Checkpoint, solver: SolverSpec) -> Mapping[str, Any]:
     return {"dit": geometry, "solver": solver}
 
 
-def _case(subject: Subject, what: str, x: NDArray[np.float32], codes: Array, step: int, voice: str) -> Case:
+def _case(
+    subject: Subject, what: str, x: NDArray[np.float32], codes: Array, step: int, voice: str, windows: bool = False
+) -> Case:
     """Guided velocity at one time point of the schedule; the voice's vectors are the bundle's.
 
     Args:
         x: [1, T, mel]. codes: int64 [1, T/2]. step: index into the solver's table.
+        windows: as streamed speech has it, each window on what the one before left.
     """
-    speaker, solver = _speaker(subject.checkpoint, voice), _solver(subject.bundle)
+    speaker, solver, geometry = _speaker(subject.checkpoint, voice), _solver(subject.bundle), _geometry(subject.bundle)
     feeds: dict[str, Array] = {
         "x": x,
         "codes": codes,
         "step": np.array([step], np.int64),
         **subject.bundle.voice(voice).feeds(),
-        **nothing_before(_geometry(subject.bundle)),
+        **nothing_before(geometry),
     }
 
     name = f"{codes.shape[1]} codes, {voice}, step {step}, {what}"
     settings = np.array([solver.table[step], solver.guidance_scale])
     inputs = (x, codes, speaker.ref_mel, speaker.cond, settings)
-    return Case(PART.name, name, lambda graph: graph.run(feeds)["velocity"], _asked(feeds, solver, speaker), inputs)
+
+    def ours(graph: Graph) -> Array:
+        return _by_windows(graph, feeds, geometry) if windows else graph.run(feeds)["velocity"]
+
+    return Case(PART.name, name, ours, _asked(feeds, solver, speaker), inputs)
+
+
+def _by_windows(graph: Graph, feeds: Mapping[str, Array], geometry: DitGeometry) -> Array:
+    """Velocities in windows of two blocks and their look-ahead."""
+    kept, size = KeptBlocks(geometry), 2 * geometry.block_codes
+    count, repeats = feeds["codes"].shape[1], geometry.repeats
+    pieces = []
+    for start in range(0, count, size):
+        last = min(count, start + size + geometry.look_ahead_codes)
+        cut = {"x": feeds["x"][:, repeats * start : repeats * last], "codes": feeds["codes"][:, start:last]}
+        keep_block = (min(size, last - start) - 1) // geometry.block_codes
+        outputs = graph.run({**feeds, **cut, **kept.feeds(0, keep_block)})
+        kept.take(0, outputs)
+        pieces.append(outputs["velocity"][:, : repeats * size])
+    return np.concatenate(pieces, axis=1)
 
 
 def _asked(feeds: Mapping[str, Array], solver: SolverSpec, speaker: Speaker) -> Asked:
@@ -278,6 +301,12 @@ def _cases(subject: Subject) -> Iterator[Case]:
         codes = rng.integers(0, geometry.num_embeds, (1, length))
         x = rng.standard_normal((1, length * geometry.repeats, geometry.mel_dim), np.float32)
         yield _case(subject, "noise", x, codes, step, names[i % len(names)])
+    if geometry.past_layers:
+        length, step = 67, last // 3
+        rng = generator(f"windows {length} {step}")
+        codes = rng.integers(0, geometry.num_embeds, (1, length))
+        x = rng.standard_normal((1, length * geometry.repeats, geometry.mel_dim), np.float32)
+        yield _case(subject, "in windows", x, codes, step, names[0], windows=True)
     # half way between noise and a mel, with codes that are held as speech holds them
     length, step = 30, last // 2
     rng = generator("codes, real")

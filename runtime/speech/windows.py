@@ -1,7 +1,7 @@
 """Cut outgoing speech into windows: the one place that holds their sizes, in codec tokens.
 
-The DiT solves each window together with the codes that its block attention looks back and ahead to
-(``window_codes``), and the vocoder sees some mel frames around it. Token2Wav does it; the planner, the TensorRT
+The DiT solves each window together with the codes that its block attention looks ahead to, and back to where it keeps
+nothing of the window before (``window_codes``), and the vocoder sees some mel frames around it. Token2Wav does it; the planner, the TensorRT
 profiles and the command line take their figures from here.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from ..bundle.manifest import DitGeometry, VocoderGeometry
 from ..errors import UsageError
 
-#: new codes of a window on a CPU that is behind: 1.15 times the codes that are spoken are solved, instead of 1.75
+#: new codes of a window on a CPU that is behind: 1.05 times the codes that are spoken are solved, instead of 1.25
 BEHIND_CODES = 240
 #: fewest mel frames of context that the vocoder is near exact with
 _LEAST_CONTEXT = 20

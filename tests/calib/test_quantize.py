@@ -240,7 +240,7 @@ def external(root: Path, model: onnx.ModelProto, graph: GraphSpec) -> Path:
 @pytest.mark.parametrize("recipe", ["w8", "int4"])
 def test_a_quantized_bundle_says_what_it_is(recipe: str, quantized: dict[str, Path], tiny_bundle: Path) -> None:
     before, after = Bundle.open(tiny_bundle).manifest, Bundle.open(quantized[recipe], verify=True).manifest
-    assert (after.precision, after.schema_version) == (recipe, 2)
+    assert (after.precision, after.schema_version) == (recipe, 3)
     assert after.quantization is not None
     assert (after.quantization.recipe, after.quantization.precision) == (recipe, "fp32")
     changed = {name for name, graph in after.graphs.items() if graph.precision != "float32"}

@@ -308,7 +308,7 @@ def test_no_bundle(work: Path, refused: Command) -> None:
     [
         (lambda text: text[: len(text) // 2], r"is not a bundle manifest: .* export the bundle again"),
         (
-            lambda text: text.replace('"schema_version": 2', '"schema_version": 99'),
+            lambda text: text.replace('"schema_version": 3', '"schema_version": 99'),
             r"schema version 99.*upgrade omniport",
         ),
         (lambda text: text.replace('"precision"', '"precison"', 1), r"does not follow the bundle format: .*precison"),

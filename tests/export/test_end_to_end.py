@@ -519,6 +519,7 @@ def codes_to_wave(
     vocal = Token2Wav(session.backend, session.bundle, session.bundle.voice("Chelsie"), noise, window=window)
     if not context:
         vocal._dit = msgspec.structs.replace(vocal._dit, look_back_blocks=0, look_ahead_blocks=0)
+        vocal._kept = None
     mel: list[Floats] = []
     synthesize = vocal._synthesize
 

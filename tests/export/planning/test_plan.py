@@ -23,6 +23,7 @@ from omniport.export.tensorrt.build_check import memory_needed
 from omniport.export.tensorrt.onnx_file import open_onnx
 from omniport.export.tensorrt.profiles import Limits
 from omniport.runtime.backends.tensorrt.kv_cache import GrowingTrtCache, StaticTrtCache
+from omniport.runtime.bundle.manifest import DitGeometry
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
 from support.fake_device import FakeDriver
@@ -103,6 +104,24 @@ def test_a_bundle_and_its_checkpoint_multiply_alike(bundles: dict[str, Path], ti
     for name in ("thinker", "talker", "dit", "bigvgan"):
         assert exported.graphs[name].operations(8) == pytest.approx(stored.graphs[name].operations(8), rel=0.02), name
     assert exported.evaluations == stored.evaluations == 36
+    for dit in (exported.dit, stored.dit):
+        assert (dit.past_layers, dit.past_width, dit.block_size, dit.look_ahead_codes) == ((0, 3), 128, 24, 12)
+
+
+def test_windows_count_what_they_solve_and_hold() -> None:
+    model = find_model("3b")
+    assert (model.dit.past_layers, model.dit.past_width) == ((0, 20), 1024)
+    before = replace(model, dit=DitGeometry())
+    new, old = (row(planned(shape, "rtx-4090"), "fp16") for shape in (model, before))
+    assert new.memory is not None
+    assert old.memory is not None
+    # 2 layers, keys and values, 2 rows, a block of 24 frames, 1024 wide, 36 evaluations
+    held, less = 36 * 2 * 2 * 2 * 24 * 1024 * 4, 2 * 2 * 24 * (3 * 2048 + 8 * 1024) * 4
+    assert new.memory.activations == old.memory.activations + held - less
+    assert new.speed is not None
+    assert old.speed is not None
+    assert 0.6 < (new.speed.speech or 0) / (old.speed.speech or 1) < 1
+    assert new.speed.first_audio == old.speed.first_audio
 
 
 # --- memory and speed ----------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("fractional size", lambda m: m["files"]["tokenizer.json"].update(size=1.5), "Expected `int`"),
     ("negative size", lambda m: m["files"]["tokenizer.json"].update(size=-1), "has size -1"),
     ("no hash", lambda m: m["files"]["tokenizer.json"].update(sha256="abc"), "64 hexadecimal"),
-    ("newer schema", lambda m: m.update(schema_version=3, colour="red"), "schema version 3.*upgrade omniport"),
+    ("newer schema", lambda m: m.update(schema_version=4, colour="red"), "schema version 4.*upgrade omniport"),
     ("schema zero", lambda m: m.update(schema_version=0), "schema version 0"),
     ("other format", lambda m: m.update(format="zip"), "format 'zip'"),
     ("no format", lambda m: m.pop("format"), "missing required field `format`"),
@@ -484,4 +484,4 @@ def test_manifest_survives_a_round_trip(root: Path) -> None:
     manifest = Bundle.open(root).manifest
     write_manifest(root, manifest)
     assert Bundle.open(root, verify=True).manifest == manifest
-    assert json.loads((root / "bundle.json").read_text())["schema_version"] == 2
+    assert json.loads((root / "bundle.json").read_text())["schema_version"] == 3

@@ -130,9 +130,9 @@ def clock(monkeypatch: pytest.MonkeyPatch, step: float, frame: float = 0.0) -> N
         cost[0] = frame * len(mel)
         return voice(self, mel, skip, count)
 
-    def solve_in(self: Token2Wav, first: int, last: int) -> np.ndarray:
+    def solve_in(self: Token2Wav, first: int, last: int, stop: int) -> np.ndarray:
         cost[0] = step * ((last - first) / 84 + 0.03) / 1.03
-        return solve(self, first, last)
+        return solve(self, first, last, stop)
 
     def tick() -> float:
         now[0] += cost[0]

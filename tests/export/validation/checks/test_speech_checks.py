@@ -26,6 +26,7 @@ from omniport.runtime.backends.base import Array, Backend, BackendWrapper, Graph
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, UsageError
 from omniport.runtime.speech import token2wav
+from omniport.runtime.speech.kept_blocks import KeptBlocks
 from omniport.runtime.speech.ode import solve
 from omniport.runtime.speech.token2wav import MelPiece, NoiseStream, Token2Wav
 
@@ -266,15 +267,18 @@ def test_a_click_at_a_seam(context: Context, monkeypatch: pytest.MonkeyPatch) ->
     assert "rel_rms is" not in failed["streamed"].message  # it is too short to show there
 
 
-def test_windows_without_context(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    solve_window = Token2Wav._solve
+def kept(monkeypatch: pytest.MonkeyPatch, block: int | None) -> None:
+    """Windows keep nothing, or this block of theirs."""
+    feeds = KeptBlocks.feeds
+    if block is None:
+        monkeypatch.setattr(KeptBlocks, "take", lambda *_: None)
+    else:
+        monkeypatch.setattr(KeptBlocks, "feeds", lambda self, evaluation, _: feeds(self, evaluation, block))
 
-    def short(self: Token2Wav, first: int, last: int) -> NDArray[np.float32]:
-        start = self._done if self._streaming else first
-        mel = solve_window(self, start, last)
-        return np.concatenate([np.zeros((2 * (start - first), 80), np.float32), mel])
 
-    monkeypatch.setattr(Token2Wav, "_solve", short)
+@pytest.mark.parametrize("block", [None, 0])
+def test_windows_without_context(context: Context, monkeypatch: pytest.MonkeyPatch, block: int | None) -> None:
+    kept(monkeypatch, block)
     failed = failures(context)
     assert {name: check.stage for name, check in failed.items()} == {"streamed": "speech"}
     assert "mel_rel_rms is" in failed["streamed"].message
@@ -371,7 +375,7 @@ def test_a_vocoder_that_repeats_itself(context: Context) -> None:
 
 def test_a_dit_that_is_wrong(brief: Context) -> None:
     def weaker(_feeds: Any, outputs: Outputs, _calls: int) -> Outputs:
-        return {"velocity": outputs["velocity"] * np.float32(0.99)}
+        return {**outputs, "velocity": outputs["velocity"] * np.float32(0.99)}
 
     stand(brief).changes["dit"] = weaker
     failed = stages(brief)

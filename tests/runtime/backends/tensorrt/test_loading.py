@@ -12,6 +12,7 @@ from omniport.runtime import OmniSession
 from omniport.runtime.backends.tensorrt.backend import TrtBackend, TrtGraph
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, BundleError, OmniportError, UsageError
+from omniport.runtime.speech.kept_blocks import nothing_before
 from support.fake_device import VERSION, FakeDriver, FakeRuntime, feeds_of, with_engines
 
 
@@ -121,4 +122,5 @@ def feeds_of_dit(bundle: Bundle) -> dict[str, NDArray[Any]]:
         "speaker": np.zeros((1, geometry.speaker_dim), np.float32),
         "reference": np.zeros((1, geometry.reference_dim), np.float32),
         "step": np.zeros(1, np.int64),
+        **nothing_before(geometry),
     }
