@@ -307,8 +307,10 @@ def _execute(source: Source, runner: LayerRunner, graph: str, requests: Sequence
     past = [spec.name for spec in definition.inputs[len(definition.inputs) - definition.past :]]
     calls = []
     for request in requests:
-        held = isinstance(request.cache, LayerCaches)
-        caches = request.cache.tensors if held else [torch.from_numpy(request.feeds[name]) for name in past]
+        if isinstance(request.cache, LayerCaches):
+            caches = request.cache.tensors
+        else:  # what a call is given of the one before, as arrays
+            caches = [torch.from_numpy(request.feeds[name]) for name in past]
         call = _call(source, graph, request.feeds)
         calls.append(Call(call.inputs, caches))
     (name,) = (spec.name for spec in definition.outputs if not spec.name.startswith("present_"))
