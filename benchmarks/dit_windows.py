@@ -1,11 +1,11 @@
 """Measure what streamed windows of speech cost the DiT, with keys and values kept between them and without.
 
-    python -m benchmarks.dit_windows BUNDLE [BUNDLE...] [--name NAME] [--codes 204] [--solver fast] [--rounds 5]
+    python -m benchmarks.dit_windows BUNDLE... [--compare BUNDLE...] [--codes 108] [--solver faster] [--rounds 3]
 
 Writes docs/results/dit_windows.json and dit_windows.md. Each BUNDLE speaks the same random codes over the same noise in
 ONNX Runtime on the CPU: with what each window leaves to the next, and as before, with 24 codes solved again. Both ways
-take turns in one process; a window's time is that of all its evaluations, the quickest of all rounds. Of float32
-bundles the mel is compared with that of the whole utterance, solved by rk4.
+take turns in one process, in one thread; a window's time is the processor's for all its evaluations, the least of all
+rounds. The mel of bundles to compare, in float32, is held against that of the whole utterance, solved by rk4.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from omniport.runtime.speech.ode import with_method
 from omniport.runtime.speech.ode_methods import METHODS, Solver
 from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 from omniport.runtime.speech.windows import SpeechWindows, Window, window_codes
-from omniport.runtime.system.host import cpu_name, physical_cores
+from omniport.runtime.system.host import cpu_name
 
 from benchmarks.harness import command_line, record, table
 
@@ -49,10 +49,12 @@ NEW = SpeechWindows().chunks[-1]
 #: asked for: times less time
 LEAST_GAIN = 1.3
 WAYS = ("kept", "again")
+#: codes of an utterance whose mel is compared
+_COMPARED = 4 * NEW + 12
 
 
 class _Again(GraphWrapper):
-    """A DiT that is given nothing of the window before, and counts what it is asked to solve."""
+    """A DiT that is given nothing of the window before."""
 
     def __init__(self, inner: Graph, nothing: Mapping[str, Array]) -> None:
         super().__init__(inner)
@@ -86,24 +88,24 @@ class Speech:
         before = copy.copy(self.bundle)
         geometry = msgspec.structs.replace(dit, past_layers=())
         before.manifest = msgspec.structs.replace(self.bundle.manifest, dit=geometry)
-        backend = OrtBackend(self.bundle)
+        backend = OrtBackend(self.bundle, threads=1)
         self._ways: dict[str, tuple[Bundle, Backend]] = {
             "kept": (self.bundle, backend),
             "again": (before, _AgainBackend(backend, dit)),
         }
 
     def mel(self, way: str, window: Window, solver: Solver) -> tuple[NDArray[np.float32], list[float]]:
-        """The mel [frames, 80], and the seconds of each window."""
+        """The mel [frames, 80], and the processor's seconds for each window."""
         bundle, backend = self._ways[way]
         noise = NoiseStream(self.noise, np.random.default_rng(0), self.dit.mel_dim)
         made = Token2Wav(backend, bundle, bundle.voice(), noise, window=window, solver=solver)
         pieces, seconds = [], []
         for step in (*((made.mels, (code,)) for code in self.codes), (made.last_mels, ())):
-            started = time.perf_counter()
+            started = time.process_time()
             found = step[0](*step[1])
             if found:
                 pieces += found
-                seconds.append(time.perf_counter() - started)
+                seconds.append(time.process_time() - started)
         return np.concatenate([piece.mel[piece.skip : piece.skip + piece.count] for piece in pieces]), seconds
 
 
@@ -112,14 +114,15 @@ def measure(options: argparse.Namespace, _: object) -> Iterator[dict[str, Any]]:
     result: dict[str, Any] = {
         "onnxruntime": import_onnxruntime().__version__,
         "processor": cpu_name(),
-        "threads": physical_cores(),
         "solver": options.solver,
         "rounds": options.rounds,
         "bundles": [],
+        "compared": [],
     }
+    for root in options.compare:
+        result["compared"].append(_compare_bundle(Speech(root, _COMPARED)))
     for root in options.bundles:
-        speech = Speech(root, options.codes)
-        result["bundles"].append(_measure_bundle(speech, options))
+        result["bundles"].append(_measure_bundle(Speech(root, options.codes), options))
         yield result
 
 
@@ -137,26 +140,23 @@ def _measure_bundle(speech: Speech, options: argparse.Namespace) -> dict[str, An
         "kept": window_codes(NEW, speech.dit),
         "again": window_codes(NEW, msgspec.structs.replace(speech.dit, past_layers=())),
     }
-    found = {
-        "name": options.name or manifest.source.name,
+    return {
+        "name": manifest.source.name,
         "precision": manifest.graphs["dit"].precision,
         "codes": work,
         "seconds": {way: value * speech.dit.codec_hz / NEW for way, value in best.items()},
         "gain": best["again"] / best["kept"],
         "bytes": {name: kept_bytes(speech.dit, count) for name, count in evaluations.items()},
     }
-    if manifest.graphs["dit"].precision == "float32":
-        found["difference"] = _differences(speech)
-    return found
 
 
-def _differences(speech: Speech) -> dict[str, dict[str, float]]:
+def _compare_bundle(speech: Speech) -> dict[str, Any]:
     """Of streamed mels from the whole one, over its standard deviation: RMS, and the largest value of a block."""
     whole, _ = speech.mel("kept", "whole", "rk4")
     scale = float(whole.std())
     if scale < 1e-2:
         raise SystemExit("the mel is flat: nothing can be compared")
-    found = {}
+    found: dict[str, Any] = {"name": speech.bundle.manifest.source.name}
     for way in WAYS:
         streamed, _ = speech.mel(way, SpeechWindows((NEW,)), "rk4")
         off = np.abs(streamed - whole) / scale
@@ -186,10 +186,9 @@ def page(result: Any) -> str:
         ]
         for one in result["bundles"]
     ]
-    compared = [one for one in result["bundles"] if "difference" in one]
     differences = [
-        [f"{one['name']}, {way}", *(f"{one['difference'][way][what]:.1e}" for what in ("rms", "inside", "last"))]
-        for one in compared
+        [f"{one['name']}, {way}", *(f"{one[way][what]:.1e}" for what in ("rms", "inside", "last"))]
+        for one in result["compared"]
         for way in WAYS
     ]
     last = result["bundles"][-1]
@@ -204,8 +203,8 @@ def page(result: Any) -> str:
             codes before each window are solved again, as bundles before schema version 3 have it. Random weights."""
         ),
         *_paragraph(
-            f"""ONNX Runtime {result["onnxruntime"]}, {result["threads"]} threads, {result["processor"]}, shared with
-            other programs; solver `{result["solver"]}`, best window of {result["rounds"]} rounds, both ways in turns.
+            f"""ONNX Runtime {result["onnxruntime"]}, one thread of {result["processor"]}, shared with other programs:
+            processor time; solver `{result["solver"]}`, best of {result["rounds"]} rounds, both ways in turns.
             The DiT of windows of {NEW} new codes; asked were at most 60/48 codes, and {LEAST_GAIN} times less time."""
         ),
         *table(head, rows),
@@ -230,10 +229,10 @@ def main() -> None:
     """The command line."""
     parser = command_line(__doc__)
     parser.add_argument("bundles", nargs="*", metavar="BUNDLE")
-    parser.add_argument("--name", default="", help="of the model, for the page")
-    parser.add_argument("--codes", type=int, default=4 * NEW + 12)
-    parser.add_argument("--solver", default="fast", choices=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compare", nargs="*", default=[], metavar="BUNDLE", help="in float32")
+    parser.add_argument("--codes", type=int, default=2 * NEW + 12)
+    parser.add_argument("--solver", default="faster", choices=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=3)
     record("dit_windows", page, measure, parser)
 
 
