@@ -200,7 +200,8 @@ def page(result: Any) -> str:
         *_paragraph(
             """Made by `python -m benchmarks.dit_windows`. Streamed speech is solved in windows. *Kept*: keys and values
             of the last block of a window are inputs of the next ([decision](../decisions/kept-blocks.md)). *Again*: 24
-            codes before each window are solved again, as bundles before schema version 3 have it. Random weights."""
+            codes before each window are solved again, as bundles before schema version 3 have it. Random weights;
+            `dit3b` is `tiny` with the DiT of the published sizes, 22 layers of width 1024."""
         ),
         *_paragraph(
             f"""ONNX Runtime {result["onnxruntime"]}, one thread of {result["processor"]}, shared with other programs:
