@@ -1,8 +1,8 @@
 """Cut outgoing speech into windows: the one place that holds their sizes, in codec tokens.
 
-The DiT solves each window together with the codes that its block attention looks ahead to, and back to where it keeps
-nothing of the window before (``window_codes``), and the vocoder sees some mel frames around it. Token2Wav does it; the planner, the TensorRT
-profiles and the command line take their figures from here.
+The DiT solves each window together with the codes that its block attention looks ahead to, and those before it where
+nothing is kept of the window before (``window_codes``); the vocoder sees some mel frames around it. Token2Wav does it;
+the planner, the TensorRT profiles and the command line take their figures from here.
 """
 
 from __future__ import annotations
