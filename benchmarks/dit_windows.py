@@ -38,7 +38,7 @@ from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.speech.kept_blocks import kept_bytes, nothing_before
 from omniport.runtime.speech.ode import with_method
 from omniport.runtime.speech.ode_methods import METHODS, Solver
-from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.speech.token2wav import MelPiece, NoiseStream, Token2Wav
 from omniport.runtime.speech.windows import SpeechWindows, Window, window_codes
 from omniport.runtime.system.host import cpu_name
 
@@ -99,10 +99,11 @@ class Speech:
         bundle, backend = self._ways[way]
         noise = NoiseStream(self.noise, np.random.default_rng(0), self.dit.mel_dim)
         made = Token2Wav(backend, bundle, bundle.voice(), noise, window=window, solver=solver)
-        pieces, seconds = [], []
-        for step in (*((made.mels, (code,)) for code in self.codes), (made.last_mels, ())):
+        pieces: list[MelPiece] = []
+        seconds: list[float] = []
+        for code in (*self.codes, None):
             started = time.process_time()
-            found = step[0](*step[1])
+            found = made.last_mels() if code is None else made.mels(code)
             if found:
                 pieces += found
                 seconds.append(time.process_time() - started)
