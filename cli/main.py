@@ -110,6 +110,13 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     Raises:
         SystemExit: always, with one of the exit codes above.
     """
+    try:
+        _run(argv)
+    except KeyboardInterrupt:  # while an error was told or handlers were put back: nothing is left to be undone
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _run(argv: Sequence[str] | None) -> NoReturn:
     # a polite kill unwinds the stack like Ctrl-C does, so that half-written files are removed
     set_up_streams()
     previous = signal.signal(signal.SIGTERM, _terminated)

@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import wave
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -144,6 +145,8 @@ def started(arguments: Sequence[str], log: Path) -> int:
         run(arguments)
     except SystemExit as stopped:
         code = int(stopped.code or 0)
+    except BaseException:  # noqa: BLE001 - nothing of it may come into the caller
+        traceback.print_exc()
     finally:
         os._exit(code)
 

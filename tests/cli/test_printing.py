@@ -65,6 +65,23 @@ def test_a_number_is_finite_and_in_range(value: str, capsys: pytest.CaptureFixtu
     assert "--max-speech" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("where", ["_report", "signal.signal"])
+def test_an_interruption_at_the_very_end_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """While an error is told, or the signals' handlers are put back."""
+    calls: list[object] = []
+
+    def interrupted(*given: object) -> None:
+        calls.append(given)
+        if where == "_report" or len(calls) == 2:
+            raise KeyboardInterrupt
+
+    owner = main if where == "_report" else main.signal
+    monkeypatch.setattr(owner, where.rpartition(".")[2], interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main.run(["inspect", "nowhere"])
+    assert calls
+
+
 def _omniport(tmp_path: Path, streams: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run with the streams that a shell makes."""
     words = [sys.executable, "-c", "from omniport.cli.main import run; run()", *arguments]
