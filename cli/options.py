@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from omniport.runtime.backends import BACKENDS
 from omniport.runtime.backends.registry import COMPUTE
+from omniport.runtime.speech.ode_methods import CHOICES
 
 if TYPE_CHECKING:
     from omniport.runtime.bundle.manifest import Manifest, SamplingConfig
@@ -53,6 +54,14 @@ ComputeOption = Annotated[
 ]
 SystemOption = Annotated[
     str | None, typer.Option(help="System message; without it the one that the talker was trained with is used.")
+]
+SolverOption = Annotated[
+    str,
+    one_of(
+        CHOICES,
+        help="Solver of speech: rk4 as the reference; the others faster and less exact; auto: the most exact that is "
+        "in time on this machine.",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of sampling and of the speech's noise.")]
 VoiceOption = Annotated[str | None, typer.Option(help="Voice of spoken replies (see omniport voices).")]

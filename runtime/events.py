@@ -151,6 +151,7 @@ class Stats:
             thinker, talker_prefill, talker, dit, bigvgan, load.
         run_seconds: seconds inside graph runs, by graph.
         workers: thinker, talker, token2wav (its DiT) and the vocoder beside it.
+        solver: that the speech was made by; empty without speech.
         peak_memory_bytes: largest resident set of the process so far; None where the system does not tell.
     """
 
@@ -175,6 +176,7 @@ class Stats:
     busy: dict[str, float] = field(default_factory=dict)
     run_seconds: dict[str, float] = field(default_factory=dict)
     workers: dict[str, WorkerTime] = field(default_factory=dict)
+    solver: str = ""
     peak_memory_bytes: int | None = None
 
 

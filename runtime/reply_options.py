@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .bundle.manifest import SamplingConfig
 from .errors import UsageError
-from .speech.ode_methods import Solver
+from .speech.ode_methods import SolverChoice
 from .speech.windows import Window
 
 #: stop strings at most, as chat clients know it, and characters of each
@@ -35,7 +35,7 @@ class ReplyOptions:
     seed: int = 0
     noise: NDArray[np.float32] | None = None
     window: Window = "stream"
-    solver: Solver = "rk4"
+    solver: SolverChoice = "rk4"
     threads: bool = True
     exact: bool = False
     ignore_stop: bool = False

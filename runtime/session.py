@@ -35,7 +35,7 @@ from .prompt.speech_prompt import SpeechPrompt
 from .prompt.tokenizer import TextCodec
 from .reply_options import ReplyOptions
 from .session_options import check_run_limit, context_size
-from .speech.ode_methods import Solver
+from .speech.ode_methods import SolverChoice
 from .speech.windows import Window
 from .system.path_arguments import paths_checked
 from .turn import Turn
@@ -234,7 +234,7 @@ class OmniSession:
         seed: int = 0,
         noise: NDArray[np.float32] | None = None,
         window: Window = "stream",
-        solver: Solver = "rk4",
+        solver: SolverChoice = "rk4",
         exact: bool = False,
         threads: bool = True,
         ignore_stop: bool = False,
@@ -288,7 +288,7 @@ class OmniSession:
         seed: int = 0,
         noise: NDArray[np.float32] | None = None,
         window: Window = "stream",
-        solver: Solver = "rk4",
+        solver: SolverChoice = "rk4",
         threads: bool = True,
     ) -> Iterator[Event]:
         """Speak a given text, as if the model had thought of it; it joins the conversation as the assistant's message.
@@ -328,7 +328,7 @@ class OmniSession:
         seed: int = 0,
         noise: NDArray[np.float32] | None = None,
         window: Window = "stream",
-        solver: Solver = "rk4",
+        solver: SolverChoice = "rk4",
         threads: bool = True,
         ignore_stop: bool = False,
         stop: str | Sequence[str] = (),
@@ -350,6 +350,8 @@ class OmniSession:
                 other windows, see ``SpeechWindows``.
             solver: ``rk4`` as the reference does; ``midpoint``, ``fast`` and ``faster`` take a half, a third and a
                 quarter of its time, less exactly. ``euler``, as quick as ``faster``, is the least exact.
+                ``auto`` takes the most exact of rk4, fast and faster that this machine has the time for while it
+                streams; so the same seed may give other sound on another machine.
             threads: thinker, talker and token2wav at once, each in a thread; False runs them one after the other in the
                 caller's thread. The result is the same.
             ignore_stop: text and speech go on until their ``max_new_tokens``, for measuring.

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from omniport.runtime.speech.ode_methods import METHODS
 
 from ..common import JsonFlag, QuietFlag
 from ..options import (
@@ -21,10 +20,10 @@ from ..options import (
     MaxPixelsOption,
     MaxSpeechOption,
     SeedOption,
+    SolverOption,
     SystemOption,
     VideosOption,
     VoiceOption,
-    one_of,
     reply_options,
 )
 from ..show_reply import MediaOptions, Replier, chat
@@ -46,9 +45,7 @@ def command(
     system: SystemOption = None,
     voice: VoiceOption = None,
     speak: Annotated[Path | None, typer.Option(metavar="OUT.wav", help="Speak the reply into this WAV file.")] = None,
-    solver: Annotated[
-        str, one_of(METHODS, help="Solver of speech: rk4 as the reference, the others faster and less exact.")
-    ] = "rk4",
+    solver: SolverOption = "rk4",
     seed: SeedOption = 0,
     greedy: GreedyFlag = False,
     max_new_tokens: MaxNewTokensOption = None,

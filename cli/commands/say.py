@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from omniport.runtime.speech.ode_methods import METHODS
 
 from ..common import JsonFlag, QuietFlag
 from ..options import (
@@ -15,9 +14,9 @@ from ..options import (
     GreedyFlag,
     MaxSpeechOption,
     SeedOption,
+    SolverOption,
     SystemOption,
     VoiceOption,
-    one_of,
     reply_options,
 )
 from ..show_reply import Replier
@@ -32,9 +31,7 @@ def command(
     speak: Annotated[Path, typer.Option(metavar="OUT.wav", help="WAV file to write.")],
     system: SystemOption = None,
     voice: VoiceOption = None,
-    solver: Annotated[
-        str, one_of(METHODS, help="Solver of speech: rk4 as the reference, the others faster and less exact.")
-    ] = "rk4",
+    solver: SolverOption = "rk4",
     seed: SeedOption = 0,
     greedy: GreedyFlag = False,
     max_speech: MaxSpeechOption = None,

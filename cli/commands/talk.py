@@ -20,6 +20,7 @@ from ..options import (
     MaxPixelsOption,
     MaxSpeechOption,
     SeedOption,
+    SolverOption,
     SystemOption,
     VideosOption,
     VoiceOption,
@@ -85,6 +86,7 @@ def command(
     exact: Annotated[
         bool, typer.Option("--exact", help="Encode again, at the end of a turn, what its loudest moment changes.")
     ] = False,
+    solver: SolverOption = "auto",
     seed: SeedOption = 0,
     greedy: GreedyFlag = False,
     max_new_tokens: MaxNewTokensOption = None,
@@ -133,6 +135,7 @@ def command(
             max_speech=max_speech,
             voice=voice,
             speak=not text_only,
+            solver=solver,
             seed=seed,
             exact=exact,
         )

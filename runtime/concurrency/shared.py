@@ -6,6 +6,7 @@ import threading
 
 from .owner import Owner
 from .places import Places
+from .timing import Pace
 
 
 class Shared:
@@ -13,10 +14,12 @@ class Shared:
 
     Attributes:
         owner: the process that they work in.
+        pace: of their replies.
     """
 
     def __init__(self, places: Places) -> None:
         self.owner, self.places = Owner(), places
+        self.pace = Pace()
         self._lock = threading.Lock()
         self._count = 1
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class Pace:
+    """How fast speech was made of late: the quickest runs of the latest reply, in seconds.
+
+    Attributes:
+        evaluation: of the DiT, for a code. frame: of the vocoder, for a mel frame.
+    """
+
+    evaluation: float = math.inf
+    frame: float = math.inf
 
 
 class StageTimer:

@@ -232,6 +232,8 @@ class Reply:
         stats.codes_per_second = len(workers.codec_ids) / (voiced - stats.queued) if voiced else None
         if stats.audio_seconds:
             stats.real_time_factor = (stats.total_time - stats.queued) / stats.audio_seconds
+        if task.speech is not None:
+            stats.solver = task.speech.token2wav.solver
         reason = "cancelled" if cancelled else workers.run.finish_reason
         if said.calls and reason == "stop":
             reason = "tool_calls"

@@ -14,7 +14,7 @@ from ..concurrency.cancel import CancelToken
 from ..concurrency.owner import Owner
 from ..concurrency.places import Place
 from ..concurrency.shared import Shared
-from ..concurrency.timing import StageTimer
+from ..concurrency.timing import Pace, StageTimer
 from ..errors import UsageError
 from ..generation.sampling import Sampler, validate_sampling
 from ..generation.talker import Talker
@@ -96,7 +96,7 @@ def make_task(
     validate_sampling(config, writer)
     timer, token = StageTimer(), CancelToken()
     guarded = GuardedBackend(CheckedBackend(backend, bundle.manifest.graphs, run_limit), token, timer)
-    speech = _speech_task(bundle, guarded, options, timer) if options.speak else None
+    speech = _speech_task(bundle, guarded, options, timer, shared.pace) if options.speak else None
     given = [] if options.say is None else ids_to_say(options.say, codec)
     longest = max(len(given) or config.max_new_tokens, speech.sampler.config.max_new_tokens if speech else 0)
     least = max(len(given), 2 if speech else 1)  # the talker prefills two tokens more than the prompt has
@@ -121,7 +121,9 @@ def make_task(
     )
 
 
-def _speech_task(bundle: Bundle, backend: GuardedBackend, options: ReplyOptions, timer: StageTimer) -> SpeechTask:
+def _speech_task(
+    bundle: Bundle, backend: GuardedBackend, options: ReplyOptions, timer: StageTimer, pace: Pace
+) -> SpeechTask:
     manifest = bundle.manifest
     if manifest.dit is None or manifest.vocoder is None or manifest.talker_sampling is None:
         raise UsageError(
@@ -135,6 +137,8 @@ def _speech_task(bundle: Bundle, backend: GuardedBackend, options: ReplyOptions,
     voice = bundle.voice(options.voice)
     _, sampling, drawn = options.generators()
     noise = NoiseStream(options.noise, drawn, manifest.dit.mel_dim)
-    token2wav = Token2Wav(backend, bundle, voice, noise, window=options.window, solver=options.solver, timer=timer)
+    token2wav = Token2Wav(
+        backend, bundle, voice, noise, window=options.window, solver=options.solver, timer=timer, pace=pace
+    )
     talker = Talker(bundle, ignore_stop=options.ignore_stop)
     return SpeechTask(talker, voice.spec, talker.sampler(config, sampling), token2wav, manifest.vocoder.sample_rate)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..bundle.manifest import SolverSpec
 from ..errors import UsageError
-from .ode_methods import METHODS, Method, Solver
+from .ode_methods import CHOICES, METHODS, Method, Solver
 
 if TYPE_CHECKING:
     from .ode_methods import Velocity
@@ -74,7 +74,7 @@ def with_method(spec: SolverSpec, solver: Solver) -> SolverSpec:
         UsageError: an unknown method, or a bundle whose DiT was exported without the time points that it needs.
     """
     if solver not in METHODS:
-        raise UsageError(f"solver is {solver!r}; {', '.join(METHODS)} was expected")
+        raise UsageError(f"solver is {solver!r}; {', '.join(CHOICES)} was expected")
     if METHODS[solver] is SCHEDULED.get(spec.method):
         return spec
     method, points = METHODS[solver], METHODS[solver].points

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: by the names that users give them: the reference's with 36 evaluations, 18, 12, 9 and 9
 Solver = Literal["rk4", "midpoint", "fast", "faster", "euler"]
+#: what may be asked for: ``auto`` is one of them, see `solver_choice`
+SolverChoice = Literal["auto", "rk4", "midpoint", "fast", "faster", "euler"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,4 @@ METHODS: Mapping[Solver, Method] = {
     "faster": Method((0, 0.5, 0.75), _ralston3, (0, 0.2142, 0.7588, 1)),
     "euler": Method((0,), _euler),
 }
+CHOICES: tuple[SolverChoice, ...] = ("auto", *METHODS)

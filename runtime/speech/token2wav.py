@@ -12,19 +12,24 @@ import itertools
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend
+from ..bundle.manifest import SolverSpec
 from ..bundle.reader import Bundle, Voice
-from ..concurrency.timing import StageTimer
+from ..concurrency.timing import Pace, StageTimer
 from ..errors import BundleError, OmniportError, UsageError
 from .kept_blocks import KeptBlocks, nothing_before
-from .ode import solve, with_method
-from .ode_methods import Solver
+from .ode import solve
+from .ode_methods import SolverChoice
+from .solver_choice import SHARE, candidates, name_of
 from .windows import Window, again_before, checked_windows, vocoder_lengths, window_codes
+
+if TYPE_CHECKING:
+    from .ode_methods import Velocity
 
 _NOISE_BLOCK = 24
 #: the first window is short: what every evaluation costs besides weighs more in it
@@ -101,7 +106,8 @@ class Token2Wav:
     Args:
         window: ``stream``, ``whole``, or other windows. ``stream`` is ``SpeechWindows()``, with longer windows on a CPU
             that is behind.
-        solver: of the ODE, see `omniport.runtime.speech.ode_methods`.
+        solver: of the ODE, see `omniport.runtime.speech.ode_methods`; ``auto``: see `solver_choice`.
+        pace: of the reply before, by which ``auto`` chooses; this one's takes its place.
 
     Raises:
         BundleError: the bundle does not speak.
@@ -116,19 +122,22 @@ class Token2Wav:
         noise: NoiseStream,
         *,
         window: Window = "stream",
-        solver: Solver = "rk4",
+        solver: SolverChoice = "rk4",
         timer: StageTimer | None = None,
+        pace: Pace | None = None,
     ) -> None:
         manifest = bundle.manifest
         if manifest.dit is None or manifest.vocoder is None or manifest.solver is None:
             raise BundleError(f"{bundle.root} has no DiT and vocoder: it was exported from a checkpoint without speech")
         self._backend = backend
         self._dit, self._vocoder = manifest.dit, manifest.vocoder
-        self._solver = with_method(manifest.solver, solver)
+        self._streaming = window != "whole"
+        self._candidates = candidates(manifest.solver, solver, self._streaming)
+        self._solver = self._candidates[0]
+        self._pace = Pace() if pace is None else pace
         self._voice = voice.feeds()
         self._noise = noise
         self._timer = StageTimer() if timer is None else timer
-        self._streaming = window != "whole"
         keeps = self._streaming and self._dit.past_layers and self._dit.look_back_blocks
         self._kept = KeptBlocks(self._dit) if keeps else None
         self._windows, self._context = checked_windows(
@@ -181,6 +190,11 @@ class Token2Wav:
         return self._synthesize(piece.mel, piece.skip, piece.count)
 
     @property
+    def solver(self) -> str:
+        """The name of the one in use."""
+        return name_of(self._solver)
+
+    @property
     def longest(self) -> int:
         """Codes that the longest window adds."""
         return max(*self._windows.chunks, self._windows.behind or 0)
@@ -206,12 +220,25 @@ class Token2Wav:
 
         By the quickest runs: others may have waited for weights that were read from disk.
         """
-        evaluations = sum(map(len, self._solver.stages))
         doubt = _FIRST_ESTIMATE if self._emitted == 1 else 1.0
-        seconds = self._quickest * evaluations * window_codes(chunk, self._dit)
-        if math.isfinite(self._quickest_frame):  # the first window may not have been vocoded yet
-            seconds += self._quickest_frame * (self._dit.repeats * chunk + 2 * self._context)
+        seconds = self._work(self._solver, chunk, self._quickest, self._quickest_frame)
         return seconds > doubt * chunk / self._dit.codec_hz
+
+    def _work(self, solver: SolverSpec, chunk: int, evaluation: float, frame: float) -> float:
+        """Seconds of a window of ``chunk`` new codes, by those of a code's evaluation and of a frame's samples."""
+        seconds = evaluation * sum(map(len, solver.stages)) * window_codes(chunk, self._dit)
+        if math.isfinite(frame):  # the first window may not have been vocoded yet
+            seconds += frame * (self._dit.repeats * chunk + 2 * self._context)
+        return seconds
+
+    def _in_time(self) -> SolverSpec:
+        """The first candidate with which windows are done in time; the last one if there is none."""
+        chunk, known = self._windows.chunks[-1], self._pace
+        doubt = 1.0 if known.evaluation < self._quickest else _FIRST_ESTIMATE
+        evaluation = min(known.evaluation, self._quickest)
+        most = SHARE * doubt * chunk / self._dit.codec_hz
+        in_time = (spec for spec in self._candidates if self._work(spec, chunk, evaluation, known.frame) <= most)
+        return next(in_time, self._candidates[-1])
 
     def _emit(self, stop: int) -> MelPiece:
         """The mel of codes ``self._done`` to ``stop``."""
@@ -256,12 +283,22 @@ class Token2Wav:
             self._quickest = min(self._quickest, (self._at_work() - start) / (last - first))
             return outputs["velocity"]
 
+        noise = self._noise.frames(first * repeats, last * repeats)[None]
         with self._timer("dit"):
-            mel: NDArray[np.float32] = solve(
-                self._solver, velocity, self._noise.frames(first * repeats, last * repeats)[None]
-            )[0]
+            choose = len(self._candidates) > 1 and not self._emitted
+            evaluate = self._chosen(velocity, noise) if choose else velocity
+            mel: NDArray[np.float32] = solve(self._solver, evaluate, noise)[0]
+        self._pace.evaluation = self._quickest
         _require_finite(mel, "the DiT's mel spectrogram")
         return mel
+
+    def _chosen(self, velocity: Velocity, noise: NDArray[np.float32]) -> Velocity:
+        """Choose the solver by the first evaluation, which is that of all; gives what need not evaluate it again."""
+        begin = self._solver.stages[0][0]
+        given = [velocity(begin, noise)]
+        self._solver = self._in_time()
+        assert self._solver.stages[0][0] == begin
+        return lambda step, x: given.pop() if given else velocity(step, x)
 
     def _synthesize(self, mel: NDArray[np.float32], skip: int, count: int) -> NDArray[np.float32]:
         """Samples of ``count`` mel frames after the first ``skip``; ``mel`` [n, 80] holds the context around them."""
@@ -272,6 +309,7 @@ class Token2Wav:
             start = self._at_work()
             wave = graph.run({"mel": np.ascontiguousarray(mel.T[None])})["wav"].reshape(-1)
             self._quickest_frame = min(self._quickest_frame, (self._at_work() - start) / len(mel))
+            self._pace.frame = self._quickest_frame
         if len(wave) != hop * len(mel):
             raise OmniportError(
                 f"the vocoder gave {len(wave)} samples for {len(mel)} mel frames; {hop} a frame were expected. Export "

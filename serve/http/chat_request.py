@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 from omniport.runtime import SamplingConfig
 from omniport.runtime.bundle.manifest import Manifest
-from omniport.runtime.speech.ode_methods import Solver
+from omniport.runtime.speech.ode_methods import SolverChoice
 
 from ..service import Service
 from .answering import convert
@@ -104,7 +104,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     mm_processor_kwargs: dict[str, Any] = {}
     use_audio_in_video: bool | None = None
     talker: TalkerOptions = TalkerOptions()
-    solver: Solver = "rk4"
+    solver: SolverChoice = "auto"
     window: Literal["stream", "whole"] = "stream"
 
     @property

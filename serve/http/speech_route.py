@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 from omniport.runtime import AudioChunk, Done
-from omniport.runtime.speech.ode_methods import Solver
+from omniport.runtime.speech.ode_methods import SolverChoice
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -35,7 +35,7 @@ class SpeechRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream_format: Literal["audio", "sse"] = "audio"
     seed: int | None = None
     talker: TalkerOptions = TalkerOptions()
-    solver: Solver = "rk4"
+    solver: SolverChoice = "auto"
 
 
 async def speak(request: Request, service: Service) -> Response:

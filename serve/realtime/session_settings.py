@@ -196,7 +196,7 @@ class SessionSettings(Struct, frozen=True, kw_only=True):
         if self.temperature is not None:
             sampling = msgspec.structs.replace(sampling, temperature=self.temperature)
         spoken = {"voice": self.voice} if self.speak else {}
-        return {"speak": self.speak, "thinker": sampling, "seed": secrets.randbits(32), **spoken}
+        return {"speak": self.speak, "thinker": sampling, "seed": secrets.randbits(32), "solver": "auto", **spoken}
 
 
 def speaks(service: Service) -> bool:
