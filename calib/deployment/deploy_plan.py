@@ -250,6 +250,7 @@ def _expected(model: ModelShape, machine: Machine, row: RecipePlan, precision: s
         first_audio_seconds=speed.first_audio,
         work_per_second_of_speech=speed.speech,
         real_time=speed.real_time,
+        solver=speed.solver,
         peak_disk_bytes=max(_peaks(model, machine, row, precision, stored), default=result),
         result_bytes=result,
     )

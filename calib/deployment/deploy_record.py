@@ -28,6 +28,8 @@ class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     first_audio_seconds: float | None
     work_per_second_of_speech: float | None
     real_time: bool
+    solver: str
+    """with which speech is made so fast; empty without speech"""
     peak_disk_bytes: int
     """in OUT and beside it, while it is made"""
     result_bytes: int

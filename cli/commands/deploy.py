@@ -109,8 +109,8 @@ def plan_lines(plan: DeployPlan) -> list[str]:
     if expected.first_audio_seconds is not None and expected.work_per_second_of_speech is not None:
         speaks = "in real time" if expected.real_time else "not in real time"
         lines.append(
-            f"first sound after {expected.first_audio_seconds:.2f} s, speech {speaks} "
-            f"({expected.work_per_second_of_speech:.2f} s of work for a second of it): predicted, not run"
+            f"first sound after {expected.first_audio_seconds:.2f} s, speech {speaks} with {expected.solver} ("
+            f"{expected.work_per_second_of_speech:.2f} s of work for a second of it): predicted, not run"
         )
     lines.append(
         f"disk: {size_text(expected.peak_disk_bytes)} while it is made, {size_text(expected.result_bytes)} in the end"

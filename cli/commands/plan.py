@@ -98,6 +98,7 @@ def _recipe_dict(row: RecipePlan) -> dict[str, Any]:
         "first_token_seconds": speed.first_token,
         "first_audio_seconds": speed.first_audio,
         "seconds_per_second_of_speech": speed.speech,
+        "solver": speed.solver or None,
     }
 
 
@@ -115,6 +116,7 @@ def _print_one(plan: TargetPlan) -> None:
         "codes/s",
         "first sound",
         "real time",
+        "solver",
     )
     title = f"{plan.model} on {plan.machine.title}: {size_text(plan.machine.usable)} usable, context {plan.context}"
     print_table(title, columns, (_row(row) for row in plan.recipes))
@@ -128,7 +130,8 @@ def _print_one(plan: TargetPlan) -> None:
         typer.echo("Nothing fits: take another target, a smaller model or a shorter --context.")
         return
     assert chosen.speed is not None
-    speaks = "speaks in real time" if chosen.speed.real_time else "does not speak in real time"
+    in_time = f"speaks in real time with the solver {chosen.speed.solver}"
+    speaks = in_time if chosen.speed.real_time else "does not speak in real time"
     typer.echo(f"Best: {plan.best}, which {speaks}. Make it: {chosen.recipe.command}")
     if chosen.recipe.quantized is not None and plan.machine.precision == "fp16":
         typer.echo("BUNDLE is of: omniport export CHECKPOINT BUNDLE --precision fp16 --token2wav fp16")
@@ -136,7 +139,7 @@ def _print_one(plan: TargetPlan) -> None:
 
 def _row(row: RecipePlan) -> tuple[str, ...]:
     if row.memory is None or row.speed is None:
-        return (row.recipe.name, "-", "-", "-", "-", "no", *["-"] * 6)
+        return (row.recipe.name, "-", "-", "-", "-", "no", *["-"] * 7)
     memory, speed = row.memory, row.speed
     return (
         row.recipe.name,
@@ -151,6 +154,7 @@ def _row(row: RecipePlan) -> tuple[str, ...]:
         "-" if speed.codes is None else f"{speed.codes:.0f}",
         "-" if speed.first_audio is None else f"{speed.first_audio:.2f} s",
         "-" if speed.speech is None else f"{_word(speed.real_time)} ({speed.speech:.2f})",
+        speed.solver or "-",
     )
 
 

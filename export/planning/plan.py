@@ -80,6 +80,7 @@ class Speed:
         prefill: tokens a second, 512 at once. decode: text tokens a second at the planned context. codes: the talker's.
         first_token, first_audio: seconds after a spoken question has ended.
         speech: seconds of work for one second of speech.
+        solver: that these two are of: the most exact one with which speech is made in time, or else the quickest.
     """
 
     prefill: float
@@ -88,6 +89,7 @@ class Speed:
     first_token: float
     first_audio: float | None
     speech: float | None
+    solver: str = ""
 
     @property
     def real_time(self) -> bool:
@@ -264,7 +266,7 @@ class _Estimate:
         caches = sides * held
         activations = sum(self.activations(shape) for shape in self.model.graphs.values())
         if self.model.speaks:  # what a window of speech leaves to the next
-            activations += kept_bytes(self.model.dit, self.model.evaluations)
+            activations += kept_bytes(self.model.dit, max(self.model.solvers.values()))
         return Memory(weights, caches, activations, self.machine.process, sum(self.model.embedding_bytes.values()))
 
     def held_bytes(self, shape: GraphShape) -> int:
@@ -314,34 +316,38 @@ class _Estimate:
         late = self.run(listening, 200) if listening in self.model.graphs else 0.0
         late += self.run(thinker, LATE, PROMPT)
         first = late + self.run(thinker, 1, PROMPT)
-        codes = speech = audio = None
-        if self.model.speaks:
-            step = self.run(decoders()[1].name, 1, self.context)
-            codes, speech = 1 / step, self._speech(decode, step)
-            audio = first + self._first_window()
-        return Speed(rows / self.run(thinker, rows, rows), 1 / decode, codes, first, audio, speech)
+        prefill = rows / self.run(thinker, rows, rows)
+        if not self.model.speaks:
+            return Speed(prefill, 1 / decode, None, first, None, None)
+        step = self.run(decoders()[1].name, 1, self.context)
+        found = []
+        for name, evaluations in self.model.solvers.items():
+            speech, audio = self._speech(decode, step, evaluations), first + self._first_window(evaluations)
+            found.append(Speed(prefill, 1 / decode, 1 / step, first, audio, speech, name))
+        return next((speed for speed in found if speed.real_time), found[-1])
 
-    def _speech(self, decode: float, step: float) -> float:
+    def _speech(self, decode: float, step: float, evaluations: int) -> float:
         """Work for one second of speech: thinker, talker, and windows of DiT and vocoder."""
-        windows = self._window(NEW_CODES)
+        windows = self._window(NEW_CODES, evaluations)
         if self.machine.target is None and windows > 1:
-            windows = self._window(NEW_CODES_BEHIND)
+            windows = self._window(NEW_CODES_BEHIND, evaluations)
         return TEXT_PER_SECOND * decode + CODES_PER_SECOND * step + windows
 
-    def _window(self, new: int) -> float:
+    def _window(self, new: int, evaluations: int) -> float:
         """Seconds of DiT and vocoder for a second of speech, in windows of that many new codes."""
         vocoder = self.run(giving("wav").name, FRAMES_PER_CODE * new + 2 * VOCODER_CONTEXT)
-        return (self._solving(window_codes(new, self.model.dit)) + vocoder) * CODES_PER_SECOND / new
+        solving = self._solving(window_codes(new, self.model.dit), evaluations)
+        return (solving + vocoder) * CODES_PER_SECOND / new
 
-    def _solving(self, codes: int) -> float:
+    def _solving(self, codes: int, evaluations: int) -> float:
         """Seconds of the whole solution of a window."""
-        return self.model.evaluations * self.run(giving("velocity").name, FRAMES_PER_CODE * codes)
+        return evaluations * self.run(giving("velocity").name, FRAMES_PER_CODE * codes)
 
-    def _first_window(self) -> float:
+    def _first_window(self, evaluations: int) -> float:
         """From the first text token to the first sound; the talker's step i waits for the thinker's token i."""
         thinker, talker = (part.name for part in decoders()[:2])
         both = self.run(thinker, 1, PROMPT) + self.run(talker, 1, PROMPT)
-        tail = self._solving(FIRST_CODES) + self.run(giving("wav").name, FRAMES_PER_CODE * FIRST_CODES)
+        tail = self._solving(FIRST_CODES, evaluations) + self.run(giving("wav").name, FRAMES_PER_CODE * FIRST_CODES)
         return self.run(talker, PROMPT, PROMPT) + FIRST_CODES * both + tail
 
     def run(self, graph: str, rows: int, context: int = 0) -> float:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omniport.runtime.bundle.manifest import DecoderGeometry, DitGeometry
+from omniport.runtime.bundle.manifest import DecoderGeometry, DitGeometry, SolverSpec
 from omniport.runtime.bundle.parts import speech_parts
 from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
 from omniport.runtime.errors import CheckpointError, UsageError
 from omniport.runtime.speech.ode import rk4_schedule
+from omniport.runtime.speech.solver_choice import candidates, evaluations, name_of
 
 from ..checkpoint.config import normalise_config, read_json, whole_config
 from ..synthetic.geometries import SIZES, geometry_config
@@ -53,7 +54,8 @@ class ModelShape:
     Attributes:
         embedding_bytes: of the token tables, by decoder; they stay in mapped files.
         max_context: positions that it was trained on, or that a bundle was exported for.
-        evaluations: of the DiT for one window of speech.
+        solvers: evaluations of the DiT for one window of speech, by the names of the solvers that ``auto`` chooses
+            from, the most exact first.
         kv: form of a bundle's KV caches, ``static`` or ``concat``; empty before an export, which chooses it.
         dit: what windows of speech are made of.
     """
@@ -63,7 +65,7 @@ class ModelShape:
     decoders: Mapping[str, DecoderShape]
     embedding_bytes: Mapping[str, int]
     max_context: int
-    evaluations: int = 36
+    solvers: Mapping[str, int] = field(default_factory=lambda: _solvers(rk4_schedule()))
     kv: str = ""
     dit: DitGeometry = field(default_factory=DitGeometry)
 
@@ -252,6 +254,10 @@ def _vocoder(c: Mapping[str, Any]) -> GraphShape:
 # --- from a bundle -------------------------------------------------------------------------------------------
 
 
+def _solvers(spec: SolverSpec) -> dict[str, int]:
+    return {name_of(each): evaluations(each) for each in candidates(spec, "auto", True)}
+
+
 def shape_of_bundle(bundle: Bundle) -> ModelShape:
     """The shapes of a bundle's graphs.
 
@@ -271,7 +277,7 @@ def shape_of_bundle(bundle: Bundle) -> ModelShape:
         decoders=decoders,
         embedding_bytes={name: manifest.files[g.embedding_file].size for name, g in manifest.decoders.items()},
         max_context=manifest.kv.max_context,
-        evaluations=sum(map(len, solver.stages)) if solver is not None else 0,
+        solvers={} if solver is None else _solvers(solver),
         kv=manifest.kv.form,
         dit=manifest.dit or DitGeometry(),
     )

@@ -40,6 +40,11 @@ def candidates(spec: SolverSpec, asked: SolverChoice, streaming: bool) -> tuple[
     return tuple(found)
 
 
+def evaluations(spec: SolverSpec) -> int:
+    """How often the DiT is evaluated for a window."""
+    return sum(map(len, spec.stages))
+
+
 def name_of(spec: SolverSpec) -> str:
     """The name that users know."""
     return spec.method if spec.method in METHODS else "rk4"

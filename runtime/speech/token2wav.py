@@ -25,7 +25,7 @@ from ..errors import BundleError, OmniportError, UsageError
 from .kept_blocks import KeptBlocks, nothing_before
 from .ode import solve
 from .ode_methods import SolverChoice
-from .solver_choice import SHARE, candidates, name_of
+from .solver_choice import SHARE, candidates, evaluations, name_of
 from .windows import Window, again_before, checked_windows, vocoder_lengths, window_codes
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class Token2Wav:
 
     def _work(self, solver: SolverSpec, chunk: int, evaluation: float, frame: float) -> float:
         """Seconds of a window of ``chunk`` new codes, by those of a code's evaluation and of a frame's samples."""
-        seconds = evaluation * sum(map(len, solver.stages)) * window_codes(chunk, self._dit)
+        seconds = evaluation * evaluations(solver) * window_codes(chunk, self._dit)
         if math.isfinite(frame):  # the first window may not have been vocoded yet
             seconds += frame * (self._dit.repeats * chunk + 2 * self._context)
         return seconds
