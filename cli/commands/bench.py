@@ -17,7 +17,7 @@ from ..common import (
     require_folder,
     size_text,
 )
-from ..options import BundleArgument, one_of
+from ..options import BundleArgument, ComputeOption, one_of
 from .export import EXPORT_MODULES
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def command(
     clock: Annotated[
         str, one_of(("wall", "cpu"), help="wall, or cpu: processor time, for busy machines, with --threads 1.")
     ] = "wall",
+    backend: Annotated[str, one_of(("ort-cpu", "openvino"), help="What runs the graphs.")] = "ort-cpu",
+    compute: ComputeOption = None,
     json: Annotated[
         Path | None,
         typer.Option(
@@ -80,6 +82,8 @@ def command(
             rounds=rounds,
             threads=threads,
             clock=clock,
+            backend=backend,
+            compute=compute,
             progress=progress,
         )
     whole = report if before is None else merged(before, report)

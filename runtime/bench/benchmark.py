@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend
-from ..backends.onnxruntime.backend import OrtBackend
+from ..backends.registry import open_backend
 from ..bundle.manifest import SolverSpec
 from ..bundle.parts import giving
 from ..bundle.reader import Bundle
@@ -41,6 +42,8 @@ from .workloads import Job, Rival, Sizes, stage_jobs
 
 #: two programs that do the same differ by the order of sums only; INT4 weights differ more than that
 _SAME = 0.5
+#: what runs graphs on a CPU
+BACKENDS = ("ort-cpu", "openvino")
 _REPLY_ROUNDS = 3
 
 
@@ -53,6 +56,8 @@ def bench(
     rounds: int = 5,
     threads: int | None = None,
     clock: str = "wall",
+    backend: str = BACKENDS[0],
+    compute: str | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
     """Measure a bundle on this machine's CPU.
@@ -63,24 +68,28 @@ def bench(
         sizes: of inputs. rounds: of each figure; whole replies are measured in fewer.
         threads: of one operator, for both; the physical cores if None.
         clock: of `omniport.runtime.bench.roofline.CLOCKS`; ``cpu`` goes with one thread.
+        backend: one of ``BACKENDS``. compute: as of ``OmniSession.open``.
         progress: called with what is measured, and the number of stages done and in all.
 
     Raises:
-        UsageError: an unknown stage or clock, a stage that the bundle has no graph for, threads that the clock does not
-            go with, or fewer than one round.
-        BackendError: onnxruntime is missing or cannot run the bundle.
+        UsageError: an unknown stage, clock or backend, a stage that the bundle has no graph for, threads that the clock
+            does not go with, or fewer than one round.
+        BackendError: the backend is missing or cannot run the bundle, or onnxruntime is, which counts the operations.
     """
     if rounds < 1:
         raise UsageError(f"{rounds} rounds; at least 1 was expected")
     if clock not in CLOCKS:
         raise UsageError(f"there is no clock {clock!r}; known clocks: {', '.join(CLOCKS)}")
+    if backend not in BACKENDS:
+        raise UsageError(f"there is no backend {backend!r} of a CPU; known ones: {', '.join(BACKENDS)}")
     if clock == "cpu" and threads != 1:
         raise UsageError("the clock 'cpu' adds the time of all threads up: measure with one (--threads 1)")
     bundle = Bundle.open(root)
     names = chosen_stages(bundle, stages)
     count = physical_cores() if threads is None else threads
     other = None if rival is None else rival(bundle)
-    run = _Run(bundle, count, rounds, sizes or Sizes(), other, CLOCKS[clock])
+    opened = partial(open_backend, backend, bundle, threads=count, compute=compute)
+    run = _Run(bundle, count, rounds, sizes or Sizes(), other, CLOCKS[clock], opened)
     results = {}
     for done, name in enumerate(names):
         if progress is not None:
@@ -97,6 +106,8 @@ def bench(
         recipe=manifest.quantization.recipe if manifest.quantization is not None else "",
         against=other.name if other is not None else "",
         clock=clock,
+        backend=backend,
+        compute=compute or "",
         environment=environment(other.libraries if other is not None else ()),
         stages=results,
     )
@@ -119,29 +130,32 @@ def chosen_stages(bundle: Bundle, stages: Sequence[str]) -> list[str]:
 
 class _Run:
     def __init__(
-        self, bundle: Bundle, threads: int, rounds: int, sizes: Sizes, rival: Rival | None, clock: Clock
+        self,
+        bundle: Bundle,
+        threads: int,
+        rounds: int,
+        sizes: Sizes,
+        rival: Rival | None,
+        clock: Clock,
+        opened: Callable[[], Backend],
     ) -> None:
         self.bundle, self.threads, self.rounds, self.sizes, self.rival = bundle, threads, rounds, sizes, rival
-        self.clock = clock
+        self.clock, self.opened = clock, opened
 
     def stage(self, name: str) -> StageResult:
         machine = measure_machine(self.threads, clock=self.clock)
         before = resident_memory()
         if name == REPLY:
-            figures, chunks = measure_reply(
-                self.bundle, self.sizes, self.rival, min(self.rounds, _REPLY_ROUNDS), self.threads
-            )
+            rounds = min(self.rounds, _REPLY_ROUNDS)
+            figures, chunks = measure_reply(self.bundle, self.opened(), self.sizes, self.rival, rounds)
             return StageResult(machine=machine, threads=self.threads, figures=figures, chunks=chunks)
         if name == "solver":
-            figures = _measure_solvers(self.bundle, self._backend(), self.sizes, self.rounds, self.clock)
+            figures = _measure_solvers(self.bundle, self.opened(), self.sizes, self.rounds, self.clock)
             return StageResult(machine=machine, threads=self.threads, figures=figures)
         return self._graph_stage(name, machine, before)
 
-    def _backend(self) -> OrtBackend:
-        return OrtBackend(self.bundle, threads=self.threads)
-
     def _graph_stage(self, name: str, machine: Machine, before: int | None) -> StageResult:
-        backend = self._backend()
+        backend = self.opened()
         figures, resident = [], None
         jobs: list[Job] = []
         profile = Profile(0.0, {})

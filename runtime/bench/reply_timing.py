@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import msgspec
 
+from ..backends.base import Backend
 from ..bundle.manifest import SamplingConfig
 from ..bundle.parts import PARTS
 from ..bundle.reader import Bundle
@@ -29,7 +30,7 @@ Chunks = tuple[tuple[float, float], ...]
 
 
 def measure_reply(
-    bundle: Bundle, sizes: Sizes, rival: Rival | None, rounds: int, threads: int | None
+    bundle: Bundle, backend: Backend, sizes: Sizes, rival: Rival | None, rounds: int
 ) -> tuple[tuple[Figure, ...], Chunks]:
     """First token, first sound and total of a streamed reply, beside the rival's; and when each piece was ready.
 
@@ -38,7 +39,7 @@ def measure_reply(
     Speech does not end by itself on random weights: stop tokens are suppressed on both sides, so that every reply has
     the same length.
     """
-    with OmniSession.open(bundle.root, backend="ort-cpu", threads=threads) as session:
+    with OmniSession(bundle, backend) as session:
         for _ in ask(session, sizes, "rk4", codes=26):  # loads every graph and touches every weight
             pass
         replies: dict[Solver, list[tuple[dict[str, float], Chunks]]] = {solver: [] for solver in _solvers(bundle)}

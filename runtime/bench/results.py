@@ -131,6 +131,7 @@ class BenchReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         precision: of the bundle. recipe: of its quantization; empty without.
         against: what it was compared with; empty without.
         clock: ``wall``, or ``cpu``: processor time on one thread. Whole replies are always wall time.
+        backend: what ran the graphs. compute: what it computed in; empty: as the graphs say.
     """
 
     schema: int = SCHEMA
@@ -140,6 +141,8 @@ class BenchReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     recipe: str = ""
     against: str = ""
     clock: str = "wall"
+    backend: str = "ort-cpu"
+    compute: str = ""
     environment: Environment
     stages: dict[str, StageResult] = {}
 
@@ -183,7 +186,7 @@ def merged(before: BenchReport, now: BenchReport) -> BenchReport:
     Raises:
         UsageError: they are not of the same bundle, machine and kind.
     """
-    same = ("fingerprint", "precision", "recipe", "against", "clock")
+    same = ("fingerprint", "precision", "recipe", "against", "clock", "backend", "compute")
     differing = [name for name in same if getattr(before, name) != getattr(now, name)]
     if before.environment.processor != now.environment.processor:
         differing.append("processor")

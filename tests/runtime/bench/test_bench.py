@@ -45,6 +45,32 @@ def report(tiny_bundle: Path, tiny_checkpoint: Path) -> BenchReport:
     )
 
 
+def test_another_backend_is_measured_beside_transformers_and_kept_apart(
+    tiny_bundle: Path, tiny_checkpoint: Path, report: BenchReport
+) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    other = bench(
+        tiny_bundle,
+        ["dit"],
+        rival=lambda bundle: TransformersRival(bundle, str(tiny_checkpoint), 1),
+        sizes=SMALL,
+        rounds=1,
+        threads=1,
+        backend="openvino",
+    )
+    assert (other.backend, report.backend) == ("openvino", "ort-cpu")
+    (figure,) = other.stages["dit"].figures
+    assert figure.difference is not None
+    assert 0 < figure.difference < 1e-4
+    with pytest.raises(UsageError, match="differ from these in backend"):
+        merged(report, other)
+
+
+def test_a_backend_that_is_no_cpu_s_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r"'tensorrt'.*ort-cpu, openvino"):
+        bench(tiny_bundle, ["dit"], backend="tensorrt")
+
+
 def test_both_sides_do_the_same(report: BenchReport) -> None:
     assert tuple(report.stages) == GRAPHS
     for stage, result in report.stages.items():
