@@ -82,6 +82,7 @@ def test_stats(live: Live) -> None:
     assert stats.codes_per_second is not None
     assert stats.peak_memory_bytes is not None
     assert stats.peak_memory_bytes > 1 << 20
+    assert stats.solver == "rk4"
 
 
 def test_speech_under_another_system_message_is_warned_of_once(live: Live, caplog: pytest.LogCaptureFixture) -> None:
@@ -104,6 +105,17 @@ def test_text_only(live: Live) -> None:
     assert len(texts) == 2
     assert live.decoder("talker").calls == []
     assert (done.stats.time_to_first_audio, done.stats.real_time_factor) == (None, None)
+
+
+def test_the_solver_of_a_reply_is_told(live: Live) -> None:
+    live.script("hello", [*range(30), 52])
+    pace = live.session._shared.pace
+    assert pace.evaluation == np.inf
+    for asked, used in (("auto", "rk4"), ("faster", "faster")):  # graphs that are fakes take no time
+        assert split(live.session.reply(HELLO, talker=GREEDY, solver=asked))[2].stats.solver == used  # type: ignore[arg-type]
+        assert 0 < pace.evaluation < 1
+        pace.evaluation = np.inf
+    assert split(live.session.reply(HELLO, solver="auto", speak=False))[2].stats.solver == ""
 
 
 def test_sound_leaves_before_the_text_is_complete(live: Live) -> None:
