@@ -9,11 +9,12 @@ whole contract, so that no wrapper loses a part of it.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +107,46 @@ class Backend(ABC):
     def max_context(self) -> int | None:
         """Most tokens that a KV cache holds; None for as many as the bundle was exported for."""
         return None
+
+
+G = TypeVar("G", bound=Graph)
+
+
+class LoadingBackend(Backend, Generic[G]):
+    """Loads each graph when it is first asked for, and keeps it until it is closed. Any thread may ask."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._graphs: dict[str, G] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def graph(self, name: str) -> G:
+        """The graph of that name, loaded on first use and kept.
+
+        Raises:
+            BackendError: the backend is closed, or cannot load the graph. BundleError: the graph cannot be trusted.
+        """
+        with self._lock:  # workers ask for their graphs at once
+            if self._closed:
+                raise BackendError(f"the {self.name} backend is closed; open the session again")
+            if name not in self._graphs:
+                self._graphs[name] = self._load(name)
+            return self._graphs[name]
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for graph in self._graphs.values():
+                self._unload(graph)
+            self._graphs.clear()
+
+    @abstractmethod
+    def _load(self, name: str) -> G:
+        """Load a graph; as ``graph``."""
+
+    def _unload(self, graph: G) -> None:
+        """Free what a graph does not free by itself when nobody holds it any more."""
 
 
 class BackendWrapper(Backend):

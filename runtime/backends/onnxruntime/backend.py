@@ -13,7 +13,6 @@ it crosses in any case: 8 KB in and one row of logits out for a token.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, OmniportError
 from ...system import host
 from ...system.host import physical_cores
-from ..base import NO_GPU, Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
+from ..base import NO_GPU, Array, Graph, KvCache, Loader, LoadingBackend, Outputs, RunHandle
 from ..graph_files import check_signature, graph_file
 from ..native import keep_in_forks
 from .cuda_provider import cuda_options, why_no_cuda
@@ -147,7 +146,7 @@ class OrtGraph(Graph):
             ) from error
 
 
-class OrtBackend(Backend):
+class OrtBackend(LoadingBackend[OrtGraph]):
     """ONNX Runtime for one bundle.
 
     Args:
@@ -165,15 +164,12 @@ class OrtBackend(Backend):
     def __init__(
         self, bundle: Bundle, device: str = "cpu", threads: int | None = None, profiles: Path | None = None
     ) -> None:
+        super().__init__(f"ort-{device}")
         self._ort = import_onnxruntime()
         self._profiles = profiles
         self._bundle = bundle
         self._device = device
         self._threads = threads if threads is not None else physical_cores()
-        self._graphs: dict[str, OrtGraph] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-        self.name = f"ort-{device}"
         self.host_nodes: dict[str, tuple[tuple[str, str], ...]] = {}
         self._plugin = plugin_devices(self._ort) if device == "tensorrt-rtx" else []
         if device == "cuda" and (reason := why_no_cuda(self._ort)):
@@ -182,28 +178,9 @@ class OrtBackend(Backend):
             for spec in bundle.manifest.graphs.values():
                 _refuse_bfloat16(spec)
 
-    def graph(self, name: str) -> OrtGraph:
-        """The graph of that name, loaded on first use and kept.
-
-        Raises:
-            BackendError: the bundle has no such graph, the backend is closed, or ONNX Runtime refuses the graph.
-            BundleError: the graph uses non-standard operators or data outside the bundle.
-        """
-        with self._lock:  # workers ask for their graphs at once
-            if self._closed:
-                raise BackendError(f"the {self.name} backend is closed; open the session again")
-            if name not in self._graphs:
-                self._graphs[name] = self._load(name)
-            return self._graphs[name]
-
     def at_once(self) -> int | None:
         """On the CPU, a run for every ``threads`` cores."""
         return max(1, physical_cores() // self._threads) if self._device == "cpu" else None
-
-    def close(self) -> None:
-        with self._lock:
-            self._graphs.clear()
-            self._closed = True
 
     def _load(self, name: str) -> OrtGraph:
         path, spec = graph_file(self._bundle, name)

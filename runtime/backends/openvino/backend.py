@@ -18,7 +18,7 @@ import numpy as np
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, OmniportError
 from ...system import host
-from ..base import Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
+from ..base import Array, Backend, Graph, KvCache, Loader, LoadingBackend, Outputs, RunHandle
 from ..graph_files import check_signature, graph_file
 from ..native import keep_in_forks
 from .kv_cache import StateCache
@@ -148,7 +148,7 @@ class OpenVinoGraph(Graph):
             ) from error
 
 
-class OpenVinoBackend(Backend):
+class OpenVinoBackend(LoadingBackend[Graph]):
     """OpenVINO for one bundle.
 
     Args:
@@ -160,8 +160,8 @@ class OpenVinoBackend(Backend):
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None, compute: str = "float32") -> None:
+        super().__init__("openvino" if compute == "float32" else f"openvino ({compute})")
         self._ov = import_openvino()
-        self.name = "openvino" if compute == "float32" else f"openvino ({compute})"
         self._bundle = bundle
         self._threads = threads if threads is not None else host.physical_cores()
         self._core = keep_in_forks(self._ov.Core())
@@ -171,36 +171,16 @@ class OpenVinoBackend(Backend):
             raise BackendError(
                 "this processor does not compute in bfloat16 (AVX512-BF16 or AMX): leave out the choice of bf16"
             )
-        self._graphs: dict[str, Graph] = {}
         self._others: list[Backend] = []
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def graph(self, name: str) -> Graph:
-        """The graph of that name, loaded on first use and kept.
-
-        Raises:
-            BackendError: the bundle has no such graph, the backend is closed, or neither OpenVINO nor ONNX Runtime
-                can load it.
-            BundleError: the graph uses non-standard operators or data outside the bundle.
-        """
-        with self._lock:  # workers ask for their graphs at once
-            if self._closed:
-                raise BackendError(f"the {self.name} backend is closed; open the session again")
-            if name not in self._graphs:
-                self._graphs[name] = self._load(name)
-            return self._graphs[name]
 
     def at_once(self) -> int:
         """A run for every ``threads`` cores."""
         return max(1, host.physical_cores() // self._threads)
 
     def close(self) -> None:
-        with self._lock:
-            self._graphs.clear()
-            self._closed = True
-            for other in self._others:
-                other.close()
+        super().close()
+        for other in self._others:
+            other.close()
 
     def _load(self, name: str) -> Graph:
         path, spec = graph_file(self._bundle, name)

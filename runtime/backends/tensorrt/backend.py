@@ -23,7 +23,7 @@ import numpy as np
 from ...bundle.engines import Engine, EngineRecord, Profile, build_line, find_engine, verify_engine
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, BundleError, OmniportError
-from ..base import NO_GPU, Array, Backend, Graph, KvCache, Loader, Outputs, RunHandle
+from ..base import NO_GPU, Array, Graph, KvCache, Loader, LoadingBackend, Outputs, RunHandle
 from .cuda import Driver
 from .cuda_driver import CudaDriver
 from .execution import Executor, Scratch
@@ -249,7 +249,7 @@ class TrtGraph(Graph):
         return build_line(self._engine.bundle, record.target, record.builder, (record.graph,))
 
 
-class TrtBackend(Backend):
+class TrtBackend(LoadingBackend[TrtGraph]):
     """The engines of one bundle that this machine can run.
 
     Args:
@@ -268,15 +268,12 @@ class TrtBackend(Backend):
     def __init__(
         self, bundle: Bundle, builder: str, *, runtime: EngineRuntime | None = None, driver: Driver | None = None
     ) -> None:
-        self.name = builder
+        super().__init__(builder)
         self.engines: dict[str, Engine] = {}
         self.missing: dict[str, str] = {}
         self._bundle = bundle
         self._runtime = runtime or TrtRuntime(builder)
         self._driver = driver or CudaDriver()
-        self._graphs: dict[str, TrtGraph] = {}
-        self._lock = threading.Lock()
-        self._closed = False
         capability = self._driver.capability()
         for name in bundle.manifest.graphs:
             try:
@@ -292,31 +289,10 @@ class TrtBackend(Backend):
                 f" ({next(iter(self.missing.values()), 'it has no graphs')})"
             )
 
-    def graph(self, name: str) -> TrtGraph:
-        """The graph of that name, loaded on first use and kept.
-
-        Raises:
-            BackendError: the bundle has no such graph or no engine of it, the backend is closed, or it does not load.
-            BundleError: the engine is not the one that was built, or not one of this graph.
-        """
-        with self._lock:
-            if self._closed:
-                raise BackendError(f"the {self.name} backend is closed; open the session again")
-            if name not in self._graphs:
-                self._graphs[name] = self._load(name)
-            return self._graphs[name]
-
     def max_context(self) -> int | None:
         """Most tokens that the engines' KV caches hold; None if they do not say."""
         sizes = [_built_for(engine.record) for engine in self.engines.values()]
         return min((size for size in sizes if size is not None), default=None)
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            for graph in self._graphs.values():
-                graph.close()
-            self._graphs.clear()
 
     def _load(self, name: str) -> TrtGraph:
         if name in self.missing:
@@ -329,6 +305,9 @@ class TrtBackend(Backend):
         loaded = self._runtime.load(engine.path)
         kernels = KernelFile.of(engine, self._runtime.version, self._driver.device_name())
         return TrtGraph(loaded, engine, self._bundle.manifest.graphs[name], self._driver, kernels)
+
+    def _unload(self, graph: TrtGraph) -> None:
+        graph.close()
 
 
 def _open(name: str, bundle: Bundle, threads: int | None) -> TrtBackend:
