@@ -197,5 +197,9 @@ class _SilentGraph(Graph):
 
     def run(self, feeds: Mapping[str, Array], cache: KvCache | None = None, handle: RunHandle | None = None) -> Outputs:
         if "x" in feeds:
-            return {"velocity": np.zeros_like(feeds["x"])}
+            kept = {name: array for name, array in feeds.items() if name.startswith("past_")}
+            return {
+                "velocity": np.zeros_like(feeds["x"]),
+                **{n.replace("past", "present", 1): a for n, a in kept.items()},
+            }
         return {"wav": np.zeros((1, feeds["mel"].shape[2] * self._hop), np.float32)}

@@ -89,6 +89,7 @@ class Speed:
     first_token: float
     first_audio: float | None
     speech: float | None
+    _: KW_ONLY
     solver: str = ""
 
     @property
@@ -323,7 +324,7 @@ class _Estimate:
         found = []
         for name, evaluations in self.model.solvers.items():
             speech, audio = self._speech(decode, step, evaluations), first + self._first_window(evaluations)
-            found.append(Speed(prefill, 1 / decode, 1 / step, first, audio, speech, name))
+            found.append(Speed(prefill, 1 / decode, 1 / step, first, audio, speech, solver=name))
         return next((speed for speed in found if speed.real_time), found[-1])
 
     def _speech(self, decode: float, step: float, evaluations: int) -> float:

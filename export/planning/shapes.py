@@ -227,7 +227,7 @@ def _dit(c: Mapping[str, Any]) -> GraphShape:
 
 def _windows(c: Mapping[str, Any] | None) -> DitGeometry:
     """What an export says of windows of speech."""
-    if c is None:
+    if c is None or "num_attention_heads" not in c:  # a thinker alone
         return DitGeometry()
     layers = tuple(sorted(map(int, c.get("look_backward_layers", (0, 20)))))
     return DitGeometry(past_layers=layers, past_width=int(c["num_attention_heads"]) * int(c.get("head_dim", 64)))

@@ -16,7 +16,7 @@ from .ode import with_method
 from .ode_methods import METHODS, Solver, SolverChoice
 
 #: from the most exact on, each at least a quarter less work than the one before; `midpoint` and `euler` are less exact
-#: than others that take less time (docs/results/solvers.md)
+#: than others that take less time (`benchmarks.solvers`)
 IN_TURN: tuple[Solver, ...] = ("rk4", "fast", "faster")
 #: of the time in which speech is heard that the DiT and the vocoder may take: thinker and talker work beside them
 SHARE = 0.7

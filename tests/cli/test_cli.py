@@ -410,7 +410,7 @@ def test_run_bounds_pixels_and_frames(omniport: Omniport, tiny_bundle: Path, sam
     assert prompt(*video, "--fps", 0.5) - text < whole / 2
     for words, problem in (
         (("--max-pixels", 10), "784"),
-        (("--fps", "nan"), "finite"),
+        (("--fps", "nan"), "not in the range 0.001 to 1e+09"),
         (("--max-frames", 1), "greater than or equal to 2"),
     ):
         refused(omniport("run", tiny_bundle, *video, *words), problem)

@@ -14,7 +14,7 @@ from omniport.runtime.backends import BACKENDS
 from omniport.runtime.bench.roofline import CLOCKS
 from omniport.runtime.bundle.manifest import KV_FORMS
 from omniport.runtime.bundle.recipes import RECIPES
-from omniport.runtime.speech.ode_methods import METHODS
+from omniport.runtime.speech.ode_methods import CHOICES
 
 
 def option(command: str, name: str) -> Any:
@@ -32,7 +32,7 @@ def option(command: str, name: str) -> Any:
         ("quantize", "recipe", RECIPES),
         ("bench", "clock", CLOCKS),
         ("run", "backend", BACKENDS),
-        ("run", "solver", METHODS),
+        ("run", "solver", CHOICES),
     ],
 )
 def test_words_of_an_option(command: str, name: str, words: Iterable[str]) -> None:

@@ -69,7 +69,9 @@ def rope_on_all_heads(graph: Graph, folder: Path) -> None:
         joined = consumer(graph, consumer(graph, rotation.output[0]).output[0])
         assert joined.op_type == "Concat"
         rest = producer(graph, joined.input[1])
-        width = numpy_helper.to_array(initializer(graph, rest.input[0].replace("/Add:0", ".bias"))).size
+        source = producer(graph, rest.input[0])  # keys of the block before may stand in front
+        projected = source.input[1] if source.op_type == "Concat" else rest.input[0]
+        width = numpy_helper.to_array(initializer(graph, projected.replace("/Add:0", ".bias"))).size
         whole = helper.make_node(
             "RotaryEmbedding",
             [rest.input[0], rotation.input[1], rotation.input[2]],
