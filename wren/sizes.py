@@ -12,7 +12,8 @@ bigvgan.safetensors         weights and bigvgan.json, the part's config.json
 dit.safetensors             weights (averaged over the last steps) and dit.json
 frame/                      the checkpoint with untrained weights: its configuration and tokenizer
 vision.safetensors          weights of the vision encoder that names what it sees; the thinker starts from them
-thinker.safetensors         weights of transformers' thinker
+thinker.first.safetensors   weights of transformers' thinker after its first course
+thinker.safetensors         and after both
 talker.small.safetensors    the talker before it grew
 talker.safetensors          weights of the talker with small tables, and of the thinker's rows that only it reads
 answers.json                what wren.evaluate measured
