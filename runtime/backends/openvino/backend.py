@@ -234,7 +234,7 @@ class OpenVinoBackend(LoadingBackend[Graph]):
             # Each graph would pin its threads to the same first cores.
             "ENABLE_CPU_PINNING": False,
         }
-        folder = compiled_folder(self._bundle, spec, self._ov.__version__)
+        folder = compiled_folder(self._bundle, spec, self._ov.__version__, options)
         return options if folder is None else {**options, "CACHE_DIR": str(folder)}
 
 

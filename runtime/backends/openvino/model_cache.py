@@ -1,8 +1,8 @@
 """Cache of compiled graphs, which OpenVINO reads and writes itself.
 
 Converting and compiling a graph takes seconds whenever a session is opened. What comes out lies in the user's own
-cache folder, in a folder for the files that it was made from and for the version that made it; OpenVINO tells models
-and options apart in it. A folder that others may write to is not used: what lies there is run.
+cache folder, in a folder for the files that it was made from, the version that made it and its options. A folder that
+others may write to is not used: what lies there is run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ...bundle.graph_spec import GraphSpec
 from ...bundle.reader import Bundle
@@ -20,18 +22,19 @@ from ...system.files import cache_folder
 _MOST_WEIGHTS = 1 << 30
 
 
-def compiled_folder(bundle: Bundle, spec: GraphSpec, version: str) -> Path | None:
+def compiled_folder(bundle: Bundle, spec: GraphSpec, version: str, options: Mapping[str, Any]) -> Path | None:
     """The folder for a graph, which is there; None where nothing is to be kept (``OMNIPORT_CACHE`` is empty, or the
     folder cannot be made or trusted), and for decoders: read back, OpenVINO 2026.4 gives NaN for theirs.
 
     Args:
-        version: of OpenVINO.
+        version: of OpenVINO. options: that the graph is compiled with: OpenVINO itself takes what was compiled in
+            bfloat16 for what is asked for in float32.
     """
     base = cache_folder()
     records = [bundle.manifest.files[file] for file in (spec.file, *spec.data)]
     if base is None or spec.cache or sum(record.size for record in records) > _MOST_WEIGHTS:
         return None
-    made = "\n".join((version, *(record.sha256.lower() for record in records)))
+    made = "\n".join((version, repr(sorted(options.items())), *(record.sha256.lower() for record in records)))
     folder = base / "openvino" / f"{spec.name}-{hashlib.sha256(made.encode()).hexdigest()[:32]}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.openvino import model_cache
 from omniport.runtime.backends.openvino.backend import OpenVinoBackend, OpenVinoGraph, OpenVinoRun
 from omniport.runtime.backends.openvino.packages import import_openvino
+from omniport.runtime.bench.benchmark import bench
+from omniport.runtime.bench.workloads import Sizes
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError, UsageError
 from onnx import helper
@@ -112,21 +114,24 @@ def test_compiled_graphs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     feeds = {"x": np.arange(16, dtype=np.float32).reshape(2, 8)}
     made = OpenVinoBackend(bundle).graph("dit").run(feeds)["y"]
     version = import_openvino().__version__
-    folder = model_cache.compiled_folder(bundle, spec, version)
+    options = {name: value for name, value in OpenVinoBackend(bundle)._options(spec).items() if name != "CACHE_DIR"}
+    folder = model_cache.compiled_folder(bundle, spec, version, options)
     assert folder is not None
     assert len(list(folder.glob("*.blob"))) == 1
     np.testing.assert_array_equal(OpenVinoBackend(bundle).graph("dit").run(feeds)["y"], made)
     assert len(list(folder.glob("*.blob"))) == 1
     (decoder,) = (each for each in bundle.manifest.graphs.values() if each.cache)
-    assert model_cache.compiled_folder(bundle, decoder, version) is None
-    assert model_cache.compiled_folder(bundle, spec, "another") != folder
+    assert model_cache.compiled_folder(bundle, decoder, version, options) is None
+    assert model_cache.compiled_folder(bundle, spec, "another", options) != folder
+    brain = {**options, "INFERENCE_PRECISION_HINT": "bf16"}
+    assert model_cache.compiled_folder(bundle, spec, version, brain) != folder, "read back, it was taken for float32"
     folder.chmod(0o777)
-    assert model_cache.compiled_folder(bundle, spec, version) is None
+    assert model_cache.compiled_folder(bundle, spec, version, options) is None
     folder.chmod(0o700)
     monkeypatch.setattr(model_cache, "_MOST_WEIGHTS", 1)
-    assert model_cache.compiled_folder(bundle, spec, version) is None
+    assert model_cache.compiled_folder(bundle, spec, version, options) is None
     monkeypatch.setenv("OMNIPORT_CACHE", "")
-    assert model_cache.compiled_folder(bundle, spec, version) is None
+    assert model_cache.compiled_folder(bundle, spec, version, options) is None
 
 
 def test_threads_and_exactness_are_given_to_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,3 +174,10 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(BackendError, match=r"pip install 'omniport\[openvino\]'"):
         import_openvino()
+
+
+def test_the_benchmark_measures_it(tiny_bundle: Path) -> None:
+    report = bench(tiny_bundle, ["dit"], sizes=Sizes(codes=(13,)), rounds=1, threads=1, backend="openvino")
+    assert report.backend == "openvino"
+    (figure,) = report.stages["dit"].figures
+    assert figure.seconds.low > 0
