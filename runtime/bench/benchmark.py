@@ -76,14 +76,7 @@ def bench(
             does not go with, or fewer than one round.
         BackendError: the backend is missing or cannot run the bundle, or onnxruntime is, which counts the operations.
     """
-    if rounds < 1:
-        raise UsageError(f"{rounds} rounds; at least 1 was expected")
-    if clock not in CLOCKS:
-        raise UsageError(f"there is no clock {clock!r}; known clocks: {', '.join(CLOCKS)}")
-    if backend not in BACKENDS:
-        raise UsageError(f"there is no backend {backend!r} of a CPU; known ones: {', '.join(BACKENDS)}")
-    if clock == "cpu" and threads != 1:
-        raise UsageError("the clock 'cpu' adds the time of all threads up: measure with one (--threads 1)")
+    _check(rounds, threads, clock, backend)
     bundle = Bundle.open(root)
     names = chosen_stages(bundle, stages)
     count = physical_cores() if threads is None else threads
@@ -111,6 +104,17 @@ def bench(
         environment=environment(other.libraries if other is not None else ()),
         stages=results,
     )
+
+
+def _check(rounds: int, threads: int | None, clock: str, backend: str) -> None:
+    if rounds < 1:
+        raise UsageError(f"{rounds} rounds; at least 1 was expected")
+    if clock not in CLOCKS:
+        raise UsageError(f"there is no clock {clock!r}; known clocks: {', '.join(CLOCKS)}")
+    if backend not in BACKENDS:
+        raise UsageError(f"there is no backend {backend!r} of a CPU; known ones: {', '.join(BACKENDS)}")
+    if clock == "cpu" and threads != 1:
+        raise UsageError("the clock 'cpu' adds the time of all threads up: measure with one (--threads 1)")
 
 
 def chosen_stages(bundle: Bundle, stages: Sequence[str]) -> list[str]:
