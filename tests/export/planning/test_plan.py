@@ -108,6 +108,23 @@ def test_a_bundle_and_its_checkpoint_multiply_alike(bundles: dict[str, Path], ti
         assert (dit.past_layers, dit.past_width, dit.block_size, dit.look_ahead_codes) == ((0, 3), 128, 24, 12)
 
 
+def test_the_solver_is_the_most_exact_that_is_in_time() -> None:
+    model = find_model("3b")
+    assert list(model.solvers) == ["rk4", "fast", "faster"]
+    chosen = []
+    for target in ("rtx-4090", "jetson-agx-orin-64gb", "jetson-orin-nano-8gb"):
+        alone = {
+            name: row(planned(replace(model, solvers={name: count}), target), "fp16").speed
+            for name, count in model.solvers.items()
+        }
+        speed = row(planned(model, target), "fp16").speed
+        assert speed is not None
+        in_time = [name for name, by_itself in alone.items() if by_itself is not None and by_itself.real_time]
+        assert speed == alone[in_time[0] if in_time else "faster"]
+        chosen.append(speed.solver)
+    assert chosen == ["rk4", "fast", "faster"]
+
+
 def test_windows_count_what_they_solve_and_hold() -> None:
     model = find_model("3b")
     assert (model.dit.past_layers, model.dit.past_width) == ((0, 20), 1024)
