@@ -16,13 +16,20 @@ MIB = 1 << 20
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc, which only Linux has")
 def test_peak_does_not_grow_with_the_layers(tmp_path: Path) -> None:
-    """2 and 12 decoder layers of 12.6 MB: exporting ten more may not cost as much as holding three of them.
+    """2 and 12 decoder layers of 35 MB: exporting ten more may not cost as much as holding two of them.
 
-    The margin is for the traced graph's nodes, of which ten layers have some 300, and for the allocator.
+    The margin is for the traced graph's nodes, of which ten layers have some 300, some 23 MB, and for the allocator.
+    Layers are heavy because one process and the next differ by 15 MB.
     """
     wide = dataclasses.replace(
         SIZES["tiny"],
-        text={**SIZES["tiny"].text, "hidden_size": 512, "intermediate_size": 1536, "mrope_section": [16, 24, 24]},
+        text={
+            **SIZES["tiny"].text,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 6,
+            "mrope_section": [16, 24, 24],
+        },
     )
     found = {}
     for layers in (2, 12):
@@ -30,6 +37,7 @@ def test_peak_does_not_grow_with_the_layers(tmp_path: Path) -> None:
         checkpoint = export_memory.make_deep(tmp_path / str(layers), size)
         found[layers] = export_memory.measure(str(checkpoint), graphs="thinker")
     weights = {layers: result["weight_bytes"]["thinker"] for layers, result in found.items()}
-    assert weights[12] - weights[2] > 110 * MIB, "the weights must be heavy enough to be seen"
-    assert found[12]["above_torch"] - found[2]["above_torch"] < 35 * MIB
+    more = weights[12] - weights[2]
+    assert more > 300 * MIB, "the weights must be heavy enough to be seen"
+    assert found[12]["above_torch"] - found[2]["above_torch"] < more / 5
     assert 20 * MIB < found[12]["above_torch"] < 500 * MIB

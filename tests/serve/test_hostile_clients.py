@@ -92,7 +92,7 @@ def leave_half_open(served: Served, rng: random.Random) -> None:
 
 def talk(served: Served, rng: random.Random) -> None:
     try:
-        connection = connect(served.url.replace("http", "ws") + "/v1/realtime", close_timeout=0.2)
+        connection = connect(served.url.replace("http", "ws") + "/v1/realtime", open_timeout=60, close_timeout=0.2)
     except InvalidStatus as error:  # those before have not all left
         if error.response.status_code != 429:
             raise

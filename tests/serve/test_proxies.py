@@ -106,7 +106,7 @@ class Boards:
         """A WebSocket, and the number of its board."""
         headers = {"Authorization": f"Bearer {KEY}", **({} if session is None else {"x-session-id": session})}
         address = self.url.replace("http", "ws") + "/v1/realtime" + options.pop("query", "")
-        websocket = connect(address, additional_headers=headers, proxy=None, **options)
+        websocket = connect(address, additional_headers=headers, proxy=None, open_timeout=60, **options)
         created = json.loads(websocket.recv(timeout=20))
         return websocket, int(created["session"]["model"])
 

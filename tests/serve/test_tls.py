@@ -16,7 +16,7 @@ import httpx
 import pytest
 from omniport.runtime.errors import UsageError
 from omniport.serve import tls
-from support.served_process import start
+from support.served_process import stacks, start
 from websockets.sync.client import connect
 
 x509 = pytest.importorskip("cryptography.x509")
@@ -138,8 +138,11 @@ def test_https_and_wss(root: Path, stopped: list[subprocess.Popen[str]], tmp_pat
     with httpx.Client(verify=trusting) as client:
         while client.get(f"{url}/ready").status_code != 200:
             assert datetime.datetime.now() < due
-    with connect(url.replace("https", "wss") + "/v1/realtime", ssl=trusting) as connection:
-        assert "session.created" in str(connection.recv(10))
+    try:
+        with connect(url.replace("https", "wss") + "/v1/realtime", ssl=trusting, open_timeout=60) as connection:
+            assert "session.created" in str(connection.recv(60))
+    except TimeoutError:
+        pytest.fail(stacks(process))
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/ready")
     process.terminate()

@@ -19,7 +19,7 @@ class Socket:
     """One connection. ``url``: of the server."""
 
     def __init__(self, url: str, query: str = "", **options: Any) -> None:
-        self.inner: ClientConnection = connect(f"ws{url[4:]}/v1/realtime?{query}", **options)
+        self.inner: ClientConnection = connect(f"ws{url[4:]}/v1/realtime?{query}", open_timeout=60, **options)
 
     def send(self, type: str, **fields: Any) -> None:
         self.inner.send(json.dumps({"type": type, **fields}))

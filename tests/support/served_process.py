@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,9 @@ from .paths import REPOSITORY
 
 #: the command, with changes
 CODE = """
-import sys, time
+import faulthandler, signal, sys, time
+if hasattr(signal, "SIGUSR1"):
+    faulthandler.register(signal.SIGUSR1)
 CHANGES
 from omniport.cli.main import run
 run(["serve", *sys.argv[1:], "--backend", "ort-cpu", "--port", "0"])
@@ -47,3 +50,12 @@ def listening(process: subprocess.Popen[str]) -> str:
         assert time.monotonic() < due
         time.sleep(0.05)
     return url
+
+
+def stacks(process: subprocess.Popen[str]) -> str:
+    """What every thread of a server that does not answer is doing. Ends it."""
+    if hasattr(signal, "SIGUSR1"):
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+    process.kill()
+    return process.communicate()[1]

@@ -32,7 +32,7 @@ def make(root: Path) -> Iterator[Callable[..., Served]]:
 
 
 def open_socket(served: Served, **options: Any) -> ClientConnection:
-    return connect(f"ws{served.url[4:]}/v1/realtime?model=x", **options)
+    return connect(f"ws{served.url[4:]}/v1/realtime?model=x", open_timeout=60, **options)
 
 
 def next_event(socket: ClientConnection) -> dict[str, Any]:
