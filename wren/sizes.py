@@ -14,10 +14,9 @@ frame/                      the checkpoint with untrained weights: its configura
 vision.safetensors          weights of the vision encoder that names what it sees; the thinker starts from them
 thinker.first.safetensors   weights of transformers' thinker after its first course
 thinker.safetensors         and after both
-talker.small.safetensors    the talker before it grew
 talker.safetensors          weights of the talker with small tables, and of the thinker's rows that only it reads
 answers.json                what wren.evaluate measured
-NAME.train.pt               state of a training: weights, optimizer, step; a training that stopped goes on from it
+NAME.train.pt               state of a training: weights, optimizers, step; a training that stopped goes on from it
 NAME.log                    its progress
 """
 
@@ -122,5 +121,3 @@ TALKER: dict[str, Any] = {
     "mrope_section": [4, 6, 6],
     "rope_theta": 10000.0,
 }
-# As the talker begins: half of the work a step. It grows when this size learns little more.
-SMALL_TALKER: dict[str, int] = {"intermediate_size": 448, "num_hidden_layers": 5}

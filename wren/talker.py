@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,7 @@ from wren.prompts import Laid
 from wren.training import Plan, bf16, train
 from wren.world import Draw, Question, Split
 
-SMALL_PLAN = Plan(steps=12000, peak=1.5e-3, decay=0.01)
-PLAN = Plan(steps=6000, peak=7e-4, rise=300, decay=0.01)
+PLAN = Plan(steps=9000, peak=3e-3, decay=0.01, muon=True)
 TOKENS = 3000  # of a step: prompts and codes
 # Codes fed: a share of the sentences is fed all; in the others up to so many are hidden, and up to so many replaced.
 WHOLE, HIDDEN, REPLACED, RUN = 0.3, 0.9, 0.15, 4
@@ -61,15 +60,11 @@ class Heard:
 class Speaker(nn.Module):
     """The talker, and the rows of the thinker's embedding that are learned with it: each voice, text end, text pad."""
 
-    def __init__(self, work: Path, small: bool = False) -> None:
+    def __init__(self, work: Path) -> None:
         super().__init__()
         torch.manual_seed(0)
         config = AutoConfig.from_pretrained(frame.folder(work)).talker_config
         config.vocab_size = OTHER + 1
-        if small:
-            for name, value in sizes.SMALL_TALKER.items():
-                setattr(config, name, value)
-            config.layer_types = config.layer_types[: config.num_hidden_layers]
         self.talker: Any = Qwen2_5OmniTalkerForConditionalGeneration(config)
         with torch.no_grad():
             for name, module in self.talker.named_modules():
@@ -87,20 +82,6 @@ class Speaker(nn.Module):
         width = config.hidden_size
         self.later = nn.ModuleList(nn.Linear(width, width) for _ in LATER)
         self.reading = nn.Linear(width, sizes.REGULAR_TOKENS + 1)  # the last is no token: the state is between two
-
-    def grow_from(self, small: Mapping[str, Tensor]) -> None:
-        """Take a small talker's weights. What is more gives nothing yet, so that this one says what the small one says:
-        new layers and new units of the others have outputs of 0.
-        """
-        grown = self.state_dict()
-        for name, value in grown.items():
-            if name not in small or value.shape != small[name].shape:
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    value.zero_()
-                if name not in small:
-                    continue
-            value[tuple(slice(size) for size in small[name].shape)] = small[name]
-        self.load_state_dict(grown)
 
     def inputs(self, heard: Heard, voice: str, fed: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [P + 1 + n, H] into the talker's projection and their positions [3, P + 1 + n].
@@ -314,39 +295,33 @@ def load(work: Path) -> Speaker:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=sizes.WORK)
-    parser.add_argument("--steps", type=int, default=PLAN.steps, help="after it grew")
+    parser.add_argument("--steps", type=int, default=PLAN.steps, help="of training")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = frozen(args.work)
     data, held_out = Sentences(args.work, "train"), Sentences(args.work, "held_out")
     print({name: len(kind) for name, kind in data.kinds.items()}, "sentences", flush=True)
 
-    def taught(speaker: Speaker, plan: Plan, file: str, seed: int) -> None:
-        speaker.talker.model.compile(dynamic=True)  # minutes at first, then nearly twice as fast
-
-        @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
-        @torch.no_grad()
-        def test() -> str:
-            draw = np.random.default_rng(3)
-            each = [loss_of(speaker, model, held_out, held_out.draw(draw), draw, spoil=False) for _ in range(8)]
-            loss, right = (float(torch.stack(column).mean()) for column in zip(*each, strict=True))
-            return f"loss {loss:.3f}, codes right {right:.3f}"
-
-        def loss(step: int) -> tuple[Tensor, float]:
-            if step % TEST_EVERY == 0 and step:
-                print(f"step {step} held out: {test()}", flush=True)
-            draw = np.random.default_rng((seed, step))
-            value, _ = loss_of(speaker, model, data, data.draw(draw), draw)
-            return value, value.item()
-
-        weights = train(speaker, loss, plan, args.work / f"{file}.train.pt")
-        save_file({name: value.contiguous() for name, value in weights.items()}, args.work / f"{file}.safetensors")
-
-    if not (args.work / "talker.small.safetensors").exists():
-        taught(Speaker(args.work, small=True), SMALL_PLAN, "talker.small", seed=2)
     speaker = Speaker(args.work)
-    speaker.grow_from(load_file(args.work / "talker.small.safetensors"))
-    taught(speaker, replace(PLAN, steps=args.steps), "talker", seed=3)
+    speaker.talker.model.compile(dynamic=True)  # minutes at first, then nearly twice as fast
+
+    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def test() -> str:
+        draw = np.random.default_rng(3)
+        each = [loss_of(speaker, model, held_out, held_out.draw(draw), draw, spoil=False) for _ in range(8)]
+        loss, right = (float(torch.stack(column).mean()) for column in zip(*each, strict=True))
+        return f"loss {loss:.3f}, codes right {right:.3f}"
+
+    def loss(step: int) -> tuple[Tensor, float]:
+        if step % TEST_EVERY == 0 and step:
+            print(f"step {step} held out: {test()}", flush=True)
+        draw = np.random.default_rng((3, step))
+        value, _ = loss_of(speaker, model, data, data.draw(draw), draw)
+        return value, value.item()
+
+    weights = train(speaker, loss, replace(PLAN, steps=args.steps), args.work / "talker.train.pt")
+    save_file({name: value.contiguous() for name, value in weights.items()}, args.work / "talker.safetensors")
 
 
 if __name__ == "__main__":

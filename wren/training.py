@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class Plan:
     decay: float = 0.0
     clip: float = 1.0
     average: float = 0.998  # of the weights that are kept: mean over about 1 / (1 - average) steps
+    muon: bool = False  # for the matrices of decoder layers, at the rate of AdamW: its updates are scaled to those
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -37,6 +39,35 @@ def bf16() -> AbstractContextManager[None]:
     return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu.get_capabilities().get("avx512_bf16")))
 
 
+class Optimizers:
+    """AdamW, or Muon for the matrices of decoder layers and AdamW for everything else."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        named = list(model.named_parameters())
+        inner = [p for name, p in named if plan.muon and p.ndim == 2 and ".layers." in f".{name}"]
+        chosen = {id(p) for p in inner}
+        rest = [p for _, p in named if id(p) not in chosen]
+        self.all: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, plan.peak, plan.betas, weight_decay=plan.decay, fused=True)
+        ]
+        if inner:
+            decay = 10 * plan.decay  # its matrices have no other bound
+            self.all.append(torch.optim.Muon(inner, plan.peak, decay, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, rate: float) -> None:
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in self.all]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self.all, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
 def train(
     model: nn.Module, loss_of: Callable[[int], tuple[Tensor, float]], plan: Plan, state: Path, save_every: float = 180
 ) -> dict[str, Tensor]:
@@ -47,18 +78,18 @@ def train(
             training that stopped and goes on is the one that did not stop.
         state: file that it goes on from, written every ``save_every`` seconds.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), plan.peak, plan.betas, weight_decay=plan.decay, fused=True)
+    optimizers = Optimizers(model, plan)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     step, shown = 0, math.nan
     if state.exists():
         saved = torch.load(state)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizers.load_state_dict(saved["optimizers"])
         average, step, shown = saved["average"], saved["step"], saved["shown"]
 
     def save() -> None:
         part = state.with_suffix(".part")
-        whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+        whole = {"model": model.state_dict(), "optimizers": optimizers.state_dict(), "average": average}
         torch.save({**whole, "step": step, "shown": shown}, part)
         part.replace(state)
 
@@ -67,13 +98,11 @@ def train(
     first, begin = step, time.monotonic()
     saved_at = begin
     while step < plan.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
         loss, figure = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
-        optimizer.step()
+        optimizers.step(plan.rate(step))
         step += 1
         with torch.no_grad():
             share = 1 - min(plan.average, (step + 1) / (step + 20))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from wren.training import Plan, train  # noqa: E402
+from wren.training import Optimizers, Plan, train  # noqa: E402
 
 
-def trained(state: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+def trained(state: Path, stop_at: int | None = None, muon: bool = False) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    model = torch.nn.Linear(3, 2)
+    model = torch.nn.Sequential(OrderedDict(layers=torch.nn.Sequential(torch.nn.Linear(3, 2))))
 
     def loss(step: int) -> tuple[torch.Tensor, float]:
         if step == stop_at:
@@ -22,19 +23,28 @@ def trained(state: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
         value = model(x).square().mean()
         return value, value.item()
 
-    return train(model, loss, Plan(steps=20, peak=0.1, rise=2), state, save_every=0)
+    return train(model, loss, Plan(steps=20, peak=0.1, rise=2, muon=muon), state, save_every=0)
 
 
-def test_a_training_that_stopped_is_the_one_that_did_not(tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole.pt")
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_training_that_stopped_is_the_one_that_did_not(tmp_path: Path, muon: bool) -> None:
+    whole = trained(tmp_path / "whole.pt", muon=muon)
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "parts.pt", stop_at=11)
-    parts = trained(tmp_path / "parts.pt")
-    again = trained(tmp_path / "parts.pt")
+        trained(tmp_path / "parts.pt", stop_at=11, muon=muon)
+    parts = trained(tmp_path / "parts.pt", muon=muon)
+    again = trained(tmp_path / "parts.pt", muon=muon)
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name])
         assert torch.equal(tensor, again[name])
-    assert whole["weight"].abs().max() < 0.5
+    assert whole["layers.0.weight"].abs().max() < 0.5
+
+
+def test_muon_takes_the_matrices_of_layers_alone() -> None:
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(3, 2)]), "head": torch.nn.Linear(2, 5)})
+    adam, muon = Optimizers(model, Plan(steps=1, peak=1.0, muon=True)).all
+    taken = [p for group in muon.param_groups for p in group["params"]]
+    assert [id(p) for p in taken] == [id(model["layers"][0].weight)]
+    assert sum(len(group["params"]) for group in adam.param_groups) == 3
 
 
 def test_the_learning_rate_rises_and_falls_to_its_floor() -> None:
