@@ -27,6 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _SHARED = Path(os.environ["OMNIPORT_CACHE"] if _WORKER else tempfile.mkdtemp(prefix="omniport-tests-"))
 os.environ["OMNIPORT_CACHE"] = str(_SHARED)
+# What runs a graph is the same on every machine, but in the tests of the choice.
+os.environ["OMNIPORT_MEASURE"] = "0"
 # Their key holds the code that makes them, so traced graphs may outlive a run where a developer says so.
 if (_kept := os.environ.get("OMNIPORT_TEST_GRAPHS")) and not _WORKER:
     Path(_kept).mkdir(parents=True, exist_ok=True)

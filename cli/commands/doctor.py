@@ -98,6 +98,7 @@ def examine() -> dict[str, Any]:
         "no_gpu": no_gpu,
         "packages": packages,
         "backends": _backends(packages, gpus),
+        "auto_on_cpu": _auto_on_cpu(),
         "abilities": abilities,
         "conflicts": _conflicts(),
     }
@@ -131,6 +132,12 @@ def _backends(packages: dict[str, str | None], gpus: list[dict[str, str]]) -> li
             problems = find_loader(name).problems(name, packages, bool(gpus))
             rows.append({"name": name, "can_run": not problems, "why_not": "; ".join(problems) or None})
     return rows
+
+
+def _auto_on_cpu() -> str:
+    from omniport.runtime.backends.mixed.choice import describe
+
+    return describe()
 
 
 def _engines(packages: dict[str, str | None]) -> dict[str, Any]:
@@ -190,6 +197,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("cpu", f"{facts['cpu']}, {facts['cpu_cores']} cores"),
         ("memory", memory),
         ("gpu", gpus),
+        ("auto on the CPU", facts["auto_on_cpu"]),
     ]
     print_table("Machine", ("what", "value"), system)
     print_table("Packages", ("package", "version"), ((k, v or "not installed") for k, v in facts["packages"].items()))

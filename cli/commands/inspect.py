@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from omniport.runtime.bundle.engines import Engine, Engines
     from omniport.runtime.bundle.graph_spec import TensorSpec
     from omniport.runtime.bundle.manifest import DecoderGeometry, Manifest, Quantization
+    from omniport.runtime.bundle.reader import Bundle
 
 NAME = "inspect"
 EXAMPLE = "omniport inspect bundle --verify"
@@ -56,6 +58,7 @@ def command(
             check_usable(opened)
     manifest = opened.manifest
     facts = {**summary(manifest, verified=verify), **engine_facts(built), "not_here": not_here(built)}
+    facts["auto_on_cpu"] = auto_on_cpu(opened)
     if json:
         print_json(facts)
         return
@@ -65,6 +68,7 @@ def command(
         for name, spec in manifest.graphs.items()
     )
     print_table("Graphs", ("graph", "precision", "opset", "size", "inputs", "outputs"), rows)
+    print_auto_on_cpu(facts["auto_on_cpu"])
     if built.usable:
         columns = ("engine", "size", "GPU", "builder", "KV capacity", "built from", "runs here")
         rows = ((*_engine_row(engine), "no" if engine.name in facts["not_here"] else "yes") for engine in built.usable)
@@ -110,6 +114,19 @@ def not_here(built: Engines) -> dict[str, str]:
     host = this_machine()
     reasons = {engine.name: why_not(engine.record, host, engine.bundle) for engine in built.usable}
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def auto_on_cpu(bundle: Bundle) -> dict[str, dict[str, str]]:
+    """Where ``auto`` runs each graph on this machine's CPU, by what was measured, and why."""
+    from omniport.runtime.backends.mixed.choice import choices
+
+    return {name: {"backend": choice.backend, "why": choice.why} for name, choice in choices(bundle).items()}
+
+
+def print_auto_on_cpu(chosen: Mapping[str, Mapping[str, str]]) -> None:
+    """A table of `auto_on_cpu`."""
+    rows = ((name, choice["backend"], choice["why"]) for name, choice in chosen.items())
+    print_table("On this CPU", ("graph", "auto runs it in", "why"), rows)
 
 
 def _engine_row(engine: Engine) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from omniport.export.option_values import TOKEN2WAV_PRECISIONS
 
 from ..common import JsonFlag, as_json, print_json, print_table, require_extra, size_text
 from ..options import number, one_of
+from .inspect import auto_on_cpu, print_auto_on_cpu
 
 if TYPE_CHECKING:
     from omniport.export import RecipePlan, TargetPlan
@@ -60,12 +61,23 @@ def command(
         from omniport.export.planning.picture import draw_sweep
 
         draw_sweep(plans, sweep)
+    chosen = _auto_on_cpu(model)
     if json:
-        print_json([plan_dict(plan) for plan in plans])
+        dicts = [plan_dict(plan) for plan in plans]
+        print_json([each | ({"auto_on_cpu": chosen} if each["target"] == "cpu" and chosen else {}) for each in dicts])
     elif len(plans) == 1:
         _print_one(plans[0])
+        if plans[0].machine.name == "cpu" and chosen:
+            print_auto_on_cpu(chosen)
     else:
         _print_all(plans)
+
+
+def _auto_on_cpu(model: str) -> dict[str, dict[str, str]]:
+    """Where ``auto`` runs the graphs of a bundle on this machine's CPU; nothing for what is no bundle."""
+    from omniport.runtime.bundle.reader import MANIFEST_FILE, Bundle
+
+    return auto_on_cpu(Bundle.open(model)) if (Path(model) / MANIFEST_FILE).exists() else {}
 
 
 def plan_dict(plan: TargetPlan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A backend that combines others: engines for the graphs that have one, ONNX Runtime for the rest."""
+"""A backend that combines two: engines, or OpenVINO, for some graphs, ONNX Runtime for the rest."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ class CompositeBackend(Backend):
     """Two backends over one bundle. A KV cache belongs to its graph, so graphs can run in different ones.
 
     Args:
-        engines: runs the graphs named ``held``.
+        chosen: runs the graphs named ``held``.
         others: runs all the others.
 
     Attributes:
         name: says which graphs run where, ``tensorrt (thinker, talker) + ort-cuda``.
     """
 
-    def __init__(self, engines: Backend, held: Collection[str], others: Backend) -> None:
-        self.name = f"{engines.name} ({', '.join(held)}) + {others.name}"
-        self.host_nodes = others.host_nodes  # an engine runs on the GPU alone
-        self._engines, self._held, self._others = engines, held, others
+    def __init__(self, chosen: Backend, held: Collection[str], others: Backend) -> None:
+        self.name = f"{chosen.name} ({', '.join(held)}) + {others.name}"
+        self.host_nodes = others.host_nodes  # an engine runs on the GPU alone, OpenVINO on the CPU
+        self._chosen, self._held, self._others = chosen, held, others
 
     def graph(self, name: str) -> Graph:
         return self._member(name).graph(name)
 
     def at_once(self) -> int | None:
         """The bound of the members that have one: they share the same cores."""
-        return _least(self._engines.at_once(), self._others.at_once())
+        return _least(self._chosen.at_once(), self._others.at_once())
 
     def shares_cores(self, graph: str) -> bool:
         """As its member says: graphs on a GPU are not held back by those on the CPU."""
         return self._member(graph).shares_cores(graph)
 
     def max_context(self) -> int | None:
-        return _least(self._engines.max_context(), self._others.max_context())
+        return _least(self._chosen.max_context(), self._others.max_context())
 
     def close(self) -> None:
-        self._engines.close()
+        self._chosen.close()
         self._others.close()
 
     def _member(self, graph: str) -> Backend:
-        return self._engines if graph in self._held else self._others
+        return self._chosen if graph in self._held else self._others
 
 
 def _least(*bounds: int | None) -> int | None:

@@ -45,8 +45,9 @@ def open_backend(name: str, bundle: Bundle, *, threads: int | None = None, compu
 
     Args:
         name: one of ``BACKENDS``. ``auto`` takes the engines that this machine can run, with ONNX Runtime for graphs
-            that have none; else ``ort-cuda`` where a CUDA device can be used; else ``ort-cpu``. The backend's own name
-            says what was taken, and a RuntimeWarning why an engine was not.
+            that have none; else ``ort-cuda`` where a CUDA device can be used; else ``ort-cpu``, and ``openvino`` for
+            the graphs that it was measured to be quicker with. The backend's own name says what was taken, and a
+            RuntimeWarning why an engine was not.
         threads: CPU threads of one operator; all physical cores this process may use if None.
         compute: ``bf16`` has graphs of float32 values computed in bfloat16, less exactly; None: as the graphs say.
 

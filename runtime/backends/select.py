@@ -1,4 +1,5 @@
-"""Choose what runs a bundle on this machine: engines that can, with the reason why others do not; else ONNX Runtime."""
+"""Choose what runs a bundle on this machine: engines that can, with the reason why others do not; else ONNX Runtime,
+and on a CPU OpenVINO for the graphs that it is quicker with."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle.engines import EngineRecord, build_line, list_engines
-from ..errors import BackendError
+from ..bundle.recipes import PRECISION_DTYPES
+from ..errors import BackendError, UsageError
 from ..system import host
 from .base import Backend, Loader
 from .composite import CompositeBackend
@@ -108,27 +110,41 @@ def _warn(bundle: Path, refused: dict[str, str]) -> None:
     )
 
 
-def open_auto(bundle: Bundle, threads: int | None, open_on_cpu: OpenOnCpu | None = None) -> Backend:
+def open_auto(
+    bundle: Bundle, threads: int | None, open_on_cpu: OpenOnCpu | None = None, compute: str | None = None
+) -> Backend:
     """Engines that this machine runs; for the rest of the graphs ONNX Runtime, on a CUDA device if it can use one.
 
+    Where no GPU is used, OpenVINO runs the graphs that it is quicker with (`mixed.choice`).
+
     Args:
-        open_on_cpu: takes the place of ONNX Runtime on the CPU.
+        open_on_cpu: takes the place of what runs graphs on the CPU.
+        compute: as of `omniport.runtime.backends.open_backend`; for a CPU alone.
 
     Raises:
         BackendError, BundleError: as `omniport.runtime.backends.open_backend`.
     """
     engines = runnable_engines(bundle)
-    if engines is not None and not engines.missing:
+    if engines is not None and not engines.missing and compute is None:
         return engines
+    from .mixed import choice
     from .onnxruntime.backend import OrtBackend
 
     rest = bundle if engines is None else bundle.with_graphs(engines.missing)
-    if _cuda_runs():
+    cuda = not choice.openvino_alone() and _cuda_runs()
+    if compute is not None and (cuda or engines is not None):
+        raise UsageError(
+            f"backend 'auto' takes this machine's GPU, which computes as the bundle's graphs say; {compute} is for "
+            "backend 'openvino'"
+        )
+    if cuda:
         others: Backend = OrtBackend(rest, device="cuda", threads=threads)
-    elif open_on_cpu is None:
+    elif open_on_cpu is not None:
+        others = open_on_cpu(rest, threads)
+    elif engines is not None:
         others = OrtBackend(rest, threads=threads)
     else:
-        others = open_on_cpu(rest, threads)
+        others = choice.open_on_cpu(rest, threads, compute)
     return others if engines is None else CompositeBackend(engines, engines.engines, others)
 
 
@@ -148,8 +164,13 @@ def _open(name: str, bundle: Bundle, threads: int | None) -> Backend:
     return open_auto(bundle, threads)
 
 
+def _open_in(name: str, bundle: Bundle, threads: int | None, compute: str) -> Backend:
+    (asked,) = (short for short, dtype in PRECISION_DTYPES.items() if dtype == compute)
+    return open_auto(bundle, threads, compute=asked)
+
+
 def _problems(name: str, packages: Mapping[str, str | None], gpu: bool) -> list[str]:
     return []  # it takes what there is
 
 
-LOADER = Loader(_open, _problems)
+LOADER = Loader(_open, _problems, _open_in)

@@ -287,3 +287,18 @@ def cache_folder() -> Path | None:
         return Path(named) if named else None
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "omniport"
+
+
+def read_own_file(path: Path, most: int) -> bytes:
+    """The bytes of a file that is this user's alone.
+
+    Raises:
+        OSError: it cannot be read, is a link, somebody else's or open to others, or has more than ``most`` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        others = sys.platform != "win32" and (facts.st_uid != os.geteuid() or facts.st_mode & 0o022)
+        if others or facts.st_size > most:
+            raise PermissionError(f"{path} is not this user's alone, or too large")
+        return file.read(most)

@@ -100,6 +100,15 @@ def total_memory() -> int | None:
         return None
 
 
+def available_memory() -> int | None:
+    """Bytes that can be had now without swapping, of the whole machine; None where the system does not tell."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
 def cpu_name() -> str:
     """The processor's name, or its architecture where it has none."""
     try:

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from ...bundle.engines import Engine
-from ...system.files import cache_folder, replacing
+from ...system.files import cache_folder, read_own_file, replacing
 
 #: a file that is larger is not read: the kernels of an engine are a few megabytes
 MOST_BYTES = 256 << 20
@@ -71,7 +69,7 @@ class KernelFile:
     def read(self) -> bytes:
         """The kernels; empty if there are none that can be trusted. Never raises."""
         try:
-            data = _read_own(self.path)
+            data = read_own_file(self.path, MOST_BYTES)
         except OSError:
             return b""
         line, _, kernels = data.partition(b"\n")
@@ -106,14 +104,3 @@ class KernelFile:
             size=len(kernels),
             sha256=hashlib.sha256(kernels).hexdigest(),
         )
-
-
-def _read_own(path: Path) -> bytes:
-    """A file's bytes. OSError: it is a link, somebody else's or open to others, or too large."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        others = sys.platform != "win32" and (facts.st_uid != os.geteuid() or facts.st_mode & 0o022)
-        if others or facts.st_size > MOST_BYTES:
-            raise PermissionError(f"{path} is not this user's alone, or too large")
-        return file.read(MOST_BYTES)
