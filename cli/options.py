@@ -50,9 +50,7 @@ BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder, as written 
 BackendOption = Annotated[str, one_of(BACKENDS, help="What runs the graphs.")]
 ComputeOption = Annotated[
     str | None,
-    one_of(
-        COMPUTE, help="Compute float32 graphs in bfloat16 (backend openvino, and auto on a CPU): faster, less exact."
-    ),
+    one_of(COMPUTE, help="Compute float32 graphs in bfloat16 (openvino, and auto on a CPU): faster, less exact."),
 ]
 SystemOption = Annotated[
     str | None, typer.Option(help="System message; without it the one that the talker was trained with is used.")

@@ -104,7 +104,8 @@ class OmniSession:
             verify: also compare every file's sha256.
             threads: CPU threads of one operator; the physical cores if None.
             compute: ``bf16`` has OpenVINO (as the backend, or as ``auto`` takes it on a CPU) compute graphs of float32
-                values in bfloat16: faster and less exact, on processors with AVX512-BF16 or AMX. None: as the graphs say.
+                values in bfloat16: faster and less exact, on processors with AVX512-BF16 or AMX. None: as the graphs
+                say.
             max_context: tokens that a conversation and its reply may take, at most what the bundle was exported for, or
                 its engines were built for, which it is if None. Fewer take less memory.
             run_limit: seconds that one run of a graph may take, for servers that run what others send: a reply with a
