@@ -174,26 +174,19 @@ def _quantized(recipes: dict[str, Any]) -> list[str]:
     for recipe, graphs in recipes.items():
         for name, row in graphs.items():
             ours, theirs = row["onnxruntime"], row["openvino"]
-            times = (f"{1e3 * ours['seconds']:,.1f}", f"{1e3 * theirs['seconds']:,.1f}")
+            spent = (f"{1e3 * ours['seconds']:,.1f}", f"{1e3 * theirs['seconds']:,.1f}")
             ratio = f"{ours['seconds'] / theirs['seconds']:.2f}"
-            loads = (f"{ours['load']:.1f}", f"{theirs['load']:.1f}")
-            rows.append((recipe, name, *times, ratio, f"{theirs['error']:.0e}", *loads, row["rounds"]))
+            loaded = (f"{ours['load']:.1f}", f"{theirs['load']:.1f}")
+            rows.append((recipe, name, *spent, ratio, f"{theirs['error']:.0e}", *loaded, row["rounds"]))
     about = (
         "The same work over quantized bundles of the same checkpoint: the median of all rounds, in turns. OpenVINO "
         "runs every integer format; FP8 it leaves to ONNX Runtime. It computes weights that are stored as integers as "
-        "what they stand for, where ONNX Runtime also rounds the other factor of those in blocks: hence the errors."
+        "what they stand for, where ONNX Runtime also rounds the other factor of those in blocks: hence the errors. Other "
+        "work took most of the processor, and a second run gave some ratios that differ by up to three times."
     )
-    head = (
-        "recipe",
-        "graph",
-        "ONNX Runtime, ms",
-        "OpenVINO, ms",
-        "times as fast",
-        "error",
-        "load, s",
-        "load, s",
-        "rounds",
-    )
+    names = ("ONNX Runtime", "OpenVINO")
+    times, loads = ([f"{name}, {unit}" for name in names] for unit in ("ms", "load, s"))
+    head = ("recipe", "graph", *times, "times as fast", "error", *loads, "rounds")
     return ["", "## Quantized bundles", "", *textwrap.wrap(about, 118), "", *table(head, rows)]
 
 
