@@ -181,8 +181,8 @@ def _quantized(recipes: dict[str, Any]) -> list[str]:
     about = (
         "The same work over quantized bundles of the same checkpoint: the median of all rounds, in turns. OpenVINO "
         "runs every integer format; FP8 it leaves to ONNX Runtime. It computes weights that are stored as integers as "
-        "what they stand for, where ONNX Runtime also rounds the other factor of those in blocks: hence the errors. Other "
-        "work took most of the processor, and a second run gave some ratios that differ by up to three times."
+        "what they stand for, where ONNX Runtime also rounds the other factor of those in blocks: hence the errors. "
+        "Other work took most of the processor, and a second run gave some ratios that differ by up to three times."
     )
     names = ("ONNX Runtime", "OpenVINO")
     times, loads = ([f"{name}, {unit}" for name in names] for unit in ("ms", "load, s"))
