@@ -10,6 +10,8 @@
 # make kills: kill export, quantize, calibrate, run and deploy at 300 random moments, and look at what they leave
 # make extras: resolve every extra for Python 3.10 to 3.14 on Linux (x86-64, aarch64) and Windows, from wheels
 # make install-check: install both ONNX Runtimes in every order, and mend them as doctor says (docs/results/install-check.md)
+# make aarch64-check: a whole reply on a 64-bit Arm machine under emulation, with nothing installed here (docs/results/aarch64.md)
+# make aarch64-check: a whole reply on a 64-bit Arm machine under emulation, with nothing installed here (docs/results/aarch64.md)
 # make tensorrt-contract: compare what was recorded of TensorRT's Python modules (10.3 to 11.4) with the real bindings
 # make build-matrix: build the engines of real-width graphs for several GPUs, without one (docs/results/build-matrix.md)
 # make bench-check: measure the real-width model and compare its ratios with docs/results/bench.json, within a noise band
@@ -19,7 +21,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint types types-windows demo wren docs fuzz kills extras install-check tensorrt-contract build-matrix bench-check gpu-check serve-check clean
+.PHONY: test lint types types-windows demo wren docs fuzz kills extras install-check aarch64-check tensorrt-contract build-matrix bench-check gpu-check serve-check clean
 .DEFAULT_GOAL := test
 
 $(PYTHON):
@@ -56,6 +58,10 @@ extras: $(INSTALLED)
 
 install-check: $(INSTALLED)
 	$(PYTHON) -m benchmarks.install_check
+
+# extras, doctor, build --check and a reply on a 64-bit Arm machine under emulation
+aarch64-check: $(INSTALLED)
+	$(PYTHON) -m benchmarks.aarch64
 
 tensorrt-contract: $(INSTALLED)
 	$(PYTHON) -m pytest -q -m network tests/export/tensorrt/test_recorded.py

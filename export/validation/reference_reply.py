@@ -154,6 +154,19 @@ def staged_replies(
     return replies
 
 
+def reference_speech(reference: Reference, codes: Sequence[int], voice: str, noise: Floats) -> Floats:
+    """The reference's sound of codes, whole, float32 [n].
+
+    Args:
+        noise: float32 [T, 80], the ODE's start, T at least 2 for every code.
+
+    Raises:
+        UnknownVoice: the checkpoint has no voice of that name.
+    """
+    solve = _solve(reference, codes, _speaker(reference.checkpoint, voice), noise)
+    return _sound(reference, solve.mel)
+
+
 def _speaker(checkpoint: Checkpoint, voice: str) -> Speaker:
     speakers = load_speakers(checkpoint.path / "spk_dict.pt")
     if voice not in speakers:
@@ -336,7 +349,11 @@ def _generate_codes(
 
 
 def _flow(reference: Reference, reply: StagedReply, speaker: Speaker, noise: Floats) -> None:
-    codes = np.asarray([reply.codec_ids], np.int64)
+    reply.solve = _solve(reference, reply.codec_ids, speaker, noise)
+
+
+def _solve(reference: Reference, codec_ids: Sequence[int], speaker: Speaker, noise: Floats) -> Solve:
+    codes = np.asarray([codec_ids], np.int64)
 
     def run(module: Any) -> dict[str, torch.Tensor]:
         states: list[torch.Tensor] = []
@@ -363,17 +380,19 @@ def _flow(reference: Reference, reply: StagedReply, speaker: Speaker, noise: Flo
 
     case = f"reply {array_key(codes, noise[: 2 * codes.shape[1]], speaker.cond, speaker.ref_mel)}"
     kept = reference.result(giving("velocity").name, case, run)
-    reply.solve = Solve(kept["x"], kept["velocity"], kept["times"], kept["mel"])
+    return Solve(kept["x"], kept["velocity"], kept["times"], kept["mel"])
 
 
 def _vocode(reference: Reference, reply: StagedReply) -> None:
     assert reply.solve is not None
-    mel = reply.solve.mel
+    reply.waveform = _sound(reference, reply.solve.mel)
 
+
+def _sound(reference: Reference, mel: Floats) -> Floats:
     def run(module: Any) -> dict[str, torch.Tensor]:
         return {"wav": module(torch.from_numpy(mel)[None]).reshape(-1)}
 
-    reply.waveform = reference.result(giving("wav").name, f"reply {array_key(mel)}", run)["wav"]
+    return reference.result(giving("wav").name, f"reply {array_key(mel)}", run)["wav"]
 
 
 def _dynamic_cache() -> Any:

@@ -73,6 +73,13 @@ def test_version(omniport: Omniport) -> None:
     assert out.startswith("omniport 0.")
 
 
+def test_python_runs_the_package() -> None:
+    command = [sys.executable, "-m", "omniport.cli"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("omniport ")
+    assert subprocess.run([*command, "no-such-command"], capture_output=True).returncode == 2
+
+
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     # processor time of the child, not the clock: the machine may be busy
     script = (

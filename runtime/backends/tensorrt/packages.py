@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import platform
 from typing import Any
 
 from ...errors import BackendError
@@ -24,6 +25,11 @@ NVIDIA_INDEX = "--extra-index-url https://pypi.nvidia.com"
 JETPACK = (
     "sudo apt-get install nvidia-jetpack, then install omniport and onnx into a virtual environment made with "
     "--system-site-packages: TensorRT is JetPack's"
+)
+#: TensorRT-RTX's support matrix names Linux and Windows on x86-64 alone
+X86_ONLY = (
+    "TensorRT-RTX is published for x86-64 alone. Do this on such a machine; a board builds its engines itself, with "
+    "TensorRT: omniport build"
 )
 
 
@@ -51,6 +57,8 @@ def how_to_install(builder: str, jetson: bool | None = None, options: str = "") 
     """
     if builder == "tensorrt" and (host.is_jetson() if jetson is None else jetson):
         return JETPACK
+    if builder == "tensorrt-rtx" and platform.machine().lower() not in ("x86_64", "amd64"):
+        return X86_ONLY
     line = f"pip install {options}'omniport[{EXTRAS[builder]}]'"
     return f"{line} {NVIDIA_INDEX} (CUDA 13: driver 580 or newer)" if builder == "tensorrt" else line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,9 @@ def test_pip_has_none_for_a_jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(host, "is_jetson", lambda: True)
     with pytest.raises(BackendError, match=r"not installed here: sudo apt-get install nvidia-jetpack.*site-packages"):
         import_builder("tensorrt")
+    monkeypatch.setattr(packages.platform, "machine", lambda: "aarch64")
+    assert re.search(r"for x86-64 alone.* omniport build", packages.how_to_install("tensorrt-rtx"))
+    monkeypatch.setattr(packages.platform, "machine", lambda: "AMD64")
     assert packages.how_to_install("tensorrt-rtx") == "pip install 'omniport[rtx]'"
 
 
