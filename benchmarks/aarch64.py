@@ -31,7 +31,7 @@ KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 RELEASES = {"3.11": "bookworm", "3.13": "trixie"}
 LIBRARIES = ("libstdc++6", "libgomp1", "libportaudio2")
 EXTRAS = ("ort", "media", "live", "serve", "wyoming")
-#: what `build --check` needs of the extra `trt`, whose own wheels no index has for aarch64
+#: what `build` needs of the extra `trt`, whose libraries are JetPack's, or on an index of NVIDIA's
 BESIDE = ("onnx",)
 PLATFORMS = ("linux_aarch64", "manylinux2014_aarch64", *(f"manylinux_2_{n}_aarch64" for n in (17, 24, 26, 27, 28)))
 #: glibc of the release -> more of them

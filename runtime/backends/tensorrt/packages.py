@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import platform
 from typing import Any
 
 from ...errors import BackendError
@@ -26,9 +25,9 @@ JETPACK = (
     "sudo apt-get install nvidia-jetpack, then install omniport and onnx into a virtual environment made with "
     "--system-site-packages: TensorRT is JetPack's"
 )
-#: TensorRT-RTX's support matrix names Linux and Windows on x86-64 alone
-X86_ONLY = (
-    "TensorRT-RTX is published for x86-64 alone. Do this on such a machine; a board builds its engines itself, with "
+#: for that machine, where TensorRT-RTX is asked for: it is made for Linux and Windows on x86-64, and for DGX Spark
+NOT_FOR_JETSON = (
+    "TensorRT-RTX is not made for Jetson boards. Do this on an x86-64 machine; the board builds its engines with "
     "TensorRT: omniport build"
 )
 
@@ -55,10 +54,8 @@ def how_to_install(builder: str, jetson: bool | None = None, options: str = "") 
         jetson: whether the machine has JetPack; this one's if None.
         options: more of ``pip install``.
     """
-    if builder == "tensorrt" and (host.is_jetson() if jetson is None else jetson):
-        return JETPACK
-    if builder == "tensorrt-rtx" and platform.machine().lower() not in ("x86_64", "amd64"):
-        return X86_ONLY
+    if host.is_jetson() if jetson is None else jetson:
+        return JETPACK if builder == "tensorrt" else NOT_FOR_JETSON
     line = f"pip install {options}'omniport[{EXTRAS[builder]}]'"
     return f"{line} {NVIDIA_INDEX} (CUDA 13: driver 580 or newer)" if builder == "tensorrt" else line
 
