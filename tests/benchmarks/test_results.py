@@ -24,6 +24,7 @@ from benchmarks import (
     serve_page,
     validate,
     vocoder,
+    vocoder_forms,
 )
 from benchmarks.harness import RESULTS
 from scripts import structure
@@ -44,6 +45,7 @@ PAGES = {
     "structure": structure,
     "validate": validate,
     "vocoder": vocoder,
+    "vocoder-forms": vocoder_forms,
 }
 
 
