@@ -10,11 +10,13 @@ from omniport.runtime.bench.results import read_report
 from support.paths import REPOSITORY
 
 from benchmarks import (
+    activation_forms,
     bench_page,
     build_matrix,
     calibrate,
     deploy,
     install_check,
+    kv_forms,
     live,
     openvino,
     plan,
@@ -31,10 +33,12 @@ from scripts import structure
 
 #: page -> the module that makes it of the JSON file of that name
 PAGES = {
+    "activation-forms": activation_forms,
     "build-matrix": build_matrix,
     "calibrate": calibrate,
     "deploy": deploy,
     "install-check": install_check,
+    "kv-forms": kv_forms,
     "live": live,
     "openvino": openvino,
     "plan": plan,
