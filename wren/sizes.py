@@ -13,7 +13,8 @@ dit.safetensors             weights (averaged over the last steps) and dit.json
 frame/                      the checkpoint with untrained weights: its configuration and tokenizer
 vision.safetensors          weights of the vision encoder that names what it sees; the thinker starts from them
 thinker.first.safetensors   weights of transformers' thinker after its first course
-thinker.safetensors         and after both
+thinker.second.safetensors  and after its second
+thinker.safetensors         and after all three
 talker.safetensors          weights of the talker with small tables, and of the thinker's rows that only it reads
 answers.json                what wren.evaluate measured
 NAME.train.pt               state of a training: weights, optimizers, step; a training that stopped goes on from it

@@ -261,6 +261,19 @@ def _name(shape: tuple[str, str]) -> str:
     return f"{shape[0]} {shape[1]}"
 
 
+def is_there(picture: Picture, draw: Draw, nearly: bool = False) -> tuple[str, str]:
+    """Asks for something, with the answer. ``nearly``: what is not there has the shape or colour of what is."""
+    shapes = picture.shapes
+    if draw.random() < 0.5:
+        sought = shapes[int(draw.integers(len(shapes)))]
+    else:
+        sought = _one(draw, COLOURS), _one(draw, SHAPES)
+        if nearly:
+            near = shapes[int(draw.integers(len(shapes)))]
+            sought = (sought[0], near[1]) if draw.random() < 0.5 else (near[0], sought[1])
+    return f"Is there {a(_name(sought))}?", "Yes, there is." if sought in shapes else "No, there is not."
+
+
 def picture_questions(picture: Picture, draw: Draw) -> list[tuple[str, str]]:
     """Questions on a picture with their answers."""
     shapes, n = picture.shapes, len(picture.shapes)
@@ -269,9 +282,7 @@ def picture_questions(picture: Picture, draw: Draw) -> list[tuple[str, str]]:
     asked.append(("How many shapes are there?", _how_many("shape", n)))
     counted = shapes[0][1] if draw.random() < 0.75 else _one(draw, SHAPES)
     asked.append((f"How many {counted}s are there?", _how_many(counted, sum(s[1] == counted for s in shapes))))
-    sought = shapes[int(draw.integers(n))] if draw.random() < 0.5 else (_one(draw, COLOURS), _one(draw, SHAPES))
-    there = "Yes, there is." if sought in shapes else "No, there is not."
-    asked.append((f"Is there {a(_name(sought))}?", there))
+    asked.append(is_there(picture, draw))
     for colour, shape in shapes:
         if sum(s[1] == shape for s in shapes) == 1:
             asked.append((f"What colour is the {shape}?", f"The {shape} is {colour}."))

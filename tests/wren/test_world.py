@@ -90,3 +90,14 @@ def test_a_clip_moves_where_it_is_said_to() -> None:
     frames, _ = media.clip(Clip("red", "circle", "blue", "apple"), draw, np.array([0.0, 2.0]))
     centre(frames[0], "red")
     centre(frames[1], "blue")
+
+
+def test_what_is_nearly_there_has_a_colour_or_a_shape_of_what_is() -> None:
+    picture, draw = Picture((("red", "circle"), ("blue", "star")), False), np.random.default_rng(0)
+    asked = [world.is_there(picture, draw, nearly=True) for _ in range(300)]
+    there = {"Is there a red circle?", "Is there a blue star?"}
+    assert {question for question, answer in asked if answer == "Yes, there is."} == there
+    absent = {question for question, answer in asked if answer == "No, there is not."}
+    assert "Is there a blue circle?" in absent
+    assert all(any(word in question for word in ("red", "blue", "circle", "star")) for question in absent)
+    assert len(absent) > 10
