@@ -244,14 +244,6 @@ def swapped_voices(manifest: Manifest) -> Manifest:
     return changed(manifest, voices=(changed(first, file=second.file), changed(second, file=first.file)))
 
 
-def other_bos(manifest: Manifest) -> Manifest:
-    """The talker is told the other voice; the DiT speaks in the right one."""
-    first, second = manifest.voices
-    return changed(
-        manifest, voices=(changed(first, bos_token=second.bos_token), changed(second, bos_token=first.bos_token))
-    )
-
-
 def raised_floor(feeds: Feeds) -> Feeds:
     return {**feeds, "mel": np.maximum(feeds["mel"], np.float32(np.log(3e-2)))}
 
@@ -281,7 +273,6 @@ FAULTS = (
     Fault("seams without context", edit=manifest_edit(no_context)),
     Fault("RoPE on all heads", edit=lambda bundle: edit_graph(bundle, "dit", rope_on_all_heads)),
     Fault("swapped voices", edit=manifest_edit(swapped_voices)),
-    Fault("the talker is told the other voice", edit=manifest_edit(other_bos)),
     Fault("wrong mel floor", feeds=("bigvgan", raised_floor)),
     Fault("codes shifted by one", feeds=("dit", shifted_codes)),
 )
