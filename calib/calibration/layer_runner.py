@@ -212,8 +212,8 @@ def _watch(module: ExportModule, weight: str, observers: Mapping[str, Observer])
     )
 
 
-def _filtered(part: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    return snake_inputs(x, part.up, part.rate, part.inverse_beta)
+def _filtered(part: Any, x: Tensor, pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return snake_inputs(x, part.up, part.alpha, part.inverse_beta, *pairs)
 
 
 def _nbytes(value: Any) -> int:

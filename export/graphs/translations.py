@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from onnxscript.values import Opset
 
-from ..models.ops import SINE  # importing it puts the ops into torch.ops.omniport
+from ..models import ops as _registered  # noqa: F401 - puts the ops into torch.ops.omniport
 
 op: Any = Opset("", 24)
 
@@ -102,30 +101,15 @@ def _pad_to_blocks_node(x: Any, block: int) -> Any:
     return op.Pad(x, pads)
 
 
-def _snake_node(x: Any, up: Any, down: Any, rate: Any, inverse_beta: Any) -> Any:
+def _snake_node(x: Any, up: Any, down: Any, alpha: Any, inverse_beta: Any, even: Any, odd: Any) -> Any:
     channels = x.shape[1]
-    padded = op.Pad(x, op.Constant(value_ints=[0, 0, 0, 3, 0, 0, 0, 3]), mode="edge")
-    u = op.Conv(padded, up, group=channels, pads=[1, 0, 1, 0])
-    s = _sine_node(op.Mul(u, rate), x)
+    zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+    minus_one, end = op.Constant(value_ints=[-1]), op.Constant(value_ints=[2**62])
+    axis = op.Constant(value_ints=[2])
+    padded = op.Pad(x, op.Constant(value_ints=[0, 0, 3, 0, 0, 3]), mode="edge")
+    u = op.Conv(padded, up, group=channels)
+    s = op.Sin(op.Mul(u, alpha))
     u = op.Add(u, op.Mul(inverse_beta, op.Mul(s, s)))
-    axes = op.Constant(value_ints=[2, 3])
-    first = op.Slice(u, op.Constant(value_ints=[0, 0]), op.Constant(value_ints=[1, 1]), axes)
-    last = op.Slice(u, op.Constant(value_ints=[-1, -1]), op.Constant(value_ints=[2**62, 2**62]), axes)
-    first, last = op.Concat(first, first, axis=2), op.Concat(last, last, axis=2)
-    return op.Conv(op.Concat(first, first, first, u, last, last, last, axis=3), down, group=channels)
-
-
-def _sine_node(turned: Any, like: Any) -> Any:
-    """sin(pi * turned) up to its sign, of what is left of ``turned`` without whole periods of the square, by `SINE`."""
-    left = op.Sub(turned, op.Round(turned))
-    square = op.Mul(left, left)
-    *lower, y = (_constant(value, like) for value in SINE)
-    for coefficient in reversed(lower):
-        y = op.Add(op.Mul(y, square), coefficient)
-    return op.Mul(y, left)
-
-
-def _constant(value: float, like: Any) -> Any:
-    """A number in the dtype of ``like``."""
-    constant = op.Constant(value_float=value)
-    return constant if like.dtype == ir.DataType.FLOAT else op.Cast(constant, to=int(like.dtype))
+    first = op.Gather(op.Slice(u, zero, one, axis), even, axis=1)
+    last = op.Gather(op.Slice(u, minus_one, end, axis), odd, axis=1)
+    return op.Conv(op.Concat(first, first, first, u, last, last, last, axis=2), down, group=channels)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import ml_dtypes
@@ -40,14 +40,9 @@ class WeightReader(Protocol):
 
 @dataclass(frozen=True)
 class Copy:
-    """The stored tensor as it is.
-
-    Attributes:
-        shape: as stored, where that is not the exported one.
-    """
+    """The stored tensor as it is."""
 
     key: str
-    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,6 @@ class ExportModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rules: dict[str, Rule] = {}
-        #: parameter -> its shape in the checkpoint, where that has other axes
-        self.stored: dict[str, tuple[int, ...]] = {}
         self.following: set[str] = set()
 
     def constant(self, name: str, value: Array | torch.Tensor, follow: bool = False) -> None:
@@ -135,14 +128,13 @@ class ExportModule(nn.Module):
                 elif own == "weight" and isinstance(module, Linear):
                     yield name, Transpose(prefix + name)
                 else:
-                    stored = module.stored.get(own) if isinstance(module, ExportModule) else None
-                    yield name, Copy(prefix + name, stored)
+                    yield name, Copy(prefix + name)
 
 
 def _prefixed(rule: Rule, prefix: str) -> Rule:
     """Rules of modules name keys relative to the graph's root, written with a leading ``@``."""
     if isinstance(rule, Copy | Transpose) and rule.key.startswith("@"):
-        return replace(rule, key=prefix + rule.key[1:])
+        return type(rule)(prefix + rule.key[1:])
     return rule
 
 

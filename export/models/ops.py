@@ -8,7 +8,6 @@ Shapes: B batch, S new tokens, L live cache length, M cache capacity, H heads, D
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
@@ -91,27 +90,25 @@ def tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor
     return out
 
 
-#: sin(pi t) / t for |t| <= 1/2 as a polynomial in t^2, from the constant up. Fitted for the smallest relative error,
-#: which is 5e-9; computed in float32, the square of the sine is off by 4e-7 at most.
-SINE = (3.1415927410125732, -5.167709827423096, 2.550069808959961, -0.5982421040534973, 0.07756039500236511)
-
-
 @_operator()
-def anti_aliased_snake(x: Tensor, up: Tensor, down: Tensor, rate: Tensor, inverse_beta: Tensor) -> Tensor:
-    """2x up, u + inverse_beta * sin^2(pi * rate * u), 2x down, with the two phases of the upsampled signal as rows.
+def anti_aliased_snake(
+    x: Tensor, up: Tensor, down: Tensor, alpha: Tensor, inverse_beta: Tensor, even: Tensor, odd: Tensor
+) -> Tensor:
+    """2x up, u + inverse_beta * sin^2(alpha * u), 2x down, with the two phases of the upsampled signal as channels.
 
-    Polyphase form: no interleaving, so both resampling steps are depthwise convolutions. One op while tracing, because
-    a vocoder holds more than a hundred of them. The graph computes the sine from `SINE`, because ONNX Runtime's own
-    knows one thread only.
+    Polyphase form: no interleaving, so both resampling steps are grouped convolutions. One op while tracing, because
+    a vocoder holds more than a hundred of them.
 
     Args:
-        x: [B, C, 1, T]. up, down: [C, 1, 2, 7], up with its rows in reverse. rate, inverse_beta: [C, 1, 1].
+        x: [B, C, T]. up: [2C, 1, 7]. down: [C, 2, 7]. alpha, inverse_beta: [2C, 1].
+        even, odd: int64 [2C], for each phase channel the channel of its pair's even and odd phase: past the ends the
+            upsampled signal repeats its first sample, an even one, and its last, an odd one.
 
     Returns:
-        [B, C, 1, T].
+        [B, C, T].
     """
-    _, u = snake_inputs(x, up, rate, inverse_beta)
-    return F.conv2d(u, down, groups=x.shape[1])
+    _, u = snake_inputs(x, up, alpha, inverse_beta, even, odd)
+    return F.conv1d(u, down, groups=x.shape[1])
 
 
 @_operator(lambda x, weight: (*x.shape[:-1], weight.shape[1]))
@@ -176,14 +173,12 @@ def pad_to_blocks(x: Tensor, block: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[1] % block)).clone()
 
 
-def snake_inputs(x: Tensor, up: Tensor, rate: Tensor, inverse_beta: Tensor) -> tuple[Tensor, Tensor]:
-    """What the two convolutions of `anti_aliased_snake` see: [B, C, 1, T + 6] and [B, C, 2, T + 6]. Not for tracing.
-
-    Past its ends the upsampled signal repeats its first sample, of the even phase, and its last, of the odd one.
-    """
-    padded = F.pad(x, (3, 3, 0, 0), mode="replicate")
-    u = F.conv2d(padded, up, padding=(1, 0), groups=x.shape[1])
-    turned = u * rate
-    u = u + inverse_beta * torch.sin(math.pi * (turned - torch.round(turned))).square()
-    first, last = u[:, :, :1, :1].expand(-1, -1, 2, 3), u[:, :, 1:, -1:].expand(-1, -1, 2, 3)
-    return padded, torch.cat((first, u, last), dim=3)
+def snake_inputs(
+    x: Tensor, up: Tensor, alpha: Tensor, inverse_beta: Tensor, even: Tensor, odd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the two convolutions of `anti_aliased_snake` see: [B, C, T + 6] and [B, 2C, T + 6]. Not for tracing."""
+    padded = F.pad(x, (3, 3), mode="replicate")
+    u = F.conv1d(padded, up, groups=x.shape[1])
+    u = u + inverse_beta * torch.sin(u * alpha).square()
+    first, last = u[:, :, :1].index_select(1, even), u[:, :, -1:].index_select(1, odd)
+    return padded, torch.cat((first, first, first, u, last, last, last), dim=2)

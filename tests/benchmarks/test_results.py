@@ -10,13 +10,11 @@ from omniport.runtime.bench.results import read_report
 from support.paths import REPOSITORY
 
 from benchmarks import (
-    activation_forms,
     bench_page,
     build_matrix,
     calibrate,
     deploy,
     install_check,
-    kv_forms,
     live,
     openvino,
     plan,
@@ -26,19 +24,16 @@ from benchmarks import (
     serve_page,
     validate,
     vocoder,
-    vocoder_forms,
 )
 from benchmarks.harness import RESULTS
 from scripts import structure
 
 #: page -> the module that makes it of the JSON file of that name
 PAGES = {
-    "activation-forms": activation_forms,
     "build-matrix": build_matrix,
     "calibrate": calibrate,
     "deploy": deploy,
     "install-check": install_check,
-    "kv-forms": kv_forms,
     "live": live,
     "openvino": openvino,
     "plan": plan,
@@ -49,7 +44,6 @@ PAGES = {
     "structure": structure,
     "validate": validate,
     "vocoder": vocoder,
-    "vocoder-forms": vocoder_forms,
 }
 
 
