@@ -264,8 +264,10 @@ def test_clients_that_leave_at_once_free_all(served: Served) -> None:
                 file = client.makefile("wb")
                 write_event(event.event(), file)
                 file.close()
-    assert served.quiet()
-    assert served.http().get("/v1/omniport/capacity").json()["active"] == 0
+    due = time.monotonic() + 30  # the last connections may not have been looked at yet
+    while served.http().get("/v1/omniport/capacity").json()["active"]:
+        assert time.monotonic() < due, "a place is not free again"
+        time.sleep(0.05)
 
 
 def test_a_text_whose_voice_is_unknown_holds_nobody_up(served: Served) -> None:
