@@ -181,9 +181,10 @@ def test_a_signal_waits_for_the_end_of_cleaning_up(
     before = signal.signal(number, stop)
     try:
         # taken back before the handler is: a signal then would end the process
-        with monkeypatch.context() as patched, pytest.raises(Stopped):
+        with monkeypatch.context() as patched:
             patched.setattr(Path, "unlink", unlinking)
-            half()
+            with pytest.raises(Stopped):
+                half()
     finally:
         signal.signal(number, before)
     assert list(tmp_path.iterdir()) == []
@@ -224,9 +225,10 @@ def test_a_signal_leaves_no_scratch_folder(
 
     before = signal.signal(number, stop)
     try:
-        with monkeypatch.context() as patched, pytest.raises(Stopped):
+        with monkeypatch.context() as patched:
             patched.setattr(module, name, call)
-            use()
+            with pytest.raises(Stopped):
+                use()
     finally:
         signal.signal(number, before)
     assert list(tmp_path.iterdir()) == []
