@@ -15,7 +15,9 @@ vision.safetensors          weights of the vision encoder that names what it see
 thinker.first.safetensors   weights of transformers' thinker after its first course
 thinker.second.safetensors  and after its second
 thinker.safetensors         and after all three
-talker.safetensors          weights of the talker with small tables, and of the thinker's rows that only it reads
+talker.first.safetensors    weights of the talker with small tables, and of the thinker's rows that only it reads, after
+                            its first course
+talker.safetensors          and after both
 answers.json                what wren.evaluate measured
 NAME.train.pt               state of a training: weights, optimizers, step; a training that stopped goes on from it
 NAME.log                    its progress
