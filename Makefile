@@ -11,7 +11,6 @@
 # make extras: resolve every extra for Python 3.10 to 3.14 on Linux (x86-64, aarch64) and Windows, from wheels
 # make install-check: install both ONNX Runtimes in every order, and mend them as doctor says (docs/results/install-check.md)
 # make aarch64-check: a whole reply on a 64-bit Arm machine under emulation, with nothing installed here (docs/results/aarch64.md)
-# make aarch64-check: a whole reply on a 64-bit Arm machine under emulation, with nothing installed here (docs/results/aarch64.md)
 # make tensorrt-contract: compare what was recorded of TensorRT's Python modules (10.3 to 11.4) with the real bindings
 # make build-matrix: build the engines of real-width graphs for several GPUs, without one (docs/results/build-matrix.md)
 # make bench-check: measure the real-width model and compare its ratios with docs/results/bench.json, within a noise band

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -129,12 +130,9 @@ class Board:
         variables = {**os.environ, "PYTHONPATH": str(self._site), "QEMU_LD_PREFIX": str(self._root)}
         return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=self._site)
 
-    def omniport(self, *arguments: str) -> dict[str, Any]:
-        """A command's exit code, JSON and seconds."""
-        begun = time.perf_counter()
-        done = self.run("-m", "omniport.cli", *arguments, "--json", "-q")
-        said = json.loads(done.stdout) if done.stdout else done.stderr[-2000:]
-        return {"code": done.returncode, "said": said, "seconds": round(time.perf_counter() - begun, 1)}
+    def omniport(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A command."""
+        return self.run("-m", "omniport.cli", *arguments, "--json", "-q")
 
 
 def reply(run: Callable[..., subprocess.CompletedProcess[str]], bundle: Path, media: Path, out: Path) -> dict[str, Any]:
@@ -160,7 +158,7 @@ def measure(options: argparse.Namespace, _: Any) -> Iterator[Any]:
         emulator.unpack("qemu-user", alone=True)
     version = subprocess.run([program, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
     wheels = work / "wheels"
-    subprocess.run(["rm", "-rf", wheels], check=True)
+    shutil.rmtree(wheels, ignore_errors=True)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), str(ROOT)]
     subprocess.run(build, check=True)
     (wheel,) = wheels.glob("omniport-*.whl")
@@ -172,14 +170,16 @@ def measure(options: argparse.Namespace, _: Any) -> Iterator[Any]:
         begun = time.perf_counter()
         board.install(wheel)
         row: dict[str, Any] = {"install": round(time.perf_counter() - begun, 1)}
-        row["doctor"] = board.omniport("doctor")
-        row["checks"] = {name: board.omniport("build", str(bundle), "--target", name, "--check") for name in BOARDS}
+        doctor = board.omniport("doctor")
+        row["doctor"] = [b["name"] for b in json.loads(doctor.stdout)["backends"] if b["can_run"]]
+        checks = {name: board.omniport("build", str(bundle), "--target", name, "--check") for name in BOARDS}
+        row["checks"] = {n: {"code": c.returncode, "said": c.stderr.strip()} for n, c in checks.items()}
         got = reply(board.run, bundle, media, work / "there.npy")
         row["reply"] = compared(wanted, got, np.load(work / "here.npy"), np.load(work / "there.npy"))
         result["pythons"][python] = row
         yield result
-        if not row["reply"]["same_tokens"] or not row["reply"]["same_codes"] or row["doctor"]["code"]:
-            raise SystemExit(f"Python {python} on aarch64: {row['reply']}, doctor {row['doctor']['code']}")
+        if not row["reply"]["same_tokens"] or not row["reply"]["same_codes"] or not row["doctor"]:
+            raise SystemExit(f"Python {python} on aarch64: {row['reply']}, doctor: {doctor.stderr or row['doctor']}")
 
 
 def compared(wanted: dict[str, Any], got: dict[str, Any], here: Any, there: Any) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def page(found: Any) -> str:
         "",
     ]
     rows = [
-        [python, f"{row['install']} s", ", ".join(_runs(row["doctor"])), *(_ended(c) for c in row["checks"].values())]
+        [python, f"{row['install']} s", ", ".join(row["doctor"]), *(_ended(c) for c in row["checks"].values())]
         for python, row in found["pythons"].items()
     ]
     head = ["Python", "install", "`doctor`: can run here", *(f"`build --check`, {name}" for name in BOARDS)]
@@ -247,12 +247,8 @@ def page(found: Any) -> str:
     return "\n".join([*lines, "of it was run on aarch64.", ""])
 
 
-def _runs(doctor: dict[str, Any]) -> list[str]:
-    return [row["name"] for row in doctor["said"]["backends"] if row["can_run"]]
-
-
 def _ended(done: dict[str, Any]) -> str:
-    return f"exit code {done['code']}" + (f": {done['said'].strip()}" if isinstance(done["said"], str) else "")
+    return f"exit code {done['code']}" + (f": {done['said']}" if done["said"] else "")
 
 
 if __name__ == "__main__":

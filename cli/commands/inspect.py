@@ -124,7 +124,11 @@ def auto_on_cpu(bundle: Bundle) -> dict[str, dict[str, str]]:
 
 
 def print_auto_on_cpu(chosen: Mapping[str, Mapping[str, str]]) -> None:
-    """A table of `auto_on_cpu`."""
+    """A table of `auto_on_cpu`, where there is a choice."""
+    from omniport.runtime.backends.mixed.choice import openvino_version
+
+    if not openvino_version():
+        return
     rows = ((name, choice["backend"], choice["why"]) for name, choice in chosen.items())
     print_table("On this CPU", ("graph", "auto runs it in", "why"), rows)
 

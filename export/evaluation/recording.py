@@ -24,7 +24,8 @@ from omniport.runtime.bundle.manifest import Manifest
 from omniport.runtime.bundle.parts import decoders, encoder_of, giving
 from omniport.runtime.errors import OmniportError
 
-from ..validation.reference_reply import Floats, StagedReply
+from ..validation.reference_reply import StagedReply
+from ..validation.reference_speech import Floats
 
 Feeds = Mapping[str, Array]
 

@@ -12,27 +12,22 @@ earlier releases do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from omniport.runtime.bundle.parts import Part, decoders, encoder_of, giving
-from omniport.runtime.errors import UnknownVoice
 from omniport.runtime.system.progress import Say
 from torch import nn
 
-from ..checkpoint.checkpoint import Checkpoint
 from ..evaluation.reference_modules import cache_keyword
-from ..models.speakers import Speaker, load_speakers
+from ..models.speakers import Speaker
 from .reference import Reference, array_key
 from .reference_inputs import Inputs
-
-Floats = NDArray[np.float32]
+from .reference_speech import Floats, Solve, solve_flow, sound_of, speaker_of
 
 
 @dataclass(frozen=True)
@@ -86,16 +81,6 @@ class TalkerTrace:
     history: NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class Solve:
-    """The ODE: states x [E, T, 80] at which the guided velocity [E, T, 80] was evaluated at times [E]; mel [80, T]."""
-
-    x: Floats
-    velocity: Floats
-    times: Floats
-    mel: Floats
-
-
 @dataclass(eq=False)
 class StagedReply:
     """One conversation. ``features`` are the encoders' outputs by kind: audio, image, video, float32 [n, H]."""
@@ -129,7 +114,7 @@ def staged_replies(
     """
     replies = [StagedReply(given) for given in inputs]
     checkpoint = reference.checkpoint
-    speaker = None if limits.voice is None else _speaker(checkpoint, limits.voice)
+    speaker = None if limits.voice is None else speaker_of(checkpoint, limits.voice)
 
     def stage(part: Part, run: Callable[[StagedReply], None], wanted: Sequence[StagedReply]) -> None:
         if wanted:
@@ -152,26 +137,6 @@ def staged_replies(
         stage(giving("wav"), lambda reply: _vocode(reference, reply), sounding)
     reference.release()
     return replies
-
-
-def reference_speech(reference: Reference, codes: Sequence[int], voice: str, noise: Floats) -> Floats:
-    """The reference's sound of codes, whole, float32 [n].
-
-    Args:
-        noise: float32 [T, 80], the ODE's start, T at least 2 for every code.
-
-    Raises:
-        UnknownVoice: the checkpoint has no voice of that name.
-    """
-    solve = _solve(reference, codes, _speaker(reference.checkpoint, voice), noise)
-    return _sound(reference, solve.mel)
-
-
-def _speaker(checkpoint: Checkpoint, voice: str) -> Speaker:
-    speakers = load_speakers(checkpoint.path / "spk_dict.pt")
-    if voice not in speakers:
-        raise UnknownVoice(f"{checkpoint.name} has no voice {voice!r}; it has {', '.join(speakers)}")
-    return speakers[voice]
 
 
 def _listen(reference: Reference, reply: StagedReply) -> None:
@@ -349,67 +314,15 @@ def _generate_codes(
 
 
 def _flow(reference: Reference, reply: StagedReply, speaker: Speaker, noise: Floats) -> None:
-    reply.solve = _solve(reference, reply.codec_ids, speaker, noise)
-
-
-def _solve(reference: Reference, codec_ids: Sequence[int], speaker: Speaker, noise: Floats) -> Solve:
-    codes = np.asarray([codec_ids], np.int64)
-
-    def run(module: Any) -> dict[str, torch.Tensor]:
-        states: list[torch.Tensor] = []
-        outputs: list[torch.Tensor] = []
-        times: list[torch.Tensor] = []
-
-        def record(_module: nn.Module, _arguments: object, given: dict[str, Any], output: torch.Tensor) -> None:
-            states.append(given["hidden_states"].clone())
-            times.append(given["time_step"].reshape(1).clone())
-            guided, null = output.chunk(2, dim=0)
-            outputs.append(guided + (guided - null) * 0.5)  # sample's default guidance
-
-        hook = module.register_forward_hook(record, with_kwargs=True)
-        try:
-            with _given_noise(noise):
-                mel = module.sample(
-                    torch.from_numpy(speaker.cond)[None],
-                    torch.from_numpy(speaker.ref_mel)[None],
-                    torch.from_numpy(codes),
-                )
-        finally:
-            hook.remove()
-        return {"x": torch.cat(states), "velocity": torch.cat(outputs), "times": torch.cat(times), "mel": mel[0]}
-
-    case = f"reply {array_key(codes, noise[: 2 * codes.shape[1]], speaker.cond, speaker.ref_mel)}"
-    kept = reference.result(giving("velocity").name, case, run)
-    return Solve(kept["x"], kept["velocity"], kept["times"], kept["mel"])
+    reply.solve = solve_flow(reference, reply.codec_ids, speaker, noise)
 
 
 def _vocode(reference: Reference, reply: StagedReply) -> None:
     assert reply.solve is not None
-    reply.waveform = _sound(reference, reply.solve.mel)
-
-
-def _sound(reference: Reference, mel: Floats) -> Floats:
-    def run(module: Any) -> dict[str, torch.Tensor]:
-        return {"wav": module(torch.from_numpy(mel)[None]).reshape(-1)}
-
-    return reference.result(giving("wav").name, f"reply {array_key(mel)}", run)["wav"]
+    reply.waveform = sound_of(reference, reply.solve.mel)
 
 
 def _dynamic_cache() -> Any:
     from transformers import DynamicCache
 
     return DynamicCache()
-
-
-@contextmanager
-def _given_noise(noise: Floats) -> Iterator[None]:
-    """Hand out ``noise`` where ``Qwen2_5OmniToken2WavDiTModel.sample`` draws its own."""
-
-    def given(shape: Sequence[int], **_options: object) -> torch.Tensor:
-        _, frames, _ = shape
-        if frames > len(noise):
-            raise ValueError(f"noise has {len(noise)} mel frames, the speech needs {frames}")
-        return torch.from_numpy(noise[None, :frames].copy())
-
-    with mock.patch.object(torch, "randn", given):
-        yield

@@ -10,10 +10,13 @@ from omniport.runtime.bench.results import read_report
 from support.paths import REPOSITORY
 
 from benchmarks import (
+    aarch64,
     bench_page,
     build_matrix,
     calibrate,
     deploy,
+    dit_windows,
+    echo,
     install_check,
     live,
     openvino,
@@ -30,9 +33,12 @@ from scripts import structure
 
 #: page -> the module that makes it of the JSON file of that name
 PAGES = {
+    "aarch64": aarch64,
     "build-matrix": build_matrix,
     "calibrate": calibrate,
     "deploy": deploy,
+    "dit_windows": dit_windows,
+    "echo": echo,
     "install-check": install_check,
     "live": live,
     "openvino": openvino,

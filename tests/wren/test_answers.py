@@ -26,7 +26,7 @@ from omniport.export.evaluation.hearing import Ear, Score, words
 from omniport.export.evaluation.questions import Answer, Question, QuestionSet, answers, read_questions
 from omniport.export.evaluation.speech_metrics import log_mel_power, mel_cepstral_distortion
 from omniport.export.validation.reference import Reference
-from omniport.export.validation.reference_reply import reference_speech
+from omniport.export.validation.reference_speech import reference_speech
 from omniport.runtime.backends.base import (
     Array,
     Backend,

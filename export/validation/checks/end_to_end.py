@@ -28,7 +28,8 @@ from ...evaluation.recording import RecordingBackend, ReplayBackend, consumed
 from ..comparison import array_check, equal_check
 from ..context import Context
 from ..reference_inputs import Inputs, open_processor
-from ..reference_reply import Floats, ReplyLimits, StagedReply, staged_replies
+from ..reference_reply import ReplyLimits, StagedReply, staged_replies
+from ..reference_speech import Floats
 from ..types import PASS, Check
 from .forced import decisions_check, ids_check, speech_parts, talker_check, thinker_checks
 from .preprocessing import prompt_checks

@@ -22,7 +22,8 @@ from ...evaluation.metrics import MIN_ENERGY, energy
 from ...evaluation.recording import RecordingBackend
 from ..comparison import Comparison, array_check
 from ..context import Context
-from ..reference_reply import Floats, StagedReply
+from ..reference_reply import StagedReply
+from ..reference_speech import Floats
 from ..tolerances import limit
 from ..types import FAIL, NOT_RUN, Check
 from .solver import blame_mel, whole_feeds

@@ -19,7 +19,7 @@ from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
 from ...evaluation.metrics import compare
 from ...evaluation.recording import RecordedGraph, ScriptedBackend
 from ..comparison import array_check
-from ..reference_reply import Floats, Solve
+from ..reference_speech import Floats, Solve
 from ..types import Check
 
 _CODES = 15

@@ -289,6 +289,16 @@ def test_the_commands_say_what_was_chosen(
     assert len(measured) == 1
 
 
+def test_where_there_is_no_choice_there_is_no_table(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, omniport: Omniport
+) -> None:
+    monkeypatch.setattr(choice, "openvino_version", lambda: "2026.4.1")
+    assert "auto runs it in" in omniport("inspect", tiny_bundle)[1]
+    monkeypatch.setattr(choice, "openvino_version", lambda: "")
+    assert "auto runs it in" not in omniport("inspect", tiny_bundle)[1]
+    assert "auto runs it in" not in omniport("plan", tiny_bundle, "--target", "cpu")[1]
+
+
 def test_what_a_machine_can_do(measured: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice.packages, "installed", lambda: {"onnxruntime": "1.32.0"})
     monkeypatch.setenv("OMNIPORT_MEASURE", "0")
