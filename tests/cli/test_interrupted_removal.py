@@ -4,45 +4,29 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from omniport.calib.calibration.work_dir import work_folder
 from support.command_line import Omniport
+from support.signals import SignalAt, handled
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
-class Removals:
-    """Sends this process a signal at the first folder (or file) that is removed; ``sent`` says whether."""
-
-    def __init__(self, number: int, monkeypatch: pytest.MonkeyPatch, call: str = "rmdir") -> None:
-        self.sent = False
-        remove = getattr(os, call)
-
-        def interrupted(*arguments: Any, **options: Any) -> None:
-            if not self.sent:
-                self.sent = True
-                signal.raise_signal(number)
-            remove(*arguments, **options)
-
-        monkeypatch.setattr(os, call, interrupted)
-
-
-@pytest.fixture
-def heeded() -> Any:
-    """A shell's background job ignores SIGINT and hands that down."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """SIGINT as in a terminal."""
+    with handled(signal.SIGINT):
+        yield
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS, ids=["TERM", "INT"])
 @pytest.mark.parametrize("what", ["quantize", "export", "make-checkpoint"])
 def test_nothing_of_a_command_is_left(
     omniport: Omniport, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, what: str, number: int, code: int,
-    heeded: None, monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
     given: dict[str, list[object]] = {
@@ -52,9 +36,9 @@ def test_nothing_of_a_command_is_left(
     }
     if what == "make-checkpoint":  # it removes a folder only when it has failed
         monkeypatch.setattr("omniport.export.synthetic.make_checkpoint.write_shards", _fails)
-    removals = Removals(number, monkeypatch)
-    found, _, errors = omniport(what, *given[what])
-    assert removals.sent
+    with SignalAt(number, os, "rmdir") as removal:
+        found, _, errors = omniport(what, *given[what])
+    assert removal.sent
     assert found == code, errors
     assert {path.name for path in tmp_path.iterdir()} <= {"out"}
 
@@ -73,32 +57,25 @@ def calibration(folder: Path, key: dict[str, int], error: type[Exception] | None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_nothing_of_a_calibration_is_left(
-    tmp_path: Path, number: int, heeded: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = signal.signal(number, signal.default_int_handler)
-    try:
-        removals = Removals(number, monkeypatch, "unlink")
-        with pytest.raises(KeyboardInterrupt):
-            calibration(tmp_path, {"a": 1})
-    finally:
-        signal.signal(number, before)
-    assert removals.sent
+def test_nothing_of_a_calibration_is_left(tmp_path: Path, number: int) -> None:
+    with handled(number), SignalAt(number, os, "unlink") as removal, pytest.raises(KeyboardInterrupt):
+        calibration(tmp_path, {"a": 1})
+    assert removal.sent
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_calibration_that_was_half_removed_is_not_gone_on_with(
-    tmp_path: Path, heeded: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other settings begin anew, and are interrupted: nothing of the run before counts as finished."""
     with pytest.raises(ZeroDivisionError):
         calibration(tmp_path, {"a": 1}, ZeroDivisionError)
     with monkeypatch.context() as patched:
-        Removals(signal.SIGINT, patched)
         listed = Path.iterdir
         patched.setattr(Path, "iterdir", lambda folder: iter(sorted(listed(folder))))  # "done" before "key.json"
-        with pytest.raises(KeyboardInterrupt):
+        with SignalAt(signal.SIGINT, os, "rmdir") as removal, pytest.raises(KeyboardInterrupt):
             calibration(tmp_path, {"a": 2})
+    assert removal.sent
     with work_folder(tmp_path / "out") as work:
         assert not work.claim({"a": 1})
         assert not work.done("one")

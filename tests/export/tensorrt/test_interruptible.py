@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 from omniport.export.tensorrt.interruptible import Cancelled, run_interruptible
+from support.signals import handled
 
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Ctrl-C as in a terminal, whatever started the tests."""
-    held = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, held)
+    with handled(signal.SIGINT):
+        yield
 
 
 def interrupt_after(*delays: float) -> threading.Thread:

@@ -23,6 +23,7 @@ from omniport.runtime.system.files import (
     scratch_folder,
     write_output,
 )
+from support.signals import SignalAt, handled
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
@@ -154,39 +155,26 @@ def test_cache_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/somewhere/omniport")
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop(*_: object) -> None:
+    raise Stopped
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_waits_for_the_end_of_cleaning_up(
-    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_waits_for_the_end_of_cleaning_up(tmp_path: Path, number: int) -> None:
     """It comes while the half-written file is removed: the file goes, then the signal is acted on."""
-
-    class Stopped(Exception):
-        pass
-
-    def stop(*_: object) -> None:
-        raise Stopped
 
     def half() -> None:
         with replacing(tmp_path / "out") as partial:
             partial.write_text("half")
             raise KeyError
 
-    unlink = Path.unlink
-
-    def unlinking(path: Path, missing_ok: bool = False) -> None:
-        if path.parent == tmp_path:  # a thread of another test may remove something meanwhile
-            signal.raise_signal(number)
-        unlink(path, missing_ok)
-
-    before = signal.signal(number, stop)
-    try:
-        # taken back before the handler is: a signal then would end the process
-        with monkeypatch.context() as patched:
-            patched.setattr(Path, "unlink", unlinking)
-            with pytest.raises(Stopped):
-                half()
-    finally:
-        signal.signal(number, before)
+    with handled(number, stop), SignalAt(number, Path, "unlink") as at, pytest.raises(Stopped):
+        half()
+    assert at.sent
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,40 +185,20 @@ def test_cleaning_up_in_another_thread(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"whole"
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("when", ["made", "removed"])
-def test_a_signal_leaves_no_scratch_folder(
-    tmp_path: Path, number: int, when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_leaves_no_scratch_folder(tmp_path: Path, number: int, when: str) -> None:
     """It comes right after the folder is made, or in the middle of its removal."""
-    module, name = (tempfile, "mkdtemp") if when == "made" else (os, "rmdir")
-    original = getattr(module, name)
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        made = original(*arguments, **options) if when == "made" else None
-        signal.raise_signal(number)
-        return made if when == "made" else original(*arguments, **options)
-
-    def stop(*_: object) -> None:
-        raise Stopped
+    owner, name = (tempfile, "mkdtemp") if when == "made" else (os, "rmdir")
 
     def use() -> None:
         with scratch_folder(parent=tmp_path) as folder:
             (folder / "deep").mkdir()
             (folder / "deep" / "file").write_text("x")
 
-    before = signal.signal(number, stop)
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(module, name, call)
-            with pytest.raises(Stopped):
-                use()
-    finally:
-        signal.signal(number, before)
+    with handled(number, stop), SignalAt(number, owner, name, after=when == "made") as at, pytest.raises(Stopped):
+        use()
+    assert at.sent
     assert list(tmp_path.iterdir()) == []
 
 
