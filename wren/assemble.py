@@ -65,7 +65,8 @@ def model_card(work: Path) -> str:
     lines = [head, "|---|---|---|---|---|---|---|"]
     for kind in world.KINDS:
         for voice in sizes.REPLY_VOICES:
-            f = found[f"{kind}, {voice}"]
+            if (f := found.get(f"{kind}, {voice}")) is None:  # another run is to ask these
+                continue
             shares = [f"{100 * f[name]:.1f}%" for name in ("word_error_rate", "right_and_heard", "ended")]
             name = kind.replace("_", " ")
             lines.append(f"| {name} | {f['questions']} | {100 * f['right']:.1f}% | {voice} | {' | '.join(shares)} |")

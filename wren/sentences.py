@@ -25,6 +25,19 @@ def reply_sentences(split: Split) -> list[str]:
     return [q.answer for q in spoken_replies(split)]
 
 
+def often(count: int, answers: Container[str]) -> list[Question]:
+    """Questions of training as they are asked, whose answers are spoken.
+
+    Most of the different answers repeat words, or list shapes. "Yes, there is." is one of 12,000, and was said wrong.
+    """
+    draw, found = np.random.default_rng(8), list[Question]()
+    while len(found) < count:
+        question = draw_question(KINDS[len(found) % len(KINDS)], draw, "train")
+        if question.answer in answers:
+            found.append(question)
+    return found
+
+
 @functools.cache
 def spoken_questions(split: Split) -> tuple[Question, ...]:
     """Questions that are heard: 5,000 for training; 1,000 of held-out combinations that are none of these."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, Qwen2_5OmniTalkerForConditionalGeneration
 
-from wren import codes, frame, sentences, sizes, thinker, world
+from wren import codes, frame, sentences, sizes, thinker
 from wren.prompts import Laid
 from wren.training import Plan, bf16, train
 from wren.world import Draw, Question, Split
@@ -215,7 +215,7 @@ class Sentences:
         spoken = {voice: codes.load(work, voice, split) for voice in sizes.REPLY_VOICES}
         questions = list(sentences.spoken_replies(split))
         if split == "train":  # each answer once, and as many again as often as they are given
-            questions += often(len(questions), {question.answer for question in questions})
+            questions += sentences.often(len(questions), {question.answer for question in questions})
         found = [
             Sentence(question, voice, torch.tensor(spoken[voice][question.answer]))
             for question in questions
@@ -249,19 +249,6 @@ class Sentences:
         share = draw.uniform(0, HIDDEN)
         hidden = np.repeat(draw.random(len(said) // RUN + 1) < share, RUN)[: len(said)]
         return torch.where(torch.from_numpy(hidden), MASK, replaced)
-
-
-def often(count: int, answers: Container[str]) -> list[Question]:
-    """Questions of training as they are asked, whose answers are spoken.
-
-    Most of the different answers repeat words, or list shapes. "Yes, there is." is one of 12,000, and was said wrong.
-    """
-    draw, found = np.random.default_rng(8), list[Question]()
-    while len(found) < count:
-        question = world.draw_question(world.KINDS[len(found) % len(world.KINDS)], draw, "train")
-        if question.answer in answers:
-            found.append(question)
-    return found
 
 
 def loss_of(

@@ -21,11 +21,11 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> talker.Speaker:
 
 def test_answers_are_said_as_often_as_they_are_given() -> None:
     answers = {question.answer for question in sentences.spoken_replies("train")}
-    found = talker.often(3000, answers)
+    found = sentences.often(3000, answers)
     counts = Counter(question.answer for question in found)
     assert counts.keys() <= answers
     assert counts["Yes, there is."] > 20, "one of some 12,000 answers, and one of 60 that are given"
-    assert [q.answer for q in talker.often(50, answers)] == [q.answer for q in found[:50]], "drawn alike every time"
+    assert [q.answer for q in sentences.often(50, answers)] == [q.answer for q in found[:50]], "drawn alike every time"
 
 
 def test_codes_are_foretold_from_states_before_them(speaker: talker.Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
