@@ -32,13 +32,13 @@ from .commands import (
     say,
     serve,
     start,
-    talk,
     targets,
     validate,
     voices,
 )
 from .commands import run as run_command
 from .common import print_line, set_up_streams
+from .talk import command as talk
 
 EXIT_BUG = 101
 EXIT_INTERRUPTED = 130

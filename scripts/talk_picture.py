@@ -14,8 +14,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from omniport.cli.commands.talk import facts
 from omniport.cli.options import reply_options
+from omniport.cli.talk.command import facts
 from omniport.cli.talk.loop import Stage, Talk
 from omniport.cli.talk.playback import WavLoudspeaker, WavMicrophone
 from omniport.cli.talk.view import LiveView, render

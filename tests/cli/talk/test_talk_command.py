@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
-from omniport.cli.commands.talk import cancel_echo
 from omniport.cli.talk import playback
 from omniport.cli.talk.audio_devices import DeviceLoudspeaker, DeviceMicrophone
+from omniport.cli.talk.command import cancel_echo
 from omniport.cli.talk.playback import WavLoudspeaker
 from omniport.runtime import SamplingConfig, UsageError
 from omniport.runtime.media.audio import resample

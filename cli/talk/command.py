@@ -32,9 +32,9 @@ from ..options import (
 if TYPE_CHECKING:
     from omniport.runtime import OmniSession
 
-    from ..talk.loop import Ears
-    from ..talk.playback import Loudspeaker, Microphone
-    from ..talk.view import View
+    from .loop import Ears
+    from .playback import Loudspeaker, Microphone
+    from .view import View
 
 NAME = "talk"
 EXAMPLE = "omniport talk bundle --input-wav question.wav --output-wav reply.wav --push-to-talk"
@@ -116,7 +116,7 @@ def command(
     from omniport.runtime.live.vad import SpeechLimits
 
     from ..show_reply import MediaOptions
-    from ..talk.loop import PushToTalk, Stage, Talk, read_keys
+    from .loop import PushToTalk, Stage, Talk, read_keys
 
     limits = SpeechLimits(threshold=threshold, silence_ms=silence_ms)
     with ExitStack() as stack:
@@ -191,12 +191,12 @@ def open_microphone(stack: ExitStack, input_wav: Path | None, device: str | None
         MediaError: the recording cannot be read. UsageError: no device.
     """
     if input_wav is None:
-        from ..talk.audio_devices import DeviceMicrophone
+        from .audio_devices import DeviceMicrophone
 
         return stack.enter_context(DeviceMicrophone(device))
     from omniport.runtime.media.audio import load_audio
 
-    from ..talk.playback import WavMicrophone
+    from .playback import WavMicrophone
 
     return WavMicrophone(load_audio(input_wav), 16_000)
 
@@ -213,10 +213,10 @@ def open_speaker(
     if vocoder is None:
         return None
     if output_wav is not None:
-        from ..talk.playback import WavLoudspeaker
+        from .playback import WavLoudspeaker
 
         return stack.enter_context(WavLoudspeaker(output_wav, vocoder.sample_rate))
-    from ..talk.audio_devices import DeviceLoudspeaker
+    from .audio_devices import DeviceLoudspeaker
 
     return stack.enter_context(DeviceLoudspeaker(vocoder.sample_rate, device))
 
@@ -238,7 +238,7 @@ def cancel_echo(microphone: Microphone, speaker: Loudspeaker | None, must: bool,
     """
     from omniport.runtime.errors import UsageError
 
-    from ..talk.audio_devices import DeviceLoudspeaker, DeviceMicrophone
+    from .audio_devices import DeviceLoudspeaker, DeviceMicrophone
 
     if not isinstance(microphone, DeviceMicrophone) or not isinstance(speaker, DeviceLoudspeaker):
         return
@@ -255,7 +255,7 @@ def open_view(json: bool, quiet: bool) -> View:
     """JSON, a live view where stdout is a terminal, or plain lines."""
     import sys
 
-    from ..talk.view import JsonView, LiveView, PlainView
+    from .view import JsonView, LiveView, PlainView
 
     if json:
         return JsonView()
