@@ -1,4 +1,4 @@
-"""What Wren sounds like: the first held-out question of each kind, its answer as FLAC, and a picture of one.
+"""What Wren sounds like: the first held-out question of each kind, its answer as FLAC, and a picture of the demo's.
 
     python -m wren.samples BUNDLE [--out DIR]
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile  # type: ignore[import-untyped]
@@ -23,12 +22,25 @@ from PIL import Image
 from wren import questions, sizes
 
 OUT = Path("wren/samples")
-#: the kind that the picture shows
-SHOWN = "picture_spoken"
+#: what the picture shows: the question of the demo, kHz at most
+SHOWN = Question(
+    [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": questions.OUT / "demo.png"},
+                {"type": "audio", "audio": questions.OUT / "demo.flac"},
+            ],
+        }
+    ],
+    "A red triangle and a blue square.",
+    "demo",
+)
+HIGHEST = 8
 HEAD = """# What Wren sounds like
 
-The first held-out question of each kind in `wren/questions`, and what it says in FP32 on ONNX Runtime (written by
-`python -m wren.samples`, nothing chosen). "Heard" is what a recogniser of Wren's sentences hears.
+The demo's question, then the first held-out one of each kind in `wren/questions`, and what Wren says in FP32 on ONNX
+Runtime (written by `python -m wren.samples`, nothing chosen). "Heard" is what a recogniser of its sentences hears.
 
 | asked | said | heard | voice | sound |
 |---|---|---|---|---|
@@ -52,13 +64,13 @@ def first_of_each_kind(found: tuple[Question, ...]) -> list[Question]:
 
 def picture(answer: Answer, path: Path) -> None:
     """The question's picture, and the spectrogram of the answer."""
-    parts: list[dict[str, Any]] = list(answer.question.messages[-1]["content"])
-    drawn = next(part["image"] for part in parts if part["type"] == "image")
-    chart = plots.spectrogram_figure({f'"{answer.text}"': answer.samples}, sizes.RATE)
+    title = f'"{questions.DEMO_ASKED}" asked aloud, "{answer.text}" said'
+    chart = plots.spectrogram_figure({title: answer.samples}, sizes.RATE)
     chart.set_size_inches(8.4, 2.4)
     (axes,) = chart.axes
+    axes.set_ylim(0, HIGHEST)
     beside = axes.inset_axes((-0.4, 0.0, 0.3, 1.0))
-    beside.imshow(np.asarray(Image.open(drawn).convert("RGB")))
+    beside.imshow(np.asarray(Image.open(questions.OUT / "demo.png").convert("RGB")))
     beside.set_axis_off()
     plots.write(chart, path)
 
@@ -74,8 +86,10 @@ def main() -> None:
     with OmniSession.open(args.bundle) as session:
         found = read_questions(questions.OUT / "questions.jsonl", session.manifest, session.text_codec)
         ear = Ear(found.grammar)
-        for answer in answers(session, first_of_each_kind(found.questions)):
+        for answer in answers(session, [SHOWN, *first_of_each_kind(found.questions)]):
             kind = answer.question.kind
+            if answer.question is SHOWN:
+                picture(answer, args.out / "picture.png")
             file = args.out / f"{kind}.flac"
             soundfile.write(file, np.round(answer.samples * 32767).astype(np.int16), sizes.RATE)
             said, heard = answer.text, " ".join(ear.hear(answer.samples))
