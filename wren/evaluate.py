@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omniport.export.evaluation.hearing import Ear, Score, words
 from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
+from omniport.runtime.media.video import load_video
 
 from wren import corpus, media, sizes, world
 from wren.grammar import reply_grammar
@@ -68,6 +69,15 @@ class Asker:
         if turn.sound is not None:
             parts.append({"type": "audio", "audio": (turn.sound, sizes.QUESTION_RATE)})
         return [*parts, {"type": "text", "text": turn.text}] if turn.text else parts
+
+    def seen(self, turn: Turn) -> Turn:
+        """A turn whose clip has the frames that the runtime shows, and the sound as the file has it."""
+        if turn.clip is None:
+            return turn
+        media.write_clip(self.folder / "clip.mkv", *turn.clip)
+        clip = load_video(self.folder / "clip.mkv", self.session.manifest.vision, with_audio=True)
+        assert clip.audio is not None
+        return replace(turn, clip=(clip.frames, clip.audio))
 
     def reply(self, turns: list[Turn], voice: str | None, talker: SamplingConfig = SPOKEN, seed: int = 0) -> Reply:
         """The reply to the last turn; the answers of the others are as they stand."""
@@ -129,7 +139,7 @@ def compare(asker: Asker, reference: Reference, asked: list[list[Turn]]) -> dict
     for number, turns in enumerate(asked):
         voice = list(sizes.REPLY_VOICES)[number % 2]
         ours = asker.reply(turns, voice, greedy)
-        seen = [t if t.clip is None else replace(t, clip=(t.clip[0][:: media.CLIP_FPS // 2], t.clip[1])) for t in turns]
+        seen = [asker.seen(turn) for turn in turns]
         text, said = reference.reply([*seen[:-1], replace(seen[-1], answer="")], voice, MOST_CODES)
         texts += text == ours.token_ids
         codes += said == ours.codec_ids
