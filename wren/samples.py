@@ -96,8 +96,6 @@ def main() -> None:
             lines.append(
                 f"| {asked(answer.question)} | {said} | {heard} | {answer.voice} | [{file.name}]({file.name}) |"
             )
-            if kind == SHOWN:
-                picture(answer, args.out / "picture.png")
     (args.out / "README.md").write_text(HEAD + "\n".join(lines) + "\n")
 
 
