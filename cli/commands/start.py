@@ -44,7 +44,7 @@ def command(
     elif not json:
         _print(report, bundle, quiet)
     if not check_only:
-        from .talk import command as talk
+        from ..talk.command import command as talk
 
         talk(bundle, text_only=text_only, input_wav=input_wav, output_wav=output_wav, json=json, quiet=quiet)
 
