@@ -1,11 +1,11 @@
-"""Measure `omniport validate` on random-weight checkpoints and write docs/results/validate.md and validate.json.
+"""Measure `omniport validate` on random weights and on Wren's trained ones, and write validate.md and validate.json.
 
     python -m benchmarks.validate FOLDER
     python -m benchmarks.validate FOLDER --sizes tiny --suites quick
 
-FOLDER keeps checkpoints (``tiny``, ``small``), bundles (``tiny-fp16``, ...), references and reports; what is missing is
-made. Each run is the command itself, in a process of its own. ``empty cache`` computes every reference, ``cached``
-finds them in FOLDER.
+FOLDER keeps checkpoints (``tiny``, ``small``; Wren's is this repository's), bundles (``tiny-fp16``, ...), references and
+reports; what is missing is made. Each run is the command itself, in a process of its own. ``empty cache`` computes every
+reference, ``cached`` finds them in FOLDER.
 Runs that were measured before and are not measured now stay in the JSON.
 
 "Largest reference part": the parameters and buffers, in float32, of the largest of the six transformers modules that
@@ -35,14 +35,16 @@ from omniport.export.validation.summary import StageRow, stage_rows
 from omniport.export.validation.types import FAIL, NOT_RUN, ValidationReport
 from omniport.runtime.bundle.parts import PARTS
 
-from benchmarks.harness import GIB, command_line, record, table
+from benchmarks.harness import GIB, ROOT, command_line, record, table
 
-SIZES, PRECISIONS, SUITES = ("tiny", "small"), ("fp32", "fp16", "bf16"), ("quick", "full")
+WREN = "wren"
+SIZES, PRECISIONS, SUITES = ("tiny", "small", WREN), ("fp32", "fp16", "bf16"), ("quick", "full")
 #: what the cache of references holds before a run. ``small`` computes each reference once: what a precision adds is in
 #: its graphs, which follow the references and are never in memory with them
 CACHES: dict[str, dict[str, tuple[str, ...]]] = {
     "tiny": dict.fromkeys(PRECISIONS, ("empty cache", "cached")),
     "small": {"fp32": ("empty cache",), "fp16": ("cached",), "bf16": ("cached",)},
+    WREN: {"fp32": ("empty cache",), "fp16": ("cached",), "bf16": ("cached",)},
 }
 _STATES = ("empty cache", "cached")
 #: what the issue of validation asks for: seconds of the quick suite on tiny, bytes above the largest reference part
@@ -54,6 +56,8 @@ Result = dict[str, Any]
 def prepare(folder: Path, size: str, precision: str) -> tuple[Path, Path]:
     """Checkpoint and bundle, made if they are not there."""
     checkpoint, bundle = folder / size, folder / f"{size}-{precision}"
+    if size == WREN:
+        checkpoint = ROOT / "wren" / "checkpoint"
     if not checkpoint.exists():
         make_checkpoint(checkpoint, size=size, seed=0)
     if not bundle.exists():
@@ -137,7 +141,7 @@ def page(results: Sequence[Result]) -> str:
         "# Validation, measured",
         "",
         "Written by `python -m benchmarks.validate FOLDER`; every figure is in [validate.json](validate.json).",
-        f"Random-weight checkpoints (seed 0), ONNX Runtime's CPU provider, {env['cpu']},",
+        f"Random-weight checkpoints (seed 0) and Wren, ONNX Runtime's CPU provider, {env['cpu']},",
         f"Python {env['python']}, {packages}. Real weights were not run.",
         "",
         "*Largest reference part*: parameters and buffers, in float32, of the largest of the six transformers modules",

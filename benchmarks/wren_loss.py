@@ -137,6 +137,7 @@ def measure(options: argparse.Namespace, before: Any) -> Iterator[Any]:
     make("fp32", work)
     base = work / "fp32"
     result["environment"] = environment(usable_threads(Bundle.open(base)))
+    result["count"] = options.count
     found = asked(base, options.count)
     ear = Ear(found.grammar)
     first, seconds = answered(base, found.questions)
@@ -250,12 +251,22 @@ def page(found: Any) -> str:
         + [percent(row["same_codes"]), *_speech(row)]
         for name, row in found["bundles"].items()
     ]
-    lines = ["# Loss that is heard", "", "Made by `python -m benchmarks.wren_loss`.", ""]
+    count = found["count"]
+    lines = [
+        "# Loss that is heard",
+        "",
+        "Made by `python -m benchmarks.wren_loss` from [wren.json](wren.json): answers of",
+    ]
+    lines += [
+        f"Wren to the first {count} questions of each kind of `wren/questions`, read and heard. Distances are from the"
+    ]
+    lines += ["sound that the FP32 bundle makes of the same codes.", ""]
     lines += table(["bundle", "size", "right", *kinds, "same codes", *_SPEECH], bundles)
-    lines += ["", *table(["speech", *_SPEECH], ([name, *_speech(row)] for name, row in found["ways"].items())), ""]
-    heard_live = [[name, str(row["questions"]), percent(row["right"])] for name, row in found.get("live", {}).items()]
-    lines += [*table(["spoken questions", "asked", "right"], heard_live), ""]
-    return "\n".join(lines)
+    if ways := [[name, *_speech(row)] for name, row in found["ways"].items()]:
+        lines += ["", *table(["speech of the FP32 bundle", *_SPEECH], ways)]
+    if live := [[name, str(row["questions"]), percent(row["right"])] for name, row in found.get("live", {}).items()]:
+        lines += ["", *table(["spoken questions", "asked", "right"], live)]
+    return "\n".join([*lines, ""])
 
 
 _SPEECH = ("words heard wrong", "ended", "mel L1", "MCD dB", "RTF")

@@ -27,6 +27,7 @@ from benchmarks import (
     serve_page,
     validate,
     vocoder,
+    wren_loss,
 )
 from benchmarks.harness import RESULTS
 from scripts import structure
@@ -50,6 +51,7 @@ PAGES = {
     "structure": structure,
     "validate": validate,
     "vocoder": vocoder,
+    "wren": wren_loss,
 }
 
 
