@@ -3,9 +3,9 @@
     python -m benchmarks.validate FOLDER
     python -m benchmarks.validate FOLDER --sizes tiny --suites quick
 
-FOLDER keeps checkpoints (``tiny``, ``small``; Wren's is this repository's), bundles (``tiny-fp16``, ...), references and
-reports; what is missing is made. Each run is the command itself, in a process of its own. ``empty cache`` computes every
-reference, ``cached`` finds them in FOLDER.
+FOLDER keeps checkpoints (``tiny``, ``small``; Wren's is this repository's), bundles (``tiny-fp16``, ...), references
+and reports; what is missing is made. Each run is the command itself, in a process of its own. ``empty cache``
+computes every reference, ``cached`` finds them in FOLDER.
 Runs that were measured before and are not measured now stay in the JSON.
 
 "Largest reference part": the parameters and buffers, in float32, of the largest of the six transformers modules that
