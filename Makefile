@@ -50,7 +50,7 @@ types-windows: $(INSTALLED)
 	$(VENV)/bin/mypy --platform win32 --cache-dir .mypy_cache/windows $(USED)
 
 test: lint
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 extras: $(INSTALLED)
 	$(PYTHON) -m scripts.check_extras

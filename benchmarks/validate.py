@@ -168,17 +168,18 @@ def page(results: Sequence[Result]) -> str:
 def _verdicts(results: Sequence[Result]) -> list[str]:
     """What holds and what does not, of what is asked for."""
     failed = [_name(result) for result in results if not result["ok"]]
-    skipped: dict[str, list[str]] = {}
-    for result in results:
-        for line in result["not_run"]:
-            skipped.setdefault(line, []).append(_name(result))
     quick = [result["seconds"] for result in results if result["size"] == "tiny" and result["suite"] == "quick"]
     small = [_above(result) for result in results if result["size"] == "small"]
     lines = [
         f"- {len(results) - len(failed)} of {len(results)} runs pass with the limits of their precision"
         + (f"; these fail: {', '.join(failed)}." if failed else ".")
     ]
-    lines += [f"- Not run in {', '.join(names)}: {line}." for line, names in skipped.items()]
+    for said, field in (("Fails", "failed"), ("Not run", "not_run")):
+        runs: dict[str, list[str]] = {}
+        for result in results:
+            for line in result[field]:
+                runs.setdefault(line, []).append(_name(result))
+        lines += [f"- {said} in {', '.join(names)}: {line}." for line, names in runs.items()]
     if quick:
         lines.append(f"- `--suite quick` on `tiny`: at most {max(quick):.0f} s (asked for: under {QUICK_SECONDS} s).")
     if small:

@@ -18,6 +18,7 @@ import numpy as np
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, OmniportError
 from ...system import host
+from ...system.signal_stack import kept_signal_stack
 from ..base import Array, Backend, Graph, KvCache, Loader, LoadingBackend, Outputs, RunHandle
 from ..graph_files import check_signature, graph_file
 from ..native import keep_in_forks
@@ -167,7 +168,8 @@ class OpenVinoBackend(LoadingBackend[Graph]):
         self._bundle = bundle
         self._threads = threads if threads is not None else host.physical_cores()
         self._core = keep_in_forks(self._ov.Core())
-        self._brain = self._computes_bfloat16()
+        with kept_signal_stack():  # loads the plugin
+            self._brain = self._computes_bfloat16()
         self._compute = compute
         if compute == "bfloat16" and not self._brain:
             raise BackendError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -181,3 +183,31 @@ def test_the_benchmark_measures_it(tiny_bundle: Path) -> None:
     assert report.backend == "openvino"
     (figure,) = report.stages["dit"].figures
     assert figure.seconds.low > 0
+
+
+GONE_ELSEWHERE = """
+import gc, signal, sys, threading
+from omniport.runtime.backends.registry import open_backend
+from omniport.runtime.bundle.reader import Bundle
+signal.signal(signal.SIGTERM, lambda *_: print("handled", flush=True))
+backend = open_backend("openvino", Bundle.open(sys.argv[1]))
+backend.graph("bigvgan")
+held = [backend]
+del backend
+
+def drop():
+    held.pop().close()
+    gc.collect()
+
+thread = threading.Thread(target=drop)
+thread.start()
+thread.join()
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux' signal stacks")
+def test_a_signal_after_openvino_was_dropped_in_another_thread(tiny_bundle: Path) -> None:
+    """Its plugin leaves the thread that loaded it a signal stack, and frees it in the thread that drops it."""
+    done = subprocess.run([sys.executable, "-c", GONE_ELSEWHERE, tiny_bundle], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
