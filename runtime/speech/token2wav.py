@@ -153,6 +153,8 @@ class Token2Wav:
         self._emitted = 0
         # Final mel frames [n, 80] before the next chunk: what its samples can depend on, or makes up a length.
         self._tail = np.zeros((0, self._dit.mel_dim), np.float32)
+        # How the vocoder went on behind the last window, by frames that the next one solves anew: [n] samples.
+        self._foreseen = np.zeros(0, np.float32)
 
     def push(self, code: int) -> list[NDArray[np.float32]]:
         """Take one code; gives the sample arrays float32 [n] that it completes, often none: ``mels`` and ``vocode``."""
@@ -186,8 +188,18 @@ class Token2Wav:
         return [self._emit(len(self._codes))] if self._done < len(self._codes) else []
 
     def vocode(self, piece: MelPiece) -> NDArray[np.float32]:
-        """Samples float32 [n] of a window. Needs nothing of the others, so it may run beside them."""
-        return self._synthesize(piece.mel, piece.skip, piece.count)
+        """Samples float32 [n] of a window; windows come in their order. It may run beside ``mels``.
+
+        The frames behind a window are solved again with more codes to come, a little otherwise, so its sound would step
+        where the next one begins. Over half a frame the next one therefore goes over from how this one went on.
+        """
+        samples, behind = self._synthesize(piece.mel, piece.skip, piece.count)
+        foreseen = self._foreseen[: len(samples)]
+        if count := len(foreseen):
+            share = (np.arange(count, dtype=np.float32) + np.float32(0.5)) / np.float32(count)
+            samples[:count] = foreseen + share * (samples[:count] - foreseen)
+        self._foreseen = behind[: self._vocoder.hop // 2]
+        return samples
 
     @property
     def solver(self) -> str:
@@ -250,7 +262,8 @@ class Token2Wav:
         mel = self._solve(first, last, stop)
         repeats, context = self._dit.repeats, self._context
         new = mel[(start - first) * repeats : (stop - first) * repeats]
-        right = mel[(stop - first) * repeats :][:context]
+        # one frame more: as much context for the samples behind the window, which `vocode` goes over from
+        right = mel[(stop - first) * repeats :][: context + 1]
         least, most = min(context, len(self._tail)), len(self._tail)
         rest = len(new) + len(right)
         left = next((length - rest for length in self._lengths if least + rest <= length <= most + rest), least)
@@ -300,8 +313,10 @@ class Token2Wav:
         assert self._solver.stages[0][0] == begin
         return lambda step, x: given.pop() if given else velocity(step, x)
 
-    def _synthesize(self, mel: NDArray[np.float32], skip: int, count: int) -> NDArray[np.float32]:
-        """Samples of ``count`` mel frames after the first ``skip``; ``mel`` [n, 80] holds the context around them."""
+    def _synthesize(
+        self, mel: NDArray[np.float32], skip: int, count: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Samples of ``count`` mel frames after the first ``skip``, and of those behind; ``mel``: [n, 80]."""
         with self._timer("load"):
             graph = self._backend.graph("bigvgan")
         hop = self._vocoder.hop
@@ -315,9 +330,9 @@ class Token2Wav:
                 f"the vocoder gave {len(wave)} samples for {len(mel)} mel frames; {hop} a frame were expected. Export "
                 "the bundle again"
             )
-        samples = wave[skip * hop : (skip + count) * hop].copy()
+        samples, behind = wave[skip * hop : (skip + count) * hop].copy(), wave[(skip + count) * hop :].copy()
         _require_finite(samples, "the vocoder's waveform")
-        return samples
+        return samples, behind
 
     def _at_work(self) -> float:
         """A clock that stands still while this thread waits for a slot: other replies must not change the windows."""

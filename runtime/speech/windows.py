@@ -58,7 +58,7 @@ def vocoder_lengths(windows: SpeechWindows, context: int, dit: DitGeometry) -> t
     Args:
         context: mel frames around a window that the vocoder sees.
     """
-    right = min(context, dit.look_ahead_codes * dit.repeats)
+    right = min(context + 1, dit.look_ahead_codes * dit.repeats)
     chunks, found, done = list(windows.chunks), set(), 0
     while chunks or done < context:
         new = dit.repeats * (chunks.pop(0) if chunks else windows.chunks[-1])

@@ -146,9 +146,12 @@ class FakeDit(FakeGraph):
 
 
 class FakeBigVgan(FakeGraph):
-    """A vocoder that sees ``left`` and ``right`` mel frames around each sample, and nothing past the edges."""
+    """A vocoder that sees ``left`` and ``right`` mel frames around each sample, and nothing past the edges.
 
-    def __init__(self, mel_dim: int, hop: int, left: int = 34, right: int = 24, seed: int = 0) -> None:
+    A window's look-ahead gives 24 on its right; the samples behind it, which the next window goes over from, have 23.
+    """
+
+    def __init__(self, mel_dim: int, hop: int, left: int = 34, right: int = 23, seed: int = 0) -> None:
         super().__init__()
         rng = np.random.default_rng(seed)
         self._hop, self._left, self._right = hop, left, right

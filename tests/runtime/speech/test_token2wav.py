@@ -16,7 +16,7 @@ from omniport.runtime.concurrency.timing import StageTimer
 from omniport.runtime.errors import OmniportError, UsageError
 from omniport.runtime.speech import token2wav
 from omniport.runtime.speech.ode_methods import Solver
-from omniport.runtime.speech.token2wav import NoiseStream, Token2Wav
+from omniport.runtime.speech.token2wav import MelPiece, NoiseStream, Token2Wav
 from omniport.runtime.speech.windows import Window, vocoder_lengths
 from support.bundles import CODES, make_bundle
 from support.fake_backend import FakeBackend, FakeBigVgan, FakeDit
@@ -202,12 +202,34 @@ def test_windows_start_on_blocks_and_carry_their_own_noise(bundle: Bundle) -> No
 def test_vocoder_context_is_used_to_the_last_frame(bundle: Bundle) -> None:
     # One frame more on either side than is kept, and the seams show: the equality above is no accident.
     codes = codes_of(100)
-    for left, right in ((35, 24), (34, 25)):
+    for left, right in ((35, 23), (34, 24)):
         graphs = [FakeBigVgan(80, 240, left=left, right=right) for _ in range(2)]
         whole = Run(bundle, codes, "whole", bigvgan=graphs[0]).samples
         stream = Run(bundle, codes, "stream", bigvgan=graphs[1]).samples
         assert len(stream) == len(whole)
         assert np.abs(stream - whole).max() > 1e-5
+
+
+def test_a_window_goes_over_from_how_the_one_before_went_on(bundle: Bundle) -> None:
+    """The frames behind a window are solved again, otherwise: the sound must not step there, and only there differ."""
+    rng = np.random.default_rng(7)
+    before, ahead, again = (rng.standard_normal((24, 80)).astype(np.float32) for _ in range(3))
+    vocoder = FakeBigVgan(80, 240, left=2, right=2)
+    made = Token2Wav(
+        FakeBackend(bundle.manifest, {"bigvgan": vocoder}), bundle, bundle.voice(), NoiseStream(None, rng, 80)
+    )
+
+    def alone(*frames: NDArray[np.float32]) -> NDArray[np.float32]:
+        return vocoder.run({"mel": np.ascontiguousarray(np.concatenate(frames).T[None])})["wav"][0]
+
+    first = made.vocode(MelPiece(np.concatenate([before, ahead]), 0, 24))
+    second = made.vocode(MelPiece(np.concatenate([before, again]), 24, 24))
+    went_on, own = alone(before, ahead)[24 * 240 :], alone(before, again)[24 * 240 :]
+    np.testing.assert_array_equal(first, alone(before, ahead)[: 24 * 240])
+    np.testing.assert_array_equal(second[120:], own[120:])
+    assert np.abs(went_on[:120] - own[:120]).max() > 0.01
+    share = (np.arange(120) + 0.5) / 120
+    np.testing.assert_allclose(second[:120], (1 - share) * went_on[:120] + share * own[:120], rtol=0, atol=1e-6)
 
 
 def test_noise_decides_the_sound_and_the_seed_decides_the_noise(bundle: Bundle) -> None:

@@ -58,7 +58,7 @@ def test_help_says_how_many_codes_are_enough_to_stream() -> None:
 def test_lengths_of_the_vocoder_are_few() -> None:
     assert vocoder_lengths(SpeechWindows(), 34, DIT) == (48, 96, 154)
     assert vocoder_lengths(SpeechWindows((12,)), 34, DIT) == (48, 72, 82)
-    assert vocoder_lengths(SpeechWindows(), 20, DIT) == (44, 88, 136)
+    assert vocoder_lengths(SpeechWindows(), 20, DIT) == (45, 89, 137)
 
 
 def test_windows_of_other_geometry_are_refused() -> None:
