@@ -38,8 +38,8 @@ from .part import (
     largest,
     qwen_module,
 )
-from .signals import generator, log_mel_like
-from .speakers import Speaker, load_speakers, null_reference, speaker_keys
+from .signals import generator
+from .speakers import Speaker, load_speakers, null_reference, speaker_keys, spoken_mel
 
 
 class _Table(ExportModule):
@@ -311,7 +311,7 @@ def _cases(subject: Subject) -> Iterator[Case]:
     length, step = 30, last // 2
     rng = generator("codes, real")
     codes = np.repeat(rng.integers(0, geometry.num_embeds, (1, length // 3)), 3, axis=1)
-    mel = log_mel_like(length * geometry.repeats)[:, : geometry.mel_dim].transpose(0, 2, 1)
+    mel = spoken_mel(_speaker(subject.checkpoint, names[-1]), length * geometry.repeats)[None]
     time = _solver(subject.bundle).table[step]
     x = ((1 - time) * rng.standard_normal(mel.shape) + time * mel).astype(np.float32)
     yield _case(subject, "mel", x, codes, step, names[-1])

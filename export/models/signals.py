@@ -51,15 +51,6 @@ def picture(height: int, width: int, shift: float = 0.0) -> NDArray[np.uint8]:
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def log_mel_like(frames: int) -> Floats:
-    """Natural-log mel [1, 80, frames] as speech has it: around -5, harmonics below, fading above, in syllables."""
-    band, time = np.arange(80)[:, None], np.arange(frames)[None, :]
-    syllable = np.sin(2 * np.pi * time / 31) + 0.5 * np.sin(2 * np.pi * time / 87 + 1)
-    harmonics = 1.6 * np.cos(2 * np.pi * band / (7 + np.sin(time / 40))) * np.exp(-band / 40)
-    ridge = 2.5 * np.exp(-(((band - 22 - 9 * np.sin(time / 23)) / 6) ** 2))
-    return np.asarray(np.clip(-4.5 - band / 40 + 1.2 * syllable + harmonics + ridge, -11, 1), np.float32)[None]
-
-
 def random_positions(length: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Three unequal, growing components, as multimodal prompts have: [3, length]."""
     return np.cumsum(rng.integers(0, 3, (3, length)), axis=-1).astype(np.int64)

@@ -22,6 +22,7 @@ from omniport.export.models.speakers import (
     null_reference,
     speaker_keys,
     speaker_vectors,
+    spoken_mel,
     write_voice,
 )
 from omniport.runtime.errors import CheckpointError
@@ -253,3 +254,9 @@ def test_write_voice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(stored["speaker"], cond)
         np.testing.assert_array_equal(stored["reference"], reference)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_a_recording_is_spoken_forwards_and_backwards() -> None:
+    recording = np.arange(6, dtype=np.float32).reshape(3, 2)
+    spoken = spoken_mel(Speaker(0, np.zeros(192, np.float32), recording), 8)
+    np.testing.assert_array_equal(spoken, recording[[0, 1, 2, 2, 1, 0, 0, 1]])
