@@ -31,6 +31,10 @@ _WINDOWS = (
     "a window's look-ahead is solved before its own look-ahead is known; measured 4e-3 (waveform) and 8e-5 (mel) on "
     "random weights, and 0.16 and 2e-2 without context; real weights couple blocks more strongly"
 )
+_SEAMS = (
+    "frames of the look-ahead are solved again with more codes to come, and sound otherwise; measured on trained weights "
+    "0.087 (step), 0.10 (error) and 0.062 (mel), and steps of 0.8 to 2.0 where windows do not go over into each other"
+)
 _CONTEXT = "windows with context must come far closer to the whole than windows solved alone; measured over 100 times"
 _BORDER = "a sample or a 20 ms frame at the very threshold may fall on its other side"
 
@@ -99,9 +103,9 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     **_graded("speech.streamed.loudness_error_db", (0.1, 0.1, 0.3, 0.3, 0.3), _WINDOWS),
     **_graded("speech.streamed.clipped_excess", (5e-3, 5e-3, 5e-3, 1e-2, 1e-2), _BORDER),
     **_graded("speech.streamed.silent_excess", (0.1, 0.1, 0.1, 0.2, 0.2), _BORDER),
-    **_graded("speech.streamed.seam_jump", (0.5, 0.5, 1.0, 1.0, 1.0), _WINDOWS),
-    **_graded("speech.streamed.seam_error", (0.25, 0.25, 0.5, 0.5, 0.5), _WINDOWS),
-    **_graded("speech.streamed.seam_mel_l1", (0.25, 0.25, 0.5, 0.5, 0.5), _WINDOWS),
+    **_graded("speech.streamed.seam_jump", (0.5, 0.5, 1.0, 1.0, 1.0), _SEAMS),
+    **_graded("speech.streamed.seam_error", (0.25, 0.25, 0.5, 0.5, 0.5), _SEAMS),
+    **_graded("speech.streamed.seam_mel_l1", (0.25, 0.25, 0.5, 0.5, 0.5), _SEAMS),
     **_graded("speech.streamed.context_gain", (5.0, 3.0, 1.5, 1.5, 1.5), _CONTEXT, at_least=True),
 }
 
