@@ -32,8 +32,8 @@ _WINDOWS = (
     "random weights, and 0.16 and 2e-2 without context; real weights couple blocks more strongly"
 )
 _SEAMS = (
-    "frames of the look-ahead are solved again with more codes to come, and sound otherwise; measured on trained weights "
-    "0.087 (step), 0.10 (error) and 0.062 (mel), and steps of 0.8 to 2.0 where windows do not go over into each other"
+    "frames of the look-ahead are solved again with more codes to come, and sound otherwise; measured on trained "
+    "weights 0.087 (step), 0.10 (error) and 0.062 (mel), and steps of 0.8 to 2.0 without going over"
 )
 _CONTEXT = "windows with context must come far closer to the whole than windows solved alone; measured over 100 times"
 _BORDER = "a sample or a 20 ms frame at the very threshold may fall on its other side"
