@@ -28,6 +28,7 @@ TESTS = (
     "realtime/test_livekit.py",
     "realtime/test_pipecat.py",
     "realtime/test_agents_realtime_js.py",
+    "trained/test_clients_of_others.py",
 )
 
 

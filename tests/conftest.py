@@ -115,6 +115,17 @@ def tiny_half_bundles(tiny_checkpoint: Path) -> dict[str, Path]:
     return {precision: _once(f"tiny-{precision}", make(precision)) for precision in ("fp16", "bf16")}
 
 
+@pytest.fixture(scope="session")
+def wren_bundle() -> Path:
+    """The trained model, exported in float32. Read only."""
+    from omniport.export.exporter import export_checkpoint
+    from support.spoken_questions import WREN
+
+    if not WREN.exists():
+        pytest.skip("Wren's trained checkpoint is not in this tree")
+    return _once("wren-bundle", lambda out: export_checkpoint(WREN, out, max_context=2048))
+
+
 @pytest.fixture
 def omniport(capsys: pytest.CaptureFixture[str]) -> Omniport:
     """Run a command in this process; gives (exit code, stdout, stderr)."""

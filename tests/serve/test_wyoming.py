@@ -17,6 +17,7 @@ from omniport.serve.settings import Limits, Settings
 from omniport.serve.wyoming.sentences import Sentences
 from support.live_turns import held, voice
 from support.served import Served
+from support.wyoming_client import ask
 from wyoming.asr import Transcribe, Transcript
 from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.client import AsyncTcpClient
@@ -59,18 +60,6 @@ def talk(served: Served, work: Talk) -> Any:
             return await work(client)
 
     return asyncio.run(run())
-
-
-async def ask(client: AsyncTcpClient, last: str, *events: Eventable) -> list[Event]:
-    """What comes back, up to an event of that type."""
-    for event in events:
-        await client.write_event(event.event())
-    came: list[Event] = []
-    while not came or came[-1].type not in (last, "error"):
-        event = await client.read_event()
-        assert event is not None, f"closed after {[event.type for event in came]}"
-        came.append(event)
-    return came
 
 
 def kinds(events: list[Event]) -> list[str]:

@@ -1,13 +1,14 @@
-"""A server over fake graphs, in a thread of this process, for official clients."""
+"""A server in a thread of this process, for official clients: over fake graphs, or over any session."""
 
 from __future__ import annotations
 
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import openai
+from omniport.runtime import OmniSession
 from omniport.serve.app import make_app
 from omniport.serve.replicas.session_store import SessionStore
 from omniport.serve.server import Server, listen
@@ -17,6 +18,9 @@ from starlette.testclient import TestClient
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from .live_turns import Live
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 # The pools that answer every client: they grow to their size with the clients at once, and stay.
 POOLS = ("omniport-serve", "omniport-media")
@@ -28,24 +32,22 @@ def session_threads() -> set[threading.Thread]:
     return {thread for thread, name in names.items() if name.startswith("omniport-") and not name.startswith(POOLS)}
 
 
-class Served:
-    """A service over a bundle made by hand; with ``start`` it listens on loopback.
+class ServedSession:
+    """A service over an open session; with ``start`` it listens on loopback. The session is closed with it.
 
     Attributes:
         url, wyoming: where it listens.
-        live: the session and its fake graphs, whose replies can be scripted.
     """
 
-    def __init__(self, root: Path, store: SessionStore | None = None, **settings: Any) -> None:
-        self.live = Live(root)
-        self.service = Service(self.live.session, Settings(port=0, **settings), store)
+    def __init__(self, session: OmniSession, store: SessionStore | None = None, **settings: Any) -> None:
+        self.service = Service(session, Settings(port=0, **settings), store)
         self.service.state = "ready"
         self.app = make_app(self.service)
         self.url = ""
         self.wyoming = ("", 0)
         self._clients: list[openai.OpenAI] = []
 
-    def start(self) -> Served:
+    def start(self) -> Self:
         bound = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         self._server = Server(self.service, self.app)
@@ -64,7 +66,7 @@ class Served:
             assert not self._thread.is_alive()
         self.service.close()
 
-    def __enter__(self) -> Served:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,3 +95,15 @@ class Served:
         while (busy := admission.active + admission.waiting) and time.monotonic() < due:
             time.sleep(0.01)
         return not busy
+
+
+class Served(ServedSession):
+    """A service over a bundle made by hand.
+
+    Attributes:
+        live: the session and its fake graphs, whose replies can be scripted.
+    """
+
+    def __init__(self, root: Path, store: SessionStore | None = None, **settings: Any) -> None:
+        self.live = Live(root)
+        super().__init__(self.live.session, store, **settings)

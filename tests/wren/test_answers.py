@@ -49,12 +49,12 @@ from onnx import numpy_helper
 from support.paths import REPOSITORY
 from support.planted import Graph as OnnxGraph
 from support.planted import edit_graph, producer, rope_on_all_heads
+from support.spoken_questions import WREN
 
 pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed (pip install omniport[hear])")
 
-CHECKPOINT = REPOSITORY / "wren" / "checkpoint"
 SET = REPOSITORY / "wren" / "questions" / "questions.jsonl"
-pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="Wren's trained checkpoint is not in this tree")
+pytestmark = pytest.mark.skipif(not WREN.exists(), reason="Wren's trained checkpoint is not in this tree")
 
 #: of each kind, so many questions are asked that the model answers right
 ASKED = {"typed": 5, "spoken": 4, "picture": 4, "picture_spoken": 2, "video": 2, "second_turn": 3}
@@ -66,12 +66,9 @@ FAR = 0.1
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from omniport.export.exporter import export_checkpoint
-
-    out = tmp_path_factory.mktemp("wren") / "bundle"
-    export_checkpoint(CHECKPOINT, out, max_context=2048)
-    return out
+def bundle(wren_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy that can be linked from the folders of tests."""
+    return Path(shutil.copytree(wren_bundle, tmp_path_factory.mktemp("wren") / "bundle"))
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +278,7 @@ FAULTS = (
 @pytest.fixture(scope="module")
 def reference_sounds(given: list[Answer]) -> list[tuple[Answer, NDArray[np.float32]]]:
     """The shortest answer of each voice, and how PyTorch says its codes."""
-    reference = Reference(Checkpoint.open(CHECKPOINT))
+    reference = Reference(Checkpoint.open(WREN))
     by_voice = {answer.voice: answer for answer in sorted(given, key=lambda answer: -len(answer.codes))}
     noise = {voice: starting_noise(2 * len(answer.codes)) for voice, answer in by_voice.items()}
     return [(a, reference_speech(reference, a.codes, voice, noise[voice])) for voice, a in by_voice.items()]

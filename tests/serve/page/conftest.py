@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from support.bundles import make_bundle, make_manifest, write_manifest
-from support.paths import REPOSITORY
+from support.spoken_questions import PATIENT, question
 
 if TYPE_CHECKING:
     from support.browser import Tab
@@ -24,24 +24,24 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 #: what the model says, of eight seconds: there is time to speak into it
 SAID = "The quick brown fox jumps over the lazy dog."
 CODES = 400
-QUESTIONS = [REPOSITORY / "wren" / "questions" / f"spoken-04{n}-0.flac" for n in (0, 1)]
+#: which the trained model answers right behind a pause, too
+QUESTIONS = [question(answer).path for answer in PATIENT]
 
 
-@pytest.fixture(scope="session")
-def microphone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A question, and while it is answered another one."""
+def microphone(path: Path, questions: Sequence[Path]) -> Path:
+    """Questions, and three seconds behind each, in a file."""
     sound = [np.zeros(48000)]
-    for path in QUESTIONS:
-        samples, rate = soundfile.read(path)
+    for asked in questions:
+        samples, rate = soundfile.read(asked)
         at = np.arange(round(len(samples) * 48000 / rate)) * rate / 48000
         sound += [np.interp(at, np.arange(len(samples)), samples), np.zeros(3 * 48000)]
-    path = tmp_path_factory.mktemp("microphone") / "questions.wav"
     soundfile.write(path, np.concatenate([*sound, np.zeros(60 * 48000)]), 48000, subtype="PCM_16")
     return path
 
 
 @pytest.fixture(scope="session")
-def chromium(microphone: Path) -> Iterator[Any]:
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Sequence[Path]], Any]]:
+    """Browsers whose microphone plays questions."""
     if find_spec("playwright") is None:
         pytest.skip("the Python package playwright is not installed: run make serve-check, which installs it")
     if CHROMIUM is None:
@@ -51,14 +51,27 @@ def chromium(microphone: Path) -> Iterator[Any]:
     arguments = [
         "--use-fake-device-for-media-stream",
         "--use-fake-ui-for-media-stream",
-        f"--use-file-for-fake-audio-capture={microphone}%noloop",
         "--host-resolver-rules=MAP box.example 127.0.0.1",
         "--no-sandbox",
     ]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
+        browsers = []
+
+        def start(questions: Sequence[Path]) -> Any:
+            path = microphone(tmp_path_factory.mktemp("microphone") / "questions.wav", questions)
+            plays = f"--use-file-for-fake-audio-capture={path}%noloop"
+            browsers.append(playwright.chromium.launch(executable_path=CHROMIUM, args=[*arguments, plays]))
+            return browsers[-1]
+
+        yield start
+        for browser in browsers:
+            browser.close()
+
+
+@pytest.fixture(scope="module")
+def chromium(launch: Callable[[Sequence[Path]], Any]) -> Any:
+    """Its microphone plays a question, and while that is answered another one."""
+    return launch(QUESTIONS)
 
 
 @pytest.fixture

@@ -276,6 +276,14 @@ def test_text_can_be_read(serve: Serve, open_tab: Open, scheme: str) -> None:
     for ink, ground in pairs:
         colours = [tab.page.evaluate(f"{style}.getPropertyValue('--{name}')") for name in (ink, ground)]
         assert contrast(*colours) >= 4.5, (ink, ground)
+    tab.page.click("text=Chat")
+    shown = tab.page.evaluate("getComputedStyle(document.querySelector('#message'), '::placeholder').color")
+    assert contrast(hexadecimal(shown), tab.page.evaluate(f"{style}.getPropertyValue('--surface')")) >= 4.5, shown
+
+
+def hexadecimal(colour: str) -> str:
+    """Of ``rgb(1, 2, 3)``."""
+    return "#" + "".join(f"{int(value):02x}" for value in colour[4:-1].split(","))
 
 
 def contrast(first: str, second: str) -> float:

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import base64
-import queue
-from typing import Any
 
 import numpy as np
-from dashscope.audio.qwen_omni import MultiModality, OmniRealtimeCallback, OmniRealtimeConversation
+from dashscope.audio.qwen_omni import MultiModality, OmniRealtimeConversation
+from support.dashscope_client import Events
 from support.live_turns import voice
 from support.served import Served
-
-
-class Events(OmniRealtimeCallback):  # type: ignore[misc]
-    def __init__(self) -> None:
-        self.came: queue.Queue[dict[str, Any]] = queue.Queue()
-
-    def on_event(self, message: dict[str, Any]) -> None:
-        self.came.put(message)
-
-    def until(self, kind: str) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = []
-        while not events or events[-1]["type"] != kind:
-            events.append(self.came.get(timeout=20))
-            assert events[-1]["type"] != "error", events[-1]
-        return events
 
 
 def test_a_turn_by_hand(served: Served) -> None:
