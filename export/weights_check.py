@@ -58,7 +58,7 @@ def _check_rule(ckpt: Checkpoint, rule: Rule, tensor: torch.Tensor) -> tuple[str
     if isinstance(rule, Constant):
         return ()
     if isinstance(rule, Copy):
-        ckpt.expect(rule.key, tensor.shape)
+        ckpt.expect(rule.key, rule.shape or tensor.shape)
         return (rule.key,)
     if isinstance(rule, Compute):
         _try_compute(ckpt, rule, tensor)

@@ -28,6 +28,8 @@ from .sites import SitePlan
 RESIDENT_BYTES = 1 << 29
 #: bytes of activations that stay in memory
 MEMORY_BYTES = 64 << 20
+#: a vocoder's filters by what `snake_inputs` gives; up_odd reads what up_even does
+_FILTERS = ("up_even", "down_even", "down_odd")
 
 
 @dataclass
@@ -204,16 +206,14 @@ def _watch(module: ExportModule, weight: str, observers: Mapping[str, Observer])
     if own == "weight":
         part.register_forward_pre_hook(lambda _, inputs: observers[weight].see(inputs[0]))
         return
-    # The two filters around a snake are one operation while tracing: what they see is computed again.
+    # The filters around a snake are one operation while tracing: what they see is computed again.
     assert isinstance(module, BigVgan)
-    assert own in ("up", "down")
-    part.register_forward_pre_hook(
-        lambda part, inputs: observers[weight].see(_filtered(part, *inputs)[0 if own == "up" else 1])
-    )
+    seen = _FILTERS.index(own)
+    part.register_forward_pre_hook(lambda part, inputs: observers[weight].see(_filtered(part, *inputs)[seen]))
 
 
-def _filtered(part: Any, x: Tensor, pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return snake_inputs(x, part.up, part.alpha, part.inverse_beta, *pairs)
+def _filtered(part: Any, x: Tensor) -> tuple[Tensor, ...]:
+    return snake_inputs(x, part.up_even, part.up_odd, part.rate, part.height)
 
 
 def _nbytes(value: Any) -> int:

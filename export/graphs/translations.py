@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnxscript.values import Opset
 
-from ..models import ops as _registered  # noqa: F401 - puts the ops into torch.ops.omniport
+from ..models.ops import CURVE  # importing it puts the ops into torch.ops.omniport
 
 op: Any = Opset("", 24)
 
@@ -101,15 +102,34 @@ def _pad_to_blocks_node(x: Any, block: int) -> Any:
     return op.Pad(x, pads)
 
 
-def _snake_node(x: Any, up: Any, down: Any, alpha: Any, inverse_beta: Any, even: Any, odd: Any) -> Any:
+def _snake_node(x: Any, up_even: Any, up_odd: Any, down_even: Any, down_odd: Any, rate: Any, height: Any) -> Any:
     channels = x.shape[1]
-    zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
-    minus_one, end = op.Constant(value_ints=[-1]), op.Constant(value_ints=[2**62])
-    axis = op.Constant(value_ints=[2])
-    padded = op.Pad(x, op.Constant(value_ints=[0, 0, 3, 0, 0, 3]), mode="edge")
-    u = op.Conv(padded, up, group=channels)
-    s = op.Sin(op.Mul(u, alpha))
-    u = op.Add(u, op.Mul(inverse_beta, op.Mul(s, s)))
-    first = op.Gather(op.Slice(u, zero, one, axis), even, axis=1)
-    last = op.Gather(op.Slice(u, minus_one, end, axis), odd, axis=1)
-    return op.Conv(op.Concat(first, first, first, u, last, last, last, axis=2), down, group=channels)
+    padded = op.Pad(x, op.Constant(value_ints=[0, 0, 0, 3, 0, 0, 0, 3]), mode="edge")
+    even, odd = op.Conv(padded, up_even, group=channels), op.Conv(padded, up_odd, group=channels)
+    axis, end = op.Constant(value_ints=[3]), op.Constant(value_ints=[2**62])
+    first = op.Slice(even, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), axis)
+    last = op.Slice(odd, op.Constant(value_ints=[-1]), end, axis)
+    sums = []
+    for phase, down in ((even, down_even), (odd, down_odd)):
+        # The ends come before the curve: ONNX Runtime makes a convolution of a Mul that follows a blocked one.
+        u = op.Concat(first, first, first, phase, last, last, last, axis=3)
+        curve = op.Mul(_curve_node(op.Mul(u, rate), x), height)
+        sums.append(op.Conv(op.Add(u, curve), down, group=channels))
+    return op.Add(*sums)
+
+
+def _curve_node(turned: Any, like: Any) -> Any:
+    """sin^2(pi * turned) / CURVE_FACTOR, as `CURVE` says, of what is left of ``turned`` without whole periods."""
+    left = op.Sub(turned, op.Round(turned))
+    square = op.Mul(left, left)
+    first, *middle, top = (_constant(value, like) for value in CURVE)
+    y = op.Add(square, first)
+    for coefficient in middle:
+        y = op.Add(op.Mul(y, square), coefficient)
+    q = op.Mul(y, square)
+    return op.Mul(q, op.Sub(top, q))
+
+
+def _constant(value: float, like: Any) -> Any:
+    """A number in the dtype of ``like``. It has it from the start: Cast of this opset is not that of older ones."""
+    return op.Constant(value=ir.tensor(value, dtype=like.dtype))

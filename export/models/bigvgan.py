@@ -18,7 +18,7 @@ from omniport.runtime.bundle.parts import PARTS
 from torch import Tensor, nn
 
 from .module import Compute, Context, ExportModule, Stack, WeightReader
-from .ops import anti_aliased_snake
+from .ops import CURVE_FACTOR, anti_aliased_snake
 from .part import Asked, Case, GraphDefinition, ModelPart, ReferenceModule, Settings, Subject, f32, largest, qwen_module
 from .signals import generator
 from .speakers import load_speakers, spoken_mel
@@ -57,59 +57,69 @@ def kaiser_sinc(taps: int = TAPS, ratio: int = 2) -> Tensor:
     return taps_ / taps_.sum()
 
 
-def _polyphase(channels: int) -> tuple[Tensor, Tensor]:
-    """The 2x interpolation and decimation filters with the two phases as channels.
+def polyphase(channels: int) -> dict[str, Tensor]:
+    """The 2x interpolation and decimation filters by the samples of the upsampled signal, each [C, 1, 1, 7].
 
-    Up [2C, 1, 7]: output phase p at t from inputs t-3..t+3; down [C, 2, 7]: output t from both phases at t-3..t+3.
+    Up: sample 2t (even) or 2t + 1 (odd) from inputs t-3..t+3. Down: output t from the even samples, or the odd ones, of
+    t-3..t+3; the sum of both is the output.
     """
     taps = kaiser_sinc()
-    up, down = torch.zeros(2, 7, device="cpu"), torch.zeros(2, 7, device="cpu")
+    filters = {name: torch.zeros(7, device="cpu") for name in ("up_even", "up_odd", "down_even", "down_odd")}
     for r in range(6):
-        up[0, r] = 2 * taps[11 - 2 * r]
-        up[1, r + 1] = 2 * taps[10 - 2 * r]
-        down[0, r + 1] = taps[2 * r + 1]
-        down[1, r] = taps[2 * r]
-    return up[:, None].repeat(channels, 1, 1), down[None].repeat(channels, 1, 1)
+        filters["up_even"][r] = 2 * taps[11 - 2 * r]
+        filters["up_odd"][r + 1] = 2 * taps[10 - 2 * r]
+        filters["down_even"][r + 1] = taps[2 * r + 1]
+        filters["down_odd"][r] = taps[2 * r]
+    return {name: row.repeat(channels, 1, 1, 1) for name, row in filters.items()}
 
 
-def _snake(reader: WeightReader, *, key: str, reciprocal: bool) -> NDArray[Any]:
-    """exp(alpha), or 1 / (exp(beta) + 1e-9), once per phase: [2C, 1]."""
-    value = np.exp(reader.read(key).astype(np.float32))
-    value = 1.0 / (value + np.float32(1e-9)) if reciprocal else value
-    return np.repeat(value, 2)[:, None]
+def _rate(reader: WeightReader, *, key: str) -> NDArray[Any]:
+    """exp(alpha) / pi: periods of sin^2(alpha u) in one unit of u, [C, 1, 1]."""
+    alpha: NDArray[Any] = np.exp(reader.read(key).astype(np.float64))
+    return (alpha / np.pi).astype(np.float32)[:, None, None]
+
+
+def _height(reader: WeightReader, *, key: str) -> NDArray[Any]:
+    """CURVE_FACTOR / (exp(beta) + 1e-9): [C, 1, 1]."""
+    beta: NDArray[Any] = np.exp(reader.read(key).astype(np.float64))
+    return (CURVE_FACTOR / (beta + 1e-9)).astype(np.float32)[:, None, None]
 
 
 class _Activation(ExportModule):
     """Anti-aliased snake: 2x up, x + sin^2(a x) / b, 2x down (see `omniport.export.models.ops.anti_aliased_snake`)."""
 
-    up: Tensor
-    down: Tensor
-    alpha: Tensor
-    inverse_beta: Tensor
+    up_even: Tensor
+    up_odd: Tensor
+    down_even: Tensor
+    down_odd: Tensor
+    rate: Tensor
+    height: Tensor
 
     def __init__(self, channels: int, key: str) -> None:
         super().__init__()
-        up, down = _polyphase(channels)
-        self.constant("up", up, follow=True)
-        self.constant("down", down, follow=True)
-        for name, part, reciprocal in (("alpha", "alpha", False), ("inverse_beta", "beta", True)):
+        for name, taps in polyphase(channels).items():
+            self.constant(name, taps, follow=True)
+        for name, part, fn in (("rate", "alpha", _rate), ("height", "beta", _height)):
             full = f"{key}.act.{part}"
-            rule = Compute((full,), partial(_snake, key=full, reciprocal=reciprocal))
-            self.computed(name, (2 * channels, 1), rule, follow=True)
+            self.computed(name, (channels, 1, 1), Compute((full,), partial(fn, key=full)), follow=True)
 
-    def forward(self, x: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
-        return anti_aliased_snake(x, self.up, self.down, self.alpha, self.inverse_beta, *pairs)
+    def forward(self, x: Tensor) -> Tensor:
+        filters = (self.up_even, self.up_odd, self.down_even, self.down_odd)
+        return anti_aliased_snake(x, *filters, self.rate, self.height)
 
 
 class _Conv(ExportModule):
+    """A convolution over time, of tensors with one row: see `BigVgan`."""
+
     def __init__(self, n_in: int, n_out: int, kernel: int, dilation: int = 1, bias: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in, kernel))
+        self.weight = nn.Parameter(torch.empty(n_out, n_in, 1, kernel))
+        self.stored["weight"] = (n_out, n_in, kernel)
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.dilation, self.padding = dilation, (kernel - 1) * dilation // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv1d(x, self.weight, self.bias, padding=self.padding, dilation=self.dilation)
+        return F.conv2d(x, self.weight, self.bias, padding=(0, self.padding), dilation=(1, self.dilation))
 
 
 class _Upsample(ExportModule):
@@ -120,7 +130,8 @@ class _Upsample(ExportModule):
         self.stride, self.padding = stride, (kernel - stride) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose1d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+        y = F.conv_transpose1d(x.squeeze(2), self.weight, self.bias, stride=self.stride, padding=self.padding)
+        return y.unsqueeze(2)
 
 
 class _ResidualBlock(ExportModule):
@@ -132,15 +143,19 @@ class _ResidualBlock(ExportModule):
             [_Activation(channels, f"{key}.activations.{i}") for i in range(2 * len(dilations))]
         )
 
-    def forward(self, x: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for i, (dilated, plain) in enumerate(zip(self.convs1, self.convs2, strict=True)):
-            y = dilated(self.activations[2 * i](x, pairs))
-            x = x + plain(self.activations[2 * i + 1](y, pairs))
+            y = dilated(self.activations[2 * i](x))
+            x = x + plain(self.activations[2 * i + 1](y))
         return x
 
 
 class BigVgan(Stack):
-    """Vocoder (transformers: Qwen2_5OmniToken2WavBigVGANModel)."""
+    """Vocoder (transformers: Qwen2_5OmniToken2WavBigVGANModel).
+
+    Everything between its ends has one row, [B, C, 1, T]: ONNX Runtime has blocked kernels on a CPU for convolutions of
+    two dimensions, and for those of one it has none.
+    """
 
     prefix = "token2wav.code2wav_bigvgan_model."
 
@@ -161,10 +176,6 @@ class BigVgan(Stack):
         )
         self.activation_post = _Activation(widths[-1], f"{self.prefix}activation_post")
         self.conv_post = _Conv(widths[-1], 1, 7, bias=False)
-        for i, width in enumerate(widths[1:]):
-            even = 2 * torch.arange(width, device="cpu").repeat_interleave(2)
-            self.constant(f"even_{i}", even)
-            self.constant(f"odd_{i}", even + 1)
 
     def forward(self, mel: Tensor) -> Tensor:
         """mel: float32 [B, 80, T] natural-log amplitudes -> float32 [B, hop*T] samples in -1..1."""
@@ -180,19 +191,16 @@ class BigVgan(Stack):
         # exp, 20 log10, -20 dB and the 115 dB range of the reference are one affine map, clipped.
         decibel = mel * (20 / math.log(10)) - REFERENCE_DB
         x = torch.clamp(2 * (decibel - MIN_DB) / -MIN_DB - 1, -1, 1).to(self.conv_post.weight.dtype)
-        return self.conv_pre(x), ()
+        return self.conv_pre(x.unsqueeze(2)), ()
 
     def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
         x = self.ups[index](x)
-        branches = [self.resblocks[index * self.kinds + j](x, self._pairs(index)) for j in range(self.kinds)]
+        branches = [self.resblocks[index * self.kinds + j](x) for j in range(self.kinds)]
         return sum(branches[1:], branches[0]) / self.kinds
 
-    def _pairs(self, index: int) -> tuple[Tensor, Tensor]:
-        return getattr(self, f"even_{index}"), getattr(self, f"odd_{index}")
-
     def leave(self, x: Tensor, context: Context) -> Tensor:
-        x = self.conv_post(self.activation_post(x, self._pairs(self.depth - 1)))
-        return torch.clamp(x.float(), -1, 1).squeeze(1)
+        x = self.conv_post(self.activation_post(x))
+        return torch.clamp(x.float(), -1, 1).squeeze((1, 2))
 
 
 def _define(config: Any, settings: Settings) -> GraphDefinition:

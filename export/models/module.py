@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import ml_dtypes
@@ -40,9 +40,14 @@ class WeightReader(Protocol):
 
 @dataclass(frozen=True)
 class Copy:
-    """The stored tensor as it is."""
+    """The stored tensor as it is.
+
+    Attributes:
+        shape: as stored, where that is not the exported one.
+    """
 
     key: str
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class ExportModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rules: dict[str, Rule] = {}
+        #: parameter -> its shape in the checkpoint, where that has other axes
+        self.stored: dict[str, tuple[int, ...]] = {}
         self.following: set[str] = set()
 
     def constant(self, name: str, value: Array | torch.Tensor, follow: bool = False) -> None:
@@ -128,13 +135,14 @@ class ExportModule(nn.Module):
                 elif own == "weight" and isinstance(module, Linear):
                     yield name, Transpose(prefix + name)
                 else:
-                    yield name, Copy(prefix + name)
+                    stored = module.stored.get(own) if isinstance(module, ExportModule) else None
+                    yield name, Copy(prefix + name, stored)
 
 
 def _prefixed(rule: Rule, prefix: str) -> Rule:
     """Rules of modules name keys relative to the graph's root, written with a leading ``@``."""
     if isinstance(rule, Copy | Transpose) and rule.key.startswith("@"):
-        return type(rule)(prefix + rule.key[1:])
+        return replace(rule, key=prefix + rule.key[1:])
     return rule
 
 

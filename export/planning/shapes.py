@@ -245,10 +245,10 @@ def _vocoder(c: Mapping[str, Any]) -> GraphShape:
             name = "resblocks.convs1.0"
             matrices.append(Matrix(name, width * size, width, 2 * len(times), rate, convolves=True))
         layers = 2 * sum(len(times) for times in dilations)
-        # a bias, two filters of 7 taps for two phases, and two vectors for both phases
-        other += width + layers * width * (1 + 28 + 4)
+        # a bias, two filters of 7 taps for two phases, and two vectors
+        other += width + layers * width * (1 + 28 + 2)
     matrices.append(Matrix("conv_post", width * 7, 1, steps=rate, convolves=True))
-    return GraphShape("bigvgan", tuple(matrices), other + 32 * width, 0, channels, channels, 1)
+    return GraphShape("bigvgan", tuple(matrices), other + 30 * width, 0, channels, channels, 1)
 
 
 # --- from a bundle -------------------------------------------------------------------------------------------
@@ -308,9 +308,9 @@ def _graph_of_file(bundle: Bundle, name: str) -> GraphShape:
         dims = weight.dims
         if weight.operator == "MatMul" and len(dims) == 2:
             matrices.append(Matrix(weight.name, dims[0], dims[1], steps=_STEPS.get(name, 1.0)))
-        elif weight.operator == "Conv" and len(dims) == 3 and dims[1] > 2:
+        elif weight.operator == "Conv" and len(dims) in (3, 4) and dims[1] > 2:  # others are filters of single channels
             steps = levels.get(dims[0], levels[1])
-            matrices.append(Matrix(weight.name, dims[1] * dims[2], dims[0], steps=steps, convolves=True))
+            matrices.append(Matrix(weight.name, math.prod(dims[1:]), dims[0], steps=steps, convolves=True))
         elif weight.operator == "ConvTranspose" and len(dims) == 3:
             matrices.append(Matrix(weight.name, dims[0] * dims[2], dims[1], steps=levels[dims[0]], convolves=True))
         elif half and weight.single:

@@ -11,6 +11,7 @@ from support.paths import REPOSITORY
 
 from benchmarks import (
     aarch64,
+    activation_forms,
     bench_page,
     build_matrix,
     calibrate,
@@ -18,6 +19,7 @@ from benchmarks import (
     dit_windows,
     echo,
     install_check,
+    kv_forms,
     live,
     openvino,
     plan,
@@ -27,6 +29,7 @@ from benchmarks import (
     serve_page,
     validate,
     vocoder,
+    vocoder_forms,
     wren_loss,
 )
 from benchmarks.harness import RESULTS
@@ -35,12 +38,14 @@ from scripts import structure
 #: page -> the module that makes it of the JSON file of that name
 PAGES = {
     "aarch64": aarch64,
+    "activation-forms": activation_forms,
     "build-matrix": build_matrix,
     "calibrate": calibrate,
     "deploy": deploy,
     "dit_windows": dit_windows,
     "echo": echo,
     "install-check": install_check,
+    "kv-forms": kv_forms,
     "live": live,
     "openvino": openvino,
     "plan": plan,
@@ -51,6 +56,7 @@ PAGES = {
     "structure": structure,
     "validate": validate,
     "vocoder": vocoder,
+    "vocoder-forms": vocoder_forms,
     "wren": wren_loss,
 }
 

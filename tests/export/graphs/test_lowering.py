@@ -30,7 +30,7 @@ WIDTH = 128  # of the thinker of ``tiny``
 #: operators these graphs may use: all are in the support matrix of TensorRT's parser, by 8.6 at the latest
 PARSER_KNOWS = """
 Add And Cast Clip Concat Constant Conv ConvTranspose Cos Div Equal Erf Expand Gather Greater LayerNormalization Less
-LessOrEqual MatMul Max Min Mod Mul Neg Or Pad Pow Range ReduceMean Reshape ScatterElements Shape Sigmoid Sin Slice
+LessOrEqual MatMul Max Min Mod Mul Neg Or Pad Pow Range ReduceMean Reshape Round ScatterElements Shape Sigmoid Sin Slice
 Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
 """
 

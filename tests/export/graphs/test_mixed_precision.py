@@ -14,11 +14,14 @@ import pytest
 from numpy.typing import NDArray
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.exporter import export_checkpoint
+from omniport.export.graphs.lowering import OPSETS
 from omniport.export.graphs.mixed_precision import FLOAT32_OPS, KeepFloatPass, mix, module_path, ranged_values
 from omniport.export.graphs.trace import trace
 from omniport.export.models.model_parts import graph_definitions
 from omniport.export.validation.checks.graphs import graph_checks
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
+from omniport.runtime.bundle.recipes import PRECISION_DTYPES
 from omniport.runtime.errors import ExportError
 from omniport.runtime.speech.ode import rk4_schedule
 from onnx import TensorProto, helper, numpy_helper
@@ -27,6 +30,8 @@ from support.comparison import assert_all_pass, context_of
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LAYER = "talker/model.layers.1.mlp"
+#: no bf16 of parts that are published in float32
+HALF_GRAPHS = [("fp16", name) for name in PARTS] + [("bf16", name) for name, part in PARTS.items() if not part.float32]
 
 
 # --- the pass -------------------------------------------------------------------------------------------------------
@@ -116,11 +121,13 @@ def test_a_shared_weight_has_one_copy() -> None:
 # --- traced graphs --------------------------------------------------------------------------------------------------
 
 
-def traced(checkpoint: Path, precision: str, ops: str, graph: str = "thinker") -> ir.Model:
+def traced(checkpoint: Path, precision: str, ops: str, graph: str = "thinker", token2wav: str = "fp32") -> ir.Model:
     ckpt = Checkpoint.open(checkpoint)
     form = "static" if ops == "native" else "concat"
     schedule = rk4_schedule()
-    found = graph_definitions(ckpt.config, precision, 4096, schedule, ckpt.tied_embeddings, ops=ops, kv_form=form)
+    found = graph_definitions(
+        ckpt.config, precision, 4096, schedule, ckpt.tied_embeddings, token2wav=token2wav, ops=ops, kv_form=form
+    )
     return trace(found[graph])[0]
 
 
@@ -159,6 +166,21 @@ def test_convolutions_are_float32_where_the_opset_has_no_bfloat16(tiny_checkpoin
     nodes = [node for node in model.graph if node.op_type == "Conv"]
     assert len(nodes) == 2
     assert all(value is not None and value.dtype == FLOAT for node in nodes for value in node.inputs)
+
+
+@pytest.mark.parametrize(("precision", "graph"), HALF_GRAPHS)
+@pytest.mark.parametrize(("ops", "opset"), OPSETS.items())
+def test_half_graphs_are_valid_in_their_opset(
+    tiny_checkpoint: Path, precision: str, ops: str, opset: int, graph: str
+) -> None:
+    """Operators have the attributes, and take the types, that this opset gives them."""
+    model = traced(tiny_checkpoint, precision, ops, graph, token2wav="fp16")
+    mix(model, graph, PRECISION_DTYPES[precision])
+    # weights are not read yet: they are inputs here
+    model.graph.inputs.extend(v for v in model.graph.initializers.values() if v.const_value is None)
+    proto = ir.to_proto(model)
+    assert [entry.version for entry in proto.opset_import] == [opset]
+    onnx.checker.check_model(proto, full_check=True)
 
 
 def test_patterns_look_at_the_graph_and_the_path(tiny_checkpoint: Path) -> None:
