@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.evaluation.reference_modules import load_reference
 from omniport.export.evaluation.speech_metrics import snr_db
-from omniport.export.models.signals import log_mel_like
+from omniport.export.models.speakers import load_speakers, spoken_mel
 from omniport.runtime.backends import open_backend
 from omniport.runtime.backends.base import Graph
 from omniport.runtime.backends.onnxruntime.packages import import_onnxruntime
@@ -41,6 +41,7 @@ Array = NDArray[np.float32]
 def measure(options: argparse.Namespace, found: Any) -> Iterator[dict[str, Any]]:
     """Everything that the page shows, after each number of frames; what was measured of others is kept."""
     reference = load_reference(Checkpoint.open(options.checkpoint), "bigvgan").eval()
+    _, speaker = min(load_speakers(options.checkpoint / "spk_dict.pt").items())
     title, threads_rows = options.title or options.checkpoint.name, dict[str, Any]()
     checkpoints = found.get("checkpoints", {})
     version = (
@@ -58,7 +59,7 @@ def measure(options: argparse.Namespace, found: Any) -> Iterator[dict[str, Any]]
         runs = {REFERENCE: _reference(reference, threads), **_runs(options, threads)}
         threads_rows[str(threads)] = rows = {}
         for frames in map(int, options.frames.split(",")):
-            rows[str(frames)] = _turns(runs, log_mel_like(frames), options.rounds)
+            rows[str(frames)] = _turns(runs, np.ascontiguousarray(spoken_mel(speaker, frames).T[None]), options.rounds)
             yield result
 
 
