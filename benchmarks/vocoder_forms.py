@@ -106,7 +106,7 @@ def page(found: dict[str, Any]) -> str:
         f"PyTorch {versions[REFERENCE]} and the backends of the tables on {found['processor']}, in turns in one "
         f"process: the least milliseconds of {found['rounds']} rounds, by the clock and of the processor. Times as "
         "fast: as transformers, by the clock. Error: the largest difference to transformers' samples, and the whole "
-        "one in dB."
+        "one in dB. The machine was shared with other work."
     )
     lines = [
         "# Forms of the vocoder",
