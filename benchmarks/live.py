@@ -10,6 +10,7 @@ not end by itself here: stop tokens are suppressed on both sides, so that every 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -29,7 +30,7 @@ from omniport.runtime.generation.sampling import Sampler
 from omniport.runtime.prompt.builder import build_prompt
 from omniport.runtime.system.host import cpu_name, physical_cores
 
-from benchmarks.harness import command_line, record, table
+from benchmarks.harness import RESULTS, command_line, record, table
 
 TOKENS = 40
 #: lengths of the spoken questions
@@ -284,9 +285,24 @@ def page(figures: dict[str, Any]) -> str:
         f"outside graph runs of the workers in turn. Picking one of {picks['vocabulary']} tokens takes "
         f"{picks['greedy']:.2f} ms greedily, {picks['top_k_40_top_p_0.8']:.1f} ms with top-k 40 and top-p 0.8, "
         f"{picks['top_p_0.9']:.1f} ms with top-p 0.9.",
+        *_soaked(json.loads((RESULTS / "live-soak.json").read_text(encoding="utf-8"))),
     ]
     filled = [textwrap.fill(part, 120) if isinstance(part, str) else "\n".join(part) for part in parts]
     return "\n\n".join(filled) + "\n"
+
+
+def _soaked(found: dict[str, Any]) -> list[str]:
+    """What `benchmarks.soak` measured."""
+    return [
+        "## Many turns",
+        f"`python -m benchmarks.soak` on Wren, the small trained model: {found['turns']} turns with random pushes, "
+        f"sizes and cancels in {found['seconds']:.0f} s, {found['spoken']} of them spoken. {found['compared']} replies "
+        "equal "
+        f"their oracle's in text, codec tokens and sound (the same conversation in new caches, one worker after the "
+        f"other); {found['cancelled']} were cancelled, {found['dropped_turns']} early turns left the context. Memory "
+        f"grew by {found['memory_growth']:.1%} from the second quarter to the last, threads by "
+        f"{found['threads_most'] - found['threads_first']}.",
+    ]
 
 
 def _first_tokens(rows: list[dict[str, Any]]) -> list[str]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from omniport.calib import Calibration, calibrate, quantize
 from omniport.export.checkpoint.checkpoint import Checkpoint
 from omniport.export.checkpoint.config import quiet_transformers
 from omniport.export.evaluation.reference_modules import reference_bytes
@@ -38,13 +39,14 @@ from omniport.runtime.bundle.parts import PARTS
 from benchmarks.harness import GIB, ROOT, command_line, record, table
 
 WREN = "wren"
-SIZES, PRECISIONS, SUITES = ("tiny", "small", WREN), ("fp32", "fp16", "bf16"), ("quick", "full")
+RECIPES = ("w8", "int8", "int4", "fp8", "edge-8gb", "edge-16gb")
+SIZES, PRECISIONS, SUITES = ("tiny", "small", WREN), ("fp32", "fp16", "bf16", *RECIPES), ("quick", "full")
 #: what the cache of references holds before a run. ``small`` computes each reference once: what a precision adds is in
 #: its graphs, which follow the references and are never in memory with them
 CACHES: dict[str, dict[str, tuple[str, ...]]] = {
-    "tiny": dict.fromkeys(PRECISIONS, ("empty cache", "cached")),
+    "tiny": dict.fromkeys(("fp32", "fp16", "bf16"), ("empty cache", "cached")),
     "small": {"fp32": ("empty cache",), "fp16": ("cached",), "bf16": ("cached",)},
-    WREN: {"fp32": ("empty cache",), "fp16": ("cached",), "bf16": ("cached",)},
+    WREN: {"fp32": ("empty cache",), **dict.fromkeys(PRECISIONS[1:], ("cached",))},
 }
 _STATES = ("empty cache", "cached")
 #: what the issue of validation asks for: seconds of the quick suite on tiny, bytes above the largest reference part
@@ -60,9 +62,20 @@ def prepare(folder: Path, size: str, precision: str) -> tuple[Path, Path]:
         checkpoint = ROOT / "wren" / "checkpoint"
     if not checkpoint.exists():
         make_checkpoint(checkpoint, size=size, seed=0)
-    if not bundle.exists():
+    if precision in RECIPES:
+        if not bundle.exists():
+            _quantize(checkpoint, folder / f"{size}-fp32", bundle)
+    elif not bundle.exists():
         export_checkpoint(checkpoint, bundle, precision=precision, token2wav="fp16" if precision == "fp16" else "fp32")
     return checkpoint, bundle
+
+
+def _quantize(checkpoint: Path, source: Path, bundle: Path) -> None:
+    """By the recipe that ends ``bundle``'s name, calibrated with Wren's own questions."""
+    ranges = bundle.with_name(f"{WREN}-calib")
+    if not ranges.exists():
+        calibrate(checkpoint, checkpoint.parent / "questions" / "calib" / "calib.jsonl", ranges)
+    quantize(source, bundle, bundle.name.removeprefix(f"{WREN}-"), calibration=Calibration.load(ranges))
 
 
 def run_suite(folder: Path, size: str, suite: str, precisions: Sequence[str], cache: Path) -> Iterator[Result]:
@@ -74,7 +87,7 @@ def run_suite(folder: Path, size: str, suite: str, precisions: Sequence[str], ca
     Raises:
         SystemExit: a run ended with another code than 0 or 1, or nothing is cached.
     """
-    for precision in precisions:
+    for precision in (name for name in precisions if name in CACHES[size]):
         checkpoint, bundle = prepare(folder, size, precision)
         with quiet_transformers():
             opened = Checkpoint.open(checkpoint)

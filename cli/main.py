@@ -119,7 +119,11 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
 def _run(argv: Sequence[str] | None) -> NoReturn:
     # a polite kill unwinds the stack like Ctrl-C does, so that half-written files are removed
     set_up_streams()
-    previous = signal.signal(signal.SIGTERM, _terminated)
+    stop = _Stop()
+    handlers = {signal.SIGTERM: stop.terminated}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        handlers[signal.SIGINT] = stop.interrupted
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         try:
             app(args=None if argv is None else list(argv), prog_name="omniport")
@@ -128,15 +132,31 @@ def _run(argv: Sequence[str] | None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the one place where every failure becomes an exit code
-        sys.exit(_report(error))
+        sys.exit(_report(error, stop.code))
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     sys.exit(0)
 
 
-def _terminated(*_: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop what the first has set going
-    sys.exit(EXIT_TERMINATED)
+class _Stop:
+    """What SIGINT and SIGTERM do, and the exit code of the one that came: ``code``.
+
+    torch takes an exception from a handler, as every other that comes while it traces, for a reason to try in another
+    way, and then fails with an error of its own.
+    """
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+
+    def interrupted(self, *_: object) -> NoReturn:
+        self.code = EXIT_INTERRUPTED
+        raise KeyboardInterrupt
+
+    def terminated(self, *_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop what the first has set going
+        self.code = EXIT_TERMINATED
+        sys.exit(EXIT_TERMINATED)
 
 
 def _let_go(stream: TextIO) -> None:
@@ -148,7 +168,8 @@ def _let_go(stream: TextIO) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, stopped: int | None) -> int:
+    """Tell the error; gives the exit code. ``stopped``: that of a signal that came before."""
     # imported here: --help and --version need none of the runtime
     from omniport.runtime.errors import OmniportError, UserError
 
@@ -166,6 +187,8 @@ def _report(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # from whatever looks at a path first
         print_line(f"error: {error.filename}: the name is too long; give a shorter path", err=True)
         return UserError.exit_code
+    if stopped is not None:
+        return stopped
     traceback.print_exception(error)
     sys.stderr.write(
         "\nThis is a bug in omniport. Please report it on the project's issue tracker with the traceback above, the "

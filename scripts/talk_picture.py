@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, OmniSession.open(options.bundle) as session:
         vocoder = session.manifest.vocoder
         assert vocoder is not None, "this picture is of a bundle that speaks"
-        replies = reply_options(session.manifest, max_new_tokens=16, max_speech=2.0)
+        replies = reply_options(session.manifest, max_speech=4.0)
         with WavLoudspeaker(Path(folder) / "reply.wav", vocoder.sample_rate) as speaker:
             stage = Stage(speaker, view)
             dialogue = Dialogue(session, stage.event, heard=speaker.heard, **replies)

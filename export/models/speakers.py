@@ -62,11 +62,13 @@ def load_speakers(path: Path) -> dict[str, Speaker]:
 
 
 def spoken_mel(speaker: Speaker, frames: int) -> Vector:
-    """Log mel float32 [frames, 80] of the voice's recording, forwards and backwards in turns: speech to these weights.
+    """Log mel float32 [frames, 80] of the voice's recording from its loudest frame, forwards and backwards in turns.
 
-    What only looks like speech may lie where trained weights never were, and half precision is far off there.
+    To trained weights this is speech. What only looks like speech may lie where they never were, and half precision is
+    far off there.
     """
-    turns = np.concatenate([speaker.ref_mel, speaker.ref_mel[::-1]])
+    mel = speaker.ref_mel
+    turns = np.roll(np.concatenate([mel, mel[::-1]]), -int(mel.mean(axis=1).argmax()), axis=0)
     return np.resize(turns, (frames, turns.shape[1])).astype(np.float32)
 
 

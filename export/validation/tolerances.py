@@ -21,7 +21,10 @@ class Limit:
 _ORDER = "the same float32 arithmetic in another order of summation"
 _HALF = "every activation is rounded to 11 bits once per operation"
 _BRAIN = "every activation is rounded to 8 bits once per operation"
-_WEIGHTS = "8 or 4 bits: the quantization report states the loss, this bound catches broken graphs"
+_WEIGHTS = (
+    "8 or 4 bits, twice or more of what was measured on trained weights (12 M parameters, which lose more than large "
+    "models do): this bound catches broken graphs, the quantization report states the loss"
+)
 
 _DECODE = "a graph against itself: only the order of summation depends on how tokens are fed"
 _REPEAT = "the same coarse weights on both sides: only activations at a rounding step may fall on its other side"
@@ -43,7 +46,7 @@ _ROWS = "the reference's own results pass through: one addition of two rows is a
 _FLOW = "the same float32 operations in the same order; only fused multiplications may round otherwise"
 _CHOICE = (
     "standard deviations of the reference's logits: a choice may differ only where the reference itself is this "
-    "close to undecided; measured 0.034 in bfloat16 and none in float16"
+    "close to undecided; measured 0.034 in bfloat16, none in float16, 0.19 in 8 bits and 1.1 in 4"
 )
 _EQUAL = "float32 replies must be equal"
 
@@ -69,12 +72,12 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("graph.rel_rms", "float16"): Limit(2e-2, _HALF),
     ("graph.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
     ("graph.rel_rms", "int8"): Limit(0.35, _WEIGHTS),
-    ("graph.rel_rms", "fp8"): Limit(0.35, _WEIGHTS),
+    ("graph.rel_rms", "fp8"): Limit(0.6, _WEIGHTS),
     ("graph.rel_rms", "int4"): Limit(0.5, _WEIGHTS),
     ("logits.kl", "float32"): Limit(1e-6, _ORDER),
     ("logits.kl", "float16"): Limit(1e-2, _HALF),
     ("logits.kl", "bfloat16"): Limit(0.1, _BRAIN),
-    ("logits.kl", "int8"): Limit(1.0, _WEIGHTS),
+    ("logits.kl", "int8"): Limit(0.5, _WEIGHTS),
     ("logits.kl", "fp8"): Limit(1.0, _WEIGHTS),
     ("logits.kl", "int4"): Limit(2.0, _WEIGHTS),
     **_graded("decode.rel_rms", (1e-4, 1e-2, 5e-2, 0.1, 0.1), _DECODE, _REPEAT),
@@ -82,18 +85,18 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("layer.rel_rms", "float16"): Limit(2e-2, _HALF),
     ("layer.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
     ("layer.rel_rms", "int8"): Limit(0.35, _WEIGHTS),
-    ("layer.rel_rms", "fp8"): Limit(0.35, _WEIGHTS),
+    ("layer.rel_rms", "fp8"): Limit(0.6, _WEIGHTS),
     ("layer.rel_rms", "int4"): Limit(0.5, _WEIGHTS),
     ("preprocess.rel_rms", "float32"): Limit(1e-5, _HOST),
     ("conditioning.rel_rms", "float32"): Limit(1e-6, _ROWS),
     ("solver.rel_rms", "float32"): Limit(1e-5, _FLOW),
-    **_graded("choice.gap", (0.0, 0.05, 0.3, 1.5, 2.5), _CHOICE),
+    **_graded("choice.gap", (0.0, 0.05, 0.3, 0.6, 2.5), _CHOICE),
     ("choice.gap", "float32"): Limit(0.0, _EQUAL),
     **_graded("speech.mel.rel_rms", (5e-4, 3e-2, 0.15, 0.5, 0.7), _SPEECH, _WEIGHTS),
-    **_graded("speech.wave.rel_rms", (1e-3, 5e-2, 0.25, 1.5, 1.5), _SPEECH, _PHASE),
-    **_graded("speech.wave.mel_l1", (1e-3, 5e-2, 0.2, 0.5, 0.7), _SPEECH, _WEIGHTS),
-    **_graded("speech.wave.mcd_db", (1e-2, 0.2, 0.8, 3.0, 4.0), _SPEECH, _WEIGHTS),
-    **_graded("speech.wave.loudness_error_db", (0.01, 0.2, 0.5, 2.0, 3.0), _SPEECH, _WEIGHTS),
+    **_graded("speech.wave.rel_rms", (1e-3, 5e-2, 0.25, 1.0, 1.5), _SPEECH, _PHASE),
+    **_graded("speech.wave.mel_l1", (1e-3, 5e-2, 0.2, 0.3, 0.7), _SPEECH, _WEIGHTS),
+    **_graded("speech.wave.mcd_db", (1e-2, 0.2, 0.8, 1.5, 4.0), _SPEECH, _WEIGHTS),
+    **_graded("speech.wave.loudness_error_db", (0.01, 0.2, 0.5, 1.0, 3.0), _SPEECH, _WEIGHTS),
     **_graded("speech.wave.clipped_excess", (5e-3, 5e-3, 5e-3, 1e-2, 1e-2), _BORDER),
     **_graded("speech.wave.silent_excess", (0.02, 0.1, 0.1, 0.2, 0.2), _BORDER),
     **_graded("speech.streamed.rel_rms", (0.1, 0.1, 0.35, 0.35, 0.35), _WINDOWS),

@@ -24,7 +24,7 @@ def test_every_size_precision_and_suite_was_measured(results: list[dict[str, Any
         (size, suite, precision, state)
         for size in validate.SIZES
         for suite in validate.SUITES
-        for precision in validate.PRECISIONS
+        for precision in validate.CACHES[size]
         for state in validate.CACHES[size][precision]
         if (size, suite) != ("small", "full")
     }

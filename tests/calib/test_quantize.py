@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -281,6 +282,28 @@ def test_a_quantized_bundle_replies_and_validates(
     assert {check.stage for check in report.checks if check.status == PASS} >= set(graphs)
     assert [(c.stage, c.name, c.message) for c in report.checks if c.status == FAIL] == []
     assert report.precision == recipe
+
+
+def test_four_bits_do_not_hide_weights_swapped_between_layers(
+    quantized: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Logits are far off in 4 bits anyway; how likely each token is, is not."""
+    root = shutil.copytree(quantized["int4"], tmp_path / "swapped")
+    path = root / "graphs" / "talker.onnx"
+    model = onnx.load(path, load_external_data=False)
+    names = [f"model.layers.{layer}.mlp.down_proj.weight.{part}" for layer in (1, 2) for part in ("integers", "scales")]
+    swapped = dict(zip(names, names[2:] + names[:2], strict=True))
+    places = [(n, i) for n in model.graph.node for i, name in enumerate(n.input) if name in swapped]
+    assert len(places) == 4
+    for node, i in places:
+        node.input[i] = swapped[node.input[i]]
+    onnx.save(model, path)
+    entry = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    edit(root, lambda m: m["files"].update({"graphs/talker.onnx": entry}))
+    checks = validate(root, tiny_checkpoint, graphs=("talker",))[0].checks
+    wrong = [check for check in checks if check.stage == "talker" and check.status == FAIL]
+    assert len(wrong) >= 5
+    assert all("kl is" in check.message for check in wrong)
 
 
 @pytest.mark.slow

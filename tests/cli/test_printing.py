@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from omniport.cli.common import log_console, print_json, print_line, print_table
 from omniport.runtime.errors import BundleError
 from support.bundles import edit, make_bundle
 from support.command_line import Omniport
+from support.signals import handled
 
 EVIL = "\x1b[2J\x07\x9b\u202e\rgone"
 
@@ -80,6 +82,24 @@ def test_an_interruption_at_the_very_end_is_an_exit_code(monkeypatch: pytest.Mon
     with pytest.raises(SystemExit, match="130"):
         main.run(["inspect", "nowhere"])
     assert calls
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_swallows_is_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    """As torch does while it traces: whatever is raised is a reason to try otherwise, and to fail in the end."""
+
+    def swallows(**_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException:  # noqa: BLE001 - what the library does
+            raise RuntimeError("partially initialized module") from None
+
+    monkeypatch.setattr(main, "app", swallows)
+    with handled(signal.SIGINT), pytest.raises(SystemExit, match=str(code)):
+        main.run([])
+    assert capsys.readouterr().err == ""
 
 
 def _omniport(tmp_path: Path, streams: str, *arguments: str) -> subprocess.CompletedProcess[str]:

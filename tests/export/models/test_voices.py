@@ -257,6 +257,6 @@ def test_write_voice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_recording_is_spoken_forwards_and_backwards() -> None:
-    recording = np.arange(6, dtype=np.float32).reshape(3, 2)
+    recording = np.asarray([[0, 1], [8, 9], [4, 5]], np.float32)
     spoken = spoken_mel(Speaker(0, np.zeros(192, np.float32), recording), 8)
-    np.testing.assert_array_equal(spoken, recording[[0, 1, 2, 2, 1, 0, 0, 1]])
+    np.testing.assert_array_equal(spoken, recording[[1, 2, 2, 1, 0, 0, 1, 2]])
