@@ -4,6 +4,7 @@
 # make docs: write the pages that come from the code
 # make serve-check: the web page of `omniport serve` in Chromium, which has to be installed; the clients of others, one
 #     of them in Node; schemathesis over /openapi.json; replicas under Ray Serve; and 500 hostile clients
+#     (docs/results/serve-check.md)
 # make gpu-check: install what the GPU found here can use, run the tests that need one, then measure it
 #     (docs/results/gpu-NAME.json)
 # make fuzz: mutated files, messages, arguments and turns for an hour (docs/results/fuzz.md)
@@ -139,10 +140,7 @@ gpu-check: $(INSTALLED)
 	$(PYTHON) -m benchmarks.gpu_check
 
 serve-check: $(INSTALLED)
-	$(PYTHON) -m pip install --quiet playwright
-	$(PYTHON) -m pytest -q -m browser tests/serve/page
-	$(PYTHON) -m scripts.check_clients
-	OMNIPORT_HOSTILE_CLIENTS=500 $(PYTHON) -m pytest -q tests/serve/test_hostile_clients.py
+	$(PYTHON) -m benchmarks.serve_check
 
 clean:
 	rm -rf $(VENV) demo build .mypy_cache .pytest_cache .ruff_cache

@@ -215,18 +215,18 @@ class Bundle:
         """
         voices = {voice.name: voice for voice in self.manifest.voices}
         if not voices:
-            raise UsageError(f"{self.root} has no voices: it was exported from a checkpoint that does not speak")
+            raise UsageError("the bundle has no voices: it was exported from a checkpoint that does not speak")
         if name is None:
             return voices.get("Chelsie", self.manifest.voices[0])
         if name not in voices:
-            raise UnknownVoice(f"there is no voice {name!r} in {self.root}; known voices: {', '.join(sorted(voices))}")
+            raise UnknownVoice(f"there is no voice {name!r}; known voices: {', '.join(sorted(voices))}")
         return voices[name]
 
     def require_graph(self, name: str, purpose: str) -> None:
         """UsageError, which names what ``purpose`` needs it, unless the bundle has this graph."""
         if name not in self.manifest.graphs:
             raise UsageError(
-                f"{purpose} needs the graph {name!r}, which {self.root} does not have (it has "
+                f"{purpose} needs the graph {name!r}, which the bundle does not have (it has "
                 f"{', '.join(self.manifest.graphs)}): export it again with this graph"
             )
 

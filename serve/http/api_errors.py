@@ -22,7 +22,7 @@ from starlette.responses import Response
 _LOG = logging.getLogger(__name__)
 
 #: how messages of the runtime name what they are about
-_PATH = re.compile(r"(?:messages|tools)(?:\[\d+\])?(?:\.\w+|\[\d+\])*")
+_PATH = re.compile(r"(?:messages|tools|stop\b)(?:\[\d+\])?(?:\.\w+|\[\d+\])*")
 _CODES: tuple[tuple[type[OmniportError], str], ...] = (
     (PromptTooLong, "context_length_exceeded"),
     (UnknownVoice, "voice_not_found"),

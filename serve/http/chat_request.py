@@ -14,7 +14,7 @@ from omniport.runtime.speech.ode_methods import SolverChoice
 
 from ..service import Service
 from .answering import convert
-from .api_errors import invalid, unsupported
+from .api_errors import ApiError, invalid, unsupported
 
 Positive = Annotated[int, Meta(ge=1)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
@@ -176,7 +176,7 @@ def reply_options(asked: ChatRequest, service: Service) -> dict[str, Any]:
     }
     if asked.speak:
         options |= {
-            "voice": voice_of(service, asked.audio.voice if asked.audio is not None else None),
+            "voice": voice_of(service, asked.audio.voice if asked.audio is not None else None, "audio.voice"),
             "talker": talker_sampling(manifest, asked.talker),
             "solver": asked.solver,
             "window": asked.window,
@@ -192,9 +192,17 @@ def talker_sampling(manifest: Manifest, asked: TalkerOptions) -> SamplingConfig 
     return _sampling(manifest.talker_sampling, max_new_tokens=changes.pop("max_tokens"), **changes)
 
 
-def voice_of(service: Service, asked: str | VoiceId | None) -> str | None:
-    """The bundle's voice for what a request asks for; None is its default."""
-    return service.voice(asked.id if isinstance(asked, VoiceId) else asked)
+def voice_of(service: Service, asked: str | VoiceId | None, param: str) -> str | None:
+    """The bundle's voice for what a request asks for by ``param``; None is its default.
+
+    Raises:
+        ApiError: 400: there is no such voice.
+    """
+    voice = service.voice(asked.id if isinstance(asked, VoiceId) else asked)
+    if voice is not None and voice not in service.voice_names and service.voice_names:
+        known = ", ".join(sorted(service.voice_names))
+        raise ApiError(400, "voice_not_found", f"there is no voice {voice!r:.100}; known voices: {known}", param=param)
+    return voice
 
 
 def seed_of(asked: int | None) -> int:

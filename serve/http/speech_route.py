@@ -58,7 +58,7 @@ async def list_voices(request: Request, service: Service) -> Response:
 async def _answer(service: Service, asked: SpeechRequest) -> Response:
     session = service.session
     options: dict[str, Any] = {
-        "voice": voice_of(service, asked.voice),
+        "voice": voice_of(service, asked.voice, "voice"),
         "talker": talker_sampling(session.manifest, asked.talker),
         "seed": seed_of(asked.seed),
         "solver": asked.solver,

@@ -24,10 +24,10 @@ from support.served import Served
         ({"temperature": 3}, "invalid_value", "temperature"),
         ({"top_p": "much"}, "invalid_value", "top_p"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens"),
-        ({"stop": ["a"] * 5}, "invalid_value", None),
+        ({"stop": ["a"] * 5}, "invalid_value", "stop"),
         ({"modalities": ["text", "audio"]}, "invalid_value", "audio"),
         ({"modalities": ["smell"]}, "invalid_value", "modalities[0]"),
-        ({**SPOKEN, "audio": {"voice": "Nobody"}}, "voice_not_found", None),
+        ({**SPOKEN, "audio": {"voice": "Nobody"}}, "voice_not_found", "audio.voice"),
         ({**SPOKEN, "audio": {"voice": "Ethan", "format": "ogg"}}, "invalid_value", "audio.format"),
         ({"messages": []}, "invalid_value", "messages"),
         ({"messages": "Hello"}, "invalid_value", "messages"),
@@ -75,6 +75,18 @@ def test_bodies_that_are_none(served: Served) -> None:
     for body in (b"", b"{", b"[]", b"\xff", b'{"messages": ' + b"[" * 100000):
         response = http.post("/v1/chat/completions", content=body)
         assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_value")
+
+
+def test_clients_are_not_told_where_the_bundle_lies(served: Served) -> None:
+    http, root = served.http(), str(served.service.session.bundle.root)
+    chat = http.post("/v1/chat/completions", json={**SPOKEN, "messages": hello(), "audio": {"voice": "Nobody"}})
+    speech = http.post("/v1/audio/speech", json={"input": "Hello", "voice": "Nobody"})
+    for response in (chat, speech):
+        error = response.json()["error"]
+        assert error["code"] == "voice_not_found"
+        assert "Chelsie, Ethan" in error["message"]
+        assert root not in error["message"]
+    assert speech.json()["error"]["param"] == "voice"
 
 
 def test_another_model(served: Served) -> None:

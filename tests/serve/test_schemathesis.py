@@ -27,6 +27,7 @@ OPTIONS = {
 def test_what_is_served_is_what_is_described(served: Served, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/openapi.json"]
     command += [word for pair in OPTIONS.items() for word in pair]
+    command += ["--exclude-path", "/openapi.json"]  # some versions leave the document out by themselves
     flags = ["--generation-deterministic", "--continue-on-failure", "--no-color", "--warnings", "off"]
     done = subprocess.run(
         [*command, *flags],
@@ -38,6 +39,6 @@ def test_what_is_served_is_what_is_described(served: Served, tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stdout
     paths = served.http().get("/openapi.json").json()["paths"]
-    assert f"Tested: {sum(map(len, paths.values())) - 1}" in done.stdout, done.stdout
+    assert f"Tested: {sum(map(len, paths.values())) - 2}" in done.stdout, done.stdout
     assert served.service.state == "ready"
     assert served.quiet()
