@@ -40,6 +40,8 @@ def main(work: Path) -> None:
     from gptqmodel.quantization import FORMAT, METHOD  # type: ignore[import-not-found]
     from transformers import Qwen2_5OmniForConditionalGeneration as Omni
 
+    work = work.resolve()
+    os.chdir(work)  # GPTQModel leaves its logs where it runs
     # GPTQModel asks the whole model for its embeddings; transformers' has none of its own and raises
     setattr(Omni, "get_input_embeddings", lambda model: model.thinker.get_input_embeddings())  # noqa: B010
     for name, method, layout in (("gptq", METHOD.GPTQ, FORMAT.GPTQ), ("awq", METHOD.AWQ, FORMAT.GEMM)):
