@@ -22,8 +22,8 @@ _ORDER = "the same float32 arithmetic in another order of summation"
 _HALF = "every activation is rounded to 11 bits once per operation"
 _BRAIN = "every activation is rounded to 8 bits once per operation"
 _WEIGHTS = (
-    "8 or 4 bits, twice or more of what was measured on trained weights (12 M parameters, which lose more than large "
-    "models do): this bound catches broken graphs, the quantization report states the loss"
+    "8 or 4 bits, nearly twice or more of what was measured on trained weights (12 M parameters, which lose more than "
+    "large models do): this bound catches broken graphs, the quantization report states the loss"
 )
 
 _DECODE = "a graph against itself: only the order of summation depends on how tokens are fed"
