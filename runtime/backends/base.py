@@ -46,7 +46,10 @@ class RunHandle(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Abort the run at its next operator; it then raises BackendError. Called from any thread, at any time."""
+        """Abort the run at its next operator, or where that is not possible at its end; it then raises BackendError.
+
+        Called from any thread, at any time.
+        """
 
 
 class Graph(ABC):
