@@ -293,7 +293,8 @@ class Load:
         frame = "A" * 2560  # 40 ms
 
         async def speak() -> None:
-            async with realtime(server.url) as connection:
+            connection = await admitted(server.url)  # those of the call before may not be gone yet
+            async with connection:
                 settings = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
                 await send(connection, "session.update", session=settings)
                 begun = time.perf_counter()

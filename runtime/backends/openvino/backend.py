@@ -37,6 +37,10 @@ _FLOAT8 = "it has FP8 weights. Quantize with recipe int8, w8 or int4 for a CPU"
 _WHERE = ("Exception from ", "Check '", "FrontEnd API failed", "While validating")
 
 
+class _Stopped(RuntimeError):
+    """A run was stopped; its request is whole."""
+
+
 class OpenVinoRun(RunHandle):
     """One run of OpenVINO.
 
@@ -56,7 +60,7 @@ class OpenVinoRun(RunHandle):
             request.start_async()
             request.wait()
         if self._stopped.is_set():
-            raise RuntimeError("the run was stopped")
+            raise _Stopped("the run was stopped")
 
 
 class OpenVinoGraph(Graph):
@@ -123,12 +127,19 @@ class OpenVinoGraph(Graph):
         with self._failing(f"run graph {self.spec.name!r}"):
             for name, array in arrays.items():
                 request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
-            handle.run(request)
+            try:
+                handle.run(request)
+            except _Stopped:
+                self._give_back(request, pooled)
+                raise
             outputs = {name: np.array(request.get_tensor(name).data, np.float32) for name in self._outputs}
-        if pooled:  # what failed is not used again
+        self._give_back(request, pooled)  # what failed is not used again
+        return outputs
+
+    def _give_back(self, request: Any, pooled: bool) -> None:
+        if pooled:
             with self._lock:
                 self._idle.append(request)
-        return outputs
 
     def _new_request(self) -> Any:
         with self._failing(f"take memory for graph {self.spec.name!r}"):
