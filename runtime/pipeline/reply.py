@@ -167,6 +167,8 @@ class Reply:
                     self._entry.pace, self._entry.said = self._pace, self._ids
                 self._conversation.answer(said.ids, conditioning, closing)
             self._release()
+            if self._task.speech is not None:
+                self._task.speech.token2wav.release()
             self._task.place.leave()
             self.ended = True
             return self._done

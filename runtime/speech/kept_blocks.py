@@ -49,6 +49,10 @@ class KeptBlocks:
         given = {f"past_{name}": outputs[f"present_{name}"] for name in self._names}
         self._held[evaluation : evaluation + 1] = [given]
 
+    def clear(self) -> None:
+        """Nothing was before."""
+        self._held.clear()
+
     @property
     def nbytes(self) -> int:
         """Bytes held now."""

@@ -201,6 +201,15 @@ class Token2Wav:
         self._foreseen = behind[: self._vocoder.hop // 2]
         return samples
 
+    def release(self) -> None:
+        """Free what windows leave to each other, once nothing more is said.
+
+        Objects of a reply know each other in circles, so that they wait for the garbage collector, which counts them
+        and not their bytes.
+        """
+        if self._kept is not None:
+            self._kept.clear()
+
     @property
     def solver(self) -> str:
         """The name of the one in use."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from omniport.runtime import SpeechWindows
+from omniport.runtime import AudioChunk, OmniSession, SamplingConfig, SpeechWindows
+from omniport.runtime.bundle.manifest import DitGeometry
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import BackendError
 from omniport.runtime.speech.kept_blocks import KeptBlocks, kept_bytes, nothing_before
@@ -174,3 +176,35 @@ def test_bundles_of_before_are_given_what_they_take(tmp_path: Any) -> None:
     assert before.manifest.dit is not None
     assert nothing_before(before.manifest.dit) == {}
     assert kept_bytes(before.manifest.dit, 36) == 0
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_reply_that_has_ended_holds_no_blocks(
+    cancelled: bool, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and not when the garbage collector comes: they are the largest of what a reply holds."""
+    made: list[KeptBlocks] = []
+    most = [0]
+
+    class Watched(KeptBlocks):
+        def __init__(self, dit: DitGeometry) -> None:
+            super().__init__(dit)
+            made.append(self)
+
+        def take(self, evaluation: int, outputs: Mapping[str, Any]) -> None:
+            super().take(evaluation, outputs)
+            most[0] = max(most[0], self.nbytes)
+
+    monkeypatch.setattr("omniport.runtime.speech.token2wav.KeptBlocks", Watched)
+    with OmniSession.open(tiny_bundle, backend="ort-cpu", threads=1) as session:
+        codes = SamplingConfig(max_new_tokens=60, temperature=0.0)
+        events = session.reply(
+            [{"role": "user", "content": "Hello"}], thinker=SamplingConfig(max_new_tokens=4), talker=codes
+        )
+        for event in events:
+            if cancelled and isinstance(event, AudioChunk):
+                events.close()
+                break
+        (kept,) = made
+        assert most[0] > 0
+        assert kept.nbytes == 0
