@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from .harness import ROOT
+
 _COMMAND = "from omniport.cli.main import run; run()"
 _READY = 180.0
 
@@ -28,6 +30,7 @@ class ServedProcess:
 
     def __init__(self, bundle: Path, *options: object, port: int = 0) -> None:
         begun = time.perf_counter()
+        self._bundle = bundle
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by stop
         arguments = ["serve", bundle, "--port", port, "--any-model", "--quiet", *options]
         command = [sys.executable, "-c", _COMMAND, *map(str, arguments)]
@@ -81,9 +84,10 @@ class ServedProcess:
         return time.perf_counter() - begun
 
     def log(self) -> list[str]:
-        """Lines that it wrote."""
+        """Lines that it wrote, without this machine's folders."""
         self._log.seek(0)
-        return self._log.read().splitlines()
+        text = self._log.read().replace(str(self._bundle), self._bundle.name)
+        return text.replace(f"{ROOT}{os.sep}", "").splitlines()
 
     def signal(self, number: signal.Signals) -> None:
         """Send one."""
