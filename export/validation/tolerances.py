@@ -22,8 +22,8 @@ _ORDER = "the same float32 arithmetic in another order of summation"
 _HALF = "every activation is rounded to 11 bits once per operation"
 _BRAIN = "every activation is rounded to 8 bits once per operation"
 _WEIGHTS = (
-    "8 or 4 bits, nearly twice or more of what was measured on trained weights (12 M parameters, which lose more than "
-    "large models do): this bound catches broken graphs, the quantization report states the loss"
+    "8 or 4 bits: above what was measured on trained weights (12 M parameters, which lose more than large models do); "
+    "this bound catches broken graphs, the quantization report states the loss"
 )
 
 _DECODE = "a graph against itself: only the order of summation depends on how tokens are fed"
@@ -72,7 +72,7 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("graph.rel_rms", "float16"): Limit(2e-2, _HALF),
     ("graph.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
     ("graph.rel_rms", "int8"): Limit(0.35, _WEIGHTS),
-    ("graph.rel_rms", "fp8"): Limit(0.6, _WEIGHTS),
+    ("graph.rel_rms", "fp8"): Limit(0.35, _WEIGHTS),
     ("graph.rel_rms", "int4"): Limit(0.5, _WEIGHTS),
     ("logits.kl", "float32"): Limit(1e-6, _ORDER),
     ("logits.kl", "float16"): Limit(1e-2, _HALF),
@@ -85,7 +85,7 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("layer.rel_rms", "float16"): Limit(2e-2, _HALF),
     ("layer.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
     ("layer.rel_rms", "int8"): Limit(0.35, _WEIGHTS),
-    ("layer.rel_rms", "fp8"): Limit(0.6, _WEIGHTS),
+    ("layer.rel_rms", "fp8"): Limit(0.35, _WEIGHTS),
     ("layer.rel_rms", "int4"): Limit(0.5, _WEIGHTS),
     ("preprocess.rel_rms", "float32"): Limit(1e-5, _HOST),
     ("conditioning.rel_rms", "float32"): Limit(1e-6, _ROWS),
