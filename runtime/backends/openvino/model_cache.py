@@ -24,7 +24,8 @@ _MOST_WEIGHTS = 1 << 30
 
 def compiled_folder(bundle: Bundle, spec: GraphSpec, version: str, options: Mapping[str, Any]) -> Path | None:
     """The folder for a graph, which is there; None where nothing is to be kept (``OMNIPORT_CACHE`` is empty, or the
-    folder cannot be made or trusted), and for decoders: read back, OpenVINO 2026.4 gives NaN for theirs.
+    folder cannot be made or trusted), and for decoders and encoders: read back, OpenVINO 2026.4 gives NaN or
+    wrong values for theirs.
 
     Args:
         version: of OpenVINO. options: that the graph is compiled with: OpenVINO itself takes what was compiled in
@@ -32,7 +33,12 @@ def compiled_folder(bundle: Bundle, spec: GraphSpec, version: str, options: Mapp
     """
     base = cache_folder()
     records = [bundle.manifest.files[file] for file in (spec.file, *spec.data)]
-    if base is None or spec.cache or sum(record.size for record in records) > _MOST_WEIGHTS:
+    if (
+        base is None
+        or spec.cache
+        or spec.name.endswith("_encoder")
+        or sum(record.size for record in records) > _MOST_WEIGHTS
+    ):
         return None
     made = "\n".join((version, repr(sorted(options.items())), *(record.sha256.lower() for record in records)))
     folder = base / "openvino" / f"{spec.name}-{hashlib.sha256(made.encode()).hexdigest()[:32]}"

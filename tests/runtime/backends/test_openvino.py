@@ -26,6 +26,7 @@ from omniport.runtime.speech.kept_blocks import nothing_before
 from onnx import helper
 from support.cached_decoder import bundle_with, decoder_model, feed, rows
 from support.onnx_graphs import cache_model, make_model, plain_model, put_graphs
+from support.paths import REPOSITORY
 
 pytest.importorskip("openvino", reason="openvino is not installed: it is published for some machines only")
 
@@ -242,3 +243,16 @@ def test_a_signal_after_openvino_was_dropped_in_another_thread(tiny_bundle: Path
     """Its plugin leaves the thread that loaded it a signal stack, and frees it in the thread that drops it."""
     done = subprocess.run([sys.executable, "-c", GONE_ELSEWHERE, tiny_bundle], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
+def test_what_was_kept_answers_the_same(wren_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders that were read back gave NaN, or another answer to a picture and a spoken question."""
+    monkeypatch.setenv("OMNIPORT_CACHE", str(tmp_path / "cache"))
+    asked = REPOSITORY / "wren" / "questions"
+    parts = [{"type": "image", "image": asked / "demo.png"}, {"type": "audio", "audio": asked / "demo.flac"}]
+    greedy = SamplingConfig(max_new_tokens=16, temperature=0.0)
+    for _ in range(2):
+        with OmniSession.open(wren_bundle, backend="openvino", threads=1) as session:
+            done = list(session.reply([{"role": "user", "content": parts}], speak=False, thinker=greedy))[-1]
+        assert isinstance(done, Done)
+        assert done.text == "A red triangle and a blue square."
