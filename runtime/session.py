@@ -20,6 +20,7 @@ from .backends.guarded import GuardedBackend
 from .bundle.geometry import check_shapes
 from .bundle.manifest import Manifest, SamplingConfig
 from .bundle.reader import Bundle
+from .concurrency.at_exit import close_at_exit
 from .concurrency.cancel import CancelToken
 from .concurrency.places import Places
 from .concurrency.shared import Shared
@@ -80,6 +81,7 @@ class OmniSession:
         self._speech_prompt = SpeechPrompt(bundle.manifest.chat.system_prompt)
         self._turn: Turn | None = None
         self._replies: weakref.WeakSet[WholeReply] = weakref.WeakSet()
+        close_at_exit(self)
 
     @classmethod
     @paths_checked
