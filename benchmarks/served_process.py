@@ -68,8 +68,7 @@ class ServedProcess:
 
     def loop_seconds(self) -> float:
         """Processor time of the thread that runs the event loop, which computes nothing."""
-        fields = Path(f"/proc/{self.pid}/task/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return int(Path(f"/proc/{self.pid}/task/{self.pid}/schedstat").read_text().split()[0]) / 1e9
 
     def busy(self) -> int:
         """Replies that are made or waited for."""

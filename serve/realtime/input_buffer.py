@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 class InputBuffer:
     """Goes into a turn of the runtime as it comes, while there is no reply; else it waits.
 
-    Belongs to the session's computing thread, but for ``add`` and ``seconds``.
+    Belongs to the session's computing thread, but for ``add``, ``seconds`` and ``waiting``.
 
     Args:
         new_turn: begins a turn. most: seconds of sound.
@@ -70,6 +70,11 @@ class InputBuffer:
             return
         self._frames.append((picture, seconds, image))
         self._last_frame = seconds
+
+    @property
+    def waiting(self) -> float:
+        """Seconds of sound that ``advance`` would push."""
+        return sum(len(samples) / rate for samples, rate in self._pieces[self._pushed :])
 
     def advance(self) -> None:
         """Push what waits. No reply may be under way."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from omniport.runtime import OmniSession
 from omniport.serve.realtime import voice_activity
+from omniport.serve.realtime.input_buffer import InputBuffer
 from support.live_turns import held, voice
 from support.loudness import Loudness
 from support.realtime import CODES, SAID, ask, connected, kinds, pcm, until, write
@@ -47,6 +48,26 @@ def test_a_turn_by_hand(served: Served) -> None:
         until(connection, "input_audio_buffer.cleared")
         connection.input_audio_buffer.commit()
         assert until(connection, "error")[-1].error.code == "input_audio_buffer_commit_empty"
+
+
+def test_small_pieces_of_sound_go_into_the_turn_together(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    advanced: list[float] = []
+    advance = InputBuffer.advance
+
+    def counted(buffer: InputBuffer) -> None:
+        advanced.append(buffer.waiting)
+        advance(buffer)
+
+    monkeypatch.setattr(InputBuffer, "advance", counted)
+    with connected(served, **BY_HAND) as connection:
+        for piece in np.split(voice(2.5, RATE), 125):
+            connection.input_audio_buffer.append(audio=pcm(piece))
+        connection.input_audio_buffer.commit()
+        connection.response.create()
+        done = until(connection, "response.done")[-1]
+    assert done.response.usage.input_token_details.audio_tokens == 62
+    assert sum(advanced) == pytest.approx(2.5)
+    assert 10 <= len(advanced) <= 14
 
 
 def test_silence_ends_a_turn(served: Served) -> None:
