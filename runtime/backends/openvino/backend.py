@@ -23,7 +23,6 @@ from ..base import Array, Backend, Graph, KvCache, Loader, LoadingBackend, Outpu
 from ..graph_files import check_signature, graph_file
 from ..native import keep_in_forks
 from .kv_cache import StateCache
-from .model_cache import compiled_folder
 from .packages import INSTALL, import_openvino, why_not
 from .stateful_decoder import extensions, keep_state
 
@@ -234,7 +233,7 @@ class OpenVinoBackend(LoadingBackend[Graph]):
     def _options(self, spec: GraphSpec) -> dict[str, Any]:
         brain = self._brain and "bfloat16" in (self._compute, spec.compute_dtype)
         runs = self.at_once()
-        options = {
+        return {  # no CACHE_DIR: what OpenVINO 2026.4 reads back from it computes wrong values in silence
             "INFERENCE_PRECISION_HINT": "bf16" if brain else "f32",
             # Both would be coarser without being asked to.
             "KV_CACHE_PRECISION": "bf16" if brain else "f32",
@@ -245,8 +244,6 @@ class OpenVinoBackend(LoadingBackend[Graph]):
             # Each graph would pin its threads to the same first cores.
             "ENABLE_CPU_PINNING": False,
         }
-        folder = compiled_folder(self._bundle, spec, self._ov.__version__, options)
-        return options if folder is None else {**options, "CACHE_DIR": str(folder)}
 
 
 def _open(name: str, bundle: Bundle, threads: int | None) -> OpenVinoBackend:
