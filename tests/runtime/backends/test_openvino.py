@@ -24,7 +24,7 @@ from omniport.runtime.errors import BackendError, UsageError
 from omniport.runtime.speech.kept_blocks import nothing_before
 from onnx import helper
 from support.cached_decoder import bundle_with, decoder_model, feed, rows
-from support.onnx_graphs import cache_model, make_model, plain_model, put_graphs
+from support.onnx_graphs import make_model
 from support.paths import REPOSITORY
 
 pytest.importorskip("openvino", reason="openvino is not installed: it is published for some machines only")
