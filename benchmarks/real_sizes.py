@@ -6,7 +6,7 @@
     python -m benchmarks.real_sizes export 3b FOLDER [--precision bf16] [--graphs thinker] [--rounds 3]
     python -m benchmarks.real_sizes let-go 3b FOLDER [--rounds 3]
     python -m benchmarks.real_sizes quantize 3b FOLDER [--recipe int4] [--graph-recipe GRAPH=RECIPE]
-    python -m benchmarks.real_sizes run 3b FOLDER [--recipe int4]
+    python -m benchmarks.real_sizes run 3b FOLDER [--recipe int4] [--solver fast]
     python -m benchmarks.real_sizes --page
 
 FOLDER takes the checkpoint, ``3b``, and the bundles, ``3b-bf16`` and ``3b-int4``: 12 to 45 GB. Every step runs in a
@@ -183,6 +183,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         [{"role": "user", "content": [{"type": "audio", "audio": (voice, 16000)}]}],
         thinker=SamplingConfig(**limits),
         talker=SamplingConfig(max_new_tokens=options.codes),
+        solver=options.solver,
     ):
         samples += len(getattr(event, "samples", ()))
         done = event
@@ -190,6 +191,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     stats = done.stats  # type: ignore[union-attr]
     return {
         "recipe": options.recipe,
+        "solver": options.solver,
         "load_seconds": round(loaded, 1),
         "loading": loading,
         "memory": memory,
@@ -298,6 +300,8 @@ def _variant(options: argparse.Namespace) -> str:
         return "let-go"
     if options.step in ("export", "trace", "copy"):
         return f"{options.precision} {options.graphs}".strip()
+    if options.step == "run" and options.solver != "rk4":
+        return f"{options.recipe} {options.solver}"
     return str(options.recipe)
 
 
@@ -313,6 +317,7 @@ def main() -> None:
     parser.add_argument("--graph-recipe", action="append", default=[], metavar="GRAPH=RECIPE")
     parser.add_argument("--rounds", type=int, default=1, help="of an export, each after a copy: medians, and all times")
     parser.add_argument("--tokens", type=int, default=12, help="most text tokens of the reply")
+    parser.add_argument("--solver", default="rk4", help="of the reply")
     parser.add_argument("--codes", type=int, default=50, help="most codec tokens of the reply")
     record("real-sizes", page, measure, parser)
 

@@ -162,7 +162,7 @@ def _answer_lines(size: str, found: dict[str, Any]) -> list[str]:
     busy = [(f"busy, {stage}", _number(seconds)) for stage, seconds in stats["busy"].items()]
     return [
         "",
-        f"## A spoken question to the {size} in `{found['recipe']}`, on the CPU",
+        f"## A spoken question to the {size} in `{found['recipe']}`, solver `{found.get('solver', 'rk4')}`, on the CPU",
         "",
         f"{found['question_seconds']:.0f} s of sound, answered in {stats['text_tokens']} text tokens and",
         f"{stats['codec_tokens']} codec tokens ({found['samples'] / 24000:.2f} s of speech), with every stage.",
