@@ -37,7 +37,7 @@ from typing import Any
 from omniport.runtime.system.host import peak_memory, resident_memory
 
 from benchmarks.harness import StageMeter, command_line, own_process, record
-from benchmarks.real_sizes_page import FIELDS, SIZES, page
+from benchmarks.real_sizes_page import FIELDS, FIGURES, SIZES, page
 
 BLOCK = 8 << 20
 QUESTION_SECONDS = 3.0
@@ -197,7 +197,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         "memory": memory,
         "question_seconds": QUESTION_SECONDS,
         "samples": samples,
-        "stats": {key: value for key, value in vars(stats).items() if key != "workers"},
+        "stats": {key: value for key, value in vars(stats).items() if key in (*FIGURES, "busy")},
     }
 
 

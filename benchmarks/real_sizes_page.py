@@ -12,7 +12,8 @@ SIZES = ("tiny", "small", "3b", "7b")
 _PUBLISHED_BYTES = {"3b": 11_972_663_208, "7b": 22_362_861_192}
 FIELDS = ("VmRSS", "RssAnon", "RssFile")
 _COLUMNS = ("seconds", "of it tracing", "processor seconds", "times a copy", "peak memory")
-_FIGURES = (
+#: of a reply
+FIGURES = (
     "prompt_tokens",
     "text_tokens",
     "codec_tokens",
@@ -158,7 +159,7 @@ def _answer_lines(size: str, found: dict[str, Any]) -> list[str]:
         (step, *(f"{sizes[field] / 1e6:,.0f} MB" for field in FIELDS), found["loading"].get(step, "-"))
         for step, sizes in memory.items()
     ]
-    figures = [(key, _number(stats[key])) for key in _FIGURES]
+    figures = [(key, _number(stats[key])) for key in FIGURES]
     busy = [(f"busy, {stage}", _number(seconds)) for stage, seconds in stats["busy"].items()]
     return [
         "",
