@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
                 ssl_certfile=service.settings.certificate,
                 ssl_keyfile=service.settings.certificate_key,
                 **protocols(service.settings.limits),
+                ws_per_message_deflate=False,  # most of what goes either way is sound, which hardly gets smaller
                 ws_ping_interval=_PING,
                 ws_ping_timeout=_PING,
                 timeout_graceful_shutdown=round(self._drain_seconds),

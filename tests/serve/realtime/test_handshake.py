@@ -47,6 +47,13 @@ def refused(served: Served, **options: Any) -> tuple[int, str]:
     return response.status_code, json.loads(response.body)["error"]["code"]
 
 
+def test_nothing_is_compressed(make: Callable[..., Served]) -> None:
+    """Sound in base64 gets little smaller, and that takes a third of the protocol's processor time."""
+    with open_socket(make()) as socket:
+        assert socket.response is not None
+        assert "Sec-WebSocket-Extensions" not in socket.response.headers
+
+
 def test_keys_and_pages(make: Callable[..., Served]) -> None:
     served = make(keys=(KEY,))
     assert refused(served) == (401, "invalid_api_key")
