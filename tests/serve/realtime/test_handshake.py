@@ -226,7 +226,7 @@ def test_frames_of_bytes_end_it(make: Callable[..., Served]) -> None:
             next_event(socket)
         assert caught.value.rcvd is not None
         assert caught.value.rcvd.code == 1008
-    assert served.service.realtime.open == 0
+    wait_until(lambda: not served.service.realtime.open)
 
 
 def test_a_stopping_server_ends_the_connection(make: Callable[..., Served]) -> None:
