@@ -87,6 +87,7 @@ wren: $(INSTALLED)
 	rm -rf $(WREN)/bundle
 	$(VENV)/bin/omniport export wren/checkpoint $(WREN)/bundle
 	$(PYTHON) -m wren.evaluate $(WREN)/bundle --work $(WREN) --reference wren/checkpoint
+	$(PYTHON) -m wren.evaluate $(WREN)/bundle --work $(WREN) --kinds spoken,picture_spoken --pauses
 	$(PYTHON) -m wren.assemble --work $(WREN)  # once more: the model card gets the figures
 
 docs: $(INSTALLED)

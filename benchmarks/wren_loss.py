@@ -1,6 +1,6 @@
 """What precisions, recipes, solvers, windows and contexts cost in speech that is heard, on Wren (docs/results/wren.md).
 
-    python -m benchmarks.wren_loss [--work .work/wren-loss] [--count N] [--only NAME,NAME]
+    python -m benchmarks.wren_loss [--work .work/wren-loss] [--count N] [--only NAME ...]
 
 Every way answers the first N questions of each kind of wren/questions. Right answers and words heard wrong say what is
 lost; distances are from the FP32 bundle's mel and sound of the same codes and noise. GPTQ and AWQ bundles are measured
@@ -132,7 +132,7 @@ def measure(options: argparse.Namespace, before: Any) -> Iterator[Any]:
     """Yields what is measured so far."""
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
-    only = set(options.only.split(",")) if options.only else set()
+    only = set(options.only)
     result: dict[str, Any] = {"bundles": {}, "ways": {}} | dict(before)
     make("fp32", work)
     base = work / "fp32"
@@ -281,5 +281,5 @@ if __name__ == "__main__":
     parser = command_line(__doc__)
     parser.add_argument("--work", type=Path, default=Path(".work/wren-loss"))
     parser.add_argument("--count", type=int, default=40, help="questions of each kind")
-    parser.add_argument("--only", default="", help="these rows alone")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="rows to measure; all without it")
     record("wren", page, measure, parser)

@@ -80,6 +80,11 @@ def model_card(work: Path) -> str:
         texts, said = (round(sum(f[share] * f["questions"] for f in compared)) for share in ("same_text", "same_codes"))
         lines += [f"transformers' own `generate` gives the same greedy text to {texts} of {count} questions, and the"]
         lines += [f"same codes to {said}."]
+    for asked, on in {"spoken": "", "picture_spoken": " on a picture"}.items():
+        if f := found.get(asked + world.PAUSES):
+            right = f"{100 * f['right']:.1f}% of {f['questions']}"
+            lines += ["", f"With up to a second of silence on both sides {right} spoken"]
+            lines += [f"questions{on} are answered right."]
     return CARD.read_text().replace("$FIGURES", "\n".join(lines))
 
 

@@ -1,6 +1,7 @@
 """What Wren can do: held-out questions of every kind to an exported bundle, answered by the product's runtime.
 
-    python -m wren.evaluate BUNDLE [--work DIR] [--count N] [--kinds KIND,KIND] [--silent] [--reference CHECKPOINT]
+    python -m wren.evaluate BUNDLE [--work DIR] [--count N] [--kinds KIND,KIND] [--silent] [--pauses]
+        [--reference CHECKPOINT]
 
 Text is greedy; speech is sampled as it ships, in both voices in turn, streamed in windows, and heard by the ear. A
 second turn is asked behind the model's own first answer. The same run says what the ear makes of flite's own sound (as
@@ -169,13 +170,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="questions of each kind")
     parser.add_argument("--kinds", default=",".join(world.KINDS), help="these kinds alone; others' figures stay")
     parser.add_argument("--silent", action="store_true", help="text only")
+    parser.add_argument(
+        "--pauses", action="store_true", help="text only, questions with up to a second of silence around"
+    )
     parser.add_argument("--reference", type=Path, help="checkpoint that transformers answers with")
     parser.add_argument("--compared", type=int, default=20, help="questions of each kind for transformers")
     args = parser.parse_args()
     conversations = Conversations(args.work, "held_out", whole_clips=True)
+    conversations.pauses = float(args.pauses)
+    silent = args.silent or args.pauses
     ear = Ear(reply_grammar())
     seen = {v: [r.mel for r in corpus.replies(args.work, v, "train", SEEN)] for v in sizes.REPLY_VOICES}
-    voice_of = None if args.silent else VoiceClassifier(seen)
+    voice_of = None if silent else VoiceClassifier(seen)
     if voice_of:
         merge_json(args.work / "answers.json", {"ear": (measure := measure_of(args.work, ear))})
         print("ear", json.dumps(measure), flush=True)
@@ -190,7 +196,7 @@ def main() -> None:
             scores: dict[str, Score] = defaultdict(Score)
             for number, turns in enumerate(asked):
                 voice = list(sizes.REPLY_VOICES)[number % 2]
-                reply = asker.reply(turns, None if args.silent else voice, seed=number)
+                reply = asker.reply(turns, None if silent else voice, seed=number)
                 tally, right = tallies[voice], reply.text == turns[-1].answer
                 tally.count, tally.right = tally.count + 1, tally.right + right
                 if not right and tally.count - tally.right <= 5:
@@ -202,16 +208,18 @@ def main() -> None:
                     tally.clipped += int((np.abs(reply.sound) >= CLIPPED).sum())
                     tally.both += right and heard == words(reply.text)
                     scores[voice].add(reply.text, heard)
-            for voice, tally in tallies.items():
-                results[f"{kind}, {voice}"] = tally.shares(scores[voice])
-            results[kind] = {
+            name = f"{kind}{world.PAUSES}" if args.pauses else kind
+            if voice_of:
+                for voice, tally in tallies.items():
+                    results[f"{kind}, {voice}"] = tally.shares(scores[voice])
+            results[name] = {
                 "questions": len(asked),
                 "right": sum(tally.right for tally in tallies.values()) / len(asked),
             }
             if reference:
-                results[kind] |= {"transformers": compare(asker, reference, asked[: args.compared])}
-            for name in (kind, *(f"{kind}, {voice}" for voice in tallies)):
-                print(name, json.dumps(results[name]), f"{time.monotonic() - begin:.0f} s", flush=True)
+                results[name] |= {"transformers": compare(asker, reference, asked[: args.compared])}
+            for name, found in results.items():
+                print(name, json.dumps(found), f"{time.monotonic() - begin:.0f} s", flush=True)
             merge_json(args.work / "answers.json", results)
 
 

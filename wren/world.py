@@ -19,6 +19,7 @@ import numpy as np
 Split = Literal["train", "held_out"]
 Kind = Literal["typed", "spoken", "picture", "picture_spoken", "video", "second_turn"]
 KINDS: tuple[Kind, ...] = ("typed", "spoken", "picture", "picture_spoken", "video", "second_turn")
+PAUSES = " with silence around"  # behind a kind: its questions with up to a second of it on both sides
 Draw = np.random.Generator
 
 COLOURS = ("red", "blue", "green", "yellow", "purple", "white", "orange", "pink")

@@ -19,9 +19,8 @@ _QUESTIONS = REPOSITORY / "wren" / "questions"
 RATE = 24000
 #: of a sentence's words, so many may be heard wrong: other processors round otherwise, and sample other codes
 _WRONG = 1
-#: Wren learnt questions with 0.25 s of silence behind them, and takes half of all for others after the half second that
-#: ends a turn. To these it gave the right answer after 0.45 to 0.7 s each time, and to the second behind the first.
-PATIENT = ("Seven, six, five, four, three, two.", "One, two, three, four, five.")
+#: of two questions, which are understood with the silence around them that ends a turn
+ANSWERS = ("Seven, six, five, four, three, two.", "One, two, three, four, five.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,3 +107,22 @@ def test_the_mel_of_a_question_is_the_runtimes(work: Path, samples: int) -> None
     sound = np.random.default_rng(samples).standard_normal(samples).astype(np.float32) * loud
     want = log_mel(sound, frame.manifest(work).audio)
     np.testing.assert_allclose(mel_of_question(sound), want, atol=1e-4)
+
+
+def test_questions_of_a_course_of_pauses_have_silence_around(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digital or with noise, up to a second on either side; before that course nothing is added."""
+    said = np.random.default_rng(3).normal(0, 0.1, 8000).astype(np.float32)
+    conversations = thinker.Conversations(work, "train")
+    monkeypatch.setattr(conversations, "sound", lambda text, draw: said)
+    plain = conversations.question_sound("Hello!", np.random.default_rng(0))
+    np.testing.assert_array_equal(plain, said)
+    conversations.pauses = 0.8
+    sounds = [conversations.question_sound("Hello!", np.random.default_rng(seed)) for seed in range(200)]
+    longer = [sound for sound in sounds if len(sound) > len(said)]
+    digital = [sound for sound in longer if sound[0] == 0 and sound[-1] == 0]
+    noisy = [sound for sound in longer if np.abs(sound[:20]).min() > 0 and np.abs(sound[-20:]).min() > 0]
+    assert 0.7 < len(longer) / len(sounds) < 0.9
+    assert 0.4 < len(digital) / len(longer) < 0.6
+    assert len(digital) + len(noisy) == len(longer)
+    assert max(map(len, sounds)) > len(said) + 24000
+    assert max(map(len, sounds)) <= len(said) + 2 * thinker.LONG_PAUSE

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from support.bundles import make_bundle, make_manifest, write_manifest
-from support.spoken_questions import PATIENT, question
+from support.spoken_questions import ANSWERS, question
 
 if TYPE_CHECKING:
     from support.browser import Tab
@@ -25,7 +25,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 SAID = "The quick brown fox jumps over the lazy dog."
 CODES = 400
 #: which the trained model answers right behind a pause, too
-QUESTIONS = [question(answer).path for answer in PATIENT]
+QUESTIONS = [question(answer).path for answer in ANSWERS]
 
 
 def microphone(path: Path, questions: Sequence[Path]) -> Path:

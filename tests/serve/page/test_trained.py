@@ -15,7 +15,7 @@ from omniport.runtime import OmniSession
 from support.browser import Tab
 from support.paths import REPOSITORY
 from support.served import ServedSession
-from support.spoken_questions import PATIENT, Listener
+from support.spoken_questions import ANSWERS, Listener
 
 from .conftest import QUESTIONS
 
@@ -56,9 +56,9 @@ def test_a_spoken_question(wren: ServedSession, listener: Listener, open_tab: Ca
 
     page.click("#talk-start")
     tab.until("response.done", seconds=60)
-    assert page.inner_text("#talk-log .model .said") == PATIENT[0]
+    assert page.inner_text("#talk-log .model .said") == ANSWERS[0]
     deltas = [event["delta"] for event in tab.came if event["type"] == "response.output_audio.delta"]
-    assert listener.hears(b"".join(map(base64.b64decode, deltas)), PATIENT[0])
+    assert listener.hears(b"".join(map(base64.b64decode, deltas)), ANSWERS[0])
     page.wait_for_timeout(500)
     look("talk")
     page.click("#talk-start")
@@ -69,7 +69,7 @@ def test_a_spoken_question(wren: ServedSession, listener: Listener, open_tab: Ca
     page.click("#attached button >> nth=1")
     page.click("#send")
     page.locator("#chat-log audio").wait_for()
-    assert page.inner_text("#chat-log .model .said") == PATIENT[0]
+    assert page.inner_text("#chat-log .model .said") == ANSWERS[0]
     page.wait_for_timeout(300)
     look("chat")
     page.click('nav a[href="#status"]')

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from support.paths import REPOSITORY
 from support.served import ServedSession
-from support.spoken_questions import PATIENT, RATE, Listener, question
+from support.spoken_questions import ANSWERS, RATE, Listener, question
 
-BACKWARDS, FORWARDS = PATIENT
+BACKWARDS, FORWARDS = ANSWERS
 NODE = shutil.which("node")
 
 
