@@ -145,7 +145,7 @@ def measure(options: argparse.Namespace, before: Any) -> Iterator[Any]:
     sounds = [said.sound(a.codes, a.voice) for a in first]
 
     def wanted(name: str) -> bool:
-        return not only or name in only
+        return not only or name in only or (name == "fp32" and name not in result["bundles"])
 
     for name in filter(wanted, BUNDLES):
         if (packed := _packed(name, work)) is not None and not packed.exists():
