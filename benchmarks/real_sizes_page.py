@@ -8,8 +8,6 @@ from typing import Any
 from benchmarks.harness import GIB, table
 
 SIZES = ("tiny", "small", "3b", "7b")
-#: what the published weights take, token2wav in float32
-_PUBLISHED_BYTES = {"3b": 11_972_663_208, "7b": 22_362_861_192}
 FIELDS = ("VmRSS", "RssAnon", "RssFile")
 _COLUMNS = ("seconds", "of it tracing", "processor seconds", "times a copy", "peak memory")
 #: of a reply
@@ -35,6 +33,7 @@ def page(results: dict[str, Any]) -> str:
         "Made by `python -m benchmarks.real_sizes` from real-sizes.json: do not edit by hand. Random weights of the",
         f"published models' geometry. {results['machine']}, no GPU; ONNX Runtime on the CPU.",
         "Times include flushing what was written to the disk. Inputs are not in the page cache when a step begins.",
+        "Other work took a core meanwhile, and both for the 7b; there was none beside the spoken questions.",
         "",
         "## Making and exporting",
         "",
@@ -50,7 +49,6 @@ def page(results: dict[str, Any]) -> str:
             f"The disk could not hold checkpoint and bundle of the {', '.join(hollow)} at once. Its weights are holes",
             "(*hollow*), which read as zeros without the disk; copy and export read them, and write every byte.",
         ]
-    lines += _layout_lines(results)
     lines += _stage_lines(results)
     lines += _trace_lines(results)
     for size, _, found in _steps(results, "run"):
@@ -83,16 +81,6 @@ def _rows(size: str, steps: dict[str, Any]) -> Iterator[tuple[object, ...]]:
         peak = max(half["peak_bytes"] for half in halves) / GIB
         times = (f"{seconds:.1f}", f"{tracing:.1f}", cpu, f"{(seconds - tracing) / copied:.2f}", f"{peak:.2f} GiB")
         yield size, "export bf16, both runs", "", *times
-
-
-def _layout_lines(results: dict[str, Any]) -> Iterator[str]:
-    """Which figures are from checkpoints of another layout than is made now."""
-    for size, published in _PUBLISHED_BYTES.items():
-        measured = results.get(size, {}).get("make", {}).get("bytes", published)
-        if measured < published:
-            yield ""
-            yield f"All figures of the {size} are from a checkpoint of {measured / 1e9:.2f} GB, with token2wav in BF16."
-            yield f"`make` now writes it in F32, as published: {published / 1e9:.2f} GB. Not measured again since."
 
 
 def _tracing(stages: dict[str, float]) -> float:
