@@ -260,7 +260,10 @@ def page(found: Any) -> str:
     lines += [
         f"Wren to the first {count} questions of each kind of `wren/questions`, read and heard. Distances are from the"
     ]
-    lines += ["sound that the FP32 bundle makes of the same codes.", ""]
+    lines += [
+        "sound that the FP32 bundle makes of the same codes. Other work shared the processor: RTFs are not compared.",
+        "",
+    ]
     lines += table(["bundle", "size", "right", *kinds, "same codes", *_SPEECH], bundles)
     if ways := [[name, *_speech(row)] for name, row in found["ways"].items()]:
         lines += ["", *table(["speech of the FP32 bundle", *_SPEECH], ways)]

@@ -49,7 +49,7 @@ def command(
         typer.Option(
             metavar="FILE",
             help="Calibration of the bundle's checkpoint, as written by omniport calibrate. int8, fp8 and the edge "
-            "recipes need one; w8 and int4 lose less with one.",
+            "recipes need one; w8 and int4 lose less with one if a model has outliers.",
         ),
     ] = None,
     keep: Annotated[
