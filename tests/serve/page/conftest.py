@@ -24,7 +24,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 #: what the model says, of eight seconds: there is time to speak into it
 SAID = "The quick brown fox jumps over the lazy dog."
 CODES = 400
-#: which the trained model answers right behind a pause, too
 QUESTIONS = [question(answer).path for answer in ANSWERS]
 
 
