@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,7 +55,9 @@ def command(
     json: Annotated[
         Path | None,
         typer.Option(
-            "--json", metavar="FILE", help="Write JSON; stages of a file that is there are kept. - is stdout."
+            "--json",
+            metavar="FILE",
+            help="Write JSON after each stage; other stages of a file that is there are kept. - is stdout.",
         ),
     ] = None,
     plot: Annotated[
@@ -68,35 +72,36 @@ def command(
     Without --against nothing but the runtime is needed.
     """
     from omniport.runtime.bench.benchmark import bench
-    from omniport.runtime.bench.results import encode_report, merged, read_report, write_report
+    from omniport.runtime.bench.results import encode_report, read_report, write_report
 
     _check_outputs(json, plot)
     if against:
         require_extra("export", *EXPORT_MODULES)
-    before = read_report(json) if json is not None and json.exists() else None
+    file = json if str(json) != "-" else None
+    before = read_report(file) if file is not None and file.exists() else None
+    named = [name.strip() for name in stages.split(",") if name.strip()]
     with progress_bar(quiet) as progress:
         report = bench(
             bundle,
-            [name.strip() for name in stages.split(",") if name.strip()],
+            named,
             rival=(lambda opened: _rival(opened, against, threads)) if against else None,
             rounds=rounds,
             threads=threads,
             clock=clock,
             backend=backend,
             compute=compute,
+            before=before,
+            keep=None if file is None else partial(write_report, file),
             progress=progress,
         )
-    whole = report if before is None else merged(before, report)
-    if json is not None and str(json) != "-":
-        write_report(json, whole)
     if plot is not None:
         from omniport.export.evaluation.bench_picture import draw
 
-        draw(whole, plot)
-    if json is not None and str(json) == "-":
+        draw(report, plot)
+    if str(json) == "-":
         print_json_text(encode_report(report).decode())
         return
-    _print(report)
+    _print(report, named)
 
 
 def _rival(bundle: Bundle, checkpoint: str, threads: int | None) -> Rival:
@@ -117,12 +122,13 @@ def _check_outputs(json: Path | None, plot: Path | None) -> None:
         require_extra("export", "matplotlib")
 
 
-def _print(report: BenchReport) -> None:
-    """One row a figure, and the machine's rates of each stage below."""
-    rows = [_row(name, figure) for name, stage in report.stages.items() for figure in stage.figures]
+def _print(report: BenchReport, named: Sequence[str]) -> None:
+    """One row a figure, and the machine's rates of each stage below: of the stages named, or of all."""
+    stages = {name: stage for name, stage in report.stages.items() if not named or name in named}
+    rows = [_row(name, figure) for name, stage in stages.items() for figure in stage.figures]
     columns = ("stage", "input", "time", "rate", "of the roofline", f"{report.against or 'reference'}", "times as fast")
     print_table(f"{report.bundle} ({report.precision}) on {report.environment.processor}", columns, rows)
-    for name, stage in report.stages.items():
+    for name, stage in stages.items():
         print_line(_rates(name, stage))
 
 

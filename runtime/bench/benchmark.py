@@ -26,7 +26,7 @@ from ..system.host import physical_cores, resident_memory
 from ..system.progress import Progress
 from ..system.rates import Clock
 from .reply_timing import measure_reply
-from .results import REPLY, BenchReport, Figure, Machine, StageResult, Work, measured_parts
+from .results import REPLY, BenchReport, Figure, Machine, StageResult, Work, measured_parts, merged
 from .roofline import (
     CLOCKS,
     Profile,
@@ -58,6 +58,8 @@ def bench(
     clock: str = "wall",
     backend: str = BACKENDS[0],
     compute: str | None = None,
+    before: BenchReport | None = None,
+    keep: Callable[[BenchReport], None] | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
     """Measure a bundle on this machine's CPU.
@@ -69,11 +71,12 @@ def bench(
         threads: of one operator, for both; the physical cores if None.
         clock: of `omniport.runtime.bench.roofline.CLOCKS`; ``cpu`` goes with one thread.
         backend: one of ``BACKENDS``. compute: as of ``OmniSession.open``.
+        before: an earlier report, whose other stages the new one gets. keep: called with the report after each stage.
         progress: called with what is measured, and the number of stages done and in all.
 
     Raises:
         UsageError: an unknown stage, clock or backend, a stage that the bundle has no graph for, threads that the clock
-            does not go with, or fewer than one round.
+            does not go with, fewer than one round, or a report of something else. Raised before anything is measured.
         BackendError: the backend is missing or cannot run the bundle, or onnxruntime is, which counts the operations.
     """
     _check(rounds, threads, clock, backend)
@@ -83,26 +86,37 @@ def bench(
     other = None if rival is None else rival(bundle)
     opened = partial(open_backend, backend, bundle, threads=count, compute=compute)
     run = _Run(bundle, count, rounds, sizes or Sizes(), other, CLOCKS[clock], opened)
-    results = {}
+    report = _nothing_measured(bundle, other, clock, backend, compute)
+    if before is not None:
+        report = merged(before, report)
     for done, name in enumerate(names):
         if progress is not None:
             progress(f"measuring {name}", done, len(names))
-        results[name] = run.stage(name)
+        stage = run.stage(name)
+        report = merged(report, msgspec.structs.replace(report, stages={name: stage}))
+        if keep is not None:
+            keep(report)
         if other is not None:
             other.release()
         gc.collect()
+    return report
+
+
+def _nothing_measured(
+    bundle: Bundle, rival: Rival | None, clock: str, backend: str, compute: str | None
+) -> BenchReport:
     manifest = bundle.manifest
     return BenchReport(
         bundle=manifest.source.name,
         fingerprint=manifest.source.fingerprint,
         precision=manifest.precision,
         recipe=manifest.quantization.recipe if manifest.quantization is not None else "",
-        against=other.name if other is not None else "",
+        against=rival.name if rival is not None else "",
         clock=clock,
         backend=backend,
         compute=compute or "",
-        environment=environment(other.libraries if other is not None else ()),
-        stages=results,
+        environment=environment(rival.libraries if rival is not None else ()),
+        stages={},
     )
 
 

@@ -136,6 +136,38 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
+class BusyWatch:
+    """How much of the processor other processes took since the watch began.
+
+    What a virtual machine's host gave to other machines counts as well.
+    """
+
+    def __init__(self) -> None:
+        self._begun = _other_ticks()
+
+    def share(self) -> float | None:
+        """Others' share of all CPUs' time since then, 0 to 1; None where the system does not tell."""
+        now = _other_ticks()
+        if now is None or self._begun is None:
+            return None
+        others, all_time = (max(0.0, late - early) for late, early in zip(now, self._begun, strict=True))
+        return min(1.0, others / all_time) if all_time else 0.0
+
+
+def _other_ticks() -> tuple[float, float] | None:
+    """Ticks of all CPUs in other processes, and in all; None where there is no /proc/stat."""
+    if sys.platform == "win32":
+        return None
+    try:
+        fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
+        user, nice, system, idle, waiting, *interrupts_and_stolen = map(int, fields)
+    except (OSError, ValueError, IndexError):
+        return None
+    busy = user + nice + system + sum(interrupts_and_stolen)
+    own = os.times()
+    return busy - (own.user + own.system) * os.sysconf("SC_CLK_TCK"), busy + idle + waiting
+
+
 @dataclass(frozen=True)
 class Gpu:
     """What the driver says about a GPU. ``bandwidth``: bytes a second by clock and bus width; 0 if it is silent."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import msgspec
 
 from ...bundle.graph_spec import GraphSpec
 from ...bundle.parts import PARTS
@@ -24,6 +27,11 @@ from .measuring import budget, measure
 _LOG = logging.getLogger(__name__)
 #: OpenVINO is taken from here on: less is within what a shared machine's times differ by
 QUICKER = 1.05
+#: from this share of the processor on, other processes make a measurement doubtful: it is made again, when a bundle is
+#: opened while the machine is less busy, until there are so many
+BUSY, MOST_TIMES = 0.15, 3
+#: seconds for which a machine is watched to see how busy it is
+_WATCHED = 0.1
 #: what a graph's results may differ by, as in validation (`omniport.export.validation.tolerances`), finest first;
 #: integers on both sides: only values at a rounding step may fall on its other side
 DIFFERENCES: Mapping[str, float] = {
@@ -153,6 +161,9 @@ def _measure_unknown(bundle: Bundle, threads: int | None, compute: str | None) -
     with file.reserved() as problem:
         known = file.read()
         unknown = [name for name in _ordered(bundle) if _is_unknown(bundle, name, known.get(name), seconds)]
+        doubtful = [name for name in _ordered(bundle) if name not in unknown and _is_doubtful(known.get(name))]
+        if doubtful and not problem and not _is_busy():
+            unknown += doubtful
         if problem or not unknown:
             if unknown:
                 _LOG.info("auto measures nothing of %s: %s", bundle.root, problem)
@@ -165,8 +176,8 @@ def _measure_unknown(bundle: Bundle, threads: int | None, compute: str | None) -
         )
         count = threads if threads is not None else host.physical_cores()
         dtype = "float32" if compute is None else PRECISION_DTYPES[compute]
-        known = {**known, **measure(bundle.root, unknown, count, dtype, seconds)}
-        file.write(known)
+        found = measure(bundle.root, unknown, count, dtype, seconds)
+        file.write({**known, **{name: _better(known.get(name), times) for name, times in found.items()}})
     for name, choice in choices(bundle, threads, compute).items():
         _LOG.info("auto runs %s in %s: %s", name, choice.backend, choice.why)
 
@@ -175,6 +186,24 @@ def _is_unknown(bundle: Bundle, name: str, times: GraphTimes | None, seconds: fl
     if choose(bundle.manifest.graphs[name], GraphTimes(problem="-")).backend == OPENVINO:
         return False  # whatever its times are
     return times is None or 0 < times.budget < seconds
+
+
+def _is_doubtful(times: GraphTimes | None) -> bool:
+    return times is not None and times.busy >= BUSY and times.times < MOST_TIMES
+
+
+def _is_busy() -> bool:
+    watch = host.BusyWatch()
+    time.sleep(_WATCHED)
+    return (watch.share() or 0.0) >= BUSY
+
+
+def _better(before: GraphTimes | None, now: GraphTimes) -> GraphTimes:
+    """What to keep of two measurements: the one that others disturbed less, and how often it was measured."""
+    if before is None or not before.seconds:
+        return now
+    kept = before if now.problem or before.busy < now.busy else now
+    return msgspec.structs.replace(kept, times=before.times + 1)
 
 
 def _ordered(bundle: Bundle) -> list[str]:

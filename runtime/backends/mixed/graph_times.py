@@ -34,12 +34,16 @@ class GraphTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         difference: RMS of the difference between their outputs, as a share of the RMS of ONNX Runtime's.
         problem: why there are no seconds.
         budget: seconds that were too few; 0 where time was not the problem.
+        busy: share of the processor that other processes took meanwhile, which makes the seconds doubtful.
+        times: how often it was measured.
     """
 
     seconds: dict[str, float] = {}
     difference: float = 0.0
     problem: str = ""
     budget: float = 0.0
+    busy: float = 0.0
+    times: int = 1
 
 
 class _Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -64,7 +64,8 @@ def measure_graph(bundle: Bundle, name: str, threads: int, compute: str) -> Grap
             if not isinstance(other.graph(name), OpenVinoGraph):
                 return GraphTimes(problem=str(said[-1].message) if said else "OpenVINO cannot load it")
         runs[OPENVINO] = _work(only, name, other)
-        return _in_turns(runs)
+        watch = host.BusyWatch()
+        return msgspec.structs.replace(_in_turns(runs), busy=round(watch.share() or 0.0, 3))
     except OmniportError as error:
         return GraphTimes(problem=f"not measured: {error}")
 

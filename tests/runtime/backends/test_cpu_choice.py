@@ -171,6 +171,38 @@ def test_what_took_too_long_is_tried_again_with_more_time(bundle: Bundle, measur
     assert measured == [("bigvgan",)]
 
 
+def test_what_was_measured_on_a_busy_machine_is_measured_again_on_a_quieter_one(
+    bundle: Bundle, measured: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quieter measurement is kept; a machine that is never quiet is not measured for ever."""
+    shares = {"measured": 0.6, "now": 0.5}
+    monkeypatch.setattr(choice, "_is_busy", lambda: shares["now"] >= choice.BUSY)
+    quiet = choice.measure
+
+    def measure(*arguments: Any) -> Mapping[str, Any]:
+        found = quiet(*arguments)
+        return {name: msgspec.structs.replace(times, busy=shares["measured"]) for name, times in found.items()}
+
+    monkeypatch.setattr(choice, "measure", measure)
+    file = choice._file(bundle, None, None)
+    assert file is not None
+    wrong = msgspec.structs.replace(SLOW, busy=0.7)
+    with file.reserved():
+        file.write({"dit": wrong, "bigvgan": QUICK, "audio_encoder": SLOW})
+    assert opened(bundle) == "openvino (bigvgan) + ort-cpu"
+    assert measured == [], "the machine is busy still"
+    shares["now"] = 0.0
+    with pytest.warns(RuntimeWarning, match="with dit of"):
+        assert opened(bundle) == "openvino (dit, bigvgan) + ort-cpu"
+    assert measured == [("dit",)]
+    shares["measured"] = 0.9
+    with pytest.warns(RuntimeWarning, match="with dit of"):
+        opened(bundle)
+    assert file.read()["dit"] == msgspec.structs.replace(QUICK, busy=0.6, times=3)
+    opened(bundle)
+    assert len(measured) == 2, "three measurements are enough"
+
+
 def test_one_process_measures_at_a_time(
     bundle: Bundle, measured: list[tuple[str, ...]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -152,6 +152,26 @@ def test_a_file_keeps_the_stages_that_were_not_measured_again(report: BenchRepor
         merged(read, msgspec.structs.replace(again, precision="fp16"))
 
 
+def test_a_file_of_something_else_is_refused_before_anything_is_measured(
+    report: BenchReport, tiny_bundle: Path
+) -> None:
+    stages: list[str] = []
+    other = msgspec.structs.replace(report, against="", fingerprint="0" * 64)
+    with pytest.raises(UsageError, match="differ from these in fingerprint"):
+        bench(tiny_bundle, ["dit"], before=other, progress=lambda stage, *_: stages.append(stage))
+    assert stages == []
+
+
+def test_each_stage_is_kept_as_soon_as_it_is_measured(report: BenchReport, tiny_bundle: Path) -> None:
+    """What is measured before an interruption is not lost, nor what the file held before."""
+    kept: list[BenchReport] = []
+    earlier = msgspec.structs.replace(report, against="", stages={"prefill": report.stages["prefill"]})
+    whole = bench(tiny_bundle, ["dit", "bigvgan"], sizes=SMALL, rounds=1, threads=1, before=earlier, keep=kept.append)
+    assert [tuple(each.stages) for each in kept] == [("prefill", "dit"), ("prefill", "dit", "bigvgan")]
+    assert kept[-1] == whole
+    assert whole.stages["prefill"] == report.stages["prefill"]
+
+
 def test_a_slower_ratio_is_seen_and_noise_is_not(report: BenchReport) -> None:
     def slower(factor: float) -> BenchReport:
         figure = report.figure("dit", "13 codes")

@@ -136,3 +136,22 @@ def test_the_machine() -> None:
     assert cpu_name()
     if LINUX:
         assert memory() < (total_memory() or 0)
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc/stat")
+def test_the_processor_that_others_take_is_told_from_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,000 ticks of all CPUs, 400 pass in processes and the host; this process has 100 of them."""
+    stat = ["cpu  1000 0 0 5000 0 0 0 0 0 0\n", "cpu  1250 20 30 5600 0 0 0 100 0 0\n"]
+    own = [os.times_result((seconds, 0.0, 0.0, 0.0, 0.0)) for seconds in (1.0, 2.0)]
+    monkeypatch.setattr(host.Path, "read_text", lambda *_, **__: stat.pop(0))
+    monkeypatch.setattr(host.os, "times", lambda: own.pop(0))
+    monkeypatch.setattr(host.os, "sysconf", lambda _: 100)
+    assert host.BusyWatch().share() == pytest.approx(0.3)
+
+
+def test_a_system_that_tells_nothing_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(host.Path, "read_text", missing)
+    assert host.BusyWatch().share() is None
