@@ -26,10 +26,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.attention.default: _attention_node,
         ops.linear.default: _linear_node,
         ops.merge_heads.default: _merge_heads_node,
+        ops.merge_rows.default: _merge_rows_node,
         ops.pad_to_blocks.default: _pad_to_blocks_node,
         ops.reshape_like.default: _reshape_like_node,
         ops.split_blocks.default: _split_blocks_node,
         ops.split_heads.default: _split_heads_node,
+        ops.split_rows.default: _split_rows_node,
         ops.rotary_embedding.default: _rotary_node,
         ops.rms_norm.default: _rms_norm_node,
         ops.take_block.default: _take_block_node,
@@ -100,6 +102,38 @@ def _pad_to_blocks_node(x: Any, block: int) -> Any:
     missing = op.Mod(op.Mul(length, op.Constant(value_ints=[block - 1])), op.Constant(value_ints=[block]))
     pads = op.Concat(op.Constant(value_ints=[0, 0, 0, 0]), missing, op.Constant(value_ints=[0]), axis=0)
     return op.Pad(x, pads)
+
+
+def _halves(x: Any) -> tuple[Any, Any]:
+    """Sizes of the two halves of the last of four axes, int64 [1] each."""
+    length = op.Shape(x, start=3, end=4)
+    late = op.Div(length, op.Constant(value_ints=[2]))
+    return op.Sub(length, late), late
+
+
+def _first(x: Any, count: Any) -> Any:
+    return op.Slice(x, op.Constant(value_ints=[0]), count, op.Constant(value_ints=[3]))
+
+
+def _last(x: Any, count: Any) -> Any:
+    # a product, because TensorRT documents Neg for no INT64; a start before the beginning is the beginning
+    start = op.Mul(count, op.Constant(value_ints=[-1]))
+    return op.Slice(x, start, op.Constant(value_ints=[2**62]), op.Constant(value_ints=[3]))
+
+
+def _split_rows_node(x: Any, reach: int) -> Any:
+    length = op.Add(_halves(x)[0], op.Constant(value_ints=[reach]))
+    return op.Concat(_first(x, length), _last(x, length), axis=2)
+
+
+def _merge_rows_node(x: Any, like: Any) -> Any:
+    axis, end = op.Constant(value_ints=[2]), op.Constant(value_ints=[2**62])
+    rows = [
+        op.Slice(x, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), axis),
+        op.Slice(x, op.Constant(value_ints=[1]), end, axis),
+    ]
+    early, late = _halves(like)
+    return op.Concat(_first(rows[0], early), _last(rows[1], late), axis=3)
 
 
 def _snake_node(x: Any, up_even: Any, up_odd: Any, down_even: Any, down_odd: Any, rate: Any, height: Any) -> Any:

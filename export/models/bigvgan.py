@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +20,19 @@ from omniport.runtime.bundle.parts import PARTS
 from torch import Tensor, nn
 
 from .module import Compute, Context, ExportModule, Stack, WeightReader
-from .ops import CURVE_FACTOR, anti_aliased_snake
+from .ops import CURVE_FACTOR, anti_aliased_snake, merge_rows, split_rows
 from .part import Asked, Case, GraphDefinition, ModelPart, ReferenceModule, Settings, Subject, f32, largest, qwen_module
 from .signals import generator
 from .speakers import load_speakers, spoken_mel
 
 TAPS = 12
+#: samples to each side that an anti-aliased activation looks at: three to interpolate, three to decimate
+_ACTIVATION_REACH = 6
+#: ONNX Runtime hands a blocked convolution to threads by rows and by 64 output channels, so that one row of few
+#: channels keeps one thread busy. Layers of at most so many channels compute the two halves of time as rows, ...
+_ROWS_BELOW = 192
+#: ... where a convolution takes so many products for each mel frame and tap: below, a second thread is no gain
+_ROWS_FROM = 100_000
 MIN_DB = -115.0
 REFERENCE_DB = 20.0
 
@@ -109,7 +118,7 @@ class _Activation(ExportModule):
 
 
 class _Conv(ExportModule):
-    """A convolution over time, of tensors with one row: see `BigVgan`."""
+    """A convolution over time, row by row: see `BigVgan`."""
 
     def __init__(self, n_in: int, n_out: int, kernel: int, dilation: int = 1, bias: bool = True) -> None:
         super().__init__()
@@ -153,8 +162,9 @@ class _ResidualBlock(ExportModule):
 class BigVgan(Stack):
     """Vocoder (transformers: Qwen2_5OmniToken2WavBigVGANModel).
 
-    Everything between its ends has one row, [B, C, 1, T]: ONNX Runtime has blocked kernels on a CPU for convolutions of
-    two dimensions, and for those of one it has none.
+    Everything between its ends has rows, [B, C, R, T]: ONNX Runtime has blocked kernels on a CPU for convolutions of
+    two dimensions, and for those of one it has none. R is 1, and 2 where channels are few (`_ROWS_BELOW`): halves of
+    time that overlap by what a layer looks at.
     """
 
     prefix = "token2wav.code2wav_bigvgan_model."
@@ -173,6 +183,12 @@ class BigVgan(Stack):
             _ResidualBlock(width, kernel, dilations, f"{self.prefix}resblocks.{i * self.kinds + j}")
             for i, width in enumerate(widths[1:])
             for j, (kernel, dilations) in enumerate(kinds)
+        )
+        steps = itertools.accumulate(config.upsample_rates, operator.mul)
+        self.rows = [c <= _ROWS_BELOW and c**2 * n >= _ROWS_FROM for c, n in zip(widths[1:], steps, strict=True)]
+        self.reach = max(
+            sum((kernel - 1) // 2 * (dilation + 1) + 2 * _ACTIVATION_REACH for dilation in dilations)
+            for kernel, dilations in kinds
         )
         self.activation_post = _Activation(widths[-1], f"{self.prefix}activation_post")
         self.conv_post = _Conv(widths[-1], 1, 7, bias=False)
@@ -195,8 +211,10 @@ class BigVgan(Stack):
 
     def run_layer(self, index: int, x: Tensor, context: Context) -> Tensor:
         x = self.ups[index](x)
-        branches = [self.resblocks[index * self.kinds + j](x) for j in range(self.kinds)]
-        return sum(branches[1:], branches[0]) / self.kinds
+        y = split_rows(x, self.reach) if self.rows[index] else x
+        branches = [self.resblocks[index * self.kinds + j](y) for j in range(self.kinds)]
+        y = sum(branches[1:], branches[0]) / self.kinds
+        return merge_rows(y, x) if self.rows[index] else y
 
     def leave(self, x: Tensor, context: Context) -> Tensor:
         x = self.conv_post(self.activation_post(x))

@@ -181,6 +181,28 @@ def pad_to_blocks(x: Tensor, block: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[1] % block)).clone()
 
 
+def _rows_shape(x: Tensor, reach: int) -> tuple[int, int, int, int]:
+    late = x.shape[3] // 2
+    return x.shape[0], x.shape[1], 2, torch.sym_min(x.shape[3] - late + reach, x.shape[3])
+
+
+@_operator(_rows_shape)
+def split_rows(x: Tensor, reach: int) -> Tensor:
+    """[B, C, 1, T] -> [B, C, 2, min(T - T//2 + reach, T)]: the two halves of time as rows that overlap.
+
+    What looks at most ``reach`` to each side gives, row by row, what it gives for the whole, but for the overlap.
+    """
+    length = min(x.shape[3] - x.shape[3] // 2 + reach, x.shape[3])
+    return torch.cat((x[..., :length], x[..., -length:]), dim=2)
+
+
+@_operator(lambda x, like: (x.shape[0], x.shape[1], 1, like.shape[3]))
+def merge_rows(x: Tensor, like: Tensor) -> Tensor:
+    """Rows of `split_rows` -> [B, C, 1, T], T of ``like``: what the halves hold without their overlap."""
+    late = like.shape[3] // 2
+    return torch.cat((x[:, :, :1, : like.shape[3] - late], x[:, :, 1:, -late:]), dim=3)
+
+
 def snake_inputs(
     x: Tensor, up_even: Tensor, up_odd: Tensor, rate: Tensor, height: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

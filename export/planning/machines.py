@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from omniport.runtime.backends.onnxruntime.product_rate import product_rate
 from omniport.runtime.errors import UsageError
 from omniport.runtime.system.host import physical_cores, total_memory
-from omniport.runtime.system.rates import product_rate, read_bandwidth
+from omniport.runtime.system.rates import read_bandwidth
 
 from ..devices.catalog import TARGETS, THIS, Target
 from ..devices.detect import find_target
@@ -173,4 +174,4 @@ def cpu_machine(rates: Rates, memory: int | None = None) -> Machine:
 
 def measure_rates(tries: int = 20) -> Rates:
     """Read bandwidth and FP32 matrix products of this machine's processor, the best of so many tries."""
-    return Rates(read_bandwidth(physical_cores(), tries), product_rate(tries))
+    return Rates(read_bandwidth(physical_cores(), tries), product_rate(physical_cores(), tries))

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends.onnxruntime.backend import OrtBackend, OrtGraph
+from ..backends.onnxruntime.product_rate import product_rate
 from ..bundle.reader import Bundle
 from ..system.files import scratch_folder
 from ..system.host import cpu_name, physical_cores, total_memory
-from ..system.rates import READ_BYTES, SIDE, Clock, product_rate, read_bandwidth
+from ..system.rates import READ_BYTES, SIDE, Clock, read_bandwidth
 from .results import Environment, Machine, Timing
 
 #: wall: what a user waits for, on an idle machine. cpu: processor time of the process, which other programs hardly
@@ -66,13 +67,13 @@ def measure_machine(
     """Read bandwidth and matrix product rate with that many threads.
 
     Args:
-        threads: of one operator; the bandwidth is measured with as many, the product with BLAS's own.
+        threads: of one operator; both are measured with as many, but BLAS has its own.
         tries: of each; the best counts.
         read_bytes: of the array that is read. side: of the square float32 matrices.
     """
     return Machine(
         read_bandwidth=read_bandwidth(threads, tries, read_bytes, clock),
-        matmul_rate=product_rate(tries, side, clock),
+        matmul_rate=product_rate(threads, tries, side, clock),
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
 

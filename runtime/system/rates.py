@@ -1,7 +1,7 @@
 """What a processor reaches: reading memory, and FP32 matrix products.
 
-Both are measured with numpy, whose products use the same vector units as any runtime's, and both are the best of
-several tries: what can be reached, not what happened to be.
+Both are measured with numpy, and both are the best of several tries: what can be reached, not what happened to be. BLAS
+may know less of a processor than a runtime does: see `omniport.runtime.backends.onnxruntime.product_rate`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ def read_bandwidth(threads: int, tries: int = 5, size: int = READ_BYTES, clock: 
             np.dot(piece, piece)
 
     with ThreadPoolExecutor(threads) as pool:
-        return size / _best(lambda: list(pool.map(read, shares)), tries, clock)
+        return size / best(lambda: list(pool.map(read, shares)), tries, clock)
 
 
 def product_rate(tries: int = 5, side: int = SIDE, clock: Clock = time.perf_counter) -> float:
     """Operations a second of a product of square float32 matrices, with BLAS's own threads."""
     a = np.random.default_rng(0).standard_normal((side, side), np.float32)
     out = np.empty_like(a)
-    return 2.0 * side**3 / _best(lambda: np.matmul(a, a, out=out), tries, clock)
+    return 2.0 * side**3 / best(lambda: np.matmul(a, a, out=out), tries, clock)
 
 
-def _best(run: Callable[[], object], tries: int, clock: Clock) -> float:
+def best(run: Callable[[], object], tries: int, clock: Clock) -> float:
+    """Seconds of the quickest of several runs; one before them does not count."""
     run()
     times = []
     for _ in range(tries):
