@@ -34,7 +34,7 @@ CLOCKS: Mapping[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_ti
 #: seconds between the two: threads of the one's pool go to sleep before the other is timed
 SETTLE = 0.05
 
-_LIBRARIES = ("omniport", "numpy", "onnxruntime", "onnxruntime-gpu")
+_LIBRARIES = ("omniport", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino")
 
 #: operators, by how their operations are counted
 _PRODUCTS = {
