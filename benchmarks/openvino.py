@@ -143,8 +143,8 @@ def page(found: dict[str, Any]) -> str:
     ours, theirs = found["versions"]
     about = (
         f"Random-weight checkpoint `{found['bundle']}` in {found['precision']}, ONNX Runtime {ours} and OpenVINO "
-        f"{theirs} on {found['threads']} threads of {found['processor']}, which other work shared: ratios say more "
-        f"than times. In turns in one process; the best of {found['rounds']} rounds. DiT of {SIZES['codes']} codes, "
+        f"{theirs} on {found['threads']} threads of {found['processor']}, idle. "
+        f"In turns in one process; the best of {found['rounds']} rounds. DiT of {SIZES['codes']} codes, "
         f"vocoder of {SIZES['frames']} frames, audio of {2 * SIZES['chunks']} s, a decoder's token behind {CONTEXT} "
         "others. *Load*: the first time, with nothing kept."
     )
@@ -182,7 +182,8 @@ def _quantized(recipes: dict[str, Any]) -> list[str]:
         "The same work over quantized bundles of the same checkpoint: the median of all rounds, in turns. OpenVINO "
         "runs every integer format; FP8 it leaves to ONNX Runtime. It computes weights that are stored as integers as "
         "what they stand for, where ONNX Runtime also rounds the other factor of those in blocks: hence the errors. "
-        "Other work took most of the processor, and a second run gave some ratios that differ by up to three times."
+        "While `w8` and `int4` were measured, other work took most of the processor, and a second run gave some "
+        "ratios that differ by up to three times."
     )
     names = ("ONNX Runtime", "OpenVINO")
     times, loads = ([f"{name}, {unit}" for name in names] for unit in ("ms", "load, s"))
