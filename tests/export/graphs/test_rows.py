@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from omniport.export.graphs.translations import translations
 from omniport.export.models.bigvgan import BigVgan, BigVganConfig
 from omniport.export.models.module import Constant
 from omniport.export.models.ops import merge_rows, split_rows
+from support.traced import traced_session
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -44,19 +42,7 @@ def signal(length: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def graph() -> onnxruntime.InferenceSession:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about itself
-        program = torch.onnx.export(
-            Rows(REACH).eval(),
-            (signal(40),),
-            dynamic_shapes=({3: Dim("time")},),
-            dynamo=True,
-            opset_version=18,
-            custom_translation_table=translations(),
-            verbose=False,
-        )
-    assert program is not None
-    return onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return traced_session(Rows(REACH), (signal(40),), ({3: Dim("time")},))
 
 
 @pytest.mark.parametrize("length", LENGTHS)

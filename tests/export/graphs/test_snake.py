@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,9 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from omniport.export.graphs.translations import translations
 from omniport.export.models.bigvgan import kaiser_sinc, polyphase
 from omniport.export.models.ops import CURVE, CURVE_FACTOR, anti_aliased_snake
+from support.traced import traced_session
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -37,19 +36,7 @@ class Snake(nn.Module):
 
 @pytest.fixture(scope="module")
 def graph() -> onnxruntime.InferenceSession:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about itself
-        program = torch.onnx.export(
-            Snake().eval(),
-            (torch.zeros(1, CHANNELS, 1, 20), SCALES),
-            dynamic_shapes=({3: Dim("time")}, None),
-            dynamo=True,
-            opset_version=18,
-            custom_translation_table=translations(),
-            verbose=False,
-        )
-    assert program is not None
-    return onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return traced_session(Snake(), (torch.zeros(1, CHANNELS, 1, 20), SCALES), ({3: Dim("time")}, None))
 
 
 def wanted(x: NDArray[np.float32], alpha: float) -> NDArray[np.float64]:
