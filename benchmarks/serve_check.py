@@ -1,6 +1,6 @@
 """Let the clients of others, unmodified, talk with `omniport serve`, and write down which did, in what version.
 
-    python -m benchmarks.serve_check [--folder DIR] [--only NAME,...]
+    python -m benchmarks.serve_check [--folder DIR] [--only NAME ...]
 
 Writes docs/results/serve-check.json and serve-check.md; checks that are not run keep what they had. The `test` extra
 leaves most of these clients out. They are installed beside what is installed here, not into it: into folders of their
@@ -217,7 +217,7 @@ def _is_of(test: str, module: str, name: str) -> bool:
 
 def measure(options: argparse.Namespace, found: Any) -> Iterator[Any]:
     """Install, and run the tests, one group after the other."""
-    chosen = [check for check in CHECKS if options.only is None or check.name in options.only.split(",")]
+    chosen = [check for check in CHECKS if not options.only or check.name in options.only]
     groups = dict.fromkeys(check.group for check in chosen)
     folder: Path = options.folder
     rows = {row["client"]: row for row in found.get("checks", ())}
@@ -265,5 +265,6 @@ def page(found: Any) -> str:
 if __name__ == "__main__":
     line = command_line(__doc__)
     line.add_argument("--folder", type=Path, default=ROOT / "build" / "clients", help="where to install")
-    line.add_argument("--only", help="names of clients, as the page has them")
+    names = [check.name for check in CHECKS]
+    line.add_argument("--only", nargs="*", choices=names, help="clients, as the page names them; all without it")
     record("serve-check", page, measure, line)
