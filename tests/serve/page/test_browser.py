@@ -215,6 +215,7 @@ def test_the_status_on_a_phone(serve: Serve, open_tab: Open) -> None:
     assert memory.count("L") >= 1, "a line over time"
     for screen in ("talk", "chat", "status"):
         page.click(f'nav a[href="#{screen}"]')
+        page.locator(f'nav a[href="#{screen}"][aria-current=page]').wait_for()  # the one before is hidden
         assert tab.fits()
         controls = page.locator("button:visible, select:visible, nav a:visible")
         # at once: which there are may change in between
