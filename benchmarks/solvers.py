@@ -274,7 +274,8 @@ def page(result: Any) -> str:
             "one of the sound (LSD), and the mel's mean difference. *Voice right*: the timbre (mean and spread of the "
             "log-mel spectrum) is nearer to its own voice's mean than to the other's. *Timbre moved*: its distance "
             "from `rk4`'s over that of the two voices. *Work*: seconds for a second of speech, DiT in PyTorch and "
-            "vocoder. *Front*: nothing with as few evaluations is as near.",
+            "vocoder, beside other work; the product's, on idle cores, are in [bench.md](bench.md#solvers-of-speech). "
+            "*Front*: nothing with as few evaluations is as near.",
             "",
             *table(head, rows),
             "",
