@@ -18,14 +18,16 @@ from omniport.export.models.module import ExportModule, Stack, WeightReader
 from omniport.export.models.ops import snake_inputs
 from omniport.export.models.part import GraphDefinition
 from omniport.export.models.talker import Talker
+from omniport.runtime.system import host
 from torch import Tensor
 
 from .layer_weights import LazyWeights
 from .observers import Observer
 from .sites import SitePlan
 
-#: a part whose weights take no more than this in float32 is read once, not again and again
-RESIDENT_BYTES = 1 << 29
+#: a part is read once, not again and again, if its weights in float32 take no more than this, or than this share of the
+#: memory that is free: the talker is called for every code that it makes
+RESIDENT_BYTES, RESIDENT_SHARE = 1 << 29, 1 / 3
 #: bytes of activations that stay in memory
 MEMORY_BYTES = 64 << 20
 #: a vocoder's filters by what `snake_inputs` gives; up_odd reads what up_even does
@@ -121,7 +123,9 @@ class LayerRunner:
         self._lazy = LazyWeights(self.module, reader, str(self.module.prefix))
         self._decodes = bool(definition.past)
         size = sum(tensor.numel() * 4 for tensor in self.module.parameters())
-        self._resident = again and size <= RESIDENT_BYTES
+        self._resident = again and size <= max(RESIDENT_BYTES, RESIDENT_SHARE * (host.available_memory() or 0))
+        if again and not self._resident:
+            host.give_back_large_blocks()
         self.observers = {site.name: _observer(site) for site in sites}
         for site in sites:
             if site.output:

@@ -21,6 +21,8 @@ from typing import Any
 from ..errors import BackendError
 
 _STATUS = Path("/proc/self/status")
+# M_MMAP_THRESHOLD of malloc.h
+_MMAP_THRESHOLD = -3
 # CUdevice_attribute of cuda.h
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _INTEGRATED = 18
@@ -78,6 +80,16 @@ def trim_heap() -> None:
     """Return freed memory to the system: glibc keeps freed blocks below 32 MiB for later."""
     with suppress(OSError, AttributeError):  # not glibc: nothing to trim
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def give_back_large_blocks() -> None:
+    """From now on, return freed blocks of 1 MiB or more to the system at once, in the whole process.
+
+    glibc keeps freed blocks of up to 32 MiB once such a one was freed. Where weights are read and freed again and again
+    and something small outlives them each time, it soon holds many times of what is in use.
+    """
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def collect_and_trim() -> None:

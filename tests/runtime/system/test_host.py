@@ -155,3 +155,32 @@ def test_a_system_that_tells_nothing_of_others(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(host.Path, "read_text", missing)
     assert host.BusyWatch().share() is None
+
+
+_FRAGMENTED = """
+import sys
+import torch
+from omniport.runtime.system import host
+
+if sys.argv[1] == "given back":
+    host.give_back_large_blocks()
+del_first = torch.ones(7 << 20)  # 28 MiB, after which glibc keeps as much
+del del_first
+small = []
+before = host.resident_memory()
+for _ in range(60):
+    weights = torch.ones(2 << 20)
+    small.append(torch.ones(32 << 10))  # outlives them, and takes a piece of their place
+    del weights
+    weights = torch.ones((2 << 20) + len(small) * 1024)
+    del weights
+print(host.resident_memory() - before)
+"""
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_weights_that_are_read_again_and_again_leave_nothing_behind() -> None:
+    """60 blocks of 128 KiB stay: 8 MB."""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("this C library gives memory back by itself")
+    assert int(in_fresh_python(_FRAGMENTED, "given back")) < 24 << 20
