@@ -189,7 +189,7 @@ def _is_unknown(bundle: Bundle, name: str, times: GraphTimes | None, seconds: fl
 
 
 def _is_doubtful(times: GraphTimes | None) -> bool:
-    return times is not None and times.busy >= BUSY and times.times < MOST_TIMES
+    return times is not None and not times.problem and times.busy >= BUSY and times.times < MOST_TIMES
 
 
 def _is_busy() -> bool:

@@ -186,9 +186,9 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_on_a_quieter_one(
     monkeypatch.setattr(choice, "measure", measure)
     file = choice._file(bundle, None, None)
     assert file is not None
-    wrong = msgspec.structs.replace(SLOW, busy=0.7)
+    wrong, broken = msgspec.structs.replace(SLOW, busy=0.7), GraphTimes(problem="it is broken", busy=0.7)
     with file.reserved():
-        file.write({"dit": wrong, "bigvgan": QUICK, "audio_encoder": SLOW})
+        file.write({"dit": wrong, "bigvgan": QUICK, "audio_encoder": broken})
     assert opened(bundle) == "openvino (bigvgan) + ort-cpu"
     assert measured == [], "the machine is busy still"
     shares["now"] = 0.0
