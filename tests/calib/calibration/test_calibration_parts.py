@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from omniport.calib.calibration import layer_runner, layer_weights
 from omniport.calib.calibration.checkpoint_source import Source
 from omniport.calib.calibration.findings import choose_clips
 from omniport.calib.calibration.layer_runner import Call, LayerRunner
@@ -226,6 +227,30 @@ def test_outputs_do_not_depend_on_the_order_and_go_on_after_an_interruption(sour
             np.testing.assert_array_equal(observer.hist, other.hist)
         assert len(np.unique(observer.absmax)) == VOCODER[name.removesuffix(":output")][0]
     assert whole["resblocks.0.convs1.0.weight:output"].count == whole["resblocks.0.convs1.0.weight"].count > 0
+
+
+@pytest.mark.parametrize(
+    ("free", "again", "reads"), [(1 << 30, True, 1), (1 << 20, True, 2), (None, True, 2), (1 << 30, False, 2)]
+)
+def test_weights_stay_for_calls_to_come_where_there_is_room(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int | None, again: bool, reads: int
+) -> None:
+    """What is read anew for every call has its freed blocks given back."""
+    given_back: list[bool] = []
+    monkeypatch.setattr(layer_runner, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(layer_runner.host, "available_memory", lambda: free)
+    monkeypatch.setattr(layer_runner.host, "give_back_large_blocks", lambda: given_back.append(True))
+    read: list[str] = []
+    fill = layer_weights.read_weight
+    monkeypatch.setattr(layer_weights, "read_weight", lambda rule, *rest: read.append(str(rule)) or fill(rule, *rest))  # type: ignore[func-returns-value]
+    engine = LayerRunner(source.definitions["bigvgan"], source.ckpt, (), tmp_path, again=again)
+    mel = torch.zeros(1, 80, 8)
+    engine.run([Call((mel,))])
+    once = sum("conv_pre" in rule for rule in read)
+    engine.run([Call((mel,))])
+    assert once > 0
+    assert sum("conv_pre" in rule for rule in read) == reads * once
+    assert given_back == [True] * (again and reads == 2)
 
 
 def test_the_audio_encoder_gives_what_comes_before_gelu(
