@@ -22,7 +22,7 @@ from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5O
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniToken2WavDiTModel
 
 from wren import codes, corpus, sentences, sizes
-from wren.training import Plan, bf16, train
+from wren.training import Plan, bf16, drawn_from, train
 
 FIRST = Plan(steps=8000, peak=1.5e-3, decay=0.01)
 # Behind it short answers, which are no longer than a piece, were said badly: it had never seen one of them.
@@ -41,6 +41,7 @@ def speaker_vectors() -> dict[str, Tensor]:
     return {voice: torch.randn(sizes.TIMBRE, generator=draw).sign() * 0.5 for voice in sizes.REPLY_VOICES}
 
 
+@drawn_from(0)
 def build(mean: Tensor | None = None) -> Qwen2_5OmniToken2WavDiTModel:
     """With first weights from which it learns.
 
@@ -178,7 +179,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=sizes.WORK)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     replies = corpus.both_voices(args.work, "train", sizes.SPEECH_REPLIES)
     write_voices(args.work, replies)
     examples = Examples(replies, load_file(args.work / "codes" / "codebook.safetensors"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, Qwen2_5OmniForConditionalGeneration
 
 from wren import sizes, world
+from wren.training import drawn_from
 
 OTHER_PROMPT = "You are a helpful assistant."
 SHARDS, INDEX = ("thinker", "talker", "token2wav"), "model.safetensors.index.json"
@@ -92,11 +95,17 @@ def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
 def folder(work: Path) -> Path:
     """The checkpoint with untrained weights; made if it is not there."""
     made = work / FOLDER
-    if not (made / INDEX).exists():
-        write_files(made)
-        torch.manual_seed(0)
-        model = Qwen2_5OmniForConditionalGeneration(AutoConfig.from_pretrained(made))
-        write_weights(made, model.state_dict())
+    if not made.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=work, prefix=f"{FOLDER}-"))
+        write_files(part)
+        with drawn_from(0):
+            model = Qwen2_5OmniForConditionalGeneration(AutoConfig.from_pretrained(part))
+        write_weights(part, model.state_dict())
+        try:
+            part.rename(made)
+        except OSError:  # made meanwhile, for a part that is trained beside this one
+            shutil.rmtree(part)
     return made
 
 

@@ -30,7 +30,7 @@ from transformers import AutoConfig, Qwen2_5OmniTalkerForConditionalGeneration
 
 from wren import codes, frame, sentences, sizes, thinker
 from wren.prompts import Laid
-from wren.training import Plan, bf16, train
+from wren.training import Plan, bf16, drawn_from, train
 from wren.world import Draw, Question, Split
 
 FIRST = Plan(steps=7000, peak=3e-3, decay=0.01, muon=True)
@@ -62,9 +62,9 @@ class Heard:
 class Speaker(nn.Module):
     """The talker, and the rows of the thinker's embedding that are learned with it: each voice, text end, text pad."""
 
+    @drawn_from(0)
     def __init__(self, work: Path) -> None:
         super().__init__()
-        torch.manual_seed(0)
         config = AutoConfig.from_pretrained(frame.folder(work)).talker_config
         config.vocab_size = OTHER + 1
         self.talker: Any = Qwen2_5OmniTalkerForConditionalGeneration(config)

@@ -30,7 +30,7 @@ from transformers import AutoConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from wren import frame, media, sentences, sizes, speech_data, world
 from wren.prompts import NO_NAME, Floats, Laid, Prompts, Turn
-from wren.training import Plan, bf16, train
+from wren.training import Plan, bf16, drawn_from, train
 from wren.world import Draw, Kind, Question, Split
 
 
@@ -94,12 +94,12 @@ FASTER = 0.08  # sounds of training are played faster or slower by so much at mo
 TEST_EVERY, TESTED = 250, 60
 
 
+@drawn_from(0)
 def build(work: Path) -> Qwen2_5OmniThinkerForConditionalGeneration:
     """The untrained thinker, its weights drawn as wide as their inputs ask for.
 
     transformers draws all with a deviation of 0.02, which at this width leaves every layer's output near nothing.
     """
-    torch.manual_seed(0)
     model = Qwen2_5OmniThinkerForConditionalGeneration(AutoConfig.from_pretrained(frame.folder(work)).thinker_config)
     last = ("o_proj", "down_proj", "out_proj", "fc2", "attn.proj")
     with torch.no_grad():

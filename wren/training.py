@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,14 @@ class Plan:
 def bf16() -> AbstractContextManager[None]:
     """Products in BF16 where the processor has them, else FP32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu.get_capabilities().get("avx512_bf16")))
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Weights that are drawn inside depend on the seed alone, not on what was drawn before; nothing outside changes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 class Optimizers:

@@ -22,12 +22,13 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniTo
 
 from wren import corpus, sizes, snake
 from wren.mel import log_mel
-from wren.training import Plan, train
+from wren.training import Plan, drawn_from, train
 
 PLAN = Plan(steps=6000, peak=1.5e-3, floor=0.05, betas=(0.8, 0.99), clip=2.0, average=0.995)
 BATCH, FRAMES = 4, 32
 
 
+@drawn_from(0)
 def build() -> Qwen2_5OmniToken2WavBigVGANModel:
     """With first weights that keep the signal's size: without them the ends saturate, and nothing is learned."""
     model = Qwen2_5OmniToken2WavBigVGANModel(Qwen2_5OmniBigVGANConfig(**sizes.BIGVGAN))
@@ -104,7 +105,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=PLAN.steps)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     snake.install()
     model, loss_of = build(), SpectralLoss()
     crops = corpus.Crops(corpus.both_voices(args.work, "train", sizes.SPEECH_REPLIES), FRAMES, seed=0)

@@ -36,6 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     work = tmp_path_factory.mktemp("wren")
     checkpoint = work / "checkpoint"
     think, speaker = thinker.build(work), talker.Speaker(work).eval()
+    with torch.no_grad():  # never the likeliest: random weights answer with words alone, and with all their codes
+        think.lm_head.weight[sizes.REGULAR_TOKENS :] *= 0.1
+        speaker.talker.codec_head.weight[[talker.END, talker.OTHER]] *= 0.1
     # as stored: in BF16
     for part in (think, speaker):
         part.load_state_dict({name: value.bfloat16().float() for name, value in part.state_dict().items()})
