@@ -11,6 +11,7 @@ from support.bundles import make_bundle
 
 if TYPE_CHECKING:
     from support.served import Served
+    from support.spoken_questions import Listener
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
     with Served(make_bundle(tmp_path_factory.mktemp("served") / "bundle")) as made:
         yield made.start()
+
+
+@pytest.fixture(scope="session")
+def listener() -> Listener:
+    pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed (pip install omniport[hear])")
+    from support.spoken_questions import Listener
+
+    return Listener()
 
 
 @pytest.fixture

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import openai
 from omniport.runtime import OmniSession
@@ -95,6 +98,16 @@ class ServedSession:
         while (busy := admission.active + admission.waiting) and time.monotonic() < due:
             time.sleep(0.01)
         return not busy
+
+
+@contextmanager
+def served_alike(bundle: Path, **settings: Any) -> Iterator[ServedSession]:
+    """A server over a real bundle, on loopback, whose replies are sampled from the same numbers each time."""
+    with (
+        patch("secrets.randbits", lambda bits: 1),
+        ServedSession(OmniSession.open(bundle), **settings) as served,
+    ):
+        yield served.start()
 
 
 class Served(ServedSession):

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omniport.runtime import OmniSession
 from support.browser import Tab
 from support.paths import REPOSITORY
-from support.served import ServedSession
+from support.served import ServedSession, served_alike
 from support.spoken_questions import ANSWERS, Listener
 
 from .conftest import QUESTIONS
@@ -25,17 +24,9 @@ PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "device_s
 
 
 @pytest.fixture(scope="module")
-def listener() -> Listener:
-    pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed (pip install omniport[hear])")
-    return Listener()
-
-
-@pytest.fixture(scope="module")
 def wren(wren_bundle: Path) -> Iterator[ServedSession]:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("secrets.randbits", lambda bits: 1)
-        with ServedSession(OmniSession.open(wren_bundle), model="Wren", no_auth=True) as served:
-            yield served.start()
+    with served_alike(wren_bundle, model="Wren", no_auth=True) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
