@@ -45,8 +45,8 @@ _HOST = "host code in float32 or better on both sides: only the order of summati
 _ROWS = "the reference's own results pass through: one addition of two rows is all that is computed"
 _FLOW = "the same float32 operations in the same order; only fused multiplications may round otherwise"
 _CHOICE = (
-    "standard deviations of the reference's logits: a choice may differ only where the reference itself is this "
-    "close to undecided; measured 0.034 in bfloat16, none in float16, 0.19 in 8 bits and 1.1 in 4"
+    "nats: a choice may differ only where the reference itself is this close to undecided; measured on trained weights "
+    "none in float16, 0.076 in bfloat16, 0.19 in INT8, 0.75 in FP8 and 2.5 in INT4"
 )
 _EQUAL = "float32 replies must be equal"
 
@@ -90,8 +90,9 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("preprocess.rel_rms", "float32"): Limit(1e-5, _HOST),
     ("conditioning.rel_rms", "float32"): Limit(1e-6, _ROWS),
     ("solver.rel_rms", "float32"): Limit(1e-5, _FLOW),
-    **_graded("choice.gap", (0.0, 0.05, 0.3, 0.6, 2.5), _CHOICE),
+    **_graded("choice.gap", (0.0, 0.05, 0.25, 0.6, 5.0), _CHOICE),
     ("choice.gap", "float32"): Limit(0.0, _EQUAL),
+    ("choice.gap", "fp8"): Limit(2.0, _CHOICE),
     **_graded("speech.mel.rel_rms", (5e-4, 3e-2, 0.15, 0.5, 0.7), _SPEECH, _WEIGHTS),
     **_graded("speech.wave.rel_rms", (1e-3, 5e-2, 0.25, 1.0, 1.5), _SPEECH, _PHASE),
     **_graded("speech.wave.mel_l1", (1e-3, 5e-2, 0.2, 0.3, 0.7), _SPEECH, _WEIGHTS),

@@ -76,10 +76,12 @@ def _forced(
 
 
 def _gap(scores: Floats, wanted: int, got: int) -> float:
-    """By how much the reference prefers its own choice, in standard deviations of its logits at that step."""
-    finite = scores[np.isfinite(scores)].astype(np.float64)
+    """By how many nats the reference prefers its own choice: the logarithm of how many times likelier it is.
+
+    In standard deviations of the logits it would depend on how many tokens there are that are never said.
+    """
     difference = float(scores[wanted]) - float(scores[got])
-    return difference / max(float(finite.std()), 1e-9) if np.isfinite(difference) else float("inf")
+    return difference if np.isfinite(difference) else float("inf")
 
 
 def _judge_choices(
@@ -92,7 +94,7 @@ def _judge_choices(
     check.limits["choice_gap"], check.reasons["choice_gap"] = allowed.value, allowed.reason
     if worst > allowed.value:
         check.status = FAIL
-        said = f"the choice differs where the reference prefers its own by {worst:.3g} standard deviations"
+        said = f"the choice differs where the reference prefers its own by {worst:.3g} nats"
         check.message = "; ".join(filter(None, [check.message, f"{said}, at most {allowed.value:g} is allowed"]))
     return check
 
@@ -153,13 +155,12 @@ def ids_check(
         theirs, ours = (ids[at] if at < len(ids) else ends for ids in (wanted, got))
         gap = _gap(scores[at], theirs, ours)
         figures |= {"choice_gap": gap, "first_difference": at}
-        figures["logit_gap"] = float(scores[at][theirs]) - float(scores[at][ours])
         figures["tokens of the reference"] = _shown(wanted, at, codec)
         figures["tokens of the bundle"] = _shown(got, at, codec)
         if not gap <= allowed.value:
             found.fault(
-                f"id number {at} is {ours}, the reference has {theirs} and prefers it by {gap:.3g} standard deviations "
-                f"of its logits; at most {allowed.value:g} is allowed"
+                f"id number {at} is {ours}, the reference has {theirs} and prefers it by {gap:.3g} nats; "
+                f"at most {allowed.value:g} is allowed"
             )
     elif got != wanted:
         found.fault(f"{len(got)} ids; the reference ends after {len(wanted)}")

@@ -413,7 +413,16 @@ def test_ids_may_part_only_where_the_reference_is_undecided(got: list[int], prec
     assert bool(check.message) == (status == FAIL)
     if got == [3, 0, 2]:
         assert check.figures["first_difference"] == 1
-        assert check.figures["logit_gap"] == pytest.approx(0.01, rel=1e-3)
+        assert check.figures["choice_gap"] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("never_said", [0, 100_000])
+def test_how_undecided_the_reference_is_depends_on_no_token_that_is_never_said(never_said: int) -> None:
+    """100,000 flat logits beside five make their deviation small: 7 nats seemed undecided, and 1 decided."""
+    scores = np.zeros((2, 5 + never_said), np.float32)
+    scores[:, :5] = [[0, 9.0, 8.0, 2.0, -5], [0, 0, 0, 0, 12]]
+    for got, status in ((2, PASS), (3, FAIL)):
+        assert ids_check("x", [got], [1], scores, (4,), "int4").status == status
 
 
 def test_replies_that_prove_nothing() -> None:
