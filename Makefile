@@ -29,9 +29,10 @@ $(PYTHON):
 	$(PYTHON) -m pip install --quiet --upgrade pip
 
 # Reinstalled when pyproject.toml or the tested versions change. torch comes first, so that the build asked for is the one that stays.
+# Python compiles what it imports: a part of what is installed, so half of the time is saved.
 $(INSTALLED): pyproject.toml tests/constraints.txt | $(PYTHON)
-	$(PYTHON) -m pip install --quiet torch==2.13.0
-	$(PYTHON) -m pip install --quiet --constraint tests/constraints.txt -e '.[test]'
+	$(PYTHON) -m pip install --quiet --no-compile torch==2.13.0
+	$(PYTHON) -m pip install --quiet --no-compile --constraint tests/constraints.txt -e '.[test]'
 	$(PYTHON) -m scripts.install_backends
 	touch $@
 
