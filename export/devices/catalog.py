@@ -31,9 +31,9 @@ GIB = 1 << 30
 
 #: what the system, the driver and this program take of a unified memory; of a GPU's own memory the driver alone
 UNIFIED_RESERVE, GPU_RESERVE = 2 * GIB, 1 << 29
-#: memory of a build over the graph's weights, and a constant, which the vocoder's 10,000 layers set: measured with
-#: TensorRT-RTX (docs/results/build-matrix.md)
-BUILD_FACTOR, BUILD_CONSTANT = 2.0, 750_000_000
+#: memory of a build over the graph's weights, and a constant, which the vocoder's 12,400 layers set, most in INT8:
+#: measured with TensorRT-RTX (docs/build.md)
+BUILD_FACTOR, BUILD_CONSTANT = 2.0, 950_000_000
 
 
 @dataclass(frozen=True)
