@@ -187,8 +187,9 @@ def seam_figures(streamed: Wave, whole: Wave, seams: Iterable[int]) -> dict[str,
     Returns:
         seams: how many. seam_jump: step from the last sample of a chunk to the first of the next, beyond the step that
         the whole has there, over the RMS step of the whole within 10 ms. seam_error: RMS difference from the whole
-        within 10 ms, over the RMS of the whole there. seam_mel_l1: log-mel L1 of the windows that hold the seam.
-        All 0 without seams.
+        within 10 ms, over the RMS of the whole there. Both beyond what 19 of 20 places without a seam have: coarse
+        activations round otherwise everywhere, and most of all where it is quiet. seam_mel_l1: log-mel L1 of the
+        windows that hold the seam. All 0 without seams.
 
     Raises:
         ValueError: the lengths differ.
@@ -196,19 +197,28 @@ def seam_figures(streamed: Wave, whole: Wave, seams: Iterable[int]) -> dict[str,
     if streamed.shape != whole.shape:
         raise ValueError(f"{streamed.size} samples, the whole has {whole.size}")
     a, b = streamed.astype(np.float64), whole.astype(np.float64)
+    found = list(seams)
+    if not found:
+        return {"seams": 0, "seam_jump": 0.0, "seam_error": 0.0, "seam_mel_l1": 0.0}
     level = float(np.sqrt(np.mean(b**2))) + 1e-12
-    count, jump, error, mel = 0, 0.0, 0.0, 0.0
-    for at in seams:
-        count += 1
-        near = slice(max(0, at - _HOP), at + _HOP)
-        # A hundredth of the whole's own level: a seam in a pause is not measured against nothing.
-        step = max(float(np.sqrt(np.mean(np.diff(b[near]) ** 2))), 0.01 * level)
-        local = max(float(np.sqrt(np.mean(b[near] ** 2))), 0.01 * level)
-        jump = max(jump, abs((a[at] - a[at - 1]) - (b[at] - b[at - 1])) / step)
-        error = max(error, float(np.sqrt(np.mean((a[near] - b[near]) ** 2))) / local)
+    elsewhere = [at for at in range(_HOP, len(b) - _HOP, _HOP) if min(abs(at - seam) for seam in found) > 2 * _HOP]
+    usual = np.quantile([_step_and_error(a, b, at, level) for at in elsewhere], 0.95, axis=0) if elsewhere else 0.0
+    jump, error = np.maximum(np.max([_step_and_error(a, b, at, level) for at in found], axis=0) - usual, 0.0)
+    mel = 0.0
+    for at in found:
         around = max(0, at - _N_FFT // 4), at + _N_FFT // 4
         mel = max(mel, mel_l1(log_mel_power(a, *around), log_mel_power(b, *around)))
-    return {"seams": count, "seam_jump": float(jump), "seam_error": error, "seam_mel_l1": mel}
+    return {"seams": len(found), "seam_jump": float(jump), "seam_error": float(error), "seam_mel_l1": mel}
+
+
+def _step_and_error(a: NDArray[np.float64], b: NDArray[np.float64], at: int, level: float) -> tuple[float, float]:
+    """Difference of the steps to sample ``at``, and RMS difference within 10 ms, over those of ``b`` there."""
+    near = slice(max(0, at - _HOP), at + _HOP)
+    # A hundredth of the whole's own level: a seam in a pause is not measured against nothing.
+    step = max(float(np.sqrt(np.mean(np.diff(b[near]) ** 2))), 0.01 * level)
+    local = max(float(np.sqrt(np.mean(b[near] ** 2))), 0.01 * level)
+    jump = abs((a[at] - a[at - 1]) - (b[at] - b[at - 1])) / step
+    return float(jump), float(np.sqrt(np.mean((a[near] - b[near]) ** 2))) / local
 
 
 def _filters(sample_rate: int) -> NDArray[np.float64]:

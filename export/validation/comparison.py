@@ -118,8 +118,9 @@ def array_check(
             found.figures["rel_rms"] = max(whole, float(found.figures["rel_rms"] or 0))
         if not finite:
             found.fault("the output holds values that are not finite")
-        # 4 bits move the logits of tokens that are never said as far as they are large: how likely each is says more
-        if not (logits and (rule, precision) == ("graph.rel_rms", "int4")):
+        # 4 bits, and E4M3's 4 that count, move the logits of tokens that are never said as far as they are large: how
+        # likely each is says more
+        if not (logits and rule == "graph.rel_rms" and precision in ("int4", "fp8")):
             found.hold("rel_rms", rule)
         if logits:
             found.figures |= logit_figures(got, wanted) if finite else {"kl": float("inf")}

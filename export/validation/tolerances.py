@@ -28,6 +28,7 @@ _WEIGHTS = (
 
 _DECODE = "a graph against itself: only the order of summation depends on how tokens are fed"
 _REPEAT = "the same coarse weights on both sides: only activations at a rounding step may fall on its other side"
+_REPEAT_FP8 = _REPEAT + "; measured 0.14, for steps of E4M3 are 6 to 12% of a value"
 _SPEECH = "measured on random weights with tenfold room or more: real ones are deeper and couple frames more strongly"
 _PHASE = "coarse weights move the phase of the sound, so samples may differ: the mel distances judge"
 _WINDOWS = (
@@ -36,7 +37,8 @@ _WINDOWS = (
 )
 _SEAMS = (
     "frames of the look-ahead are solved again with more codes to come, and sound otherwise; measured on trained "
-    "weights 0.087 (step), 0.10 (error) and 0.062 (mel), and steps of 0.8 to 2.0 without going over"
+    "weights, beyond what the reply has elsewhere, 0.087 (step), 0.34 (error, in FP8; 0.16 in INT8, 0.09 in FP32) and "
+    "0.29 (mel, in FP8; 0.19 in INT8), and steps of 0.8 to 2.0 without going over"
 )
 _CONTEXT = "windows with context must come far closer to the whole than windows solved alone; measured over 100 times"
 _BORDER = "a sample or a 20 ms frame at the very threshold may fall on its other side"
@@ -81,6 +83,7 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("logits.kl", "fp8"): Limit(1.0, _WEIGHTS),
     ("logits.kl", "int4"): Limit(2.0, _WEIGHTS),
     **_graded("decode.rel_rms", (1e-4, 1e-2, 5e-2, 0.1, 0.1), _DECODE, _REPEAT),
+    ("decode.rel_rms", "fp8"): Limit(0.3, _REPEAT_FP8),
     ("layer.rel_rms", "float32"): Limit(1e-4, _ORDER),
     ("layer.rel_rms", "float16"): Limit(2e-2, _HALF),
     ("layer.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
@@ -101,13 +104,14 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     **_graded("speech.wave.clipped_excess", (5e-3, 5e-3, 5e-3, 1e-2, 1e-2), _BORDER),
     **_graded("speech.wave.silent_excess", (0.02, 0.1, 0.1, 0.2, 0.2), _BORDER),
     **_graded("speech.streamed.rel_rms", (0.1, 0.1, 0.35, 0.35, 0.35), _WINDOWS),
+    ("speech.streamed.rel_rms", "fp8"): Limit(0.6, _PHASE),
     **_graded("speech.streamed.mel_rel_rms", (5e-3, 1e-2, 0.1, 0.1, 0.1), _WINDOWS),
     **_graded("speech.streamed.mel_l1", (0.05, 0.05, 0.2, 0.2, 0.2), _WINDOWS),
     **_graded("speech.streamed.mcd_db", (0.2, 0.2, 0.8, 0.8, 0.8), _WINDOWS),
     **_graded("speech.streamed.loudness_error_db", (0.1, 0.1, 0.3, 0.3, 0.3), _WINDOWS),
     **_graded("speech.streamed.clipped_excess", (5e-3, 5e-3, 5e-3, 1e-2, 1e-2), _BORDER),
     **_graded("speech.streamed.silent_excess", (0.1, 0.1, 0.1, 0.2, 0.2), _BORDER),
-    **_graded("speech.streamed.seam_jump", (0.5, 0.5, 1.0, 1.0, 1.0), _SEAMS),
+    **_graded("speech.streamed.seam_jump", (0.5, 0.5, 0.5, 0.5, 0.5), _SEAMS),
     **_graded("speech.streamed.seam_error", (0.25, 0.25, 0.5, 0.5, 0.5), _SEAMS),
     **_graded("speech.streamed.seam_mel_l1", (0.25, 0.25, 0.5, 0.5, 0.5), _SEAMS),
     **_graded("speech.streamed.context_gain", (5.0, 3.0, 1.5, 1.5, 1.5), _CONTEXT, at_least=True),

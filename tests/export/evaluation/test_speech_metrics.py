@@ -173,12 +173,24 @@ def test_seams() -> None:
     assert figures["seam_jump"] == pytest.approx(0.2 / step, rel=1e-4)
     assert figures["seam_mel_l1"] > 0.1  # type: ignore[operator]
     assert seam_figures(click, wave, [9600])["seam_jump"] == 0  # not at this seam
-    shifted = np.concatenate([wave[:4800], wave[4830:], wave[:30]])
+    shifted = np.concatenate([wave[:4800], wave[4830:5310], wave[5280:]])  # 20 ms; all the rest is not a seam's error
     figures = seam_figures(shifted, wave, [4800])
     assert figures["seam_jump"] > 0.5  # type: ignore[operator]
     assert figures["seam_error"] > 0.25  # type: ignore[operator]
     with pytest.raises(ValueError, match="samples"):
         seam_figures(wave[1:], wave, [100])
+
+
+def test_a_reply_that_differs_everywhere_has_no_seam_for_it() -> None:
+    """Coarse activations round otherwise in windows than in the whole, at a seam as anywhere else."""
+    draw = np.random.default_rng(0)
+    wave = np.sin(np.arange(14400) * 0.05).astype(np.float32) * 0.1
+    noisy = wave + draw.normal(0, 0.02, wave.shape).astype(np.float32)
+    assert seam_figures(noisy, wave, [4800, 9600])["seam_error"] < 0.1  # type: ignore[operator]
+    noisy[4800:4900] += 0.1
+    figures = seam_figures(noisy, wave, [4800, 9600])
+    assert figures["seam_error"] > 0.25  # type: ignore[operator]
+    assert figures["seam_jump"] > 5  # type: ignore[operator]
 
 
 def test_a_seam_in_a_pause_is_measured_against_the_speech() -> None:
