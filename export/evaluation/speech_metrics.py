@@ -7,6 +7,7 @@ mel, so an error in the mel of either side shows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -187,9 +188,9 @@ def seam_figures(streamed: Wave, whole: Wave, seams: Iterable[int]) -> dict[str,
     Returns:
         seams: how many. seam_jump: step from the last sample of a chunk to the first of the next, beyond the step that
         the whole has there, over the RMS step of the whole within 10 ms. seam_error: RMS difference from the whole
-        within 10 ms, over the RMS of the whole there. Both beyond what 19 of 20 places without a seam have: coarse
-        activations round otherwise everywhere, and most of all where it is quiet. seam_mel_l1: log-mel L1 of the
-        windows that hold the seam. All 0 without seams.
+        within 10 ms, over the RMS of the whole there. Both beyond what 19 of 20 places have in the chunk beside it that
+        is nearer to the whole: coarse activations round otherwise everywhere, and most of all where it is quiet.
+        seam_mel_l1: log-mel L1 of the windows that hold the seam. All 0 without seams.
 
     Raises:
         ValueError: the lengths differ.
@@ -201,14 +202,21 @@ def seam_figures(streamed: Wave, whole: Wave, seams: Iterable[int]) -> dict[str,
     if not found:
         return {"seams": 0, "seam_jump": 0.0, "seam_error": 0.0, "seam_mel_l1": 0.0}
     level = float(np.sqrt(np.mean(b**2))) + 1e-12
-    elsewhere = [at for at in range(_HOP, len(b) - _HOP, _HOP) if min(abs(at - seam) for seam in found) > 2 * _HOP]
-    usual = np.quantile([_step_and_error(a, b, at, level) for at in elsewhere], 0.95, axis=0) if elsewhere else 0.0
-    jump, error = np.maximum(np.max([_step_and_error(a, b, at, level) for at in found], axis=0) - usual, 0.0)
-    mel = 0.0
-    for at in found:
+    bounds = [0, *found, len(b)]
+    usual = [_usual(a, b, range(start + 2 * _HOP, end - 2 * _HOP, _HOP), level) for start, end in pairwise(bounds)]
+    jump, error, mel = 0.0, 0.0, 0.0
+    for at, before, behind in zip(found, usual, usual[1:], strict=False):
+        beyond = np.subtract(_step_and_error(a, b, at, level), np.minimum(before, behind))
+        jump, error = max(jump, float(beyond[0])), max(error, float(beyond[1]))
         around = max(0, at - _N_FFT // 4), at + _N_FFT // 4
         mel = max(mel, mel_l1(log_mel_power(a, *around), log_mel_power(b, *around)))
-    return {"seams": len(found), "seam_jump": float(jump), "seam_error": float(error), "seam_mel_l1": mel}
+    return {"seams": len(found), "seam_jump": jump, "seam_error": error, "seam_mel_l1": mel}
+
+
+def _usual(a: NDArray[np.float64], b: NDArray[np.float64], places: range, level: float) -> NDArray[np.float64]:
+    """What 19 of 20 places of a chunk do not exceed, as `_step_and_error`; 0 where a chunk is too short to tell."""
+    found = [_step_and_error(a, b, at, level) for at in places]
+    return np.quantile(found, 0.95, axis=0) if found else np.zeros(2)
 
 
 def _step_and_error(a: NDArray[np.float64], b: NDArray[np.float64], at: int, level: float) -> tuple[float, float]:

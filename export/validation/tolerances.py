@@ -37,8 +37,8 @@ _WINDOWS = (
 )
 _SEAMS = (
     "frames of the look-ahead are solved again with more codes to come, and sound otherwise; measured on trained "
-    "weights, beyond what the reply has elsewhere, 0.087 (step), 0.34 (error, in FP8; 0.16 in INT8, 0.09 in FP32) and "
-    "0.29 (mel, in FP8; 0.19 in INT8), and steps of 0.8 to 2.0 without going over"
+    "weights, beyond what the calmer chunk has elsewhere, 0.31 (step, in INT8; 0.085 in FP32), 0.34 (error, in FP8; 0.30 in "
+    "INT8, 0.09 in FP32) and 0.29 (mel, in FP8; 0.19 in INT8), and steps of 0.8 to 2.0 without going over"
 )
 _CONTEXT = "windows with context must come far closer to the whole than windows solved alone; measured over 100 times"
 _BORDER = "a sample or a 20 ms frame at the very threshold may fall on its other side"
@@ -83,7 +83,7 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     ("logits.kl", "fp8"): Limit(1.0, _WEIGHTS),
     ("logits.kl", "int4"): Limit(2.0, _WEIGHTS),
     **_graded("decode.rel_rms", (1e-4, 1e-2, 5e-2, 0.1, 0.1), _DECODE, _REPEAT),
-    ("decode.rel_rms", "fp8"): Limit(0.3, _REPEAT_FP8),
+    ("decode.rel_rms", "fp8"): Limit(0.2, _REPEAT_FP8),
     ("layer.rel_rms", "float32"): Limit(1e-4, _ORDER),
     ("layer.rel_rms", "float16"): Limit(2e-2, _HALF),
     ("layer.rel_rms", "bfloat16"): Limit(8e-2, _BRAIN),
@@ -104,7 +104,6 @@ LIMITS: Mapping[tuple[str, str], Limit] = {
     **_graded("speech.wave.clipped_excess", (5e-3, 5e-3, 5e-3, 1e-2, 1e-2), _BORDER),
     **_graded("speech.wave.silent_excess", (0.02, 0.1, 0.1, 0.2, 0.2), _BORDER),
     **_graded("speech.streamed.rel_rms", (0.1, 0.1, 0.35, 0.35, 0.35), _WINDOWS),
-    ("speech.streamed.rel_rms", "fp8"): Limit(0.6, _PHASE),
     **_graded("speech.streamed.mel_rel_rms", (5e-3, 1e-2, 0.1, 0.1, 0.1), _WINDOWS),
     **_graded("speech.streamed.mel_l1", (0.05, 0.05, 0.2, 0.2, 0.2), _WINDOWS),
     **_graded("speech.streamed.mcd_db", (0.2, 0.2, 0.8, 0.8, 0.8), _WINDOWS),

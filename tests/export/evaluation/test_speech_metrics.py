@@ -173,7 +173,7 @@ def test_seams() -> None:
     assert figures["seam_jump"] == pytest.approx(0.2 / step, rel=1e-4)
     assert figures["seam_mel_l1"] > 0.1  # type: ignore[operator]
     assert seam_figures(click, wave, [9600])["seam_jump"] == 0  # not at this seam
-    shifted = np.concatenate([wave[:4800], wave[4830:5310], wave[5280:]])  # 20 ms; all the rest is not a seam's error
+    shifted = np.concatenate([wave[:4800], wave[4830:], wave[:30]])
     figures = seam_figures(shifted, wave, [4800])
     assert figures["seam_jump"] > 0.5  # type: ignore[operator]
     assert figures["seam_error"] > 0.25  # type: ignore[operator]
