@@ -37,8 +37,8 @@ _WINDOWS = (
 )
 _SEAMS = (
     "frames of the look-ahead are solved again with more codes to come, and sound otherwise; measured on trained "
-    "weights, beyond what the calmer chunk has elsewhere, 0.31 (step, in INT8; 0.085 in FP32), 0.34 (error, in FP8; 0.30 in "
-    "INT8, 0.09 in FP32) and 0.29 (mel, in FP8; 0.19 in INT8), and steps of 0.8 to 2.0 without going over"
+    "weights, beyond what the calmer chunk has elsewhere, 0.31 (step, in INT8; 0.085 in FP32), 0.34 (error, in FP8; "
+    "0.30 in INT8, 0.09 in FP32) and 0.29 (mel, in FP8; 0.19 in INT8), and steps of 0.8 to 2.0 without going over"
 )
 _CONTEXT = "windows with context must come far closer to the whole than windows solved alone; measured over 100 times"
 _BORDER = "a sample or a 20 ms frame at the very threshold may fall on its other side"
