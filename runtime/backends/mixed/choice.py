@@ -39,8 +39,8 @@ DIFFERENCES: Mapping[str, float] = {
     "float16": 2e-2,
     "bfloat16": 8e-2,
     "int8": 0.1,
-    "fp8": 0.1,
     "int4": 0.1,
+    "fp8": 0.2,
 }
 
 
