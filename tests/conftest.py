@@ -35,9 +35,19 @@ if (_kept := os.environ.get("OMNIPORT_TEST_GRAPHS")) and not _WORKER:
     (_SHARED / "graphs").symlink_to(_kept)
 
 
-def pytest_collection_finish() -> None:
-    # Thousands of tests and their imports stay to the end. Left out of collections, these take no time, and there are
-    # many: one for every part that is exported or validated, and one for every planted failure of a driver's call.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with slow tests come first: else a worker ends with one of them while the other has nothing left to do.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_stays() -> None:
+    """Tests, imports and what a whole run shares are left out of collections.
+
+    There are many of these: one for every part that is exported or validated, and one for every planted failure of a
+    driver's call. Looking at all that was there before each file took a tenth of the run.
+    """
     gc.collect()
     gc.freeze()
 

@@ -14,6 +14,7 @@ from benchmarks import export_memory
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc, which only Linux has")
 def test_peak_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     """2 and 12 decoder layers of 35 MB: exporting ten more may not cost as much as holding two of them.

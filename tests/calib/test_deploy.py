@@ -215,6 +215,7 @@ def test_quantized_graph_by_graph_is_what_quantize_makes(
     assert left_beside(out) == ["quantized"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [NANO, AGX])
 def test_a_jetson_board_gets_a_bundle_to_copy(
     omniport: Omniport, tiny_checkpoint: Path, tmp_path: Path, target: str
@@ -349,6 +350,7 @@ deploy(sys.argv[1], sys.argv[2], "cpu", recipe="fp32", max_context=4096, validat
 """
 
 
+@pytest.mark.slow
 def test_a_killed_one_keeps_its_finished_graphs(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -365,6 +365,7 @@ def start_export(checkpoint: Path, out: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "old"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)], ids=["TERM", "INT"]
 )
@@ -386,6 +387,7 @@ def test_interrupted_export_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == (["folder"] if old else [])
 
 
+@pytest.mark.slow
 def test_killed_export_is_swept_by_the_next(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     process = start_export(tiny_checkpoint, out)

@@ -138,6 +138,7 @@ def complaints(said: Sequence[Answer], ear: Ear) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_questions_of_all_kinds_are_answered_right_and_heard(given: list[Answer], ear: Ear) -> None:
     assert len(given) == sum(ASKED.values()) == 20
     assert {answer.question.kind for answer in given} == set(ASKED)

@@ -195,6 +195,7 @@ def test_answers_are_shown(
     assert re.search(r"25\.0% +50\.0%", shown)
 
 
+@pytest.mark.slow
 def test_questions_are_asked_of_every_bundle(tiny_bundle: Path, room: Path, tmp_path: Path) -> None:
     pytest.importorskip("pocketsphinx", reason="pocketsphinx is not installed (pip install omniport[hear])")
     asked = tmp_path / "questions.jsonl"

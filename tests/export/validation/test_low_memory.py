@@ -121,6 +121,7 @@ def test_what_cannot_be_loaded_shows_at_once(noted: tuple[LowMemoryBackend, list
         noted[0].graph("missing")
 
 
+@pytest.mark.slow
 def test_replies_in_turns_pass(
     tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

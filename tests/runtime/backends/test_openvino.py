@@ -71,6 +71,7 @@ def test_a_run_that_is_stopped_gives_nothing_and_ends_whole() -> None:
         assert begun == seen
 
 
+@pytest.mark.slow
 def test_runs_behind_stopped_ones_are_right(wren_bundle: Path) -> None:
     """A request of OpenVINO 2026.4.1 that is cancelled leaves shapes of its own in the graph: runs behind it fail."""
     bundle, rng = Bundle.open(wren_bundle), np.random.default_rng(0)
