@@ -33,6 +33,7 @@ FLITE_RATE = 16000
 LEVEL = 0.1  # RMS of the loud samples
 PEAK = 0.9  # no sample is louder: nothing clips
 CHUNK = 1000  # sentences of one voice, before the next voice speaks as many
+SHOWN_EVERY = 500  # sentences
 SILENCE_BEFORE, SILENCE_AFTER = 0.04, 0.08  # seconds that stay
 
 
@@ -105,8 +106,30 @@ def sound_of(work: Path, utterance: Utterance) -> NDArray[np.int16]:
     return soundfile.read(work / "speech" / utterance.voice / utterance.file, dtype="int16")[0]
 
 
-def speak_all(work: Path, voice: str, flite_voice: str, sentences: Iterable[tuple[str, str, float]], rate: int) -> None:
+class Progress:
+    """How many of all sentences are spoken, and how long the others will take. What was there already took no time."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.spoken = total, 0, 0
+        self.begin = time.monotonic()
+
+    def spoke(self) -> None:
+        self.done, self.spoken = self.done + 1, self.spoken + 1
+        if self.done % SHOWN_EVERY == 0 or self.done == self.total:
+            left = (time.monotonic() - self.begin) / self.spoken * (self.total - self.done)
+            print(f"{self.done} of {self.total} spoken, {left / 60:.1f} min left", flush=True)
+
+
+def speak_all(
+    work: Path,
+    voice: str,
+    flite_voice: str,
+    sentences: Iterable[tuple[str, str, float]],
+    rate: int,
+    progress: Progress | None = None,
+) -> None:
     """Speak every (text, split, speed) that is not yet in ``speech/VOICE``. One process at a time may."""
+    wanted = list(sentences)
     folder = work / "speech" / voice
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "index.jsonl").open("a+b") as index:
@@ -114,18 +137,17 @@ def speak_all(work: Path, voice: str, flite_voice: str, sentences: Iterable[tupl
         index.seek(0)
         index.truncate(index.read().rfind(b"\n") + 1)  # a stopped run may have left half a line
         there = {(u.text, u.speed) for u in spoken(work, voice)}
-        todo = [s for s in dict.fromkeys(sentences) if (s[0], s[2]) not in there]
-        begin = time.monotonic()
-        for number, (text, split, speed) in enumerate(todo, 1):
+        todo = [s for s in dict.fromkeys(wanted) if (s[0], s[2]) not in there]
+        progress = progress or Progress(len(wanted))
+        progress.done += len(wanted) - len(todo)
+        for text, split, speed in todo:
             name = hashlib.blake2s(f"{speed} {text}".encode(), digest_size=8).hexdigest() + ".flac"
             sound = speak(text, flite_voice, speed, rate)
             soundfile.write(folder / name, np.round(sound * 32767).astype(np.int16), rate)
             line = asdict(Utterance(text, voice, speed, split, name, len(sound), rate))
             index.write(json.dumps(line).encode() + b"\n")
             index.flush()
-            if number % 500 == 0 or number == len(todo):
-                left = (time.monotonic() - begin) / number * (len(todo) - number)
-                print(f"{voice}: {number} of {len(todo)} spoken, {left / 60:.1f} min left", flush=True)
+            progress.spoke()
 
 
 def main() -> None:
@@ -145,10 +167,11 @@ def main() -> None:
     first = sizes.SPEECH_REPLIES
     ordered = [(t, "train") for t in train[:first]] + [(t, "held_out") for t in held_out]
     ordered += [(t, "train") for t in train[first:]]
+    progress = Progress(len(ordered) * len(voices))
     for at in range(0, len(ordered), CHUNK):
         for voice, flite_voice in voices.items():
             some = [(text, split, speed_of(text, voice, speeds)) for text, split in ordered[at : at + CHUNK]]
-            speak_all(args.work, voice, flite_voice, some, rate)
+            speak_all(args.work, voice, flite_voice, some, rate, progress)
 
 
 def speed_of(text: str, voice: str, speeds: tuple[float, ...]) -> float:

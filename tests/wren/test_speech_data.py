@@ -25,13 +25,14 @@ def test_speech_is_equal_twice_levelled_and_whole_codes_long() -> None:
 
 
 @needs_flite
-def test_a_run_that_stopped_in_the_middle_of_a_line_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_stopped_in_the_middle_of_a_line_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sentences = [("One.", "train", 1.0), ("Two.", "held_out", 1.0)]
     speech_data.speak_all(tmp_path, "Chelsie", "slt", sentences[:1], sizes.RATE)
     index = tmp_path / "speech" / "Chelsie" / "index.jsonl"
     whole = index.read_text()
     index.write_text(whole + json.dumps({"text": "Two."})[:9])
     speech_data.speak_all(tmp_path, "Chelsie", "slt", sentences, sizes.RATE)
+    assert capsys.readouterr().out.splitlines() == [f"{n} of {n} spoken, 0.0 min left" for n in (1, 2)]
     utterances = speech_data.spoken(tmp_path, "Chelsie")
     assert [(u.text, u.split) for u in utterances] == [("One.", "train"), ("Two.", "held_out")]
     assert index.read_text().startswith(whole)
