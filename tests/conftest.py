@@ -34,6 +34,9 @@ if (_kept := os.environ.get("OMNIPORT_TEST_GRAPHS")) and not _WORKER:
     Path(_kept).mkdir(parents=True, exist_ok=True)
     (_SHARED / "graphs").symlink_to(_kept)
 
+# Tracing makes millions of objects, most of which stay: looking for garbage after each 700 took a tenth of an export.
+gc.set_threshold(20_000, 10, 10)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Files with slow tests come first: else a worker ends with one of them while the other has nothing left to do.
