@@ -32,6 +32,7 @@ from benchmarks import (
     validate,
     vocoder,
     vocoder_forms,
+    wren_again,
     wren_loss,
 )
 from benchmarks.harness import RESULTS
@@ -62,6 +63,7 @@ PAGES = {
     "vocoder": vocoder,
     "vocoder-forms": vocoder_forms,
     "wren": wren_loss,
+    "wren-again": wren_again,
 }
 
 
