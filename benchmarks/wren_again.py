@@ -43,6 +43,8 @@ def equal_codes(shipped: Path, again: Path) -> tuple[int, int]:
 
 
 def measure(args: argparse.Namespace, _: Any) -> Iterator[Any]:
+    if args.again is None:
+        raise SystemExit("name two work folders: of the parts that ship, and of those trained again")
     heard = {name: json.loads((getattr(args, name) / "speech.json").read_text()) for name in ("shipped", "again")}
     yield {"codes": equal_codes(args.shipped, args.again), **heard}
 
