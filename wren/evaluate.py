@@ -28,12 +28,12 @@ from omniport.runtime import AudioChunk, Done, OmniSession, SamplingConfig
 from omniport.runtime.media.video import load_video
 
 from wren import corpus, media, sizes, world
+from wren.conversations import Conversations
 from wren.grammar import reply_grammar
 from wren.hear_speech import SEEN, VoiceClassifier, chances, true_sound
 from wren.mel import mel_of
 from wren.prompts import Turn
 from wren.reference import Reference
-from wren.thinker import Conversations
 
 MOST_TOKENS, MOST_CODES = 64, 500
 MEASURED = 100  # sentences of each voice that the ear is measured by

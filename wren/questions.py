@@ -20,9 +20,9 @@ import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
 from wren import media, sizes, speech_data, world
+from wren.conversations import Conversations
 from wren.grammar import reply_grammar
 from wren.prompts import Turn
-from wren.thinker import Conversations
 from wren.world import Kind, Picture
 
 OUT = Path("wren/questions")

@@ -13,8 +13,8 @@ dit.safetensors             weights (averaged over the last steps) and dit.json
 frame/                      the checkpoint with untrained weights: its configuration and tokenizer
 vision.safetensors          weights of the vision encoder that names what it sees; the thinker starts from them
 thinker.first.safetensors   weights of transformers' thinker after its first course
-thinker.second.safetensors  and after its second
-thinker.safetensors         and after all three
+thinker.second.safetensors  and after its second; so third and fourth
+thinker.safetensors         and after all five
 talker.first.safetensors    weights of the talker with small tables, and of the thinker's rows that only it reads, after
                             its first course
 talker.safetensors          and after both

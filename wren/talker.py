@@ -1,6 +1,7 @@
 """The talker: transformers' own class at a small size, taught to say the thinker's replies in codes.
 
-    python -m wren.talker [--work DIR] [--steps N]
+    python -m wren.talker [--work DIR]
+    torchrun --nproc-per-node 2 -m wren.talker [--work DIR]
 
 It reads what `generate` gives it. Every token of the prompt is the thinker's hidden state plus the token's embedding
 (the hidden state alone where a medium stands). Then come the voice's row, with the codec's pad, and the reply: one
@@ -29,8 +30,9 @@ from torch.nn import functional
 from transformers import AutoConfig, Qwen2_5OmniTalkerForConditionalGeneration
 
 from wren import codes, frame, sentences, sizes, thinker
+from wren.conversations import Conversations
 from wren.prompts import Laid
-from wren.training import Plan, bf16, drawn_from, train
+from wren.training import Crew, Plan, bf16, drawn_from, train
 from wren.world import Draw, Question, Split
 
 FIRST = Plan(steps=7000, peak=3e-3, decay=0.01, muon=True)
@@ -209,7 +211,7 @@ class Sentences:
     """Replies with their codes and the questions that they answer."""
 
     def __init__(self, work: Path, split: Split) -> None:
-        self.conversations = thinker.Conversations(work, split)
+        self.conversations = Conversations(work, split)
         self.prompts = self.conversations.prompts
         self.neighbours = codes.neighbours(load_file(work / "codes" / "codebook.safetensors"))
         spoken = {voice: codes.load(work, voice, split) for voice in sizes.REPLY_VOICES}
@@ -232,13 +234,13 @@ class Sentences:
         spoken = draw.random() < 0.3
         return self.prompts.lay(self.conversations.asked(sentence.question, draw, spoken))
 
-    def draw(self, draw: Draw) -> list[Sentence]:
-        """Sentences for one step."""
+    def draw(self, draw: Draw, tokens: int = TOKENS) -> list[Sentence]:
+        """Sentences for one step, of about so many tokens."""
         kind = self.kinds["clip" if draw.random() < 0.15 and self.kinds["clip"] else "other"]
         at = int(draw.integers(len(kind)))
         near = kind[max(0, at - 100) : at + 100]
         prompt = 400 if kind is self.kinds["clip"] else 75
-        count = max(2, TOKENS // (len(near[-1].codes) + prompt))
+        count = max(2, tokens // (len(near[-1].codes) + prompt))
         return [near[int(i)] for i in draw.integers(len(near), size=count)]
 
     def fed(self, said: Tensor, draw: Draw) -> Tensor:
@@ -285,12 +287,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=sizes.WORK)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    crew = Crew.join()
     model = frozen(args.work)
     data, held_out = Sentences(args.work, "train"), Sentences(args.work, "held_out")
     print({name: len(kind) for name, kind in data.kinds.items()}, "sentences", flush=True)
 
     speaker = Speaker(args.work)
+    speaker.talker.set_attn_implementation("eager")  # at so few tokens a step takes three quarters of the time
     speaker.talker.model.compile(dynamic=True)  # minutes at first, then nearly twice as fast
 
     @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
@@ -308,16 +311,17 @@ def main() -> None:
             return
 
         def loss(step: int) -> tuple[Tensor, float]:
-            if step % TEST_EVERY == 0 and step:
+            if step % TEST_EVERY == 0 and step and crew.number == 0:
                 print(f"step {step} held out: {test()}", flush=True)
-            draw = np.random.default_rng((seed, step))
-            value, _ = loss_of(speaker, model, data, data.draw(draw), draw)
+            draw = crew.draw(seed, step)
+            value, _ = loss_of(speaker, model, data, data.draw(draw, TOKENS // crew.count), draw)
             return value, value.item()
 
-        weights = train(speaker, loss, plan, args.work / f"{file}.train.pt")
-        save_file({name: value.contiguous() for name, value in weights.items()}, place)
+        weights = train(speaker, loss, plan, args.work / f"{file}.train.pt", crew=crew)
         speaker.load_state_dict(weights)
-        print(f"held out: {test()}", flush=True)
+        if crew.number == 0:
+            save_file({name: value.contiguous() for name, value in weights.items()}, place)
+            print(f"held out: {test()}", flush=True)
 
     taught(FIRST, 3, "talker.first")
     taught(SECOND, 4, "talker")

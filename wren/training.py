@@ -1,17 +1,24 @@
-"""The loop that trains a part: learning rate, averaged weights, progress with time left, and going on after a stop."""
+"""The loop that trains a part: learning rate, averaged weights, progress with time left, and going on after a stop.
+
+Several processes can train together (`torchrun --nproc-per-node 2 -m wren.talker`): each takes its share of a step, and
+their gradients are averaged. `Crew` is what a part needs to know of it.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,51 @@ def drawn_from(seed: int) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Crew:
+    """The processes that train together, each with one thread: ``count`` of them, this one being the ``number``-th."""
+
+    number: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls) -> Crew:
+        """Those that `torchrun` started; without it this process is alone. All but the first are silent."""
+        torch.set_num_threads(1)
+        if not distributed.is_torchelastic_launched():
+            return cls()
+        distributed.init_process_group("gloo")
+        crew = cls(distributed.get_rank(), distributed.get_world_size())
+        if crew.number:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- as long as the process
+        return crew
+
+    def draw(self, seed: int, step: int) -> np.random.Generator:
+        """What this process draws in a step. The first one draws what a process that is alone does."""
+        return np.random.default_rng((seed, step, self.number))
+
+    def share(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """How many of the things of a step are this process's. What is left over goes to another one each time."""
+        return {
+            name: len(range((self.number + i) % self.count, count, self.count))
+            for i, (name, count) in enumerate(counts.items())
+        }
+
+    def average(self, model: nn.Module) -> None:
+        """Every gradient becomes the mean of all processes'."""
+        if self.count == 1:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(together)
+        together /= self.count
+        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+ALONE = Crew()
+
+
 class Optimizers:
     """AdamW, or Muon for the matrices of decoder layers and AdamW for everything else."""
 
@@ -77,7 +129,12 @@ class Optimizers:
 
 
 def train(
-    model: nn.Module, loss_of: Callable[[int], tuple[Tensor, float]], plan: Plan, state: Path, save_every: float = 180
+    model: nn.Module,
+    loss_of: Callable[[int], tuple[Tensor, float]],
+    plan: Plan,
+    state: Path,
+    save_every: float = 180,
+    crew: Crew = ALONE,
 ) -> dict[str, Tensor]:
     """Train, and give the averaged weights; finished trainings only give them.
 
@@ -85,6 +142,7 @@ def train(
         loss_of: the loss of a step and the figure to show. What it draws must depend on the step alone: then a
             training that stopped and goes on is the one that did not stop.
         state: file that it goes on from, written every ``save_every`` seconds.
+        crew: who trains together. The step's loss is the mean of theirs; the first one writes ``state``.
     """
     optimizers = Optimizers(model, plan)
     average = {name: value.clone() for name, value in model.state_dict().items()}
@@ -109,6 +167,7 @@ def train(
         loss, figure = loss_of(step)
         model.zero_grad(set_to_none=True)
         loss.backward()
+        crew.average(model)
         nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
         optimizers.step(plan.rate(step))
         step += 1
@@ -122,7 +181,7 @@ def train(
             each = (now - begin) / (step - first)
             left = each * (plan.steps - step) / 60
             print(f"step {step} loss {shown:.4f}, {each * 1000:.0f} ms a step, {left:.1f} min left", flush=True)
-        if now - saved_at > save_every or step == plan.steps:
+        if crew.number == 0 and (now - saved_at > save_every or step == plan.steps):
             save()
             saved_at = now
     return average

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from wren import frame, media, thinker  # noqa: E402
+from wren import conversations, frame, media, thinker  # noqa: E402
 from wren.prompts import NO_NAME, Laid, Prompts, Turn, mel_of_question  # noqa: E402
+from wren.training import Crew  # noqa: E402
 from wren.world import MOVES, Clip, Picture  # noqa: E402
 
 
@@ -112,12 +114,12 @@ def test_the_mel_of_a_question_is_the_runtimes(work: Path, samples: int) -> None
 def test_questions_of_a_course_of_pauses_have_silence_around(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Digital or with noise, up to a second on either side; before that course nothing is added."""
     said = np.random.default_rng(3).normal(0, 0.1, 8000).astype(np.float32)
-    conversations = thinker.Conversations(work, "train")
-    monkeypatch.setattr(conversations, "sound", lambda text, draw: said)
-    plain = conversations.question_sound("Hello!", np.random.default_rng(0))
+    drawn = conversations.Conversations(work, "train")
+    monkeypatch.setattr(drawn, "sound", lambda text, draw: said)
+    plain = drawn.question_sound("Hello!", np.random.default_rng(0))
     np.testing.assert_array_equal(plain, said)
-    conversations.pauses = 0.8
-    sounds = [conversations.question_sound("Hello!", np.random.default_rng(seed)) for seed in range(200)]
+    drawn.pauses = 0.8
+    sounds = [drawn.question_sound("Hello!", np.random.default_rng(seed)) for seed in range(200)]
     longer = [sound for sound in sounds if len(sound) > len(said)]
     digital = [sound for sound in longer if sound[0] == 0 and sound[-1] == 0]
     noisy = [sound for sound in longer if np.abs(sound[:20]).min() > 0 and np.abs(sound[-20:]).min() > 0]
@@ -125,4 +127,16 @@ def test_questions_of_a_course_of_pauses_have_silence_around(work: Path, monkeyp
     assert 0.4 < len(digital) / len(longer) < 0.6
     assert len(digital) + len(noisy) == len(longer)
     assert max(map(len, sounds)) > len(said) + 24000
-    assert max(map(len, sounds)) <= len(said) + 2 * thinker.LONG_PAUSE
+    assert max(map(len, sounds)) <= len(said) + 2 * conversations.LONG_PAUSE
+
+
+@pytest.mark.parametrize("course", [thinker.FIRST, thinker.THIRD, thinker.FOURTH])
+def test_kinds_count_alike_however_many_processes_learn_them(course: thinker.Course) -> None:
+    """The mean of the processes' losses weighs every kind as one process does."""
+    whole = sum(course.shares.values())
+    for many in (1, 2, 3):
+        each = [thinker.Lessons(Mock(), Mock(), course.rows, course.shares, Crew(n, many)) for n in range(many)]
+        for kind, rows in course.rows.items():
+            assert sum(lessons.rows.get(kind, 0) for lessons in each) == rows
+            mean = sum(lessons.shares.get(kind, 0) for lessons in each) / many
+            assert mean == pytest.approx(course.shares[kind] / whole)
