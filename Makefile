@@ -1,7 +1,7 @@
 # make test: install into .venv, then linters, types and tests (what CI runs)
 # make demo: install, then export a random-weight model and let it answer a spoken question
-# make wren: train Wren from nothing (hours; it goes on where it stopped), export it and ask it questions. CORES=1: the
-#     thinker and the talker do not learn in two processes
+# make wren: train Wren from nothing (hours; it goes on where it stopped), export it and ask it questions. CORES=1: no
+#     part is trained by two processes
 # make docs: write the pages that come from the code
 # make serve-check: the web page of `omniport serve` in Chromium, which has to be installed; the clients of others, one
 #     of them in Node; schemathesis over /openapi.json; replicas under Ray Serve; and 500 hostile clients
@@ -73,8 +73,9 @@ demo: $(INSTALLED)
 
 WREN := .work/wren
 
-# of a machine for Wren's thinker and talker, which take the longest
+# of a machine for Wren's vision encoder, thinker and talker, which take the longest
 CORES := 2
+TOGETHER := $(VENV)/bin/torchrun --standalone --nproc-per-node $(CORES)
 
 # The parts from vocoder on need not wait for each other's speech: `thinker` may run beside `vocoder` and `dit`.
 wren: $(INSTALLED)
@@ -85,9 +86,9 @@ wren: $(INSTALLED)
 	$(PYTHON) -m wren.codes --work $(WREN)
 	$(PYTHON) -m wren.vocoder --work $(WREN)
 	$(PYTHON) -m wren.dit --work $(WREN)
-	$(PYTHON) -m wren.vision --work $(WREN)
-	$(VENV)/bin/torchrun --standalone --nproc-per-node $(CORES) -m wren.thinker --work $(WREN)
-	$(VENV)/bin/torchrun --standalone --nproc-per-node $(CORES) -m wren.talker --work $(WREN)
+	$(TOGETHER) -m wren.vision --work $(WREN)
+	$(TOGETHER) -m wren.thinker --work $(WREN)
+	$(TOGETHER) -m wren.talker --work $(WREN)
 	$(PYTHON) -m wren.assemble --work $(WREN)
 	rm -rf $(WREN)/bundle
 	$(VENV)/bin/omniport export wren/checkpoint $(WREN)/bundle

@@ -1,6 +1,7 @@
 """The vision encoder's first lessons: to name what each token of a picture shows.
 
     python -m wren.vision [--work DIR] [--steps N]
+    torchrun --nproc-per-node 2 -m wren.vision [--work DIR] [--steps N]
 
 So small a transformer needs some hundred thousand pictures to tell shapes apart, whatever their colours. The encoder
 alone takes them thirty times as fast as the whole thinker, which then starts from what it has learned here. To see
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from wren import media, sizes, thinker, world
 from wren.prompts import NO_NAME, Laid, Prompts, Turn
-from wren.training import Plan, bf16, train
+from wren.training import Crew, Plan, bf16, train
 from wren.world import Draw
 
 PLAN = Plan(steps=2500, peak=2e-3, decay=0.02, average=0.99)
@@ -77,18 +78,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=sizes.WORK)
     parser.add_argument("--steps", type=int, default=PLAN.steps)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    crew = Crew.join()
     encoder = Encoder(thinker.build(args.work), Prompts(args.work))
 
     def loss_of(step: int) -> tuple[Tensor, float]:
         tell = f"step {step}" if step % TEST_EVERY == 0 else ""
         then = step >= FIRST * args.steps
-        loss = encoder.loss(np.random.default_rng((4, step)), PICTURES[then], CLIPS[then], tell)
+        own = crew.share({"pictures": PICTURES[then], "clips": CLIPS[then]})
+        loss = encoder.loss(crew.draw(4, step), own["pictures"], own["clips"], tell)
         return loss, loss.item()
 
     plan = Plan(args.steps, PLAN.peak, decay=PLAN.decay, average=PLAN.average)
-    weights = train(encoder.encoder, loss_of, plan, args.work / "vision.train.pt")
-    save_file({name: value.contiguous() for name, value in weights.items()}, args.work / "vision.safetensors")
+    weights = train(encoder.encoder, loss_of, plan, args.work / "vision.train.pt", crew=crew)
+    if crew.number == 0:
+        save_file({name: value.contiguous() for name, value in weights.items()}, args.work / "vision.safetensors")
 
 
 if __name__ == "__main__":
