@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +48,16 @@ def test_disturbing_is_seeded_and_clips_nothing() -> None:
     for made in (first, other):
         assert made.dtype == np.float32
         assert 10 ** (-24 / 20) - 1e-3 <= np.abs(made).max() <= 10 ** (-4 / 20) + 1e-3
+
+
+def test_sentences_are_spoken_side_by_side_and_kept_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2, timeout=30)
+
+    def speak(text: str, voice: str, speed: float, rate: int) -> speech_data.Sound:
+        together.wait()  # breaks if one is spoken alone
+        return np.full(1, int(text), np.float32)
+
+    monkeypatch.setattr(speech_data, "speak", speak)
+    monkeypatch.setattr(speech_data, "usable_cpus", lambda: {0, 1})
+    wanted = [(str(number), "train", 1.0) for number in range(2 * speech_data.TOGETHER)]
+    assert np.concatenate(list(speech_data.sounds(wanted, "slt", sizes.RATE))).tolist() == list(range(len(wanted)))
