@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,22 +17,16 @@ import onnx_ir as ir
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from omniport.export.evaluation.half_emulation import load_copy, open_graph
+from omniport.export.evaluation.stored_weights import StoredGraph, unscaled
 from omniport.runtime.backends.onnxruntime.backend import OrtGraph
 from omniport.runtime.bundle.graph_spec import TensorSpec
-from omniport.runtime.bundle.integer_weights import integers_name, scales_name, zero_points_name
-from omniport.runtime.bundle.onnx_scan import check_graph_file
 from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle
-from omniport.runtime.errors import BundleError
-from omniport.runtime.system.foreign import foreign
-from onnx import numpy_helper
 
 from ..weights.qdq import rounded_output
 from .recorded_calls import EQUAL_DB, Calls
 
 Array = NDArray[Any]
-#: of scaling rows, then columns, in turns
-_PASSES = 4
 #: largest value of each integer and FP8 type
 _LARGEST = {onnx.TensorProto.INT8: 127.0, onnx.TensorProto.FLOAT8E4M3FN: 448.0}
 
@@ -91,44 +85,12 @@ def sqnr_db(got: Array, wanted: Array) -> float:
     return float(np.clip(10 * np.log10(signal / noise), -EQUAL_DB, EQUAL_DB)) if signal > 0 else -EQUAL_DB
 
 
-def unscaled(got: Array, wanted: Array) -> Array:
-    """``got`` [K, N] with each row and each column scaled to be nearest to ``wanted``.
-
-    Smoothing multiplies rows by factors that what comes before is divided by, and the columns of a weight whose output
-    the next one smooths. Both are undone elsewhere in the graph and are no loss.
-    """
-    for axis in (1, 0) * _PASSES:
-        energy = np.maximum(np.square(got, dtype=np.float64).sum(axis=axis, keepdims=True), 1e-30)
-        got = got * ((got.astype(np.float64) * wanted).sum(axis=axis, keepdims=True) / energy)
-    return got
-
-
-class _File:
-    """A graph's ONNX file, whose weights are read one by one."""
+class _File(StoredGraph):
+    """A graph's ONNX file: which values belong to which weight."""
 
     def __init__(self, bundle: Bundle, name: str) -> None:
-        spec = bundle.manifest.graphs[name]
-        self._bundle, self._folder = bundle, PurePosixPath(spec.file).parent
-        check_graph_file(bundle.path(spec.file), spec)
-        path = bundle.path(spec.file)
-        with foreign(BundleError, f"cannot read {path} as ONNX", "Copy or export the bundle again"):
-            self.graph = onnx.load(path, load_external_data=False).graph
-        self.tensors = {tensor.name: tensor for tensor in self.graph.initializer}
+        super().__init__(bundle, name)
         self._makers = {output: node for node in self.graph.node for output in node.output}
-
-    def array(self, name: str) -> Array:
-        """An initializer; nothing of it is kept."""
-        tensor = onnx.TensorProto()
-        tensor.CopyFrom(self.tensors[name])
-        if tensor.external_data:
-            # not by onnx, which refuses files that are hard links, as unchanged graphs of a quantized bundle are
-            where = {entry.key: entry.value for entry in tensor.external_data}
-            with open(self._bundle.path((self._folder / where["location"]).as_posix()), "rb") as file:
-                file.seek(int(where.get("offset", "0")))
-                tensor.raw_data = file.read(int(where["length"]))
-            tensor.ClearField("external_data")
-            tensor.data_location = onnx.TensorProto.DEFAULT
-        return numpy_helper.to_array(tensor)
 
     def outputs(self, weights: Iterable[str]) -> dict[str, str]:
         """Weight -> output of the node that multiplies it."""
@@ -157,26 +119,11 @@ class _File:
 
 
 def _weight_db(before: _File, after: _File, weight: str, smoothed: bool) -> float | None:
-    name = integers_name(weight)
-    node = next((n for n in after.graph.node if n.op_type == "DequantizeLinear" and n.input[0] == name), None)
-    if node is None or weight not in before.tensors:
+    got = after.dequantized(weight)
+    if got is None or weight not in before.tensors:
         return None
     wanted = before.array(weight).astype(np.float32)
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
-    got = _dequantized(after, weight, attributes.get("axis", 1), attributes.get("block_size", 0))
     return sqnr_db(unscaled(got, wanted) if smoothed and got.ndim == 2 else got, wanted)
-
-
-def _dequantized(file: _File, weight: str, axis: int, block: int) -> Array:
-    integers = file.array(integers_name(weight)).astype(np.float32)
-    scales = file.array(scales_name(weight)).astype(np.float32)
-    if zero_points_name(weight) in file.tensors:  # in blocks, always
-        integers -= np.repeat(file.array(zero_points_name(weight)).astype(np.float32), block, axis=axis)
-    if block:
-        return integers * np.repeat(scales, block, axis=axis)
-    shape = [1] * integers.ndim
-    shape[axis] = -1
-    return integers * scales.reshape(shape if scales.ndim else [1] * integers.ndim)
 
 
 def _output_db(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from omniport.runtime.bundle.integer_weights import smoothed_name
 from omniport.runtime.bundle.recipes import CHANNELS_LAST
 from onnx_ir.passes import InPlacePass, PassResult
 
@@ -80,7 +81,7 @@ class SmoothPass(InPlacePass):
         """An explicit Mul between a value and products that read it."""
         first = _first(graph, nodes)
         assert value.dtype is not None
-        inverse = _initializer(graph, f"{_weight(first)}.smooth", 1 / smooth, value.dtype)
+        inverse = _initializer(graph, smoothed_name(_weight(first)), 1 / smooth, value.dtype)
         made = ir.node("Mul", [value, inverse], name=f"{first.name}/Mul")
         out = made.outputs[0]
         out.name, out.dtype, out.shape = f"{made.name}:0", value.dtype, value.shape
@@ -162,7 +163,7 @@ class SmoothPass(InPlacePass):
         assert old.name
         assert old.dtype is not None
         array = self.read(old.name).astype(np.float32) / smooth
-        node.replace_input_with(index, _initializer(graph, f"{old.name}.smooth", array, old.dtype))
+        node.replace_input_with(index, _initializer(graph, smoothed_name(old.name), array, old.dtype))
         if not old.uses():
             del graph.initializers[old.name]
 

@@ -11,13 +11,14 @@ operators in FP32 without the rounding between them, so that an overflow a GPU w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 from omniport.runtime.backends.base import BackendWrapper, Graph
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend, OrtGraph
 from omniport.runtime.backends.onnxruntime.packages import import_onnxruntime
@@ -45,10 +46,11 @@ class EmulateHalfPass(InPlacePass):
 
     Args:
         dtype: FLOAT16 or BFLOAT16.
+        rounds: without, values stay as FP32 gives them.
     """
 
-    def __init__(self, dtype: ir.DataType) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: ir.DataType, rounds: bool = True) -> None:
+        self.dtype, self.rounds = dtype, rounds
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
@@ -63,7 +65,7 @@ class EmulateHalfPass(InPlacePass):
             self._attributes(node)
         for node, value in made:
             value.dtype = ir.DataType.FLOAT
-            if node.op_type not in _MOVES and node.op_type != "Constant":
+            if self.rounds and node.op_type not in _MOVES and node.op_type != "Constant":
                 self._round(graph, node, value)
         return PassResult(model, bool(made))
 
@@ -159,31 +161,52 @@ def load_copy(path: Path, spec: GraphSpec, emulate: bool) -> tuple[ir.Model, Gra
     Raises:
         ExportError: the graph has a half-precision output that is not a KV cache, or types cannot be inferred.
     """
-    check_graph_file(path, spec)
-    with foreign(BundleError, f"cannot read {path} as ONNX", "Copy or export the bundle again"):
-        proto = onnx.load(path, load_external_data=False)
     if not emulate:
-        return ir.from_proto(proto), spec
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+        return ir.from_proto(_read(path, spec)), spec
+    model = typed_copy(path, spec)
+    for dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        EmulateHalfPass(dtype)(model)
+    return model, msgspec.structs.replace(spec, inputs=widened(spec.inputs), outputs=widened(spec.outputs))
+
+
+def typed_copy(path: Path, spec: GraphSpec) -> ir.Model:
+    """A bundle's graph in memory with the types of all values, its weights left in their files.
+
+    Raises:
+        BundleError: it cannot be read.
+        ExportError: types cannot be inferred.
+    """
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(_read(path, spec)))
     untyped = [value.name for node in model.graph for value in node.outputs if value.name and value.dtype is None]
     if untyped:
         raise ExportError(f"{path}: the types of {', '.join(map(str, untyped[:3]))} cannot be inferred")
-    for dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-        EmulateHalfPass(dtype)(model)
-    inputs, outputs = _widened(spec.inputs), _widened(spec.outputs)
-    return model, msgspec.structs.replace(spec, inputs=inputs, outputs=outputs)
+    return model
 
 
-def _widened(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+def _read(path: Path, spec: GraphSpec) -> onnx.ModelProto:
+    check_graph_file(path, spec)
+    with foreign(BundleError, f"cannot read {path} as ONNX", "Copy or export the bundle again"):
+        return onnx.load(path, load_external_data=False)
+
+
+def widened(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs of a graph whose half-precision values became FP32."""
     halves = ("float16", "bfloat16")
     return tuple(msgspec.structs.replace(t, dtype="float32") if t.dtype in halves else t for t in tensors)
 
 
-def open_graph(model: ir.Model, spec: GraphSpec, folder: Path, threads: int) -> OrtGraph:
+def open_graph(
+    model: ir.Model,
+    spec: GraphSpec,
+    folder: Path,
+    threads: int,
+    weights: Mapping[str, NDArray[np.float32]] | None = None,
+) -> OrtGraph:
     """A changed graph in ONNX Runtime on the CPU; its weights lie in the files of ``folder``.
 
     Args:
         spec: inputs and outputs of the changed graph.
+        weights: external initializers that lie in memory instead.
 
     Raises:
         BackendError: onnxruntime is missing or refuses the graph.
@@ -195,6 +218,10 @@ def open_graph(model: ir.Model, spec: GraphSpec, folder: Path, threads: int) -> 
     # weights are widened once, however large; left to every run that would take most of its time
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(1 << 40))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    if weights:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
+        options.add_session_config_entry("session.disable_prepacking", "1")  # they would be in memory twice
     proto = ir.to_proto(model).SerializeToString()
     try:
         session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])

@@ -99,8 +99,9 @@ def array_check(
     """Compare an array with its reference.
 
     Passes if the reference is finite, varies, has energy and is not saturated, and ours is finite and within the
-    limits of ``rule`` and, for logits [N, V], of ``logits.kl``. Tokens that a trained model never says may have one
-    row of its head in common: of logits that are alike, one is compared, else they would hide an error in the others.
+    limits of ``rule`` and, for logits [N, V], of ``logits.kl`` (``unrounded.kl`` for rules of that kind). Tokens that a
+    trained model never says may have one row of its head in common: of logits that are alike, one is compared, else
+    they would hide an error in the others.
     """
     found = Comparison(stage, name, precision)
     if got.shape != wanted.shape:
@@ -124,7 +125,7 @@ def array_check(
             found.hold("rel_rms", rule)
         if logits:
             found.figures |= logit_figures(got, wanted) if finite else {"kl": float("inf")}
-            found.hold("kl", "logits.kl")
+            found.hold("kl", "unrounded.kl" if rule == "unrounded.rel_rms" else "logits.kl")
         if found.faults:
             found.fault(_where(got, wanted))
     return found.check()

@@ -28,6 +28,11 @@ def offsets_name(weight: str) -> str:
     return f"{weight}.offsets"
 
 
+def smoothed_name(name: str) -> str:
+    """Initializer that holds what smoothing made of another one, or what divides the input of a weight."""
+    return f"{name}.smooth"
+
+
 def pack_int4(rows: NDArray[Any]) -> NDArray[np.uint8]:
     """Integers -8..7 as uint8, two a byte, the first in the low half (ONNX, TensorProto.raw_data); an even count."""
     flat: NDArray[np.uint8] = rows.reshape(-1).view(np.uint8) & np.uint8(0x0F)

@@ -24,12 +24,13 @@ from ..context import Context
 from ..reference import array_key
 from ..types import Check
 from .decoding import decoder_references
+from .unrounded import unrounded_checks
 
 Array = NDArray[np.float32]
 
 
 def graph_checks(context: Context) -> Iterator[Check]:
-    """One check for every output of every case of every graph; stages are the graphs' names."""
+    """One check for every output of every case of every graph, two for coarse ones; stages are the graphs' names."""
     return case_checks(context, {name: list(MODEL_PARTS[name].cases(context)) for name in context.graphs})
 
 
@@ -44,6 +45,7 @@ def case_checks(context: Context, cases: Mapping[str, Sequence[Case]]) -> Iterat
             decoder_references(context, graph)  # for the decode checks, which follow, while the part is loaded
     context.reference.release()
     for graph, listed in cases.items():
+        yield from unrounded_checks(context, graph, [(case, wanted[graph, case.name]) for case in listed])
         computes = context.bundle.manifest.graphs[graph].compute_dtype
         if computes == "float16" and context.backend.name == "ort-cpu":
             yield _rounded(context, listed[-1], wanted[graph, listed[-1].name])

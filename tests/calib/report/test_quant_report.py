@@ -14,11 +14,12 @@ from msgspec.structs import replace
 from omniport.calib.calibration_file import CLIPS, Calibration, Header, Site, SiteRecord
 from omniport.calib.quantizer import quantize
 from omniport.calib.report.compare import BundleLoss, LossReport, compare
-from omniport.calib.report.layer_loss import sqnr_db, unscaled
+from omniport.calib.report.layer_loss import sqnr_db
 from omniport.calib.report.quant_page import render
 from omniport.cli import main
 from omniport.export.evaluation.questions import AnswerFigures
 from omniport.export.evaluation.speech_metrics import log_mel_power, mel_cepstral_distortion, mel_l1
+from omniport.export.evaluation.stored_weights import unscaled
 from omniport.runtime.bundle.reader import Bundle
 from omniport.runtime.errors import UsageError
 from onnx import numpy_helper

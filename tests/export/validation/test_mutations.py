@@ -18,15 +18,19 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from omniport.calib import Calibration, quantize
 from omniport.export.validation.types import FAIL, ValidationReport
 from omniport.export.validation.validate import group_names, validate
 from omniport.runtime.bundle.manifest import SolverSpec
+from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.generation.entries import Tokens
 from omniport.runtime.media import image as vision
 from omniport.runtime.speech import ode as solver
 from omniport.runtime.speech.token2wav import MelPiece, Token2Wav
 from onnx import TensorProto, helper, numpy_helper
+from support.calibrations import calibrate_bundle
 from support.planted import constant, edit_graph, initializer, insert_after, producer, rope_on_all_heads
+from support.spoken_questions import WREN
 
 Floats = NDArray[np.float32]
 Graph = onnx.GraphProto
@@ -209,6 +213,17 @@ FAULTS = [
 ]
 
 
+#: one for every graph, all at once; that of the vision encoder is in what it is fed
+COARSE = (
+    "mrope_section order",
+    "a swapped weight",
+    "a transposed square weight",
+    "RoPE on all DiT heads",
+    "silence",
+    "wrong window index for a ragged image",
+)
+
+
 def failed_stages(report: ValidationReport) -> list[str]:
     """Stages with a failed check, in the order in which they failed."""
     return list(dict.fromkeys(check.stage for check in report.checks if check.status == FAIL))
@@ -251,3 +266,31 @@ def test_a_planted_fault_is_found_and_named(
     failed = [check for check in report.checks if check.status == FAIL and check.stage == fault.stage]
     assert all("stopped by an error" not in check.name for check in failed), failed[0].message
     assert all(check.message for check in failed)
+
+
+@pytest.fixture(scope="module")
+def wren_ranges(wren_bundle: Path) -> Calibration:
+    return calibrate_bundle(wren_bundle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["int8", "int4", "fp8"])
+def test_faults_are_found_in_coarse_graphs(
+    recipe: str, wren_bundle: Path, wren_ranges: Calibration, tmp_path: Path
+) -> None:
+    """On trained weights, whose loss by 8 and 4 bits is larger than what most of these faults do."""
+    clean, broken = tmp_path / "clean", tmp_path / "broken"
+    quantize(wren_bundle, clean, recipe, calibration=wren_ranges)
+    report, _ = validate(clean, WREN, graphs=list(PARTS))
+    assert report.ok, [(c.stage, c.name, c.message) for c in report.checks if c.status == FAIL]
+    faults = [fault for fault in FAULTS if fault.name in COARSE]
+    source = Path(shutil.copytree(wren_bundle, tmp_path / "source"))
+    for fault in faults:
+        if fault.edit is not None:
+            edit_graph(source, fault.graph, fault.edit)
+    quantize(source, broken, recipe, calibration=wren_ranges)
+    with ExitStack() as stack:
+        for fault in faults:
+            stack.enter_context(fault.patch())
+        report, _ = validate(broken, WREN, graphs=list(PARTS))
+    assert sorted(failed_stages(report)) == sorted(PARTS)
