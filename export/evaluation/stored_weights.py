@@ -92,7 +92,9 @@ def unscaled(got: Array, wanted: Array) -> Array:
     Smoothing multiplies rows by factors that what comes before is divided by, and the columns of a weight whose output
     the next one smooths. Both are undone elsewhere in the graph and are no loss.
     """
-    for axis in (1, 0) * _PASSES:
-        energy = np.maximum(np.square(got, dtype=np.float64).sum(axis=axis, keepdims=True), 1e-30)
-        got = got * ((got.astype(np.float64) * wanted).sum(axis=axis, keepdims=True) / energy)
+    for kept in ("k", "n") * _PASSES:
+        # a product at a time is widened: whole, in float64, the head of a large model would take gigabytes
+        dots, norms = (np.einsum(f"kn,kn->{kept}", got, other, dtype=np.float64) for other in (wanted, got))
+        factors = (dots / np.maximum(norms, 1e-30)).astype(np.float32)
+        got = got * (factors[:, None] if kept == "k" else factors)
     return got

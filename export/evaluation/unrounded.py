@@ -28,6 +28,7 @@ from ..graphs.packed_weights import packed_rules
 from ..models.model_parts import graph_definitions
 from ..models.module import Rule, evaluate
 from .half_emulation import EmulateHalfPass, open_graph, typed_copy, widened
+from .metrics import energy
 from .stored_weights import StoredGraph, unscaled
 
 Floats = NDArray[np.float32]
@@ -39,12 +40,13 @@ class StoredWeight:
 
     Attributes:
         format: ``int8``, ``int4``, ``fp8``, ``float16`` or ``bfloat16``.
-        error: RMS of the difference over that of what is stored, once rows and columns that smoothing scaled are
-            scaled alike.
+        energy: RMS of the checkpoint's, its rows and columns scaled as smoothing scaled those that are stored.
+        error: RMS of the difference, over ``energy``.
     """
 
     name: str
     format: str
+    energy: float
     error: float
 
 
@@ -65,7 +67,8 @@ def is_rounded(bundle: Bundle, name: str) -> bool:
 def open_unrounded(bundle: Bundle, checkpoint: Checkpoint, name: str, threads: int | None) -> Unrounded:
     """Load the copy of a graph. Weights that it has anew are in memory, in FP32.
 
-    Weights of a packed checkpoint (GPTQ, AWQ) are what the reference has, too: they stay as they are stored.
+    Weights of a packed checkpoint (GPTQ, AWQ) are what the reference has, too: they become the numbers that they are
+    stored for, and are not among ``weights``.
 
     Args:
         threads: of one operator; all physical cores if None.
@@ -78,6 +81,7 @@ def open_unrounded(bundle: Bundle, checkpoint: Checkpoint, name: str, threads: i
     path = bundle.path(spec.file)
     model = typed_copy(path, spec)
     stored, rules = StoredGraph(bundle, name), _rules(bundle, checkpoint, name)
+    packed = packed_rules(rules, checkpoint.packed)
     smoothed = bundle.manifest.quantization is not None and bool(bundle.manifest.quantization.calibration)
     whole, found = dict[str, Floats](), list[StoredWeight]()
     for weight, rule in rules.items():
@@ -85,8 +89,11 @@ def open_unrounded(bundle: Bundle, checkpoint: Checkpoint, name: str, threads: i
         if made is None and stored.format(weight) in ("", "float32"):
             continue
         got = stored.array(weight).astype(np.float32) if made is None else made
+        if weight in packed:
+            whole[weight] = got
+            continue
         whole[weight] = np.ascontiguousarray(evaluate(rule, checkpoint), np.float32).reshape(got.shape)
-        found.append(StoredWeight(weight, stored.format(weight), _error(got, whole[weight], smoothed)))
+        found.append(_beside(weight, stored.format(weight), got, whole[weight], smoothed))
     for base in {*rules, *whole}:
         if smoothed_name(base) in stored.tensors:
             divides = integers_name(base) in stored.tensors  # the input of the weight, which is multiplied
@@ -159,21 +166,19 @@ def _outside(name: str, array: Floats) -> ir.Value:
 
 
 def _rules(bundle: Bundle, checkpoint: Checkpoint, name: str) -> dict[str, Rule]:
-    """What fills each of the graph's weights, but those that the checkpoint itself has packed."""
+    """What fills each of the graph's weights."""
     manifest = bundle.manifest
     context, solver = manifest.kv.max_context, manifest.solver or rk4_schedule()
     made: Any = graph_definitions(
         checkpoint.config, "fp32", context, solver, checkpoint.tied_embeddings, kv_form=manifest.kv.form
     )
     module = made[name].module()
-    rules = dict(module.named_rules(str(module.prefix)))
-    packed = packed_rules(rules, checkpoint.packed)
-    return {weight: rule for weight, rule in rules.items() if weight not in packed}
+    return dict(module.named_rules(str(module.prefix)))
 
 
-def _error(got: Floats, wanted: Floats, smoothed: bool) -> float:
-    """RMS of the difference over that of ``got``."""
+def _beside(name: str, form: str, got: Floats, wanted: Floats, smoothed: bool) -> StoredWeight:
+    """A weight as it is stored, beside the checkpoint's."""
     if smoothed and got.ndim == 2:
         wanted = unscaled(wanted, got)
-    norm = float(np.linalg.norm(got))
-    return float(np.linalg.norm(got - wanted)) / norm if norm > 0 else float(np.linalg.norm(wanted) > 0)
+    size, off = energy(wanted), energy(got - wanted)
+    return StoredWeight(name, form, size, off / size if size > 0 else float(off > 0))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from omniport.runtime.errors import BackendError, BundleError, OmniportError
 from omniport.runtime.system.host import collect_and_trim
 
+from ...evaluation.metrics import MIN_ENERGY
 from ...evaluation.unrounded import StoredWeight, is_rounded, open_unrounded
 from ...models.part import Case
 from ..comparison import Comparison, array_check
@@ -59,9 +60,12 @@ def unrounded_checks(context: Context, graph: str, cases: Sequence[tuple[Case, A
 def _weights_check(graph: str, form: str, weights: Sequence[StoredWeight]) -> Check:
     """The weight that is furthest from the checkpoint's, of those that are stored in one format."""
     found = Comparison(graph, f"weights in {form}", form)
-    worst = max(weights, key=lambda weight: weight.error if np.isfinite(weight.error) else np.inf)
-    found.figures = {"rel_rms": worst.error, "count": len(weights)}
+    worst = max(weights, key=lambda weight: weight.error)
+    most = max(weight.energy for weight in weights)
+    found.figures = {"rel_rms": worst.error, "energy": most, "count": len(weights)}
     found.hold("rel_rms", "weights.rel_rms")
     if found.faults:
         found.fault(f"{worst.name} is not the checkpoint's, rounded")
+    if not most > MIN_ENERGY:
+        found.fault("all of the checkpoint's are zero, so they prove nothing")
     return found.check()

@@ -6,6 +6,7 @@ but the numbers gives them away. Faults of the runtime are planted in the functi
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -294,3 +295,6 @@ def test_faults_are_found_in_coarse_graphs(
             stack.enter_context(fault.patch())
         report, _ = validate(broken, WREN, graphs=list(PARTS))
     assert sorted(failed_stages(report)) == sorted(PARTS)
+    weights = [c.message for c in report.checks if c.status == FAIL and c.stage == "talker" and "weights in" in c.name]
+    assert len(weights) == 1
+    assert re.search(r"model\.layers\.[12]\.self_attn\.q_proj\.weight is not the checkpoint's", weights[0])

@@ -163,9 +163,13 @@ def test_half_precision_passes(
     assert {check.stage for check in checks} == set(HALF_GRAPHS)
     rounded = [check for check in checks if "rounded to FP16" in check.name]
     assert len(rounded) == (len(HALF_GRAPHS) if precision == "fp16" else 0)
-    against = [check for check in checks if not check.name.endswith("against one piece")]
-    errors = [float(check.figures["rel_rms"] or 0) for check in against]
+    unrounded = [check for check in checks if check.name.endswith("without roundings")]
+    weights = [check for check in checks if check.name.startswith("weights in")]
+    assert {check.stage for check in unrounded} == {check.stage for check in weights} == set(HALF_GRAPHS)
+    rest = [check for check in checks if check not in (*unrounded, *weights)]
+    errors = [float(check.figures["rel_rms"] or 0) for check in rest if not check.name.endswith("against one piece")]
     assert min(errors) > 1e-4, "this is not half precision"
+    assert max(float(check.figures["rel_rms"] or 0) for check in unrounded) < 1e-5, "these are rounded"
     assert COPIED not in capfd.readouterr().err
 
 
