@@ -19,8 +19,9 @@ _QUESTIONS = REPOSITORY / "wren" / "questions"
 RATE = 24000
 #: of a sentence's words, so many may be heard wrong: other processors round otherwise, and sample other codes
 _WRONG = 1
-#: of two questions, which are understood with the silence around them that ends a turn
-ANSWERS = ("Seven, six, five, four, three, two.", "One, two, three, four, five.")
+#: of two questions, which are understood with the silence around them that ends a turn. Chelsie's answers are heard
+#: right for each of ten seeds; "One, two, three, four, five.", as Ethan samples it, was not in a quarter of twelve
+ANSWERS = ("Seven, six, five, four, three, two.", "Before Monday comes Sunday.")
 
 
 @dataclass(frozen=True, eq=False)

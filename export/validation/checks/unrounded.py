@@ -1,8 +1,8 @@
 """Check a coarse graph without its roundings, and the weights that it stores coarsely.
 
 A limit that lets 8 or 4 bits pass lets other faults pass as well. So the graph's nodes, and what the host feeds them,
-are compared once more in FP32 with the checkpoint's weights (`...evaluation.unrounded`), and each stored weight with
-the checkpoint's.
+are compared once more in FP32 with the checkpoint's weights (`...evaluation.unrounded_graph`), and each stored weight
+with the checkpoint's.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from omniport.runtime.errors import BackendError, BundleError, OmniportError
+from omniport.runtime.errors import BackendError, BundleError, ExportError, OmniportError
 from omniport.runtime.system.host import collect_and_trim
 
 from ...evaluation.metrics import MIN_ENERGY
-from ...evaluation.unrounded import StoredWeight, is_rounded, open_unrounded
+from ...evaluation.unrounded_graph import StoredWeight, is_rounded, open_unrounded
 from ...models.part import Case
 from ..comparison import Comparison, array_check
 from ..context import Context
@@ -39,7 +39,7 @@ def unrounded_checks(context: Context, graph: str, cases: Sequence[tuple[Case, A
     except BundleError as error:
         yield Check.failed(graph, "without roundings", str(error))
         return
-    except BackendError as error:
+    except (BackendError, ExportError) as error:
         yield Check.not_run(graph, "without roundings", str(error))
         return
     for form in sorted({weight.format for weight in copy.weights}):
@@ -60,7 +60,7 @@ def unrounded_checks(context: Context, graph: str, cases: Sequence[tuple[Case, A
 def _weights_check(graph: str, form: str, weights: Sequence[StoredWeight]) -> Check:
     """The weight that is furthest from the checkpoint's, of those that are stored in one format."""
     found = Comparison(graph, f"weights in {form}", form)
-    worst = max(weights, key=lambda weight: weight.error)
+    worst = max(weights, key=lambda weight: np.nan_to_num(weight.error, nan=np.inf))
     most = max(weight.energy for weight in weights)
     found.figures = {"rel_rms": worst.error, "energy": most, "count": len(weights)}
     found.hold("rel_rms", "weights.rel_rms")

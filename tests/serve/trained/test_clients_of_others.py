@@ -19,7 +19,7 @@ from support.paths import REPOSITORY
 from support.served import ServedSession
 from support.spoken_questions import ANSWERS, RATE, Listener, question
 
-BACKWARDS, FORWARDS = ANSWERS
+FIRST, SECOND = ANSWERS
 NODE = shutil.which("node")
 
 
@@ -38,7 +38,7 @@ def test_openai_agents(wren: ServedSession, listener: Listener) -> None:
         where = {"api_key": "none", "url": f"ws{wren.url[4:]}/v1/realtime?model=gpt-realtime"}
         sound = b""
         async with await realtime.RealtimeRunner(agent).run(model_config=where) as session:
-            for piece in question(BACKWARDS).pieces():
+            for piece in question(FIRST).pieces():
                 await session.send_audio(piece)
             async for event in session:
                 assert event.type != "error", event
@@ -50,8 +50,8 @@ def test_openai_agents(wren: ServedSession, listener: Listener) -> None:
             return said.content[0].transcript, sound
 
     text, sound = within_a_minute(talk())
-    assert text == BACKWARDS
-    assert listener.hears(sound, BACKWARDS)
+    assert text == FIRST
+    assert listener.hears(sound, FIRST)
 
 
 def test_livekit(wren: ServedSession, listener: Listener) -> None:
@@ -65,7 +65,7 @@ def test_livekit(wren: ServedSession, listener: Listener) -> None:
         session.on("generation_created", generations.put_nowait)
         text, sound = "", b""
         try:
-            for piece in question(FORWARDS).pieces():
+            for piece in question(SECOND).pieces():
                 session.push_audio(rtc.AudioFrame(piece, RATE, 1, len(piece) // 2))
             async for message in (await generations.get()).message_stream:
                 async for frame in message.audio_stream:
@@ -78,8 +78,8 @@ def test_livekit(wren: ServedSession, listener: Listener) -> None:
         return text, sound
 
     text, sound = within_a_minute(talk())
-    assert text == FORWARDS
-    assert listener.hears(sound, FORWARDS)
+    assert text == SECOND
+    assert listener.hears(sound, SECOND)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -89,15 +89,15 @@ def test_pipecat(wren: ServedSession, listener: Listener) -> None:
 
     async def talk() -> list[Any]:
         async with Running(f"ws{wren.url[4:]}/v1/realtime") as pipeline:
-            for piece in question(BACKWARDS).pieces():
+            for piece in question(FIRST).pieces():
                 await pipeline.put(frames.InputAudioRawFrame(piece, RATE, 1))
             await pipeline.spoken()
             return pipeline.came
 
     came = within_a_minute(talk())
-    assert "".join(frame.text for frame in came if isinstance(frame, frames.TTSTextFrame)) == BACKWARDS
+    assert "".join(frame.text for frame in came if isinstance(frame, frames.TTSTextFrame)) == FIRST
     sound = b"".join(frame.audio for frame in came if isinstance(frame, frames.TTSAudioRawFrame))
-    assert listener.hears(sound, BACKWARDS)
+    assert listener.hears(sound, FIRST)
 
 
 def has_package() -> bool:
@@ -108,7 +108,7 @@ def has_package() -> bool:
 @pytest.mark.skipif(not has_package(), reason="no Node with @openai/agents-realtime: npm install, and NODE_PATH")
 def test_agents_realtime_in_javascript(wren: ServedSession, listener: Listener, tmp_path: Path) -> None:
     """The second question is spoken into the answer to the first."""
-    for name, answer in (("first", BACKWARDS), ("second", FORWARDS)):
+    for name, answer in (("first", FIRST), ("second", SECOND)):
         (tmp_path / f"{name}.pcm").write_bytes(b"".join(question(answer).pieces()))
     script = REPOSITORY / "tests" / "support" / "agents_realtime_question.cjs"
     command = [str(NODE), str(script), f"ws{wren.url[4:]}/v1/realtime", str(tmp_path)]
@@ -119,5 +119,5 @@ def test_agents_realtime_in_javascript(wren: ServedSession, listener: Listener, 
     assert told["interrupted"] >= 1
     (cut,) = told["truncated"]
     assert 0 < cut < 2700, "some of it was heard"
-    assert told["said"][-1] == FORWARDS
-    assert listener.hears((tmp_path / "answer-2.pcm").read_bytes(), FORWARDS)
+    assert told["said"][-1] == SECOND
+    assert listener.hears((tmp_path / "answer-2.pcm").read_bytes(), SECOND)

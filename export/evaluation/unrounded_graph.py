@@ -76,6 +76,7 @@ def open_unrounded(bundle: Bundle, checkpoint: Checkpoint, name: str, threads: i
     Raises:
         BundleError: the graph cannot be read.
         BackendError: ONNX Runtime refuses it.
+        ExportError: types of its values cannot be inferred.
     """
     spec = bundle.manifest.graphs[name]
     path = bundle.path(spec.file)
@@ -122,7 +123,6 @@ class UnroundPass(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
-        coarse = {integers_name(name) if integers_name(name) in graph.initializers else name for name in self.whole}
         new = {name: _outside(name, array) for name, array in self.whole.items()}
         for node in list(graph):
             if node.op_type == "QuantizeLinear":
@@ -131,10 +131,9 @@ class UnroundPass(InPlacePass):
                 graph.remove(node, safe=True)
             elif node.op_type == "DequantizeLinear" and (name := _weight(node)) in new:
                 _skip(graph, node, new[name])
-        for name in coarse & set(graph.initializers):
-            if name in new:
-                for user, index in list(graph.initializers[name].uses()):
-                    user.replace_input_with(index, new[name])
+        for name in new.keys() & set(graph.initializers):
+            for user, index in list(graph.initializers[name].uses()):
+                user.replace_input_with(index, new[name])
         for name, value in list(graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del graph.initializers[name]
