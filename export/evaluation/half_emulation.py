@@ -11,14 +11,13 @@ operators in FP32 without the rounding between them, so that an overflow a GPU w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 from omniport.runtime.backends.base import BackendWrapper, Graph
 from omniport.runtime.backends.onnxruntime.backend import OrtBackend, OrtGraph
 from omniport.runtime.backends.onnxruntime.packages import import_onnxruntime
@@ -195,18 +194,11 @@ def widened(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     return tuple(msgspec.structs.replace(t, dtype="float32") if t.dtype in halves else t for t in tensors)
 
 
-def open_graph(
-    model: ir.Model,
-    spec: GraphSpec,
-    folder: Path,
-    threads: int,
-    weights: Mapping[str, NDArray[np.float32]] | None = None,
-) -> OrtGraph:
+def open_graph(model: ir.Model, spec: GraphSpec, folder: Path, threads: int) -> OrtGraph:
     """A changed graph in ONNX Runtime on the CPU; its weights lie in the files of ``folder``.
 
     Args:
         spec: inputs and outputs of the changed graph.
-        weights: external initializers that lie in memory instead.
 
     Raises:
         BackendError: onnxruntime is missing or refuses the graph.
@@ -218,10 +210,6 @@ def open_graph(
     # weights are widened once, however large; left to every run that would take most of its time
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(1 << 40))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    if weights:
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-        options.add_external_initializers(list(weights), values)
-        options.add_session_config_entry("session.disable_prepacking", "1")  # they would be in memory twice
     proto = ir.to_proto(model).SerializeToString()
     try:
         session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,6 +25,8 @@ _FORMATS = {
     onnx.TensorProto.INT4: "int4",
     onnx.TensorProto.FLOAT8E4M3FN: "fp8",
 }
+#: values of a weight that are handled at once
+_PART_VALUES = 8 << 20
 #: of scaling rows, then columns, in turns
 _PASSES = 4
 
@@ -78,23 +81,48 @@ class StoredGraph:
         integers = self.array(integers_name(weight)).astype(np.float32)
         scales = self.array(scales_name(weight)).astype(np.float32)
         if zero_points_name(weight) in self.tensors:  # in blocks, always
-            integers -= np.repeat(self.array(zero_points_name(weight)).astype(np.float32), block, axis=axis)
-        if block:
-            return integers * np.repeat(scales, block, axis=axis)
+            points = self.array(zero_points_name(weight)).astype(np.float32)
+            grouped = integers.reshape(-1, block, *integers.shape[1:])
+            grouped -= points[:, None]
+        if block:  # of rows, always
+            grouped = integers.reshape(-1, block, *integers.shape[1:])
+            grouped *= scales[:, None]
+            return integers
         shape = [1] * integers.ndim
         shape[axis] = -1
-        return integers * scales.reshape(shape if scales.ndim else [1] * integers.ndim)
+        integers *= scales.reshape(shape if scales.ndim else [1] * integers.ndim)
+        return integers
 
 
-def unscaled(got: Array, wanted: Array) -> Array:
-    """``got`` [K, N] with each row and each column scaled to be nearest to ``wanted``.
+def scale_factors(got: Array, wanted: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What rows [K] and columns [N] of ``got`` [K, N] are multiplied by to be nearest to ``wanted``.
 
     Smoothing multiplies rows by factors that what comes before is divided by, and the columns of a weight whose output
     the next one smooths. Both are undone elsewhere in the graph and are no loss.
     """
-    for kept in ("k", "n") * _PASSES:
-        # a product at a time is widened: whole, in float64, the head of a large model would take gigabytes
-        dots, norms = (np.einsum(f"kn,kn->{kept}", got, other, dtype=np.float64) for other in (wanted, got))
-        factors = (dots / np.maximum(norms, 1e-30)).astype(np.float32)
-        got = got * (factors[:, None] if kept == "k" else factors)
-    return got
+    rows, columns = np.ones(got.shape[0], np.float32), np.ones(got.shape[1], np.float32)
+    for _ in range(_PASSES):
+        for part in row_parts(got):
+            scaled = got[part] * columns
+            dots = np.einsum("kn,kn->k", scaled, wanted[part], dtype=np.float64)
+            norms = np.einsum("kn,kn->k", scaled, scaled, dtype=np.float64)
+            rows[part] = dots / np.maximum(norms, 1e-30)
+        dots, norms = np.zeros((2, got.shape[1]))
+        for part in row_parts(got):
+            scaled = got[part] * rows[part, None]
+            dots += np.einsum("kn,kn->n", scaled, wanted[part], dtype=np.float64)
+            norms += np.einsum("kn,kn->n", scaled, scaled, dtype=np.float64)
+        columns = (dots / np.maximum(norms, 1e-30)).astype(np.float32)
+    return rows, columns
+
+
+def unscaled(got: Array, wanted: Array) -> Array:
+    """``got`` [K, N] with each row and each column scaled as `scale_factors` says."""
+    rows, columns = scale_factors(got, wanted)
+    return got * rows[:, None] * columns
+
+
+def row_parts(array: Array) -> Iterator[slice]:
+    """Rows that are handled at once: a head of a large model, whole and widened, would take gigabytes."""
+    step = max(1, _PART_VALUES // max(1, array[0].size if len(array) else 1))
+    return (slice(start, start + step) for start in range(0, len(array), step))

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from omniport.runtime.errors import BackendError, BundleError, ExportError, OmniportError
-from omniport.runtime.system.host import collect_and_trim
 
 from ...evaluation.metrics import MIN_ENERGY
-from ...evaluation.unrounded_graph import StoredWeight, is_rounded, open_unrounded
+from ...evaluation.unrounded_graph import StoredWeight, Unrounded, is_rounded, open_unrounded
 from ...models.part import Case
 from ..comparison import Comparison, array_check
 from ..context import Context
@@ -30,20 +29,23 @@ def unrounded_checks(context: Context, graph: str, cases: Sequence[tuple[Case, A
     Args:
         cases: each with what the reference gives.
     """
-    computes = context.bundle.manifest.graphs[graph].compute_dtype
     if context.precision[graph] == "float32" and not is_rounded(context.bundle, graph):
         return
     context.progress(f"{graph}: loading without roundings")
     try:
-        copy = open_unrounded(context.bundle, context.checkpoint, graph, context.threads)
+        with open_unrounded(context.bundle, context.checkpoint, graph, context.threads) as copy:
+            yield from _checks(context, graph, copy, cases)
+            del copy
     except BundleError as error:
         yield Check.failed(graph, "without roundings", str(error))
-        return
-    except (BackendError, ExportError) as error:
+    except (BackendError, ExportError, OSError) as error:
         yield Check.not_run(graph, "without roundings", str(error))
-        return
+
+
+def _checks(context: Context, graph: str, copy: Unrounded, cases: Sequence[tuple[Case, Array]]) -> Iterator[Check]:
     for form in sorted({weight.format for weight in copy.weights}):
         yield _weights_check(graph, form, [weight for weight in copy.weights if weight.format == form])
+    computes = context.bundle.manifest.graphs[graph].compute_dtype
     for case, wanted in cases:
         name = f"{case.name}, without roundings"
         context.progress(f"{graph}: {name}")
@@ -53,8 +55,6 @@ def unrounded_checks(context: Context, graph: str, cases: Sequence[tuple[Case, A
             yield Check.failed(graph, name, f"the graph did not run: {error}")
             continue
         yield array_check(graph, name, got, wanted, computes, rule="unrounded.rel_rms", logits=case.logits)
-    del copy
-    collect_and_trim()  # the graph itself, and the next part, need the room
 
 
 def _weights_check(graph: str, form: str, weights: Sequence[StoredWeight]) -> Check:

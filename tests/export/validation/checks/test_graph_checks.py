@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from omniport.runtime.bundle.parts import PARTS
 from omniport.runtime.bundle.reader import Bundle, read_manifest
 from omniport.runtime.errors import BackendError, BundleError, UsageError
 from omniport.runtime.generation.decoder import Decoder
+from omniport.runtime.system.files import cache_folder
 from onnx import TensorProto, helper, numpy_helper
 from support.comparison import assert_all_pass, context_of
 from torch import nn
@@ -489,3 +491,21 @@ def test_a_graph_that_fails_while_running_fails(
     assert checks
     assert all("shapes do not fit" in check.message for check in checks)
     assert {check.status for check in checks[:-1]} == {FAIL}
+
+
+def test_without_room_for_the_copy_the_other_checks_run(
+    tiny_half_bundles: dict[str, Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("omniport.export.evaluation.unrounded_graph._Weights.put", full)
+    checks = list(graph_checks(context_of(tiny_half_bundles["fp16"], tiny_checkpoint, ("audio_encoder",))))
+    (missing,) = (check for check in checks if check.status == NOT_RUN)
+    assert missing.name == "without roundings"
+    assert "No space left" in missing.message
+    assert [check.status for check in checks if check is not missing] == [PASS] * (len(checks) - 1)
+    assert len(checks) > 3
+    cache = cache_folder()
+    assert cache is not None
+    assert not list(cache.glob("unrounded-*"))
