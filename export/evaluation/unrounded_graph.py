@@ -155,7 +155,7 @@ class _Weights:
         """Write a tensor, [...] in C order."""
         self._file.seek(-self._file.tell() % ALIGNMENT, os.SEEK_CUR)
         offset = self._file.tell()
-        np.ascontiguousarray(array).tofile(self._file)
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         dtype = ir.DataType.from_numpy(array.dtype)
         tensor = ir.ExternalTensor(
             self._path.name,
