@@ -150,6 +150,8 @@ def page(found: Any) -> str:
     ]
     if "talker" in found:
         lines += [*replies(found["talker"]), ""]
+    else:
+        lines += ["## Talker", "", "Not yet trained a second time to its end.", ""]
     return "\n".join([*lines, "## Vision encoder and thinker", "", *REST, ""])
 
 
