@@ -261,7 +261,7 @@ def test_engines_report_how_they_decode(tiny_bundle: Path, tmp_path: Path) -> No
     from omniport.export.devices.catalog import TARGETS
 
     bundle, driver = with_engines(tiny_bundle, tmp_path / "b", ["thinker"]), FakeDriver()
-    driver.put_cost = 1e-4
+    driver.put_cost = 1e-3  # so that a CUDA graph pays beside other work too
     backend = TrtBackend(bundle, "tensorrt-rtx", runtime=FakeRuntime(bundle, driver), driver=driver)
     plan, target = gpu_check.Plan(prompt=20, steps=8), TARGETS["rtx-4090"]
     found = gpu_check.decode_rate(bundle, backend, "thinker", target, plan)
