@@ -113,10 +113,10 @@ def replies(found: Any) -> list[str]:
         "## Talker",
         "",
         "Trained from nothing by two processes, on thinker, codebook, DiT and vocoder as they ship: 7,000 and 4,000",
-        "steps, of 0.75 and 0.72 s where nothing else ran, so 2.3 hours of two cores; stopped at step 4,043, it went on",
-        "from there. Held-out questions were asked as for the model card, whose figures stand beside, but half as many;",
-        "replies are streamed and sampled, so no two talkers say the same codes. Right answers are the thinker's, and",
-        "equal but for rounding.",
+        "steps, of 0.75 and 0.72 s where nothing else ran, so 2.3 hours of two cores; stopped at step 4,043, it went",
+        "on from there. Held-out questions were asked as for the model card, whose figures stand beside, but half as",
+        "many; replies are streamed and sampled, so no two talkers say the same codes. Right answers are the",
+        "thinker's, and equal but for rounding.",
         "",
     ]
     asked = [name for name in shipped if name in again]
